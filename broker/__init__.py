@@ -1,0 +1,1 @@
+"""The gateway's broker: mutual TLS, policy by certificate, routing, revocation, receipts."""

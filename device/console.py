@@ -1,0 +1,169 @@
+"""How the four commands look and behave: one module, so that they do it alike.
+
+Rules:
+
+- `--json` prints one JSON object a line on stdout; otherwise people read aligned text, coloured on a terminal
+  only (and not if NO_COLOR is set).
+- A failure prints `error: ...` and `hint: ...` on stderr (`{"error", "hint", "exit_code"}` with `--json`).
+- Exit codes: 0 done, 1 expected failure, 2 usage, 3 refused, duplicate or quarantined, 4 time-out or no device,
+  5 port or system, 6 authority or registry, 130 interrupted. A batch returns its worst.
+- Every command's `--help` ends in examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib import import_module
+from typing import IO, TYPE_CHECKING, Any
+
+from birthmark.device.errors import BirthmarkError, SystemFailureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+INTERRUPTED = 130
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
+
+
+class Console:
+    """Where a command's answers go.
+
+    Args:
+        as_json: one JSON object a line instead of text.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+
+    def say(self, text: str) -> None:
+        """Tell a person something; nothing with `--json`."""
+        if not self.as_json:
+            print(text, flush=True)
+
+    def emit(self, record: Mapping[str, Any], text: str) -> None:
+        """Give one answer: the record with `--json`, else the text."""
+        if self.as_json:
+            print(json.dumps(record, separators=(",", ":")), flush=True)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Say on stderr what does not stop the command."""
+        print(f"{self._paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
+
+    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
+        """Print rows under headings; with `--json` one whole record a line; `empty` where there is no row."""
+        if self.as_json:
+            for row in rows:
+                self.emit(row, "")
+            return
+        if not rows:
+            self.say(empty)
+            return
+        cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+        headings = [column.replace("_", " ").upper() for column in columns]
+        widths = [max(len(row[i]) for row in [headings, *cells]) for i in range(len(columns))]
+        self.say(self.paint(_line(headings, widths), "bold"))
+        for row in cells:
+            self.say(_line(row, widths))
+
+    def facts(self, record: Mapping[str, Any]) -> None:
+        """Print one record as `name  value` lines, or as one JSON object."""
+        width = max(len(name) for name in record)
+        lines = (f"{name.replace('_', ' '):<{width}}  {_cell(value)}" for name, value in record.items())
+        self.emit(record, "\n".join(lines))
+
+    def paint(self, text: str, colour: str) -> str:
+        """Colour text for stdout, where colour is wanted."""
+        return self._paint(text, colour, sys.stdout)
+
+    def fail(self, error: BirthmarkError) -> int:
+        """Report an expected failure on stderr and return its exit code."""
+        if self.as_json:
+            record = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            print(json.dumps(record), file=sys.stderr, flush=True)
+        else:
+            print(f"{self._paint('error:', 'red', sys.stderr)} {error.message}", file=sys.stderr)
+            if error.hint:
+                print(f"{self._paint('hint:', 'bold', sys.stderr)} {error.hint}", file=sys.stderr)
+        return error.exit_code
+
+    def _paint(self, text: str, colour: str, stream: IO[str]) -> str:
+        if self.as_json or not stream.isatty() or "NO_COLOR" in os.environ:
+            return text
+        return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value) or "-"
+    return str(value)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with examples at the end of `--help`."""
+
+    def __init__(self, *, examples: str = "", **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if examples:
+            options["epilog"] = "examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
+        super().__init__(allow_abbrev=False, **options)
+
+
+def command(
+    commands: argparse._SubParsersAction[Parser],
+    name: str,
+    handler: Callable[[argparse.Namespace, Console], int | None],
+    summary: str,
+    examples: str,
+) -> Parser:
+    """Add a command: `handler(arguments, console)` returns an exit code (None: 0) or raises BirthmarkError."""
+    parser = commands.add_parser(name, help=summary, description=summary, examples=examples)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
+    """Parse, run the command's handler, and return the exit code. Expected failures end here, once."""
+    parsed = parser.parse_args(arguments)
+    console = Console(as_json=getattr(parsed, "json", False))
+    try:
+        return parsed.handler(parsed, console) or 0
+    except BirthmarkError as error:
+        return console.fail(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`... | head`): nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return console.fail(SystemFailureError(f"could not use{where}: {error.strerror or error}"))
+
+
+def main_of(cli_module: str, extra: str) -> int:
+    """Run a part's command line; a missing library becomes the line that installs it."""
+    try:
+        cli = import_module(cli_module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("birthmark"):
+            raise
+        missing = BirthmarkError(
+            f"could not start: the library {error.name} is not installed",
+            hint=f"pip install 'birthmark[{extra}]'",
+        )
+        return Console().fail(missing)
+    return run(cli.parser())

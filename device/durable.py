@@ -1,0 +1,93 @@
+"""Files that survive a power cut: written whole or not at all.
+
+A file is written to a temporary name in the same folder, fsynced, renamed over its final name, and the folder
+is fsynced. A reader sees the old content or the new one; after the call returns, the new one is on disk.
+Temporary names end in `.part`; `remove_leftovers` clears those that a crash left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TEMPORARY_SUFFIX = ".part"
+
+
+def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Put `content` at `path` with file mode `mode`, whole and durable, replacing what was there.
+
+    Raises:
+        OSError: it could not be written; what was at `path` is unchanged and no temporary file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor, not a path
+            os.fchmod(descriptor, mode)  # the umask does not decide the mode of a key
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename `source` to `target` in one folder, atomically, and make it durable."""
+    source.replace(target)
+    sync_folder(target.parent)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove `path` if it is there, and make that durable."""
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a crash left in `folder`."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+def private_folder(path: Path) -> Path:
+    """Make `path` (and its parents) if needed, readable by its owner alone (0700), and return it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.chmod(0o700)
+    return path
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file at `path`, between processes and between threads of one process, for the block.
+
+    The file is made if needed and stays behind, empty: removing it would let two holders in.
+
+    Raises:
+        BlockingIOError: `wait` is false and somebody else holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,31 @@
+r"""Untrusted text made fit for a terminal or a log.
+
+Whatever a device, a client or a peer's certificate says passes through here before it is shown: control
+characters, escape sequences, direction marks and everything else outside printable ASCII become `\xNN`,
+`\uNNNN` or `\UNNNNNNNN`.
+"""
+
+from __future__ import annotations
+
+
+def escaped(text: str | bytes, limit: int = 256) -> str:
+    """Return `text` in printable ASCII, at most `limit` input characters of it, `...` marking a cut.
+
+    A backslash is doubled, so that the result is unambiguous.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("latin-1")
+    cut = len(text) > limit
+    shown = "".join(_shown(c) for c in text[:limit])
+    return shown + "..." if cut else shown
+
+
+def _shown(character: str) -> str:
+    if character == "\\":
+        return "\\\\"
+    code = ord(character)
+    if 0x20 <= code <= 0x7E:
+        return character
+    if code <= 0xFF:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -1,0 +1,115 @@
+"""Names of devices, services and brokers, and the roles they hold.
+
+Rules:
+
+- A device id is the certificate's one CN (RFC 5280 §4.1.2.6) and the MQTT client id (MQTT 3.1.1 §3.1.3.1).
+  It is one topic level, so it can hold none of `/ + # $` nor NUL; it is parsed once into a `DeviceId`.
+- Two ids that differ only in case are the same id.
+- A role is one word. `operator` and every `service-*` role belong to services: a device may not hold one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from birthmark.device.errors import IdentityError
+from birthmark.device.escape import escaped
+
+_ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+_ROLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:_-]{0,62}[A-Za-z0-9])?|::1|::")
+
+MAX_ID_CHARACTERS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceId:
+    """The name of a device or a service: `[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?`.
+
+    Raises:
+        IdentityError: the text is outside the grammar.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.text):
+            shown = escaped(self.text[: MAX_ID_CHARACTERS + 1])
+            raise IdentityError(
+                f"could not use {shown!r} as a device id: it is outside the grammar",
+                hint="1 to 63 letters, digits and hyphens, with no hyphen at either end",
+            )
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def folded(self) -> str:
+        """The form in which ids are compared: two ids with one folded form are the same id."""
+        return self.text.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What an identity may do, by name: `[A-Za-z0-9][A-Za-z0-9._-]{0,31}`.
+
+    Raises:
+        IdentityError: the text is outside the grammar.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not _ROLE.fullmatch(self.name):
+            raise IdentityError(
+                f"could not use {escaped(self.name[:33])!r} as a role: it is outside the grammar",
+                hint="1 to 32 letters, digits, dots, underscores and hyphens, starting with a letter or digit",
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether only a service may hold this role (compared without regard to case)."""
+        folded = self.name.lower()
+        return folded == "operator" or folded.startswith("service-")
+
+
+def device_role(name: str) -> Role:
+    """Parse a role for a device.
+
+    Raises:
+        IdentityError: the name is outside the grammar, or reserved for services.
+    """
+    role = Role(name)
+    if role.is_reserved:
+        raise IdentityError(
+            f"could not give a device the role {name!r}: it is reserved for services",
+            hint="choose another role, or issue a service identity with `birthmark issue-operator`",
+        )
+    return role
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerName:
+    """The name of a gateway's broker, the CN of its certificate: a DNS name or an IP address as text.
+
+    It is one topic level (`gateway/{name}/...`).
+
+    Raises:
+        IdentityError: the text is no host name or address, or longer than a CN may be (64 characters).
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not _HOST.fullmatch(self.text):
+            raise IdentityError(
+                f"could not use {escaped(self.text[:65])!r} as a broker name: it is no host name or address",
+                hint="give a DNS name such as gateway-1.example.com, or an IP address",
+            )
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,1 @@
+"""The serial enrollment link: frames, messages and bundles as both ends agree (docs/serial-protocol.md)."""

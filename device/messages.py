@@ -1,0 +1,211 @@
+"""The messages on the topics, as values: JSON objects in UTF-8, one schema each.
+
+Broker and station may not import each other, so what they say to each other is defined here.
+
+Rules: a reader takes any object whose known keys have the right types, and ignores unknown keys (a newer
+writer may add some); anything else is a `RemoteProtocolError`. Times are seconds since 1970 as a number.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from birthmark.device.errors import RemoteProtocolError
+from birthmark.device.escape import escaped
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """Whether a device is there; retained on `devices/{id}/status` (its last will says `online=False`)."""
+
+    online: bool
+    since: float
+    """When this became true, by the device's clock."""
+    reason: str = ""
+    """Why it is offline: `goodbye` for a clean stop, `lost` for a last will."""
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Presence:
+        """Read a payload; raises `RemoteProtocolError` if it is no presence."""
+        fields = _Fields("presence", payload)
+        return cls(
+            online=fields.boolean("online"),
+            since=fields.number("since"),
+            reason=fields.text("reason", default=""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedIdentity:
+    """What a revocation did at one gateway to one identity that had a session there."""
+
+    id: str
+    cert_serial: str
+    """In lower-case hex."""
+    sessions_closed: int
+    elapsed_ms: float
+    """From the arrival of the CRL to the closing of the last of its connections."""
+    will_suppressed: bool
+    """Whether a last will was there, and was not sent."""
+    queued_messages_purged: int
+    retained_presence_purged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a gateway did with a CRL; on `gateway/{name}/receipts`, and as a file beside a CRL taken by path."""
+
+    gateway: str
+    outcome: Literal["installed", "current", "refused"]
+    """`current`: the very same CRL was installed already; `refused`: nothing changed, `reason` says why."""
+    issuer: str
+    """The issuing CA's subject key identifier, lower-case hex; empty if it could not be read."""
+    crl_number: int
+    """Of the CRL in force for that issuer after this (0: none)."""
+    crl_sha256: str
+    """Of the CRL that arrived, DER, in lower-case hex."""
+    revoked_count: int
+    """Certificates on the CRL in force for that issuer."""
+    installed_at: float
+    elapsed_ms: float
+    """From the arrival of the CRL until every effect had happened."""
+    closed: tuple[ClosedIdentity, ...] = ()
+    reason: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Receipt:
+        """Read a payload; raises `RemoteProtocolError` if it is no receipt."""
+        fields = _Fields("receipt", payload)
+        outcome = fields.text("outcome")
+        if outcome not in ("installed", "current", "refused"):
+            raise fields.error(f"unknown outcome {escaped(outcome)!r}")
+        return cls(
+            gateway=fields.text("gateway"),
+            outcome=outcome,
+            issuer=fields.text("issuer"),
+            crl_number=fields.whole("crl_number"),
+            crl_sha256=fields.text("crl_sha256"),
+            revoked_count=fields.whole("revoked_count"),
+            installed_at=fields.number("installed_at"),
+            elapsed_ms=fields.number("elapsed_ms"),
+            closed=tuple(_closed(item) for item in fields.objects("closed")),
+            reason=fields.text("reason", default=""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayStatus:
+    """A gateway's own state, retained on `gateway/{name}/status`."""
+
+    gateway: str
+    online: bool
+    clock: float
+    """By the gateway's clock, when it was said."""
+    crl_numbers: dict[str, int]
+    """The number of the CRL in force, by issuing CA's subject key identifier in lower-case hex."""
+    crl_next_update: float
+    """The earliest nextUpdate among them (0: none)."""
+    policy_sha256: str
+    sessions: int
+    """Connected sessions."""
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> GatewayStatus:
+        """Read a payload; raises `RemoteProtocolError` if it is no gateway status."""
+        fields = _Fields("gateway status", payload)
+        return cls(
+            gateway=fields.text("gateway"),
+            online=fields.boolean("online"),
+            clock=fields.number("clock"),
+            crl_numbers=fields.counts("crl_numbers"),
+            crl_next_update=fields.number("crl_next_update"),
+            policy_sha256=fields.text("policy_sha256"),
+            sessions=fields.whole("sessions"),
+        )
+
+
+def _closed(item: _Fields) -> ClosedIdentity:
+    return ClosedIdentity(
+        id=item.text("id"),
+        cert_serial=item.text("cert_serial"),
+        sessions_closed=item.whole("sessions_closed"),
+        elapsed_ms=item.number("elapsed_ms"),
+        will_suppressed=item.boolean("will_suppressed"),
+        queued_messages_purged=item.whole("queued_messages_purged"),
+        retained_presence_purged=item.boolean("retained_presence_purged"),
+    )
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+class _Fields:
+    """Typed access to an untrusted JSON object."""
+
+    def __init__(self, what: str, payload: bytes | dict[str, Any]) -> None:
+        self._what = what
+        if isinstance(payload, bytes | bytearray):
+            try:
+                value = json.loads(payload)
+            except (ValueError, RecursionError) as error:
+                raise self.error("not JSON") from error
+        else:
+            value = payload
+        if not isinstance(value, dict):
+            raise self.error("not an object")
+        self._value: dict[str, Any] = value
+
+    def error(self, cause: str) -> RemoteProtocolError:
+        return RemoteProtocolError(f"could not read a {self._what}: {cause}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._value.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(f"{key!r} is not text")
+        return value
+
+    def boolean(self, key: str) -> bool:
+        value = self._value.get(key)
+        if not isinstance(value, bool):
+            raise self.error(f"{key!r} is not a boolean")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self._value.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(f"{key!r} is not a number")
+        return float(value)
+
+    def whole(self, key: str) -> int:
+        value = self._value.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(f"{key!r} is not a count")
+        return value
+
+    def counts(self, key: str) -> dict[str, int]:
+        value = self._value.get(key)
+        if not isinstance(value, dict):
+            raise self.error(f"{key!r} is not an object")
+        inner = _Fields(self._what, value)
+        return {name: inner.whole(name) for name in value}
+
+    def objects(self, key: str) -> list[_Fields]:
+        value = self._value.get(key, [])
+        if not isinstance(value, list):
+            raise self.error(f"{key!r} is not a list")
+        return [_Fields(self._what, item if isinstance(item, dict) else {}) for item in value]

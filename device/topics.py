@@ -1,0 +1,57 @@
+"""The topic scheme: who says what where (MQTT 3.1.1 §4.7).
+
+Up:    devices/{id}/telemetry/...  devices/{id}/status  devices/{id}/replies/...
+Down:  devices/{id}/commands/...   fleet/announcements/...
+Both:  devices/{id}/renewal/request|answer   devices/{id}/time/request|answer
+Gateway: gateway/{name}/crl in, gateway/{name}/receipts and gateway/{name}/status out
+`$...` is the broker's alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from birthmark.device.identity import BrokerName, DeviceId
+
+ANNOUNCEMENTS = "fleet/announcements/#"
+
+
+def telemetry(device_id: DeviceId, name: str) -> str:
+    """Where a device publishes one kind of reading."""
+    return f"devices/{device_id}/telemetry/{name}"
+
+
+def status(device_id: DeviceId) -> str:
+    """Where a device's presence is retained, and its last will lands."""
+    return f"devices/{device_id}/status"
+
+
+def command(device_id: DeviceId, name: str) -> str:
+    """Where a device listens for one command."""
+    return f"devices/{device_id}/commands/{name}"
+
+
+def commands(device_id: DeviceId) -> str:
+    """The filter for every command to one device."""
+    return f"devices/{device_id}/commands/#"
+
+
+def reply(device_id: DeviceId, name: str) -> str:
+    """Where a device answers one command."""
+    return f"devices/{device_id}/replies/{name}"
+
+
+def gateway_crl(name: BrokerName) -> str:
+    """Where a gateway takes a new CRL from (DER)."""
+    return f"gateway/{name}/crl"
+
+
+def gateway_receipts(name: BrokerName) -> str:
+    """Where a gateway says what it did with a CRL."""
+    return f"gateway/{name}/receipts"
+
+
+def gateway_status(name: BrokerName) -> str:
+    """Where a gateway's own state is retained."""
+    return f"gateway/{name}/status"

@@ -1,0 +1,14 @@
+"""The command of this part; also `python -m birthmark.firmware_sim`."""
+
+import sys
+
+from birthmark.device.console import main_of
+
+
+def main() -> None:
+    """Run the command and exit with its code."""
+    sys.exit(main_of("birthmark.firmware_sim.cli", "sim"))
+
+
+if __name__ == "__main__":
+    main()

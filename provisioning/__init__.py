@@ -1,0 +1,1 @@
+"""The station: the certificate authority, the registry, flashing over serial, and revocation."""

@@ -1,0 +1,14 @@
+"""The command of this part; also `python -m birthmark.provisioning`."""
+
+import sys
+
+from birthmark.device.console import main_of
+
+
+def main() -> None:
+    """Run the command and exit with its code."""
+    sys.exit(main_of("birthmark.provisioning.cli", "station"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The registry: every identity ever issued, behind one interface."""
