@@ -67,8 +67,8 @@ class Console:
         headings = [column.replace("_", " ").upper() for column in columns]
         widths = [max(len(row[i]) for row in [headings, *cells]) for i in range(len(columns))]
         self.say(self.paint(_line(headings, widths), "bold"))
-        for row in cells:
-            self.say(_line(row, widths))
+        for line in cells:
+            self.say(_line(line, widths))
 
     def facts(self, record: Mapping[str, Any]) -> None:
         """Print one record as `name  value` lines, or as one JSON object."""
