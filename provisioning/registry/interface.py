@@ -1,0 +1,139 @@
+"""The registry as the station sees it, whichever back end keeps it.
+
+Rules:
+
+- A transaction is exclusive across processes and threads from its first read to the end of its block. When
+  the block ends, everything in it is durable; when it ends in an exception, nothing of it is.
+- A view is one consistent state; it takes no lock and never waits.
+- Uniqueness (docs/serial-protocol.md section 8) holds at every insert and update: hwid and name among the rows
+  that are neither VOID nor being replaced, names without regard to case and across devices, services and
+  brokers; public key and certificate serial number among all rows ever.
+- The audit entries of a transaction are durable with it, and reach the audit log after a crash too.
+- Transactions do not nest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from birthmark.device.errors import EnrollmentRefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from contextlib import AbstractContextManager
+
+    from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+
+
+class DuplicateError(EnrollmentRefusedError):
+    """A row would share what must be unique with another row.
+
+    Args:
+        field: `name`, `hwid`, `public_key` or `cert_serial`.
+        holder: the row that has it already.
+    """
+
+    def __init__(self, field: str, holder: Row) -> None:
+        self.field = field
+        self.holder = holder
+        what = field.replace("_", " ")
+        owner = f"{holder.kind} {holder.name}, row {holder.number}, {holder.state}"
+        super().__init__(
+            f"could not take this {what}: it belongs to {owner}",
+            hint=f"look at it with `birthmark show {holder.name}`",
+        )
+
+
+class View(Protocol):
+    """One consistent state of the registry, for reading."""
+
+    def rows(
+        self, *, kind: Kind | None = None, states: Collection[State] | None = None, role: str | None = None
+    ) -> list[Row]:
+        """Return the rows that fit every given filter, by ascending number."""
+
+    def row(self, number: int) -> Row | None:
+        """Return the row with this number."""
+
+    def named(self, name: str) -> list[Row]:
+        """Return every row ever that had this name (without regard to case), by ascending number."""
+
+    def live_by_name(self, name: str) -> Row | None:
+        """Return the row, neither VOID nor being replaced, that holds this name (without regard to case)."""
+
+    def live_by_hwid(self, hwid: bytes) -> Row | None:
+        """Return the row, neither VOID nor being replaced, that holds this hwid."""
+
+    def by_cert_serial(self, cert_serial: int) -> Row | None:
+        """Return the row, of whatever state, whose certificate has this serial number."""
+
+    def by_public_key(self, public_key_der: bytes) -> Row | None:
+        """Return the row, of whatever state, with this SubjectPublicKeyInfo (DER)."""
+
+    def revoked(self) -> list[Row]:
+        """Return every row whose certificate is revoked, by ascending number."""
+
+    def counter(self, name: str) -> int:
+        """Return a counter's value; 0 if it was never set."""
+
+
+class Transaction(View, Protocol):
+    """An exclusive read, change and write. It sees its own changes."""
+
+    def insert(
+        self,
+        *,
+        kind: Kind,
+        name: str,
+        role: str = "",
+        state: State | None = None,
+        key_mode: KeyMode | None = None,
+        hwid: bytes | None = None,
+        txn: bytes | None = None,
+        public_key_der: bytes | None = None,
+        cert_serial: int | None = None,
+        replaces: int | None = None,
+    ) -> Row:
+        """Add a row (RESERVED unless `state` says otherwise), numbered and dated by the registry.
+
+        With `replaces`, that row is marked as being replaced by the new one, and no longer holds its name
+        and hwid.
+
+        Raises:
+            DuplicateError: what must be unique is taken; nothing was added.
+        """
+
+    def update(self, row: Row) -> Row:
+        """Put `row` in the place of the row with its number, and return it as stored.
+
+        `changed_at` is set by the registry; the bundle's bytes are dropped once the row is ATTESTED or VOID.
+        When a row that replaces another becomes VOID, the other one stands again.
+
+        Raises:
+            DuplicateError: what must be unique is taken; nothing was changed.
+            RegistryError: there is no such row, or it may not change so (`model.check_change`): read it again.
+        """
+
+    def set_counter(self, name: str, value: int) -> None:
+        """Set a counter (never below its value: a `RegistryError` otherwise)."""
+
+    def record(self, action: str, subject: str, **details: str | int | bool | None) -> None:
+        """Add an entry to the audit log, durable with this transaction."""
+
+
+class Registry(Protocol):
+    """Where the station's rows are."""
+
+    def transaction(self) -> AbstractContextManager[Transaction]:
+        """Open a transaction; see the module's rules.
+
+        Raises:
+            RegistryError: the registry cannot be read or written; nothing was changed.
+        """
+
+    def view(self) -> AbstractContextManager[View]:
+        """Open a view of the last durable state.
+
+        Raises:
+            RegistryError: the registry cannot be read.
+        """

@@ -1,0 +1,200 @@
+"""One row of the registry: a unit, a service or a broker, and how far its enrollment has come.
+
+Rules (docs/serial-protocol.md section 8):
+
+- A row moves forward through the states only, and from any of them to VOID, which is final.
+- KEYED and later hold the public key and the certificate's serial number, so that both are durable before the
+  certificate is signed; ISSUED and later hold the certificate.
+- What is once known of a certificate never changes: its key, its serial number, its bytes, its revocation.
+- A row never holds a private key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device.identity import BrokerName, DeviceId, Role
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+HWID_OCTETS: Final = range(4, 33)
+TXN_OCTETS: Final = 16
+SHA256_OCTETS: Final = 32
+CERT_SERIAL_MAX: Final = 1 << 159
+"""A serial number is a positive integer of at most 20 octets, the first bit clear (RFC 5280 section 4.1.2.2)."""
+
+
+class Kind(StrEnum):
+    """Whose certificate a row is about."""
+
+    DEVICE = "device"
+    SERVICE = "service"
+    BROKER = "broker"
+
+
+class State(StrEnum):
+    """How far the enrollment has come; each state is durable before the next action on the wire or at the CA."""
+
+    RESERVED = "RESERVED"
+    KEYED = "KEYED"
+    ISSUED = "ISSUED"
+    PREPARED = "PREPARED"
+    COMMITTED = "COMMITTED"
+    ATTESTED = "ATTESTED"
+    VOID = "VOID"
+
+    def reached(self, other: State) -> bool:
+        """Whether a row in this state has passed through `other`; never for VOID, whose past is not known."""
+        return self is not State.VOID and _ORDER[self] >= _ORDER[other]
+
+
+_ORDER: Final = {state: order for order, state in enumerate(State)}
+
+
+class KeyMode(StrEnum):
+    """Who made the device's key pair."""
+
+    ON_DEVICE = "on-device"
+    STATION = "station"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One enrollment, with everything that the station remembers of it.
+
+    Raises:
+        ValueError: a field contradicts another one or has the wrong size.
+        IdentityError: the name or the role is outside its grammar.
+    """
+
+    number: int
+    """The row's own number, from 1, never used again."""
+    kind: Kind
+    name: str
+    """Device id, service name or broker name: the certificate's CN."""
+    role: str
+    """The role in the certificate's OU; empty for a broker."""
+    state: State
+    created_at: datetime
+    changed_at: datetime
+    key_mode: KeyMode | None = None
+    hwid: bytes | None = None
+    txn: bytes | None = None
+    public_key_der: bytes | None = None
+    """SubjectPublicKeyInfo, DER."""
+    cert_serial: int | None = None
+    certificate_der: bytes | None = None
+    bundle: bytes | None = None
+    """Kept until ATTESTED, then dropped; its hash stays."""
+    bundle_sha256: bytes | None = None
+    replaces: int | None = None
+    """The number of the row that this one is to replace."""
+    replaced_by: int | None = None
+    """The number of the row that is replacing, or has replaced, this one."""
+    void_reason: str = ""
+    not_before: datetime | None = None
+    not_after: datetime | None = None
+    revoked_at: datetime | None = None
+    revocation_reason: str = ""
+    """The RFC 5280 reason's name, such as `keyCompromise`; empty while not revoked."""
+
+    def __post_init__(self) -> None:
+        self._check_identity()
+        self._check_sizes()
+        self._check_state()
+
+    @property
+    def name_folded(self) -> str:
+        """The form in which names are compared, across devices, services and brokers."""
+        return self.name.lower()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether this row holds its name and hwid: neither VOID nor being replaced."""
+        return self.state is not State.VOID and self.replaced_by is None
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether its certificate is, or is to be, on the CRL."""
+        return self.revoked_at is not None
+
+    def _check_identity(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"row number {self.number} is not positive")
+        if self.kind is Kind.BROKER:
+            BrokerName(self.name)
+            if self.role:
+                raise ValueError("a broker holds no role")
+            return
+        DeviceId(self.name)
+        if Role(self.role).is_reserved != (self.kind is Kind.SERVICE):
+            raise ValueError(f"a {self.kind} may not hold the role {self.role}")
+
+    def _check_sizes(self) -> None:
+        if self.hwid is not None and len(self.hwid) not in HWID_OCTETS:
+            raise ValueError("the hwid is not 4 to 32 octets long")
+        if self.txn is not None and len(self.txn) != TXN_OCTETS:
+            raise ValueError("the txn is not 16 octets long")
+        if self.bundle_sha256 is not None and len(self.bundle_sha256) != SHA256_OCTETS:
+            raise ValueError("the bundle hash is not 32 octets long")
+        if self.cert_serial is not None and not 0 < self.cert_serial < CERT_SERIAL_MAX:
+            raise ValueError("the certificate's serial number is out of range")
+        for name in ("created_at", "changed_at", "not_before", "not_after", "revoked_at"):
+            moment = getattr(self, name)
+            if moment is not None and moment.tzinfo is None:
+                raise ValueError(f"{name} has no time zone")
+
+    def _check_state(self) -> None:
+        keyed = self.public_key_der is not None and self.cert_serial is not None
+        if self.state.reached(State.KEYED) and not keyed:
+            raise ValueError(f"a row in {self.state} needs a public key and a serial number")
+        if self.state.reached(State.ISSUED) and self.certificate_der is None:
+            raise ValueError(f"a row in {self.state} needs its certificate")
+        if self.kind is Kind.DEVICE and (self.hwid is None or self.txn is None):
+            raise ValueError("a device's row needs a hwid and a txn")
+        if bool(self.void_reason) != (self.state is State.VOID):
+            raise ValueError("a row has a void reason exactly when it is VOID")
+        if self.is_revoked != bool(self.revocation_reason):
+            raise ValueError("a revocation needs a time and a reason")
+        if self.is_revoked and self.cert_serial is None:
+            raise ValueError("only a certificate with a serial number can be revoked")
+
+
+_ONCE_SET: Final = frozenset(
+    {
+        "public_key_der",
+        "cert_serial",
+        "certificate_der",
+        "bundle_sha256",
+        "not_before",
+        "not_after",
+        "revoked_at",
+        "hwid",
+        "txn",
+        "replaces",
+    }
+)
+_FIXED: Final = frozenset({"number", "kind", "name", "role", "created_at"})
+
+
+def check_change(old: Row, new: Row) -> None:
+    """Check that `new` may follow `old` as the content of one row.
+
+    This also catches a writer that holds a stale row: it would undo a revocation or a VOID that somebody
+    else has made durable in the meantime.
+
+    Raises:
+        ValueError: a state that goes back, or a fact that may not change and does.
+    """
+    if old.state is State.VOID and new.state is not State.VOID:
+        raise ValueError(f"row {old.number} is VOID for good ({old.void_reason})")
+    if new.state is not State.VOID and not new.state.reached(old.state):
+        raise ValueError(f"row {old.number} may not go back from {old.state} to {new.state}")
+    for field in fields(Row):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        fixed = field.name in _FIXED or (field.name in _ONCE_SET and before is not None)
+        if fixed and before != after:
+            raise ValueError(f"{field.name} of row {old.number} may not change")
