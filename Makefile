@@ -1,0 +1,70 @@
+# The whole interface for developing, and for trying birthmark out; CI calls the same targets.
+#
+#   make demo                    the whole mission on this machine, in about half a minute
+#   make test                    every test
+#   PYTHON=python3.12 VENV=.venv-3.12 make test     on another Python, in an environment of its own
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one path without spaces)
+endif
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+# An environment is stale when one of the inputs is newer than its stamp. `dev` is a superset of `run`.
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help dev check test demo bench proof clean
+.SUFFIXES:
+
+help:
+	@echo "make demo    a station, a broker and three simulated boards: enrolled, online, one revoked"
+	@echo "make test    every test"
+	@echo "make check   ruff, formatting and types"
+	@echo "make bench   what this machine does in a second"
+	@echo "make proof   the long proofs, whole"
+	@echo "make dev     only the development environment, in $(VENV)"
+	@echo "make clean   remove the environment and everything generated"
+
+dev: $(DEV)
+
+# What the demo needs, and no more. Progress goes to stderr: `DEMO=json make demo` has JSON alone on stdout.
+$(RUN): $(INPUTS)
+	@sh tools/environment '$(PYTHON)' '$(VENV)'
+	@echo "birthmark: installing into $(VENV) (once; under a minute)" >&2
+	@$(INSTALL) -e '.[broker,device,sim,station]' >&2
+	@touch $(RUN)
+
+$(DEV): $(INPUTS)
+	@sh tools/environment '$(PYTHON)' '$(VENV)'
+	@echo "birthmark: installing into $(VENV) with the tools for development (once; about a minute)" >&2
+	@$(INSTALL) -e '.[dev]' >&2
+	@touch $(RUN) $(DEV)
+
+check: $(DEV)
+	@echo "birthmark: ruff check, ruff format --check, mypy" >&2
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary
+
+test: $(DEV)
+	@$(BIN)/python -m pytest -q -n auto
+
+# The proofs are in the suite too, at a quick count; here each runs whole.
+proof: $(DEV)
+	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n auto -m proof --timeout 1200
+
+demo: $(RUN)
+	@$(BIN)/python demo/run.py
+
+bench: $(RUN)
+	@$(BIN)/python bench/run.py
+
+clean:
+	@rm -rf .venv .venv-* build dist demo-run birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
