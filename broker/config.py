@@ -1,0 +1,243 @@
+"""The broker's settings, read from `broker.toml`.
+
+Rules: a key that is not known here is an error, and so is a value out of bounds; an error names file, line and
+key. A relative path is relative to the folder of the file that holds it, never to the working directory.
+Reading settings opens no other file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from birthmark.broker.toml_file import Table, read_toml
+from birthmark.device.errors import ConfigurationError, IdentityError
+from birthmark.device.escape import escaped
+from birthmark.device.identity import BrokerName
+
+DEFAULT_LISTEN = "0.0.0.0:8883"
+INIT_HINT = "write one with `birthmark-broker init`"
+
+
+class OnDenied(StrEnum):
+    """What becomes of a client whose PUBLISH the policy denies (MQTT 3.1.1 has no refusal for it)."""
+
+    DROP = "drop"
+    """The message is dropped and logged; with QoS 1 or 2 it is acknowledged (§3.3.5 allows both)."""
+    DISCONNECT = "disconnect"
+    """The connection is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client, and all of them together, may use of the gateway."""
+
+    max_packet_bytes: int = 1_048_576
+    """The remaining length of one MQTT packet; a larger one closes its connection."""
+    max_connections: int = 20_000
+    handshake_timeout_s: float = 10.0
+    """From the TCP connection to the end of the TLS handshake."""
+    connect_timeout_s: float = 10.0
+    """From the end of the TLS handshake to the whole CONNECT packet."""
+    max_keepalive_s: int = 3_600
+    """A client that asks for a longer keepalive, or for none, is held to this one."""
+    max_subscriptions: int = 200
+    """Filters of one session."""
+    max_inflight: int = 64
+    """Messages of QoS 1 and 2 on their way to one client, not acknowledged yet."""
+    max_queued_messages: int = 1_000
+    """Messages waiting for one session, connected or not; beyond it the oldest go."""
+    max_queued_bytes: int = 4_194_304
+    """Their payloads together, and what is buffered for the socket of a slow client."""
+    max_sessions: int = 100_000
+    """Sessions kept, connected or not."""
+    session_expiry_s: int = 604_800
+    """A session whose client does not come back for this long is forgotten."""
+    max_retained_messages: int = 100_000
+    max_retained_bytes: int = 67_108_864
+    shutdown_timeout_s: float = 5.0
+    """What a stop grants clients to take what is on its way to them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationSettings:
+    """How the broker treats its CRLs."""
+
+    grace_days: float = 14.0
+    """How long after its nextUpdate an expired CRL still lets in what it does not list."""
+    fail_closed: bool = False
+    """With an expired CRL, refuse everyone at once, without grace."""
+    max_crl_bytes: int = 67_108_864
+    """200,000 entries have 7.8 MB."""
+    watch_interval_s: float = 0.25
+    """How often the CRL, the policy and the credentials are looked at for a change."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """Everything that `broker.toml` says. Paths are absolute."""
+
+    name: BrokerName
+    """The gateway's name, the `{name}` of its topics and receipts."""
+    listen_host: str
+    listen_port: int
+    """0: any free port."""
+    credentials_path: Path
+    """The broker's own key, certificate and chain, one PEM file."""
+    clients_ca_path: Path
+    """The trusted issuing CAs of the clients, PEM."""
+    crl_path: Path
+    """The watched CRL file; a receipt is written beside it."""
+    policy_path: Path
+    data_folder: Path
+    """What the broker keeps over a restart: installed CRLs, sessions, retained messages."""
+    on_denied: OnDenied = OnDenied.DROP
+    limits: Limits = field(default_factory=Limits)
+    revocation: RevocationSettings = field(default_factory=RevocationSettings)
+    path: Path | None = None
+    """The file these settings come from."""
+
+    @property
+    def receipt_path(self) -> Path:
+        """Where the receipt for the watched CRL file goes."""
+        return self.crl_path.with_name(self.crl_path.name + ".receipt")
+
+
+def read_settings(path: Path) -> BrokerSettings:
+    """Read `broker.toml`.
+
+    Raises:
+        ConfigurationError: it is not there, or something in it cannot be used; file, line and key are named.
+    """
+    root, _ = read_toml(path, ConfigurationError, missing_hint=INIT_HINT)
+    root.only(
+        (
+            "name",
+            "listen",
+            "credentials",
+            "clients_ca",
+            "crl",
+            "policy",
+            "data_folder",
+            "on_denied",
+            "limits",
+            "revocation",
+        )
+    )
+    try:
+        name = BrokerName(root.text("name"))
+    except IdentityError as error:
+        raise root.complain("name", cause=error.message, hint=error.hint) from error
+    host, port = _listen(root)
+    folder = path.absolute().parent
+    return BrokerSettings(
+        name=name,
+        listen_host=host,
+        listen_port=port,
+        credentials_path=_path(root, folder, "credentials", "server.pem"),
+        clients_ca_path=_path(root, folder, "clients_ca", "clients-ca.pem"),
+        crl_path=_path(root, folder, "crl", "crl.pem"),
+        policy_path=_path(root, folder, "policy", "policy.toml"),
+        data_folder=_path(root, folder, "data_folder", "data"),
+        on_denied=_on_denied(root),
+        limits=_limits(root.table("limits")),
+        revocation=_revocation(root.table("revocation")),
+        path=path.absolute(),
+    )
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Split `host:port`; an IPv6 address stands in square brackets. Raises `ValueError` with the cause."""
+    host, colon, port_text = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("an IPv6 address stands in square brackets: [::]:8883")
+    if not colon or not host:
+        raise ValueError("it must be host:port, such as 0.0.0.0:8883")
+    if not (port_text.isascii() and port_text.isdigit() and int(port_text) <= 65_535):
+        raise ValueError("the port must be a number from 0 to 65535")
+    return host, int(port_text)
+
+
+def _listen(root: Table) -> tuple[str, int]:
+    try:
+        return parse_listen(root.text("listen", DEFAULT_LISTEN))
+    except ValueError as error:
+        raise root.complain("listen", cause=str(error)) from error
+
+
+def _path(root: Table, folder: Path, key: str, default: str) -> Path:
+    text = root.text(key, default)
+    if not text or "\0" in text:
+        raise root.complain(key, cause="it must be the path of a file or folder")
+    return folder / Path(text).expanduser()
+
+
+def _on_denied(root: Table) -> OnDenied:
+    text = root.text("on_denied", OnDenied.DROP)
+    try:
+        return OnDenied(text)
+    except ValueError as error:
+        cause = f"{escaped(text, 32)!r} is neither 'drop' nor 'disconnect'"
+        raise root.complain("on_denied", cause=cause) from error
+
+
+# The least and the most of each limit: the least still lets a stock client work, the most still fits a gateway.
+_LIMIT_BOUNDS: dict[str, tuple[int, int]] = {
+    "max_packet_bytes": (1_024, 268_435_455),
+    "max_connections": (1, 1_000_000),
+    "max_keepalive_s": (1, 65_535),
+    "max_subscriptions": (1, 100_000),
+    "max_inflight": (1, 65_535),
+    "max_queued_messages": (1, 10_000_000),
+    "max_queued_bytes": (1_024, 2**40),
+    "max_sessions": (1, 10_000_000),
+    "session_expiry_s": (1, 10 * 365 * 86_400),
+    "max_retained_messages": (1, 10_000_000),
+    "max_retained_bytes": (1_024, 2**40),
+}
+_TIMEOUT_BOUNDS: dict[str, tuple[float, float]] = {
+    "handshake_timeout_s": (0.1, 300),
+    "connect_timeout_s": (0.1, 300),
+    "shutdown_timeout_s": (0.0, 60),
+}
+
+
+def _limits(table: Table) -> Limits:
+    table.only((*_LIMIT_BOUNDS, *_TIMEOUT_BOUNDS))
+    defaults = Limits()
+    whole: dict[str, Any] = {
+        key: table.whole(key, getattr(defaults, key), least=least, most=most)
+        for key, (least, most) in _LIMIT_BOUNDS.items()
+    }
+    timeouts: dict[str, Any] = {
+        key: table.number(key, getattr(defaults, key), least=least, most=most)
+        for key, (least, most) in _TIMEOUT_BOUNDS.items()
+    }
+    return Limits(**whole, **timeouts)
+
+
+def _revocation(table: Table) -> RevocationSettings:
+    table.only(("grace_days", "fail_closed", "max_crl_bytes", "watch_interval_s"))
+    defaults = RevocationSettings()
+    return RevocationSettings(
+        grace_days=table.number("grace_days", defaults.grace_days, least=0, most=3_650),
+        fail_closed=table.boolean("fail_closed", default=defaults.fail_closed),
+        max_crl_bytes=table.whole("max_crl_bytes", defaults.max_crl_bytes, least=1_024, most=2**31),
+        watch_interval_s=table.number("watch_interval_s", defaults.watch_interval_s, least=0.02, most=3_600),
+    )
+
+
+def override_listen(text: str) -> tuple[str, int]:
+    """Parse `--listen` of the command line.
+
+    Raises:
+        ConfigurationError: it is no `host:port`.
+    """
+    try:
+        return parse_listen(text)
+    except ValueError as error:
+        raise ConfigurationError(f"could not use --listen {escaped(text, 80)!r}: {error}") from error
