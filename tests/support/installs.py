@@ -7,16 +7,19 @@ import shutil
 import subprocess
 import sys
 import venv
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support.repository import ROOT, tracked
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NO_INDEX = ("No matching distribution found", "Could not fetch URL", "NewConnectionError", "ConnectTimeout")
 
 
 def copy_of_tracked_files(folder: Path) -> Path:
-    """Copy the tracked files, so that no `build/` of the checkout's gets into a wheel, nor one into the checkout."""
+    """Copy the tracked files, so that a build neither takes in the checkout's `build/` nor leaves one there."""
     for path in tracked():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +27,7 @@ def copy_of_tracked_files(folder: Path) -> Path:
     return folder
 
 
-def run(*command: str | Path, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
     """Run a command without this environment's own Python settings, and return what it said."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "COV_"))

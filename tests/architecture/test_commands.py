@@ -1,0 +1,65 @@
+"""Every console command: documented in docs/commands.md, with examples in its help, and `--json`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+import pytest
+from support.repository import ROOT
+
+from birthmark.broker import cli as broker_cli
+from birthmark.device import cli as device_cli
+from birthmark.firmware_sim import cli as sim_cli
+from birthmark.provisioning import cli as station_cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def walk(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield every command that does something, with its full name."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in inner:
+        for word, command in action.choices.items():
+            yield from walk(command, f"{name} {word}")
+    if not inner:
+        yield name, parser
+
+
+COMMANDS = {
+    name: parser
+    for command, cli in {
+        "birthmark": station_cli,
+        "birthmark-broker": broker_cli,
+        "birthmark-device": device_cli,
+        "birthmark-sim": sim_cli,
+    }.items()
+    for name, parser in walk(cli.parser(), command)
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_documented_with_an_example(name: str) -> None:
+    lines = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").splitlines()
+    assert any(line.startswith("#") and f"`{name}" in line for line in lines), f"no heading for {name}"
+    assert any(line.lstrip("$ ").startswith(f"{name} ") or line.strip() == f"$ {name}" for line in lines)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_s_help_ends_in_examples(name: str) -> None:
+    text = COMMANDS[name].format_help()
+    assert "examples:\n" in text
+    assert f"  {name}" in text.split("examples:\n", 1)[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_of_a_command_is_explained(name: str) -> None:
+    for action in COMMANDS[name]._actions:
+        assert action.help, f"{name}: {action.option_strings or action.dest} has no help"
+
+
+def test_no_command_documented_is_missing() -> None:
+    lines = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8").splitlines()
+    headings = {line.split("`")[1] for line in lines if line.startswith("### `")}
+    assert headings == set(COMMANDS)
