@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from birthmark.device.errors import RemoteProtocolError
 from birthmark.device.escape import escaped
+
+Outcome = Literal["installed", "current", "refused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Receipt:
     """What a gateway did with a CRL; on `gateway/{name}/receipts`, and as a file beside a CRL taken by path."""
 
     gateway: str
-    outcome: Literal["installed", "current", "refused"]
+    outcome: Outcome
     """`current`: the very same CRL was installed already; `refused`: nothing changed, `reason` says why."""
     issuer: str
     """The issuing CA's subject key identifier, lower-case hex; empty if it could not be read."""
@@ -86,9 +88,10 @@ class Receipt:
     def from_bytes(cls, payload: bytes) -> Receipt:
         """Read a payload; raises `RemoteProtocolError` if it is no receipt."""
         fields = _Fields("receipt", payload)
-        outcome = fields.text("outcome")
-        if outcome not in ("installed", "current", "refused"):
-            raise fields.error(f"unknown outcome {escaped(outcome)!r}")
+        told = fields.text("outcome")
+        outcome = next((known for known in get_args(Outcome) if known == told), None)
+        if outcome is None:
+            raise fields.error(f"unknown outcome {escaped(told)!r}")
         return cls(
             gateway=fields.text("gateway"),
             outcome=outcome,
