@@ -1,0 +1,241 @@
+"""The audit log: who did what to whom at this station, append-only and hash-chained.
+
+Rules:
+
+- One JSON object a line: `seq` (1, 2, 3, ...), `at`, `actor`, `action`, `subject`, `details`, `previous` (the hash
+  of the entry before) and `hash` (SHA-256 over the others, as JSON with sorted keys). Changing, removing or
+  moving an entry breaks the chain at that place.
+- The registry makes the entries: they are durable in it, with the transaction that they tell of, and it knows the
+  last number and hash. Only then are they appended here and fsynced. After a kill in between, the next
+  transaction appends what is missing; an entry that is here already is not appended again. So the two agree,
+  and a cut at the log's end shows too.
+- A torn last line, which a power cut can leave, is replaced when it is the beginning of the missing entry;
+  anything else is evidence and stays.
+- The chain makes tampering evident, it does not stop it: a log that was damaged never keeps anybody from
+  revoking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from birthmark.device.durable import sync_folder
+from birthmark.device.errors import RegistryError
+from birthmark.device.escape import escaped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+GENESIS: Final = "0" * 64
+"""What the first entry has as `previous`."""
+_KEYS: Final = {"seq", "at", "actor", "action", "subject", "details", "previous", "hash"}
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last entry of the log: its number (0: none yet) and its hash."""
+
+    seq: int = 0
+    hash: str = GENESIS
+
+
+def chained(
+    head: Head, *, at: datetime, actor: str, action: str, subject: str, details: Mapping[str, Any]
+) -> tuple[str, Head]:
+    """Return the next entry's line (without a line end) and the head after it."""
+    entry: dict[str, Any] = {
+        "seq": head.seq + 1,
+        "at": at.isoformat(),
+        "actor": actor,
+        "action": action,
+        "subject": subject,
+        "details": dict(details),
+        "previous": head.hash,
+    }
+    digest = _digest(entry)
+    return _dumped({**entry, "hash": digest}), Head(head.seq + 1, digest)
+
+
+def append_missing(path: Path, lines: Sequence[str]) -> None:
+    """Append those of `lines` that the log does not end with, and fsync. The caller holds the registry's lock.
+
+    Raises:
+        OSError: the log cannot be written; call again with the same lines.
+    """
+    if not lines:
+        return
+    is_new = not path.exists()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(descriptor).st_size
+        reach = sum(len(line) + 1 for line in lines) + 1
+        start = max(0, size - reach)
+        tail = os.pread(descriptor, size - start, start)
+        *whole, torn = tail.split(b"\n")
+        present = set(whole)
+        missing = [line.encode() for line in lines if line.encode() not in present]
+        if torn and any(line.startswith(torn) for line in missing):
+            size -= len(torn)
+            os.ftruncate(descriptor, size)
+        elif torn:
+            missing.insert(0, b"")  # ends the foreign line, and leaves it for `verify` to find
+        if missing:
+            _write_all(descriptor, b"".join(line + b"\n" for line in missing), size)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_new:
+        sync_folder(path.parent)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One place where the log is not what was written.
+
+    `line` is counted from 1; 0 stands for the end of the log.
+    """
+
+    line: int
+    kind: str
+    """`edited`, `cut`, `moved`, `inserted` or `torn`."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `verify` found."""
+
+    entries: int
+    head: Head
+    problems: tuple[Problem, ...] = field(default=())
+
+
+def verify(path: Path, expected: Head) -> Verdict:
+    """Check the whole log against itself and against the head that the registry remembers.
+
+    Raises:
+        RegistryError: the log cannot be read.
+    """
+    problems: list[Problem] = []
+    head = Head()
+    entries = 0
+    seen: dict[int, int] = {}
+    for number, raw in _lines(path):
+        entry = _parsed(raw)
+        if entry is None:
+            problems.append(Problem(number, "edited", f"line {number} is no audit entry"))
+            continue
+        entries += 1
+        seq = entry["seq"]
+        problem = _check(number, entry, head, seen)
+        if problem:
+            problems.append(problem)
+        seen.setdefault(seq, number)
+        if seq > head.seq:
+            # Go on from what the entry says of itself, so that one edit is reported once and in its place.
+            head = Head(seq, entry["hash"])
+    problems.extend(_check_end(head, expected))
+    return Verdict(entries, head, tuple(problems))
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the log's entries in their order; lines that are none are left out.
+
+    Raises:
+        RegistryError: the log cannot be read.
+    """
+    for _, raw in _lines(path):
+        entry = _parsed(raw)
+        if entry is not None:
+            yield entry
+
+
+def _check(number: int, entry: dict[str, Any], head: Head, seen: Mapping[int, int]) -> Problem | None:
+    seq = entry["seq"]
+    where = f"line {number} (entry {seq})"
+    if _digest({key: value for key, value in entry.items() if key != "hash"}) != entry["hash"]:
+        return Problem(number, "edited", f"{where} was edited: its content does not fit its hash")
+    if seq in seen:
+        return Problem(number, "inserted", f"{where} repeats the entry of line {seen[seq]}")
+    if seq <= head.seq:
+        return Problem(number, "moved", f"{where} is out of order: it belongs before entry {head.seq}")
+    if seq > head.seq + 1:
+        gap = f"entry {seq - 1}" if seq == head.seq + 2 else f"entries {head.seq + 1} to {seq - 1}"
+        return Problem(number, "cut", f"before {where}, {gap} {'is' if seq == head.seq + 2 else 'are'} missing")
+    if entry["previous"] != head.hash:
+        return Problem(
+            number, "edited", f"{where} does not continue the entry before it: one of them was replaced"
+        )
+    return None
+
+
+def _check_end(head: Head, expected: Head) -> Iterator[Problem]:
+    if head.seq < expected.seq:
+        text = f"the log ends with entry {head.seq}, but the registry remembers {expected.seq}: its end was cut"
+        yield Problem(0, "cut", text)
+    elif head.seq > expected.seq:
+        text = f"the log ends with entry {head.seq}, but the registry remembers only {expected.seq}"
+        yield Problem(0, "inserted", text)
+    elif head.hash != expected.hash:
+        yield Problem(0, "edited", f"entry {head.seq} is not the one that the registry remembers")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, raw.rstrip(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RegistryError(
+            f"could not read the audit log {path}: {error.strerror}", hint="repair its permissions"
+        ) from error
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        return None
+    if (
+        isinstance(entry["seq"], bool)
+        or not isinstance(entry["seq"], int)
+        or not isinstance(entry["details"], dict)
+    ):
+        return None
+    texts = _KEYS - {"seq", "details"}
+    return entry if all(isinstance(entry[key], str) for key in texts) else None
+
+
+def described(entry: Mapping[str, Any]) -> str:
+    """Return an entry in one printable line."""
+    details = " ".join(f"{key}={escaped(str(value))}" for key, value in entry["details"].items())
+    subject = escaped(entry["subject"])
+    who = escaped(entry["actor"])
+    return (
+        f"{entry['seq']:>6}  {escaped(entry['at'][:19])}Z  {who}  {escaped(entry['action'])} {subject}  {details}"
+    )
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_dumped(entry).encode()).hexdigest()
+
+
+def _dumped(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _write_all(descriptor: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
