@@ -1,0 +1,71 @@
+"""How the commands behave: exit codes, streams, JSON, escaping."""
+
+import argparse
+import json
+
+import pytest
+
+from birthmark.device import console, errors
+from birthmark.device.escape import escaped
+
+
+def _parser(outcome: BaseException | int | None) -> console.Parser:
+    def handler(_arguments: argparse.Namespace, _console: console.Console) -> int | None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    parser = console.Parser(prog="tool")
+    console.command(parser.add_subparsers(required=True), "go", handler, "Go.", "tool go")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (None, 0),
+        (4, 4),
+        (errors.BirthmarkError("no"), 1),
+        (errors.EnrollmentRefusedError("no"), 3),
+        (errors.UnreachableError("no"), 4),
+        (errors.PortError("no"), 5),
+        (errors.RegistryError("no"), 6),
+        (KeyboardInterrupt(), 130),
+        (PermissionError(13, "Permission denied", "/x"), 5),
+    ],
+)
+def test_exit_codes(outcome: BaseException | int | None, code: int) -> None:
+    assert console.run(_parser(outcome), ["go"]) == code
+
+
+def test_an_error_and_its_hint_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console.run(_parser(errors.PolicyError("could not read it", hint="look at line 3")), ["go"])
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err == "error: could not read it\nhint: look at line 3\n"
+
+
+def test_an_error_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    console.run(_parser(errors.RegistryError("could not", hint="do")), ["go", "--json"])
+    assert json.loads(capsys.readouterr().err) == {"error": "could not", "hint": "do", "exit_code": 6}
+
+
+def test_a_bug_is_not_swallowed() -> None:
+    with pytest.raises(ZeroDivisionError):
+        console.run(_parser(ZeroDivisionError()), ["go"])
+
+
+def test_a_table_for_people_and_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, str | None]] = [{"id": "a", "state": None}, {"id": "long-name", "state": "LIVE"}]
+    console.Console().table(rows, ["id", "state"], empty="none")
+    assert capsys.readouterr().out == "ID         STATE\na          -\nlong-name  LIVE\n"
+    console.Console(as_json=True).table(rows, ["id", "state"], empty="none")
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    console.Console().table([], ["id"], empty="none yet")
+    assert capsys.readouterr().out == "none yet\n"
+
+
+def test_untrusted_text_is_escaped() -> None:
+    assert escaped("\x1b[2J\n\u202e\U0001f600\\") == "\\x1b[2J\\x0a\\u202e\\U0001f600\\\\"
+    assert escaped(b"\xff\x00ok") == "\\xff\\x00ok"
+    assert escaped("a" * 300) == "a" * 256 + "..."

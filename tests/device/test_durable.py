@@ -1,0 +1,51 @@
+"""Durable files: whole or not at all, private, and no leftovers."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from birthmark.device import durable
+
+
+def test_replaces_whole_and_sets_the_mode(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    old_umask = os.umask(0)
+    try:
+        durable.write_durably(path, b"one", mode=0o400)
+        durable.write_durably(path, b"two", mode=0o600)
+    finally:
+        os.umask(old_umask)
+    assert path.read_bytes() == b"two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    path.mkdir()  # a folder in the way: the rename fails after the temporary file was written
+    with pytest.raises(OSError, match="record"):
+        durable.write_durably(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".key.0a0b0c0d.part").write_bytes(b"half")
+    (tmp_path / "key").write_bytes(b"whole")
+    durable.remove_leftovers(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def test_the_lock_is_exclusive_and_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with durable.exclusive_lock(path), pytest.raises(BlockingIOError), durable.exclusive_lock(path, wait=False):
+        pass
+    with durable.exclusive_lock(path, wait=False):
+        pass
+
+
+def test_a_private_folder_is_private(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True, mode=0o755)
+    assert stat.S_IMODE(durable.private_folder(folder).stat().st_mode) == 0o700
