@@ -109,6 +109,10 @@ class Deframer:
         """The last 4096 bytes that were no frame, those of a run still open included."""
         return bytes(self._noise + self._run)[-MAX_NOISE:]
 
+    def forget_noise(self) -> None:
+        """Drop the noise so far; a run still open stays, since it may become a frame."""
+        self._noise.clear()
+
     def feed(self, data: bytes) -> list[Frame]:
         """Take what the line brought and return the frames that it completed. Never raises."""
         self.received += len(data)
