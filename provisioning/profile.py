@@ -1,0 +1,389 @@
+"""The certificate and CRL profile (docs/certificate-profile.md) as code.
+
+Standards: RFC 5280, and draft-ietf-uta-tls13-iot-profile where it says more.
+
+Rules:
+
+- Everything is P-256 with ecdsa-with-SHA256.
+- A request gives the public key only: the subject comes from the registry, the extensions from here.
+- An end entity is never valid past its issuer, minus one second, and RFC 5280 counts both ends of a validity:
+  one of two years ends a second before the second year does.
+- Validity is backdated 24 h for boards without a clock, but never to before the issuer's.
+- Every subject is distinct; a CA's carries the beginning of its key's identifier.
+
+Pure: time, serial numbers and keys are arguments.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
+
+from birthmark.device.errors import AuthorityError, IdentityError
+from birthmark.device.escape import escaped
+from birthmark.device.identity import BrokerName, DeviceId, Role, device_role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+BACKDATED: Final = timedelta(hours=24)
+ONE_SECOND: Final = timedelta(seconds=1)
+ROOT_LIFETIME: Final = timedelta(days=20 * 365 + 5)
+ISSUING_LIFETIME: Final = timedelta(days=10 * 365 + 2)
+CRL_BACKDATED: Final = timedelta(hours=1)
+CRL_LIFETIME: Final = timedelta(days=30)
+ROOT_CRL_LIFETIME: Final = timedelta(days=365)
+CERT_SERIAL_OCTETS: Final = range(16, 21)
+"""Long enough that nobody guesses the next one, short enough for RFC 5280 section 4.1.2.2."""
+_KEY_ID_IN_NAME: Final = 8
+_DNS_NAME: Final = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """A CA that signs: its certificate and its private key.
+
+    Raises:
+        AuthorityError: the two do not belong together.
+    """
+
+    certificate: x509.Certificate
+    private_key: EllipticCurvePrivateKey
+
+    def __post_init__(self) -> None:
+        if self.certificate.public_key() != self.private_key.public_key():
+            raise AuthorityError(
+                "could not use the CA: its key and its certificate do not belong together",
+                hint="restore both from the same backup",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """One entry of a CRL."""
+
+    cert_serial: int
+    revoked_at: datetime
+    reason: x509.ReasonFlags
+
+
+def new_cert_serial(random_bytes: Callable[[int], bytes]) -> int:
+    """Draw a serial number: 20 octets, positive, 157 of its bits from `random_bytes` (a CSPRNG).
+
+    The first bits are 01, so that it is positive and its length is always 20 octets.
+    """
+    drawn = int.from_bytes(random_bytes(20), "big")
+    return drawn & ((1 << 158) - 1) | 1 << 158
+
+
+def parse_public_key(public_key_der: bytes) -> EllipticCurvePublicKey:
+    """Read a SubjectPublicKeyInfo.
+
+    Raises:
+        AuthorityError: it is not a P-256 key.
+    """
+    try:
+        key = load_der_public_key(public_key_der)
+    except Exception as error:
+        # The parser raises several kinds; whatever it does not take is refused.
+        raise AuthorityError("could not certify a key: it cannot be read") from error
+    if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1):
+        raise AuthorityError("could not certify a key: it is no P-256 key", hint="birthmark uses P-256 throughout")
+    return key
+
+
+def root_certificate(
+    private_key: EllipticCurvePrivateKey, *, organization: str, cert_serial: int, now: datetime
+) -> x509.Certificate:
+    """Make the root's certificate: self-signed, 20 years, signs issuing CAs and its CRL."""
+    public_key = private_key.public_key()
+    name = _ca_name(organization, "root CA", public_key)
+    not_before = _seconds(now - BACKDATED)
+    return (
+        _builder(name, name, public_key, cert_serial)
+        .not_valid_before(not_before)
+        .not_valid_after(not_before + ROOT_LIFETIME - ONE_SECOND)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=True), critical=True)
+        .add_extension(_subject_key_id(public_key), critical=False)
+        .sign(private_key, SHA256())
+    )
+
+
+def issuing_certificate(
+    root: Issuer, public_key: EllipticCurvePublicKey, *, organization: str, cert_serial: int, now: datetime
+) -> x509.Certificate:
+    """Make an issuing CA's certificate: 10 years, signs end entities only (pathLen 0)."""
+    name = _ca_name(organization, "issuing CA", public_key)
+    return _sign(
+        root,
+        _builder(name, root.certificate.subject, public_key, cert_serial)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(ca=True), critical=True),
+        public_key,
+        lifetime=ISSUING_LIFETIME,
+        now=now,
+    )
+
+
+def device_certificate(
+    issuer: Issuer,
+    *,
+    organization: str,
+    device_id: DeviceId,
+    role: Role,
+    public_key: EllipticCurvePublicKey,
+    cert_serial: int,
+    lifetime: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    """Make a device's certificate: TLS client only, one CN (the device id), the role in OU.
+
+    Raises:
+        IdentityError: the role is reserved for services.
+    """
+    device_role(role.name)
+    return _client_certificate(
+        issuer,
+        organization=organization,
+        identity=device_id,
+        role=role,
+        public_key=public_key,
+        cert_serial=cert_serial,
+        lifetime=lifetime,
+        now=now,
+    )
+
+
+def service_certificate(
+    issuer: Issuer,
+    *,
+    organization: str,
+    service_id: DeviceId,
+    role: Role,
+    public_key: EllipticCurvePublicKey,
+    cert_serial: int,
+    lifetime: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    """Make a service's certificate: the device's profile with a reserved role.
+
+    Raises:
+        IdentityError: the role is not reserved for services.
+    """
+    if not role.is_reserved:
+        raise IdentityError(
+            f"could not give a service the role {role}: it is a device's",
+            hint="a service's role is `operator`, or begins with `service-`",
+        )
+    return _client_certificate(
+        issuer,
+        organization=organization,
+        identity=service_id,
+        role=role,
+        public_key=public_key,
+        cert_serial=cert_serial,
+        lifetime=lifetime,
+        now=now,
+    )
+
+
+def broker_certificate(
+    issuer: Issuer,
+    *,
+    organization: str,
+    hosts: Sequence[str],
+    public_key: EllipticCurvePublicKey,
+    cert_serial: int,
+    lifetime: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    """Make a broker's certificate: TLS server only, its names and addresses in SAN, the first one as CN.
+
+    Raises:
+        IdentityError: there is no host, or one is neither a DNS name nor an address.
+    """
+    if not hosts:
+        raise IdentityError("could not name the broker: no host was given")
+    names = x509.SubjectAlternativeName([general_name(host) for host in hosts])
+    subject = _name(organization, common_name=str(BrokerName(hosts[0])))
+    return _sign(
+        issuer,
+        _builder(subject, issuer.certificate.subject, public_key, cert_serial)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(names, critical=False),
+        public_key,
+        lifetime=lifetime,
+        now=now,
+    )
+
+
+def revocation_list(
+    issuer: Issuer, *, number: int, this_update: datetime, next_update: datetime, revoked: Sequence[Revoked]
+) -> x509.CertificateRevocationList:
+    """Make a complete CRL of `issuer`. `number` and `this_update` rise strictly from CRL to CRL."""
+    # All entries go to the constructor at once: adding them one by one copies the list each time.
+    builder = x509.CertificateRevocationListBuilder(
+        issuer_name=issuer.certificate.subject,
+        last_update=_seconds(this_update).replace(tzinfo=None),
+        next_update=_seconds(next_update).replace(tzinfo=None),
+        revoked_certificates=[_entry(item) for item in revoked],
+    )
+    return (
+        builder.add_extension(_authority_key_id(issuer), critical=False)
+        .add_extension(x509.CRLNumber(number), critical=False)
+        .sign(issuer.private_key, SHA256())
+    )
+
+
+def general_name(host: str) -> x509.GeneralName:
+    """Return a host as a SAN entry: an address if it is one, else a DNS name (no wildcards).
+
+    Raises:
+        IdentityError: it is neither.
+    """
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    if not _DNS_NAME.fullmatch(host):
+        raise IdentityError(
+            f"could not use {escaped(host, 64)!r} as a broker's host: it is neither a DNS name nor an address",
+            hint="give names such as gateway-1.example.com and addresses such as 192.0.2.7 or 2001:db8::7",
+        )
+    return x509.DNSName(host)
+
+
+def key_id(certificate: x509.Certificate) -> bytes:
+    """Return a certificate's subject key identifier."""
+    return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+
+
+def _client_certificate(
+    issuer: Issuer,
+    *,
+    organization: str,
+    identity: DeviceId,
+    role: Role,
+    public_key: EllipticCurvePublicKey,
+    cert_serial: int,
+    lifetime: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    subject = _name(organization, unit=role.name, common_name=identity.text)
+    # A client certificate needs no SAN to name its holder, but pyca's verifier wants one, and linters refuse
+    # URNs of our own: the CN again, as a directory name, satisfies both.
+    also_known_as = x509.DirectoryName(x509.Name([_attribute(NameOID.COMMON_NAME, identity.text)]))
+    return _sign(
+        issuer,
+        _builder(subject, issuer.certificate.subject, public_key, cert_serial)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([also_known_as]), critical=False),
+        public_key,
+        lifetime=lifetime,
+        now=now,
+    )
+
+
+def _sign(
+    issuer: Issuer,
+    builder: x509.CertificateBuilder,
+    public_key: EllipticCurvePublicKey,
+    *,
+    lifetime: timedelta,
+    now: datetime,
+) -> x509.Certificate:
+    ca = issuer.certificate
+    not_before = max(_seconds(now - BACKDATED), ca.not_valid_before_utc)
+    not_after = min(not_before + lifetime, ca.not_valid_after_utc) - ONE_SECOND
+    if not_after <= now:
+        raise AuthorityError(
+            f"could not issue: the certificate would end on {not_after:%Y-%m-%d}, before it begins to be of use",
+            hint="give a longer lifetime; if the issuing CA itself is at its end, make a new station",
+        )
+    return (
+        builder.not_valid_before(not_before)
+        .not_valid_after(not_after)
+        .add_extension(_subject_key_id(public_key), critical=False)
+        .add_extension(_authority_key_id(issuer), critical=False)
+        .sign(issuer.private_key, SHA256())
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public_key: EllipticCurvePublicKey, cert_serial: int
+) -> x509.CertificateBuilder:
+    if (cert_serial.bit_length() + 8) // 8 not in CERT_SERIAL_OCTETS or cert_serial <= 0:
+        raise AuthorityError("could not issue: the serial number is not a positive one of 16 to 20 octets")
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(cert_serial)
+    )
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not ca,
+        key_cert_sign=ca,
+        crl_sign=ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _subject_key_id(public_key: EllipticCurvePublicKey) -> x509.SubjectKeyIdentifier:
+    return x509.SubjectKeyIdentifier.from_public_key(public_key)
+
+
+def _authority_key_id(issuer: Issuer) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier(key_id(issuer.certificate), None, None)
+
+
+def _ca_name(organization: str, what: str, public_key: EllipticCurvePublicKey) -> x509.Name:
+    short_id = _subject_key_id(public_key).digest.hex()[:_KEY_ID_IN_NAME]
+    return _name(organization, common_name=f"birthmark {what} {short_id}")
+
+
+def _name(organization: str, *, common_name: str, unit: str = "") -> x509.Name:
+    attributes = [_attribute(NameOID.ORGANIZATION_NAME, organization)]
+    if unit:
+        attributes.append(_attribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit))
+    attributes.append(_attribute(NameOID.COMMON_NAME, common_name))
+    return x509.Name(attributes)
+
+
+def _attribute(oid: ObjectIdentifier, value: str) -> x509.NameAttribute[str]:
+    return x509.NameAttribute(oid, value)
+
+
+def _entry(item: Revoked) -> x509.RevokedCertificate:
+    builder = (
+        x509.RevokedCertificateBuilder().serial_number(item.cert_serial).revocation_date(_seconds(item.revoked_at))
+    )
+    if item.reason is not x509.ReasonFlags.unspecified:  # RFC 5280 section 5.3.1: leave it out instead
+        builder = builder.add_extension(x509.CRLReason(item.reason), critical=False)
+    return builder.build()
+
+
+def _seconds(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(microsecond=0)
