@@ -60,6 +60,8 @@ def decode(data: bytes) -> Value:
 
 
 def _head(major: int, number: int) -> bytes:
+    if number < 0:
+        raise LocalProtocolError("could not encode CBOR: a negative number")
     if number <= _MAX_IN_HEAD:
         return bytes([major << 5 | number])
     for information, (width, _) in _LONGER_HEADS.items():
@@ -72,8 +74,6 @@ def _write(encoded: bytearray, value: Value, *, depth: int) -> None:
     if isinstance(value, bool):
         encoded.append(_SIMPLE << 5 | (_TRUE if value else _FALSE))
     elif isinstance(value, int):
-        if value < 0:
-            raise LocalProtocolError("could not encode CBOR: a negative number")
         encoded += _head(_UINT, value)
     elif isinstance(value, bytes):
         encoded += _head(_BYTES, len(value)) + value
@@ -88,9 +88,9 @@ def _write(encoded: bytearray, value: Value, *, depth: int) -> None:
             _write(encoded, item, depth=depth + 1)
     else:
         encoded += _head(_MAP, len(value))
+        if not all(0 <= key <= MAX_KEY for key in value):
+            raise LocalProtocolError(f"could not encode CBOR: a key is not in 0..{MAX_KEY}")
         for key in sorted(value):
-            if not 0 <= key <= MAX_KEY:
-                raise LocalProtocolError(f"could not encode CBOR: a key is not in 0..{MAX_KEY}")
             encoded += _head(_UINT, key)
             _write(encoded, value[key], depth=depth + 1)
 

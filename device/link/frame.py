@@ -66,7 +66,9 @@ class Frame:
             LocalProtocolError: the payload is longer than a frame may be.
         """
         if len(self.payload) > MAX_PAYLOAD:
-            raise LocalProtocolError(f"could not send {len(self.payload)} bytes: a payload is at most {MAX_PAYLOAD}")
+            raise LocalProtocolError(
+                f"could not send {len(self.payload)} bytes: a payload is at most {MAX_PAYLOAD}"
+            )
         body = _HEAD.pack(self.version, self.type, self.seq, self.sid) + self.payload
         return b"\0" + cobs.encode(body + _CRC.pack(zlib.crc32(body))) + b"\0"
 
