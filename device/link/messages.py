@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeAlias
 
 from birthmark.device.errors import LocalProtocolError, RemoteProtocolError
 from birthmark.device.link import cbor
@@ -581,6 +581,10 @@ _ANSWERS: Final[dict[int, type[Answer]]] = {
     )
 }
 _UNLOCK_ANSWER: Final = MessageType.UNLOCK | FROM_DEVICE
+_UNLOCK_ANSWERS: Final[dict[int | None, type[UnlockChallengeAnswer | UnlockProofAnswer]]] = {
+    1: UnlockChallengeAnswer,
+    2: UnlockProofAnswer,
+}
 
 
 def decode_request(type: int, payload: bytes) -> Request:  # noqa: A002 - the wire calls it so
@@ -596,15 +600,14 @@ def decode_request(type: int, payload: bytes) -> Request:  # noqa: A002 - the wi
     return _REQUESTS[type].from_payload(payload)
 
 
-def decode_answer(type: int, payload: bytes, *, phase: Literal[1, 2] = 1) -> Answer:  # noqa: A002
-    """Read what a device sent; `phase` is that of the UNLOCK request that it answers.
+def decode_answer(type: int, payload: bytes, *, phase: int | None = None) -> Answer:  # noqa: A002
+    """Read what a device sent; `phase` is that of the UNLOCK request that it answers (1 or 2).
 
     Raises:
-        MessageError: an unknown type, or a payload against its schema.
+        MessageError: an unknown type, an answer to UNLOCK that was not asked for, or a payload against its schema.
     """
-    if type == _UNLOCK_ANSWER:
-        kind = UnlockChallengeAnswer if phase == 1 else UnlockProofAnswer
-        return kind.from_payload(payload)
+    if type == _UNLOCK_ANSWER and phase in _UNLOCK_ANSWERS:
+        return _UNLOCK_ANSWERS[phase].from_payload(payload)
     if type not in _ANSWERS:
         raise MessageError(f"could not read an answer: unknown type {type:#04x}")
     return _ANSWERS[type].from_payload(payload)
