@@ -1,0 +1,318 @@
+"""Who may publish and subscribe what: one pure function decides, for the broker and for `policy explain`.
+
+Rules:
+
+- An identity gets the role of the first assignment that matches it: by a glob on its CN, a glob on the role that
+  the CA signed into its OU, or both. If none matches, it may do nothing.
+- An assignment reaches services (`operator`, `service-*`) only if its OU glob names them (`operator`,
+  `service-...`), and the roles of these names are given by such an assignment only: no device becomes an
+  operator by its name, and no operator a device by a `*`.
+- A role has lists of what it may publish and subscribe, and lists of what it may not, which win. Entries are
+  MQTT topic filters; a level `{id}` stands for the identity's own CN.
+- A topic may be published if some entry matches it and no deny entry does.
+- A subscription is allowed if *one* entry contains its filter (every topic that the filter can match is matched
+  by that entry) and no deny entry overlaps it. A union of entries is not considered: `a/b` and `a/c` together
+  allow neither `a/+` nor anything that only both cover. Ask for what the entry says, or for less.
+- Each delivery is decided again, so that a policy that changes takes hold of old subscriptions too.
+- `$...` is the broker's alone: it is never published by a client, and of it only `$SYS` can be subscribed, if an
+  entry says `$SYS`. `$share/...` is refused (MQTT 3.1.1 has no shared subscriptions).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from birthmark.broker.filters import (
+    TopicError,
+    check_filter,
+    check_topic,
+    levels_contain,
+    levels_match,
+    levels_overlap,
+)
+from birthmark.device.errors import PolicyError
+from birthmark.device.escape import escaped
+
+if TYPE_CHECKING:
+    from birthmark.device.identity import DeviceId, Role
+
+ID = "{id}"
+_GLOB = re.compile(r"[A-Za-z0-9._*?-]{1,64}")
+
+
+class Action(StrEnum):
+    """What a client asks for."""
+
+    PUBLISH = "publish"
+    SUBSCRIBE = "subscribe"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer, and the rule that gave it, in words."""
+
+    allowed: bool
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoleRules:
+    """What a role may do. Every entry is a topic filter in which a level may be `{id}`.
+
+    Raises:
+        PolicyError: an entry is no such filter, or speaks of `$...`.
+    """
+
+    name: str
+    publish: tuple[str, ...] = ()
+    subscribe: tuple[str, ...] = ()
+    deny_publish: tuple[str, ...] = ()
+    deny_subscribe: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for entry in (*self.publish, *self.deny_publish):
+            check_entry(entry, Action.PUBLISH)
+        for entry in (*self.subscribe, *self.deny_subscribe):
+            check_entry(entry, Action.SUBSCRIBE)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which identities get a role: a glob on the CN, a glob on the OU, or both; `*` and `?` as in a shell.
+
+    Raises:
+        PolicyError: there is no glob, one is outside the grammar, or a reserved role is given without its OU.
+    """
+
+    role: str
+    cn: str | None = None
+    ou: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cn is None and self.ou is None:
+            raise PolicyError("could not use an assignment: it has neither cn nor ou")
+        for glob in (self.cn, self.ou):
+            if glob is not None:
+                check_glob(glob)
+        if is_reserved(self.role) and not self.for_services:
+            raise PolicyError(
+                f"could not assign the role {escaped(self.role)!r}: it is reserved for services",
+                hint=f"assign it by the signed role: ou = {escaped(self.role)!r}",
+            )
+
+    @property
+    def for_services(self) -> bool:
+        """Whether this assignment reaches services, and no device."""
+        return self.ou is not None and is_reserved(self.ou)
+
+    def reaches(self, device_id: DeviceId, role: Role) -> bool:
+        """Whether this assignment matches an identity with this CN and this role in its OU."""
+        if self.for_services != role.is_reserved:
+            return False
+        if self.cn is not None and not glob_matches(self.cn, device_id.text):
+            return False
+        return self.ou is None or glob_matches(self.ou, role.name)
+
+    def __str__(self) -> str:
+        globs = [f"{key} {glob!r}" for key, glob in (("cn", self.cn), ("ou", self.ou)) if glob is not None]
+        return " and ".join(globs)
+
+
+def is_reserved(role_or_glob: str) -> bool:
+    """Whether a role of this name, or all that this glob matches, is for services alone."""
+    folded = role_or_glob.lower()
+    return folded == "operator" or folded.startswith("service-")
+
+
+def check_entry(entry: str, action: Action) -> None:
+    """Accept an entry of a role's list.
+
+    Raises:
+        PolicyError: it is no topic filter, `{id}` is not a level of its own, or it speaks of `$...`.
+    """
+    shown = escaped(entry, 80)
+    for level in entry.split("/"):
+        if level != ID and ("{" in level or "}" in level):
+            raise PolicyError(
+                f"could not use the entry {shown!r}: braces only as {ID}, a whole level between slashes",
+                hint=f"for example devices/{ID}/telemetry/#",
+            )
+    try:
+        check_filter(entry)
+    except TopicError as error:
+        raise PolicyError(error.message, hint="MQTT 3.1.1 section 4.7 has the grammar of topic filters") from error
+    if entry.startswith("$") and (action is Action.PUBLISH or not _is_sys(entry)):
+        raise PolicyError(
+            f"could not use the entry {shown!r}: topics that begin with $ are the broker's alone",
+            hint="only $SYS/... can be named, under subscribe",
+        )
+
+
+def check_glob(glob: str) -> None:
+    """Accept a glob on a CN or an OU. Raises `PolicyError`."""
+    if not _GLOB.fullmatch(glob):
+        raise PolicyError(
+            f"could not use the glob {escaped(glob, 80)!r}: it can match no name",
+            hint="1 to 64 letters, digits, hyphens, dots and underscores; * for any run, ? for any one character",
+        )
+
+
+_Entries = tuple[tuple[str, list[str]], ...]
+
+
+class Rights:
+    """What one identity may do under one policy; made once a session, asked for every packet.
+
+    Args:
+        device_id: who.
+        rules: the rules of its role; None if no assignment matched.
+        because: the assignment that gave the role, in words.
+    """
+
+    __slots__ = ("_because", "_deny_publish", "_deny_subscribe", "_id", "_name", "_publish", "_subscribe", "role")
+
+    def __init__(self, device_id: DeviceId, rules: RoleRules | None, because: str) -> None:
+        self.role = rules.name if rules else None
+        self._id = device_id
+        self._because = because
+        self._name = f"role {rules.name!r}" if rules else "no role"
+        own = str(device_id)
+        self._publish = _levels(rules.publish if rules else (), own)
+        self._subscribe = _levels(rules.subscribe if rules else (), own)
+        self._deny_publish = _levels(rules.deny_publish if rules else (), own)
+        self._deny_subscribe = _levels(rules.deny_subscribe if rules else (), own)
+
+    def publish(self, topic: str) -> Decision:
+        """Decide about publishing to a topic name (a will is published too)."""
+        try:
+            check_topic(topic)
+        except TopicError as error:
+            return Decision(allowed=False, rule=error.message)
+        if topic.startswith("$"):
+            return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
+        return self._topic(topic, self._publish, self._deny_publish, "publish")
+
+    def subscribe(self, topic_filter: str) -> Decision:
+        """Decide about subscribing to a topic filter."""
+        try:
+            check_filter(topic_filter)
+        except TopicError as error:
+            return Decision(allowed=False, rule=error.message)
+        if topic_filter.startswith("$") and not _is_sys(topic_filter):
+            return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
+        if self.role is None:
+            return Decision(allowed=False, rule=self._because)
+        asked = topic_filter.split("/")
+        for entry, levels in self._deny_subscribe:
+            if levels_overlap(levels, asked):
+                return self._denied(f"deny_subscribe {entry!r} overlaps it")
+        for entry, levels in self._subscribe:
+            if levels_contain(levels, asked):
+                return self._allowed(f"subscribe {entry!r} contains it")
+        if any(levels_overlap(levels, asked) for _, levels in self._subscribe):
+            return self._denied("no one subscribe entry contains all that it can match")
+        return self._denied("no subscribe entry matches")
+
+    def receive(self, topic: str) -> Decision:
+        """Decide about delivering a message on a topic name to this identity."""
+        if topic.startswith("$") and not _is_sys(topic):
+            return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
+        return self._topic(topic, self._subscribe, self._deny_subscribe, "subscribe")
+
+    def _topic(self, topic: str, allow: _Entries, deny: _Entries, verb: str) -> Decision:
+        if self.role is None:
+            return Decision(allowed=False, rule=self._because)
+        levels = topic.split("/")
+        for entry, pattern in deny:
+            if levels_match(pattern, levels):
+                return self._denied(f"deny_{verb} {entry!r} matches")
+        for entry, pattern in allow:
+            if levels_match(pattern, levels):
+                return self._allowed(f"{verb} {entry!r} matches")
+        return self._denied(f"no {verb} entry matches")
+
+    def _allowed(self, rule: str) -> Decision:
+        return Decision(allowed=True, rule=f"{self._name} ({self._because}): {rule}")
+
+    def _denied(self, rule: str) -> Decision:
+        return Decision(allowed=False, rule=f"{self._name} ({self._because}): {rule}")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Roles, and who has them.
+
+    Raises:
+        PolicyError: two roles have one name, or an assignment names a role that is not there.
+    """
+
+    roles: tuple[RoleRules, ...]
+    assignments: tuple[Assignment, ...]
+    sha256: str = ""
+    """Of the file it was read from, lower-case hex."""
+
+    def __post_init__(self) -> None:
+        if len(self._by_name) != len(self.roles):
+            raise PolicyError("could not use the policy: two roles have one name")
+        for assignment in self.assignments:
+            if assignment.role not in self._by_name:
+                raise PolicyError(f"could not use the policy: there is no role {escaped(assignment.role)!r}")
+
+    def rights(self, device_id: DeviceId, role: Role) -> Rights:
+        """Return what this identity may do; `role` is the one in its certificate."""
+        for number, assignment in enumerate(self.assignments, start=1):
+            if assignment.reaches(device_id, role):
+                return Rights(device_id, self._by_name[assignment.role], f"assignment {number}, {assignment}")
+        return Rights(device_id, None, f"no assignment matches cn {str(device_id)!r} and ou {role.name!r}")
+
+    @cached_property
+    def _by_name(self) -> dict[str, RoleRules]:
+        return {role.name: role for role in self.roles}
+
+
+def decide(policy: Policy, device_id: DeviceId, role: Role, action: Action, topic_or_filter: str) -> Decision:
+    """Decide whether an identity may publish to a topic name, or subscribe to a topic filter."""
+    rights = policy.rights(device_id, role)
+    if action is Action.PUBLISH:
+        return rights.publish(topic_or_filter)
+    return rights.subscribe(topic_or_filter)
+
+
+def decide_delivery(policy: Policy, device_id: DeviceId, role: Role, topic: str) -> Decision:
+    """Decide whether a message on a topic name may be delivered to an identity."""
+    return policy.rights(device_id, role).receive(topic)
+
+
+def _levels(entries: tuple[str, ...], own: str) -> _Entries:
+    return tuple((entry, [own if level == ID else level for level in entry.split("/")]) for entry in entries)
+
+
+def glob_matches(glob: str, name: str) -> bool:
+    """Return whether a glob matches a whole name, without regard to case (names are compared that way).
+
+    Linear in practice and quadratic at worst: only the last `*` is ever tried again.
+    """
+    glob, name = glob.lower(), name.lower()
+    at_glob = at_name = 0
+    star = resume = -1
+    while at_name < len(name):
+        if at_glob < len(glob) and glob[at_glob] == "*":
+            star, resume = at_glob, at_name
+            at_glob += 1
+        elif at_glob < len(glob) and glob[at_glob] in ("?", name[at_name]):
+            at_glob += 1
+            at_name += 1
+        elif star >= 0:
+            resume += 1
+            at_glob, at_name = star + 1, resume
+        else:
+            return False
+    return all(character == "*" for character in glob[at_glob:])
+
+
+def _is_sys(topic_or_filter: str) -> bool:
+    return topic_or_filter == "$SYS" or topic_or_filter.startswith("$SYS/")
