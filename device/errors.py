@@ -53,7 +53,17 @@ class CredentialError(BirthmarkError):
 
 
 class ConnectionFailedError(BirthmarkError):
-    """A connection that did not come about."""
+    """A connection that did not come about, or that ended.
+
+    Args:
+        message: as for every error.
+        hint: as for every error.
+        check: which check failed, one word for a machine (`device/connection_errors.py` lists them).
+    """
+
+    def __init__(self, message: str, hint: str = "", check: str = "") -> None:
+        super().__init__(message, hint)
+        self.check = check
 
 
 class RefusedError(ConnectionFailedError):

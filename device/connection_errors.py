@@ -1,0 +1,387 @@
+"""What stopped a connection, said so that somebody can act on it.
+
+Whatever failed (a name, a port, a certificate, a TLS alert, a CONNACK) becomes a `RefusedError` or an
+`UnreachableError` whose message names the check that failed, whose hint says what to do, and whose `check` is one
+word of `Check` for a machine.
+
+Rules:
+
+- Refused: asking again soon gives the same answer. Unreachable: it may be different in a minute; a clock that is
+  wrong belongs here, since it is usually set within a minute of start-up.
+- With TLS 1.3 our side of the handshake is over before the broker judges our certificate (RFC 8446 §4.4.2.4): an
+  alert, or a connection closed before CONNACK, is its verdict on us.
+- What the other side sent is never quoted raw.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
+from birthmark.device.escape import escaped
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from birthmark.device.certificate_facts import CertificateFacts
+    from birthmark.device.credentials import BrokerAddress
+    from birthmark.device.identity import DeviceId
+
+
+class Check(StrEnum):
+    """The check that failed."""
+
+    HOST_NAME = "host-name"
+    """The broker's name leads to no address."""
+    NETWORK = "network"
+    """No connection to the address: no route, no answer, nobody on the port."""
+    TLS = "tls"
+    """The handshake failed before any certificate mattered."""
+    CLOCK = "clock"
+    """The broker's certificate is not valid at the time that this machine believes it is."""
+    SERVER_EXPIRED = "server-expired"
+    SERVER_CA = "server-ca"
+    """The broker's certificate leads to none of our anchors."""
+    SERVER_NAME = "server-name"
+    """The broker's certificate is for other names."""
+    SERVER_CERTIFICATE = "server-certificate"
+    """The broker's certificate breaks another rule."""
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+    UNKNOWN_CA = "unknown-ca"
+    CERTIFICATE = "certificate"
+    """Our certificate breaks another of the broker's rules."""
+    MQTT_VERSION = "mqtt-version"
+    CLIENT_ID = "client-id"
+    BROKER_UNAVAILABLE = "broker-unavailable"
+    NOT_AUTHORISED = "not-authorised"
+    MQTT = "mqtt"
+    """The other side does not keep to MQTT 3.1.1."""
+    CLOSED = "closed"
+    """Closed without a word."""
+    NO_ANSWER = "no-answer"
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What is known around a connection attempt."""
+
+    broker: BrokerAddress
+    device_id: DeviceId
+    own: CertificateFacts
+    now: datetime
+    issued_at: datetime | None = None
+    """No earlier moment can be now."""
+    server: CertificateFacts | None = None
+    """The broker's certificate, unverified, where it could be had."""
+
+    def refused(self, check: Check, cause: str, hint: str) -> RefusedError:
+        """Return a refusal of this attempt."""
+        return RefusedError(f"could not connect to {self.broker} as {self.device_id}: {cause}", hint, check)
+
+    def unreachable(self, check: Check, cause: str, hint: str) -> UnreachableError:
+        """Return a failure of this attempt that may pass."""
+        return UnreachableError(f"could not connect to {self.broker}: {cause}", hint, check)
+
+
+_ALERT = re.compile(r"(?:^|_)ALERT_([A-Z_]+)$")
+
+_ENROL_AGAIN = (
+    "a revoked identity does not come back: ask who revoked it (`birthmark show`), or enrol the board anew"
+)
+_ALERTS: dict[str, tuple[Check, str, str]] = {
+    "CERTIFICATE_REVOKED": (Check.REVOKED, "the broker says that our certificate is revoked", _ENROL_AGAIN),
+    "CERTIFICATE_EXPIRED": (
+        Check.EXPIRED,
+        "the broker says that our certificate is not valid now",
+        "renew it or enrol again; if it should be valid, check the broker's clock",
+    ),
+    "UNKNOWN_CA": (
+        Check.UNKNOWN_CA,
+        "the broker does not know the CA of our certificate",
+        "was the device enrolled at the station that this broker belongs to?",
+    ),
+    "BAD_CERTIFICATE": (
+        Check.CERTIFICATE,
+        "the broker found our certificate to be bad",
+        "the broker's log says which rule it breaks",
+    ),
+    "UNSUPPORTED_CERTIFICATE": (
+        Check.CERTIFICATE,
+        "the broker does not take our certificate for a client's",
+        "it needs clientAuth among its extended key usages: enrol again",
+    ),
+    "CERTIFICATE_UNKNOWN": (
+        Check.CERTIFICATE,
+        "the broker did not accept our certificate",
+        "the broker's log says which rule it breaks",
+    ),
+    "CERTIFICATE_REQUIRED": (
+        Check.CERTIFICATE,
+        "the broker got no certificate from us",
+        "give a file with both key and certificate",
+    ),
+    "ACCESS_DENIED": (
+        Check.NOT_AUTHORISED,
+        "the broker knows our certificate and does not let it in",
+        "`birthmark-broker policy explain` on the gateway says why",
+    ),
+    "HANDSHAKE_FAILURE": (
+        Check.TLS,
+        "the broker and we have no TLS parameters in common, or it wants another certificate",
+        "the broker's log says which; it must take TLS 1.2 or newer with ECDSA P-256",
+    ),
+    "PROTOCOL_VERSION": (
+        Check.TLS,
+        "the broker speaks no TLS version that we speak",
+        "it must take TLS 1.2 or newer",
+    ),
+}
+
+_CONNACKS: dict[int, tuple[Check, str, str]] = {
+    1: (Check.MQTT_VERSION, "the broker does not speak MQTT 3.1.1", "birthmark needs a broker with MQTT 3.1.1"),
+    2: (
+        Check.CLIENT_ID,
+        "the broker does not accept our client id",
+        "it must be the certificate's CN (a service may add `:anything`)",
+    ),
+    4: (
+        Check.NOT_AUTHORISED,
+        "the broker wants a user name and a password",
+        "is this a birthmark broker? One of those asks for a certificate only",
+    ),
+    5: (
+        Check.NOT_AUTHORISED,
+        "the broker knows who we are and does not let us in",
+        "`birthmark-broker policy explain` on the gateway says why; a revoked identity gets this answer too",
+    ),
+}
+
+_EXPIRED_CODE, _NOT_YET_VALID_CODE = 10, 9
+_UNKNOWN_CA_CODES = frozenset({2, 18, 19, 20, 21, 27})
+_NAME_CODES = frozenset({62, 64})
+_TIME = "%Y-%m-%d %H:%M:%S UTC"
+
+
+def explained(error: Exception, around: Circumstances) -> ConnectionFailedError:
+    """Say what `error`, raised while connecting or by the socket before CONNACK, means."""
+    if isinstance(error, ConnectionFailedError):
+        return error
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return around.unreachable(
+            Check.HOST_NAME,
+            f"no host of the name {escaped(around.broker.host)} is known",
+            "check the spelling, and that this machine has a name server (/etc/resolv.conf)",
+        )
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _server_refused(error, around)
+    if isinstance(error, ssl.SSLError):
+        return _handshake_failed(error, around)
+    if isinstance(error, TimeoutError):
+        return _timed_out(error, around)
+    if isinstance(error, OSError):
+        return _network_failed(error, around)
+    raise error
+
+
+def closed_before_connack(around: Circumstances) -> RefusedError:
+    """Say what it means that the broker closed the connection instead of answering CONNECT."""
+    if verdict := around.own.out_of_time_at(around.now):
+        return around.refused(
+            Check.EXPIRED,
+            f"the broker closed the connection without a word; our certificate is {verdict}: {_validity(around)}",
+            "renew it or enrol again; if it should be valid, set this machine's clock",
+        )
+    return around.refused(
+        Check.CLOSED,
+        "the broker closed the connection without a word when it saw our certificate",
+        "it is revoked, or of another CA, or not a device's: the broker's log says which",
+    )
+
+
+def refused_by_connack(code: int, around: Circumstances) -> ConnectionFailedError:
+    """Say what a CONNACK with a return code other than 0 means (MQTT 3.1.1 §3.2.2.3)."""
+    if code == 3:
+        return around.unreachable(
+            Check.BROKER_UNAVAILABLE, "the broker is there and not ready (CONNACK 3)", "try again in a moment"
+        )
+    if code not in _CONNACKS:
+        return around.refused(
+            Check.MQTT, f"the broker refused with the unknown CONNACK code {code}", "is this an MQTT 3.1.1 broker?"
+        )
+    check, cause, hint = _CONNACKS[code]
+    return around.refused(check, f"{cause} (CONNACK {code})", hint)
+
+
+def not_mqtt(around: Circumstances) -> RefusedError:
+    """Say that something else than MQTT answered."""
+    return around.refused(
+        Check.MQTT,
+        "what answers there does not speak MQTT 3.1.1",
+        "check the port: MQTT over TLS is usually on 8883",
+    )
+
+
+def no_connack(waited_s: float, around: Circumstances) -> UnreachableError:
+    """Say that CONNECT was not answered in time."""
+    return around.unreachable(
+        Check.NO_ANSWER,
+        f"the broker took our connection and did not answer CONNECT within {waited_s:g} s",
+        "it is overloaded or stuck: look at the gateway",
+    )
+
+
+def lost(error: OSError | None, around: Circumstances) -> ConnectionFailedError:
+    """Say why a connection that was up ended; `error` is the socket's, None where it was closed in order."""
+    if isinstance(error, ssl.SSLError) and (alert := _alert(error)):
+        return _alerted(alert, around)
+    cause = "the broker closed it" if error is None else escaped(error.strerror or "the network broke")
+    return UnreachableError(
+        f"could not stay connected to {around.broker}: {cause}",
+        "the broker stopped, or another session took this identity over, or it was revoked: the next attempt says",
+        Check.CLOSED if error is None else Check.NETWORK,
+    )
+
+
+def fell_silent(keepalive_s: int, around: Circumstances) -> UnreachableError:
+    """Say that a connection that was up got no answer to its pings."""
+    return UnreachableError(
+        f"could not stay connected to {around.broker}: nothing was heard for {keepalive_s} s (keepalive)",
+        "the network between here and the broker is gone, or the broker is stuck",
+        Check.NO_ANSWER,
+    )
+
+
+def is_about_time(error: Exception) -> bool:
+    """Whether the dates in the broker's certificate would help to explain `error`."""
+    return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (
+        _EXPIRED_CODE,
+        _NOT_YET_VALID_CODE,
+    )
+
+
+def _server_refused(error: ssl.SSLCertVerificationError, around: Circumstances) -> ConnectionFailedError:
+    code, broker = error.verify_code, around.broker
+    if code in (_EXPIRED_CODE, _NOT_YET_VALID_CODE):
+        return _server_out_of_time(around, not_yet=code == _NOT_YET_VALID_CODE)
+    if code in _UNKNOWN_CA_CODES:
+        return around.refused(
+            Check.SERVER_CA,
+            "the broker's certificate is not from a CA that this identity trusts",
+            "is it the right broker? After a change of CA the device needs a renewed bundle",
+        )
+    if code in _NAME_CODES:
+        return around.refused(
+            Check.SERVER_NAME,
+            f"the broker's certificate is not for {escaped(broker.host)}",
+            f"connect by a name in it, or issue it anew: `birthmark issue-broker {escaped(broker.host)} ...`",
+        )
+    return around.refused(
+        Check.SERVER_CERTIFICATE,
+        f"the broker's certificate was not accepted: {escaped(error.verify_message)}",
+        "issue the broker's certificate anew with `birthmark issue-broker`",
+    )
+
+
+def _server_out_of_time(around: Circumstances, *, not_yet: bool) -> ConnectionFailedError:
+    dates = ""
+    if around.server is not None:
+        dates = f": it is valid from {around.server.not_before:{_TIME}} to {around.server.not_after:{_TIME}}"
+    clock = f"by this clock it is {around.now:{_TIME}}"
+    if around.issued_at is not None and around.now < around.issued_at:
+        return around.unreachable(
+            Check.CLOCK,
+            f"this machine's clock is wrong: it says {around.now:{_TIME}}, and our identity was issued at"
+            f" {around.issued_at:{_TIME}}; the broker's certificate cannot be checked{dates}",
+            "set the clock (NTP, or an RTC), then it connects by itself",
+        )
+    if not_yet:
+        return around.unreachable(
+            Check.CLOCK,
+            f"the broker's certificate is not yet valid{dates}; {clock}",
+            "set this machine's clock, or the clock of the station that issued the certificate",
+        )
+    return around.refused(
+        Check.SERVER_EXPIRED,
+        f"the broker's certificate has expired{dates}; {clock}",
+        "renew it with `birthmark issue-broker`; if it should be valid, set this machine's clock",
+    )
+
+
+def _handshake_failed(error: ssl.SSLError, around: Circumstances) -> ConnectionFailedError:
+    if alert := _alert(error):
+        return _alerted(alert, around)
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return around.unreachable(
+            Check.TLS,
+            "the other side closed the connection in the middle of the TLS handshake",
+            "the broker is stopping or overloaded, or something between here and there cut it",
+        )
+    reason = error.reason or ""
+    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE"):
+        return around.refused(
+            Check.TLS, "what answers there does not speak TLS", "check the port: MQTT over TLS is usually on 8883"
+        )
+    shown = escaped(reason.replace("_", " ").lower()) or "an unknown TLS failure"
+    return around.refused(Check.TLS, f"the TLS handshake failed: {shown}", "the broker's log may say more")
+
+
+def _alert(error: ssl.SSLError) -> str:
+    found = _ALERT.search(error.reason or "")
+    return found[1] if found else ""
+
+
+def _alerted(alert: str, around: Circumstances) -> RefusedError:
+    check, cause, hint = _ALERTS.get(
+        alert,
+        (
+            Check.TLS,
+            f"the broker ended the TLS connection: {escaped(alert.replace('_', ' ').lower())}",
+            "the broker's log says why",
+        ),
+    )
+    if check is Check.EXPIRED:
+        cause = f"{cause}: {_validity(around)}"
+    return around.refused(check, cause, hint)
+
+
+def _validity(around: Circumstances) -> str:
+    own = around.own
+    return (
+        f"it is valid from {own.not_before:{_TIME}} to {own.not_after:{_TIME}}, and by this clock it is"
+        f" {around.now:{_TIME}}"
+    )
+
+
+def _timed_out(error: TimeoutError, around: Circumstances) -> UnreachableError:
+    if "handshake" in str(error):
+        return around.unreachable(
+            Check.NO_ANSWER,
+            "something took our connection and did not finish the TLS handshake in time",
+            "the broker is overloaded or stuck, or this is not its TLS port",
+        )
+    return around.unreachable(
+        Check.NETWORK, "nothing answers there (time-out)", "is the machine on, and does a firewall drop the port?"
+    )
+
+
+def _network_failed(error: OSError, around: Circumstances) -> UnreachableError:
+    if isinstance(error, ConnectionRefusedError):
+        return around.unreachable(
+            Check.NETWORK,
+            "the machine is there and nothing listens on that port",
+            "is the broker running, and is this its port?",
+        )
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN):
+        return around.unreachable(
+            Check.NETWORK, "there is no way to that address", "is the network up? Look at `ip route`"
+        )
+    return around.unreachable(
+        Check.NETWORK, escaped(error.strerror or str(error)) or "the network failed", "look at the network"
+    )

@@ -1,0 +1,194 @@
+"""TLS as a device speaks it: mutual, resumed where possible, and with the reason of every refusal kept.
+
+Rules:
+
+- TLS 1.2 at least. The broker's certificate must lead to one of the anchors in the bundle and to nothing else: the
+  system's CAs are never loaded. Its name or address must be the one asked for, and RFC 5280 is held to strictly
+  (VERIFY_X509_STRICT, the default of newer Pythons, on all of them).
+- An anchor is an anchor even if it is no root (partial chains): a device may be given an issuing CA to trust.
+- TCP_NODELAY: MQTT's small packets must not wait for the acknowledgement of the one before.
+- The session of the last good connection to a host is offered to the next one in this process (RFC 8446 §2.2).
+  With TLS 1.3 its ticket comes after the handshake, so it is taken when the connection closes. A refusal forgets
+  it: the next attempt is a full handshake, with a fresh verdict.
+- With TLS 1.3 the broker judges our certificate after our side of the handshake is done, so its alert arrives in a
+  later read, where an MQTT library sees nothing but "connection lost". The socket keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from birthmark.device.errors import CredentialError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from birthmark.device.credentials import Credentials
+
+HEAD_BYTES = 4
+"""The length of a CONNACK, the first packet a broker sends (MQTT 3.1.1 §3.2)."""
+
+
+class DeviceSocket(ssl.SSLSocket):
+    """A TLS socket that remembers how it ended.
+
+    Attributes:
+        failure: what a read or a write failed with after the handshake; None while none did. An alert from the
+            other side takes the place of a mere broken pipe.
+        head: the first bytes that were read, at most `HEAD_BYTES`.
+        ended: whether the other side closed the connection.
+    """
+
+    failure: OSError | None = None
+    head: bytes = b""
+    ended: bool = False
+    _usable: bool = False
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Do the handshake; a socket whose handshake failed is closed."""
+        try:
+            super().do_handshake(block)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except BaseException:
+            self._forget_session()
+            self.close()
+            raise
+        self._usable = True
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002 - the standard library's name
+        """Read, and keep what went wrong."""
+        try:
+            data = super().read(len, buffer)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except OSError as error:
+            self._note(error)
+            raise
+        if isinstance(data, bytes):
+            self.ended = self.ended or not data
+            self.head = (self.head + data[:HEAD_BYTES])[:HEAD_BYTES]
+        return data
+
+    def send(self, data: Buffer, flags: int = 0) -> int:
+        """Send, and keep what went wrong.
+
+        A refused connection is often noticed by a write that fails; why it was refused is then still to be read.
+        """
+        try:
+            return super().send(data, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except OSError as error:
+            self._note(error)
+            with contextlib.suppress(OSError, ValueError):
+                while not self.ended:
+                    self.read(HEAD_BYTES)
+            raise
+
+    def close(self) -> None:
+        """Close, and keep the session for the next connection if this one was sound."""
+        if self._usable:
+            self._usable = False
+            if isinstance(self.failure, ssl.SSLError):
+                self._forget_session()
+            else:
+                with contextlib.suppress(OSError, ValueError):
+                    self._keep_session()
+        super().close()
+
+    def forget_session(self) -> None:
+        """Let the next connection start with a full handshake: this one was refused above TLS."""
+        self._usable = False
+        self._forget_session()
+
+    def _note(self, error: OSError) -> None:
+        if self.failure is None or (
+            isinstance(error, ssl.SSLError) and not isinstance(self.failure, ssl.SSLError)
+        ):
+            self.failure = error
+
+    def _keep_session(self) -> None:
+        context, session = self.context, self.session
+        if isinstance(context, DeviceContext) and session is not None and session.has_ticket:
+            context.sessions[str(self.server_hostname)] = session
+
+    def _forget_session(self) -> None:
+        context = self.context
+        if isinstance(context, DeviceContext):
+            context.sessions.pop(str(self.server_hostname), None)
+
+
+class DeviceContext(ssl.SSLContext):
+    """The TLS settings of one identity; keeps one session for each broker name."""
+
+    sslsocket_class = DeviceSocket
+    sessions: dict[str, ssl.SSLSession]
+
+    def __new__(cls) -> Self:
+        """Make a client's context that trusts nobody yet."""
+        context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+        context.sessions = {}
+        return context
+
+    def wrap_socket(  # noqa: D102, PLR0917 - the standard library's method
+        self,
+        sock: socket.socket,
+        server_side: bool = False,
+        do_handshake_on_connect: bool = True,
+        suppress_ragged_eofs: bool = True,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> DeviceSocket:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wrapped = super().wrap_socket(
+            sock,
+            server_side=server_side,
+            do_handshake_on_connect=do_handshake_on_connect,
+            suppress_ragged_eofs=suppress_ragged_eofs,
+            server_hostname=server_hostname,
+            session=session or self.sessions.get(str(server_hostname)),
+        )
+        return cast(DeviceSocket, wrapped)
+
+
+def device_context(credentials: Credentials) -> DeviceContext:
+    """Return the TLS settings of `credentials`.
+
+    Raises:
+        CredentialError: the key does not fit the certificate, or either cannot be used.
+    """
+    context = DeviceContext()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    try:
+        context.load_verify_locations(cadata=b"".join(credentials.anchors_der))
+    except ssl.SSLError as error:
+        raise CredentialError(
+            f"could not use the trust anchors of {credentials.device_id}: {_reason(error)}",
+            hint="the bundle or the CA's file is damaged: enrol again, or export the CA again",
+        ) from error
+    try:
+        context.load_cert_chain(credentials.pem_path, password=_no_passphrase)
+    except ssl.SSLError as error:
+        raise CredentialError(
+            f"could not use the key and certificate in {credentials.pem_path}: {_reason(error)}",
+            hint="the file is damaged, or its key belongs to another certificate",
+        ) from error
+    except OSError as error:
+        raise CredentialError(f"could not read {credentials.pem_path}: {error.strerror}") from error
+    return context
+
+
+def _no_passphrase() -> str:
+    # Without this, OpenSSL asks for one on the terminal and waits.
+    raise CredentialError(
+        "could not use a private key: it is encrypted", hint="decrypt it into a file of mode 0600"
+    )
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "unusable").replace("_", " ").lower()
