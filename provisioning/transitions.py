@@ -1,0 +1,217 @@
+"""The journal on disk: each transition of an enrollment as one registry transaction, and what the CA signs for it.
+
+Rules (docs/serial-protocol.md section 8):
+
+- A call returns when its transition is durable, with its audit entry.
+- The serial number is durable before the certificate is signed, so a crash in between signs again under the same
+  number; the certificate and its bundle are durable before anything of them is sent.
+- A row that another station has changed in the meantime stops this one: nobody continues from a stale row.
+- A row that becomes VOID after KEYED takes its certificate with it: the serial number is marked revoked, whether
+  or not the certificate was ever signed or seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+
+from birthmark.device.errors import EnrollmentRefusedError
+from birthmark.device.identity import DeviceId, device_role
+from birthmark.device.link.bundle import Bundle, BundleConfig
+from birthmark.provisioning.registry.model import Kind, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from birthmark.device.identity import Role
+    from birthmark.provisioning.authority import Authority
+    from birthmark.provisioning.journal import Wish
+    from birthmark.provisioning.registry.interface import Registry, Transaction
+    from birthmark.provisioning.registry.model import KeyMode, Row
+
+TXN_BYTES: Final = 16
+REVOCATION_REASON: Final = "cessationOfOperation"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """Where a device finds its broker, as it is told in its bundle."""
+
+    host: str
+    port: int
+    keepalive_s: int | None = None
+
+
+class Transitions:
+    """The journal of one station.
+
+    Args:
+        registry: where the rows are.
+        authority: returns the issuing CA; called at the first signing, not before.
+        broker: what the bundles say of the broker.
+        default_role: of a new unit for which no role was asked.
+        clock: the time, aware and in UTC.
+        random_bytes: a cryptographic source of transactions.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        authority: Callable[[], Authority],
+        *,
+        broker: BrokerAddress,
+        default_role: Role,
+        clock: Callable[[], datetime],
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self._registry = registry
+        self._authority = authority
+        self._broker = broker
+        self._default_role = default_role
+        self._clock = clock
+        self._random_bytes = random_bytes
+
+    def standing(self, hwid: bytes) -> tuple[Row | None, Row | None]:
+        """Return the unit's live row and, if that row is to replace another one, the other one."""
+        with self._registry.view() as view:
+            row = view.live_by_hwid(hwid)
+            replaced = view.row(row.replaces) if row is not None and row.replaces is not None else None
+        return row, replaced
+
+    def reserve(self, hwid: bytes, wish: Wish) -> Row:
+        """Make a row in RESERVED with a fresh transaction; see `journal.Journal`."""
+        role = wish.role or self._default_role
+        with self._registry.transaction() as transaction:
+            row = transaction.insert(
+                kind=Kind.DEVICE,
+                name=wish.device_id.text,
+                role=role.name,
+                key_mode=wish.mode_for(None),
+                hwid=hwid,
+                txn=self._random_bytes(TXN_BYTES),
+            )
+            _record(transaction, "device.reserve", row)
+        return row
+
+    def set_key_mode(self, row: Row, key_mode: KeyMode) -> Row:
+        """Change the key mode of a row in RESERVED; see `journal.Journal`."""
+        return self._change(row, "device.key-mode", dataclasses.replace(row, key_mode=key_mode))
+
+    def key(self, row: Row, public_key_der: bytes) -> Row:
+        """Move a row to KEYED; see `journal.Journal`."""
+        cert_serial = self._authority().new_cert_serial()
+        keyed = dataclasses.replace(row, state=State.KEYED, public_key_der=public_key_der, cert_serial=cert_serial)
+        return self._change(row, "device.key", keyed)
+
+    def issue(self, row: Row) -> Row:
+        """Sign the certificate of a row in KEYED, and move the row to ISSUED; see `journal.Journal`."""
+        authority = self._authority()
+        now = self._clock()
+        if row.public_key_der is None or row.cert_serial is None:
+            raise ValueError(f"row {row.number} in {row.state} has no key to certify")
+        certificate_der = authority.issue_device(
+            name=row.name,
+            role=row.role,
+            public_key_der=row.public_key_der,
+            cert_serial=row.cert_serial,
+            now=now,
+        )
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        bundle = self._bundle(row, certificate_der, now)
+        issued = dataclasses.replace(
+            row,
+            state=State.ISSUED,
+            certificate_der=certificate_der,
+            bundle=bundle,
+            bundle_sha256=hashlib.sha256(bundle).digest(),
+            not_before=certificate.not_valid_before_utc,
+            not_after=certificate.not_valid_after_utc,
+        )
+        return self._change(row, "device.issue", issued)
+
+    def advance(self, row: Row, state: State) -> Row:
+        """Move a row forward to PREPARED, COMMITTED or ATTESTED; see `journal.Journal`."""
+        return self._change(row, f"device.{_ADVANCES[state]}", dataclasses.replace(row, state=state))
+
+    def restart(self, row: Row, reason: str) -> Row:
+        """Make a row VOID, and a new one in RESERVED in its place; see `journal.Journal`."""
+        with self._registry.transaction() as transaction:
+            _check_unchanged(transaction, row)
+            void = dataclasses.replace(row, state=State.VOID, void_reason=reason)
+            if row.cert_serial is not None and not row.is_revoked:
+                void = dataclasses.replace(void, revoked_at=self._clock(), revocation_reason=REVOCATION_REASON)
+            void = transaction.update(void)
+            _record(transaction, "device.void", void, reason=reason)
+            fresh = transaction.insert(
+                kind=Kind.DEVICE,
+                name=row.name,
+                role=row.role,
+                key_mode=row.key_mode,
+                hwid=row.hwid,
+                txn=self._random_bytes(TXN_BYTES),
+                replaces=row.replaces,
+            )
+            _record(transaction, "device.reserve", fresh)
+        return fresh
+
+    def sign_unlock(self, signed: bytes) -> tuple[bytes, bytes]:
+        """Return the SHA-256 of the issuing CA's certificate and its signature; see `journal.Journal`."""
+        authority = self._authority()
+        return hashlib.sha256(authority.issuing_der).digest(), authority.sign_unlock(signed)
+
+    def interrupted(self, row: Row) -> None:
+        """Leave word in the audit log that a person stopped an enrollment; the row itself needs nothing."""
+        with self._registry.transaction() as transaction:
+            _record(transaction, "device.interrupt", row)
+
+    def _bundle(self, row: Row, certificate_der: bytes, now: datetime) -> bytes:
+        authority = self._authority()
+        config = BundleConfig(
+            host=self._broker.host,
+            port=self._broker.port,
+            device_id=DeviceId(row.name),
+            role=device_role(row.role),
+            keepalive_s=self._broker.keepalive_s,
+        )
+        return Bundle(
+            leaf_der=certificate_der,
+            issuing_der=(authority.issuing_der,),
+            anchors_der=(authority.root_der,),
+            config=config,
+            issued_at=int(now.timestamp()),
+        ).to_bytes()
+
+    def _change(self, row: Row, action: str, changed: Row) -> Row:
+        with self._registry.transaction() as transaction:
+            _check_unchanged(transaction, row)
+            stored = transaction.update(changed)
+            _record(transaction, action, stored)
+        return stored
+
+
+_ADVANCES: Final = {State.PREPARED: "prepare", State.COMMITTED: "commit", State.ATTESTED: "attest"}
+
+
+def _check_unchanged(transaction: Transaction, row: Row) -> None:
+    current = transaction.row(row.number)
+    if current != row:
+        raise EnrollmentRefusedError(
+            f"could not go on with {row.name}: another station works on its row",
+            hint="run the same command again, on one station",
+        )
+
+
+def _record(transaction: Transaction, action: str, row: Row, **details: str) -> None:
+    facts: dict[str, str | int] = {"row": row.number, "state": row.state.value, **details}
+    if row.hwid is not None:
+        facts["hwid"] = row.hwid.hex()
+    if row.txn is not None:
+        facts["txn"] = row.txn.hex()
+    if row.cert_serial is not None:
+        facts["cert_serial"] = f"{row.cert_serial:x}"
+    transaction.record(action, row.name, **facts)
