@@ -9,9 +9,7 @@ Rules: file mode 0400 in a folder 0700; a key file that others can read is refus
 
 from __future__ import annotations
 
-import base64
 import secrets
-import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import AuthorityError
+from birthmark.device.pem import block
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,8 +90,7 @@ def encrypted_pem(private_key: EllipticCurvePrivateKey, passphrase: bytes, deriv
     )
     cipher = _sequence(_AES_256_CBC, _element(_OCTET_STRING, iv))
     der = _sequence(_sequence(_PBES2, _sequence(scrypt, cipher)), _element(_OCTET_STRING, sealed))
-    lines = textwrap.wrap(base64.b64encode(der).decode(), 64)
-    return "\n".join([f"-----BEGIN {_LABEL}-----", *lines, f"-----END {_LABEL}-----", ""]).encode()
+    return block(_LABEL, der)
 
 
 def write_key(

@@ -9,12 +9,14 @@ Rules:
   that are neither VOID nor being replaced, names without regard to case and across devices, services and
   brokers; public key and certificate serial number among all rows ever.
 - The audit entries of a transaction are durable with it, and reach the audit log after a crash too.
+- The counter `last_issued_at` follows the newest issuance: the seconds since 1970 at which a row got its
+  certificate.
 - Transactions do not nest.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from birthmark.device.errors import EnrollmentRefusedError
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+
+
+LAST_ISSUED_AT: Final = "last_issued_at"
 
 
 class DuplicateError(EnrollmentRefusedError):

@@ -24,7 +24,7 @@ from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.audit import GENESIS, Head, append_missing, chained
 from birthmark.provisioning.registry.document import binary, from_document, to_document
-from birthmark.provisioning.registry.interface import DuplicateError
+from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State, check_change
 from birthmark.provisioning.registry.storage import (
     META,
@@ -282,6 +282,8 @@ class TinyTransaction(TinyView):
             ) from error
         self._check_unique(row)
         self._store(row)
+        if row.certificate_der is not None and old.certificate_der is None:
+            self.set_counter(LAST_ISSUED_AT, max(int(row.changed_at.timestamp()), self.counter(LAST_ISSUED_AT)))
         if row.state is State.VOID and row.replaces is not None:
             self._reinstate(row.replaces, row.number)
         return row

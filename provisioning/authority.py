@@ -1,0 +1,181 @@
+"""The issuing CA at work: what it signs, and when it refuses to.
+
+Rules:
+
+- Nothing is signed that the registry does not hold already: the row in KEYED, with this name, role, public key
+  and serial number. So no certificate exists that a revocation would not reach, whenever the station is killed.
+- Nothing is signed while the station's clock is before the CA's notBefore or before the last issuance: it is
+  wrong, and so would be the validity.
+- The root's key is not here: it signs issuing CAs and its own CRL only (`birthmark.provisioning.founding`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from birthmark.device.errors import AuthorityError
+from birthmark.device.identity import BrokerName, DeviceId, Role
+from birthmark.provisioning import profile
+from birthmark.provisioning.registry.interface import LAST_ISSUED_AT
+from birthmark.provisioning.registry.model import Kind, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cryptography import x509
+
+    from birthmark.provisioning.profile import Issuer, Revoked
+    from birthmark.provisioning.registry.interface import Registry
+    from birthmark.provisioning.settings import Lifetimes
+
+CLOCK_STEP: Final = timedelta(seconds=2)
+"""How far the clock may have gone back since the last issuance: time synchronisation steps by as much."""
+
+
+class Authority:
+    """An unlocked issuing CA.
+
+    Args:
+        issuer: its certificate and key.
+        root: the certificate it leads to.
+        organization: the O of every subject.
+        lifetimes: how long certificates are valid.
+        registry: where every serial number must be recorded before it is used.
+        random_bytes: a CSPRNG, for serial numbers.
+    """
+
+    def __init__(
+        self,
+        issuer: Issuer,
+        root: x509.Certificate,
+        *,
+        organization: str,
+        lifetimes: Lifetimes,
+        registry: Registry,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self._issuer = issuer
+        self._organization = organization
+        self._lifetimes = lifetimes
+        self._registry = registry
+        self._random_bytes = random_bytes
+        self.issuing_der = issuer.certificate.public_bytes(Encoding.DER)
+        self.root_der = root.public_bytes(Encoding.DER)
+        self.key_id = profile.key_id(issuer.certificate).hex()
+        """The issuing CA's subject key identifier, in lower-case hex."""
+
+    def __repr__(self) -> str:
+        return f"Authority({self.key_id})"
+
+    def new_cert_serial(self) -> int:
+        """Draw a serial number, to be recorded in the registry before anything is signed with it."""
+        return profile.new_cert_serial(self._random_bytes)
+
+    def issue_device(
+        self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime
+    ) -> bytes:
+        """Sign a device's certificate and return it (DER).
+
+        Raises:
+            IdentityError: the name is outside the grammar, the role is too, or is reserved for services.
+            AuthorityError: the key is no P-256 key, the clock is wrong, or the registry has no such row in
+                KEYED; nothing was signed.
+        """
+        self._check(Kind.DEVICE, name, role, public_key_der, cert_serial, now=now)
+        certificate = profile.device_certificate(
+            self._issuer,
+            organization=self._organization,
+            device_id=DeviceId(name),
+            role=Role(role),
+            public_key=profile.parse_public_key(public_key_der),
+            cert_serial=cert_serial,
+            lifetime=timedelta(days=self._lifetimes.device_days),
+            now=now,
+        )
+        return certificate.public_bytes(Encoding.DER)
+
+    def issue_service(
+        self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime
+    ) -> bytes:
+        """Sign a service's certificate and return it (DER); errors as in `issue_device`."""
+        self._check(Kind.SERVICE, name, role, public_key_der, cert_serial, now=now)
+        certificate = profile.service_certificate(
+            self._issuer,
+            organization=self._organization,
+            service_id=DeviceId(name),
+            role=Role(role),
+            public_key=profile.parse_public_key(public_key_der),
+            cert_serial=cert_serial,
+            lifetime=timedelta(days=self._lifetimes.service_days),
+            now=now,
+        )
+        return certificate.public_bytes(Encoding.DER)
+
+    def issue_broker(
+        self, *, hosts: Sequence[str], public_key_der: bytes, cert_serial: int, now: datetime
+    ) -> bytes:
+        """Sign a broker's certificate, named by its first host, and return it (DER); errors as for a device."""
+        name = str(BrokerName(hosts[0]))
+        self._check(Kind.BROKER, name, "", public_key_der, cert_serial, now=now)
+        certificate = profile.broker_certificate(
+            self._issuer,
+            organization=self._organization,
+            hosts=hosts,
+            public_key=profile.parse_public_key(public_key_der),
+            cert_serial=cert_serial,
+            lifetime=timedelta(days=self._lifetimes.broker_days),
+            now=now,
+        )
+        return certificate.public_bytes(Encoding.DER)
+
+    def sign_crl(
+        self, *, number: int, this_update: datetime, next_update: datetime, revoked: Sequence[Revoked]
+    ) -> bytes:
+        """Sign a complete CRL and return it (DER). `number` and `this_update` are durable already."""
+        crl = profile.revocation_list(
+            self._issuer, number=number, this_update=this_update, next_update=next_update, revoked=revoked
+        )
+        return crl.public_bytes(Encoding.DER)
+
+    def sign_unlock(self, transcript: bytes) -> bytes:
+        """Sign an UNLOCK transcript (docs/serial-protocol.md section 6) and return the signature (DER)."""
+        return self._issuer.private_key.sign(transcript, ECDSA(SHA256()))
+
+    def _check(
+        self, kind: Kind, name: str, role: str, public_key_der: bytes, cert_serial: int, *, now: datetime
+    ) -> None:
+        with self._registry.view() as view:
+            row = view.by_cert_serial(cert_serial)
+            last_issued_at = datetime.fromtimestamp(view.counter(LAST_ISSUED_AT), UTC)
+        recorded = row is not None and (row.kind, row.name, row.role) == (kind, name, role)
+        if row is None or not recorded or row.public_key_der != public_key_der:
+            raise AuthorityError(
+                f"could not issue a certificate for {kind} {name}: its serial number is not recorded for it",
+                hint="this is a defect of the station's software: please report it",
+            )
+        if row.state is not State.KEYED or row.is_revoked:
+            state = "revoked" if row.is_revoked else row.state
+            raise AuthorityError(
+                f"could not issue a certificate for {kind} {name}: row {row.number} is {state}, not KEYED",
+                hint="somebody else has changed it meanwhile: start this unit again",
+            )
+        self._check_clock(now, last_issued_at)
+
+    def _check_clock(self, now: datetime, last_issued_at: datetime) -> None:
+        begins_at = self._issuer.certificate.not_valid_before_utc
+        if now < begins_at:
+            cause = (
+                f"the station's clock says {now:%Y-%m-%d %H:%M}, and the CA begins on {begins_at:%Y-%m-%d %H:%M}"
+            )
+        elif now < last_issued_at - CLOCK_STEP:
+            last = f"{last_issued_at:%Y-%m-%d %H:%M:%S}"
+            cause = f"the station's clock says {now:%Y-%m-%d %H:%M:%S}, before the last issuance ({last})"
+        else:
+            return
+        raise AuthorityError(f"could not issue: {cause}", hint="set the station's clock right, then try again")

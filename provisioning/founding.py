@@ -1,0 +1,170 @@
+"""How a station comes into being: two CAs, a registry, the first CRLs.
+
+Rules:
+
+- Everything is made in a folder beside the final one, which is renamed into place at the end: a station is there
+  whole or not at all. What an interrupted attempt left is removed by the next one.
+- The root signs the issuing CA's certificate and its own CRL, and is not needed again until that CRL ends: its key
+  is in a file of its own, and may have a passphrase of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+
+from birthmark.device.durable import private_folder, rename_durably, write_durably
+from birthmark.device.errors import ConfigurationError
+from birthmark.provisioning import profile
+from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
+from birthmark.provisioning.registry.tiny import TinyRegistry
+from birthmark.provisioning.revocation import sign_and_store_crl, sign_root_crl
+from birthmark.provisioning.settings import SETTINGS_FILE, Settings
+from birthmark.provisioning.station import (
+    ISSUING_FILE,
+    ISSUING_KEY_FILE,
+    KEYS_FOLDER,
+    ROOT_FILE,
+    ROOT_KEY_FILE,
+    Station,
+    actor,
+    certificate_pem,
+    utc_now,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from datetime import datetime
+    from pathlib import Path
+
+PUBLIC_FILE_MODE: Final = 0o644
+_UNFINISHED: Final = ".unfinished"
+
+
+def found_station(
+    folder: Path,
+    settings: Settings,
+    *,
+    passphrase: bytes,
+    root_passphrase: bytes | None = None,
+    clock: Callable[[], datetime] = utc_now,
+    derivation: KeyDerivation = DEFAULT_DERIVATION,
+) -> Station:
+    """Make a station in `folder` and open it.
+
+    Args:
+        folder: where it is to be; must not exist, or be empty.
+        settings: the organization and the defaults.
+        passphrase: for the issuing CA's key.
+        root_passphrase: for the root's key; the same one if not given.
+        clock: the current time, aware.
+        derivation: what trying one passphrase costs.
+
+    Raises:
+        ConfigurationError: there is something in `folder` already; nothing was changed.
+        AuthorityError: the passphrase is empty.
+        OSError: something could not be written; nothing is left.
+    """
+    folder = folder.absolute()
+    _refuse_occupied(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _unfinished(folder) as building:
+        _build(building, settings, passphrase, root_passphrase or passphrase, clock=clock, derivation=derivation)
+        _refuse_occupied(folder)
+        rename_durably(building, folder)
+    return Station.open(folder, passphrase=passphrase, clock=clock)
+
+
+def _build(
+    folder: Path,
+    settings: Settings,
+    passphrase: bytes,
+    root_passphrase: bytes,
+    *,
+    clock: Callable[[], datetime],
+    derivation: KeyDerivation,
+) -> None:
+    now = clock()
+    organization = settings.organization
+    root_key, issuing_key = generate_private_key(SECP256R1()), generate_private_key(SECP256R1())
+    root_certificate = profile.root_certificate(
+        root_key, organization=organization, cert_serial=profile.new_cert_serial(secrets.token_bytes), now=now
+    )
+    root = profile.Issuer(root_certificate, root_key)
+    issuing_certificate = profile.issuing_certificate(
+        root,
+        issuing_key.public_key(),
+        organization=organization,
+        cert_serial=profile.new_cert_serial(secrets.token_bytes),
+        now=now,
+    )
+    keys = private_folder(folder / KEYS_FOLDER)
+    write_key(keys / ROOT_KEY_FILE, root_key, root_passphrase, derivation)
+    write_key(keys / ISSUING_KEY_FILE, issuing_key, passphrase, derivation)
+    write_durably(folder / ROOT_FILE, certificate_pem(root_certificate), mode=PUBLIC_FILE_MODE)
+    write_durably(folder / ISSUING_FILE, certificate_pem(issuing_certificate), mode=PUBLIC_FILE_MODE)
+    write_durably(folder / SETTINGS_FILE, settings.to_toml().encode())
+    registry = TinyRegistry.create(folder, clock=clock, actor=actor())
+    with registry.transaction() as transaction:
+        for what, certificate in (("root", root_certificate), ("issuing", issuing_certificate)):
+            transaction.record(
+                "init",
+                f"{what}-ca",
+                organization=organization,
+                cert_serial=f"{certificate.serial_number:x}",
+                key_id=profile.key_id(certificate).hex(),
+            )
+    station = Station(folder, settings, registry, passphrase=passphrase, clock=clock)
+    sign_root_crl(station, root)
+    sign_and_store_crl(station)
+    station.close()
+
+
+def _refuse_occupied(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise ConfigurationError(
+            f"could not make a station in {folder}: there is something already",
+            hint="choose another folder with --station; a CA is never overwritten",
+        )
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """Make a private folder beside `folder`, locked while it lives; remove those that a crash left."""
+    for leftover in folder.parent.iterdir():
+        if leftover.name.startswith(f".{folder.name}.") and leftover.name.endswith(_UNFINISHED):
+            with suppress(FileNotFoundError), _folder_lock(leftover, leftover=True):
+                pass
+    building = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    building.mkdir(mode=0o700)
+    try:
+        with _folder_lock(building):
+            yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _folder_lock(folder: Path, *, leftover: bool = False) -> Iterator[None]:
+    """Lock a folder; a leftover whose maker is gone (so that it can be locked) is removed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not leftover:
+                raise
+        else:
+            if leftover:
+                shutil.rmtree(folder, ignore_errors=True)
+        yield
+    finally:
+        os.close(descriptor)

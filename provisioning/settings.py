@@ -1,0 +1,329 @@
+"""`station.toml`: what this station puts into certificates and bundles, and which gateways it feeds.
+
+Rules: unknown keys, wrong types and values out of range are refused with the file, the table and the key. A change
+by a command edits the text, so that a person's comments stay.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from birthmark.device.durable import write_durably
+from birthmark.device.errors import BirthmarkError, ConfigurationError
+from birthmark.device.escape import escaped
+from birthmark.device.identity import BrokerName, device_role
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SETTINGS_FILE: Final = "station.toml"
+MAX_ORGANIZATION_CHARACTERS: Final = 64
+_DAYS: Final = range(1, 3651)
+_PORTS: Final = range(1, 65536)
+_KEEPALIVES_S: Final = range(1, 65536)
+_GATEWAY: Final = re.compile(r"(?m)^[ \t]*\[\[[ \t]*gateway[ \t]*\]\]")
+_TABLE: Final = re.compile(r"(?m)^[ \t]*\[")
+
+TEMPLATE: Final = """\
+# The station's settings. Commands read them when they start.
+
+[station]
+# The O in every subject. A change applies to certificates issued from then on.
+organization = {organization}
+# The role that `birthmark flash` gives a device unless --role says otherwise.
+default_role = {default_role}
+
+[lifetimes_days]
+device = {device_days}
+service = {service_days}
+broker = {broker_days}
+
+[broker]
+# Where devices connect: goes into the bundle of every device that is flashed from then on.
+host = {host}
+port = {port}
+keepalive_s = {keepalive_s}
+
+# Gateways that are sent every new CRL: `birthmark gateway add --help`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long certificates are valid, in days."""
+
+    device_days: int = 730
+    service_days: int = 730
+    broker_days: int = 365
+
+    def __post_init__(self) -> None:
+        if not all(days in _DAYS for days in (self.device_days, self.service_days, self.broker_days)):
+            raise ConfigurationError(
+                "could not use the lifetimes: one is out of range", hint="from 1 to 3650 days each"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerDefaults:
+    """Where a flashed device finds its broker."""
+
+    host: str = "localhost"
+    port: int = 8883
+    keepalive_s: int = 60
+
+    def __post_init__(self) -> None:
+        try:
+            BrokerName(self.host)
+        except BirthmarkError as error:
+            raise ConfigurationError(error.message, hint=error.hint) from error
+        if self.port not in _PORTS:
+            raise ConfigurationError(f"could not use the broker port {self.port}: it is not in 1 to 65535")
+        if self.keepalive_s not in _KEEPALIVES_S:
+            raise ConfigurationError(f"could not use the keepalive {self.keepalive_s} s: it is not in 1 to 65535")
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that takes CRLs: either from a file, or over MQTT.
+
+    Raises:
+        ConfigurationError: it has neither a path nor an address, or both.
+    """
+
+    name: str
+    crl_path: Path | None = None
+    host: str = ""
+    port: int = 8883
+    operator_path: Path | None = None
+    """Key, certificate and chain of the operator that talks to it."""
+
+    def __post_init__(self) -> None:
+        try:
+            BrokerName(self.name)
+        except BirthmarkError as error:
+            raise ConfigurationError(error.message, hint=error.hint) from error
+        by_mqtt = bool(self.host) or self.operator_path is not None
+        if (self.crl_path is None) != by_mqtt or (by_mqtt and not (self.host and self.operator_path)):
+            raise ConfigurationError(
+                f"could not use the gateway {self.name}: it needs either a path or a broker with an operator",
+                hint="give --path FILE, or --host HOST with --operator FILE",
+            )
+        if self.port not in _PORTS:
+            raise ConfigurationError(
+                f"could not use the port {self.port} of gateway {self.name}: not in 1 to 65535"
+            )
+
+    @property
+    def reached_by(self) -> str:
+        """How a CRL gets there, for people."""
+        return str(self.crl_path) if self.crl_path else f"mqtts://{self.host}:{self.port}"
+
+    def to_toml(self) -> str:
+        """Return its table."""
+        lines = ["[[gateway]]", f"name = {toml_text(self.name)}"]
+        if self.crl_path is not None:
+            lines.append(f"crl_path = {toml_text(str(self.crl_path))}")
+        else:
+            lines += [
+                f"host = {toml_text(self.host)}",
+                f"port = {self.port}",
+                f"operator = {toml_text(str(self.operator_path))}",
+            ]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything in `station.toml`."""
+
+    organization: str
+    default_role: str = "sensor"
+    lifetimes: Lifetimes = field(default_factory=Lifetimes)
+    broker: BrokerDefaults = field(default_factory=BrokerDefaults)
+    gateways: tuple[Gateway, ...] = ()
+
+    def __post_init__(self) -> None:
+        organization = self.organization
+        if not organization.strip() or not organization.isprintable():
+            raise ConfigurationError(
+                f"could not use {escaped(organization)!r} as the organization: it is empty or not printable"
+            )
+        if len(organization) > MAX_ORGANIZATION_CHARACTERS:  # RFC 5280 appendix A.1: ub-organization-name
+            raise ConfigurationError("could not use the organization: it is longer than 64 characters")
+        try:
+            device_role(self.default_role)
+        except BirthmarkError as error:
+            raise ConfigurationError(error.message, hint=error.hint) from error
+
+    def to_toml(self) -> str:
+        """Return a commented file with these settings."""
+        head = TEMPLATE.format(
+            organization=toml_text(self.organization),
+            default_role=toml_text(self.default_role),
+            device_days=self.lifetimes.device_days,
+            service_days=self.lifetimes.service_days,
+            broker_days=self.lifetimes.broker_days,
+            host=toml_text(self.broker.host),
+            port=self.broker.port,
+            keepalive_s=self.broker.keepalive_s,
+        )
+        return head + "".join("\n" + gateway.to_toml() for gateway in self.gateways)
+
+
+def read_settings(path: Path) -> Settings:
+    """Read `station.toml`.
+
+    Raises:
+        ConfigurationError: it is missing, unreadable, no TOML, or has a key or a value that cannot be used.
+    """
+    return _parsed(path, _text(path))
+
+
+def add_gateway(path: Path, gateway: Gateway) -> None:
+    """Add a gateway to `station.toml`, durably.
+
+    Raises:
+        ConfigurationError: the file cannot be used, or has a gateway of that name.
+    """
+
+    def added(text: str, settings: Settings) -> str:
+        if any(other.name.lower() == gateway.name.lower() for other in settings.gateways):
+            raise ConfigurationError(
+                f"could not add the gateway {gateway.name}: there is one of that name",
+                hint=f"remove it first: birthmark gateway remove {gateway.name}",
+            )
+        return text.rstrip("\n") + "\n\n" + gateway.to_toml()
+
+    _edit(path, added)
+
+
+def remove_gateway(path: Path, name: str) -> None:
+    """Remove a gateway from `station.toml`, durably.
+
+    Raises:
+        ConfigurationError: the file cannot be used, or has no gateway of that name.
+    """
+
+    def removed(text: str, settings: Settings) -> str:
+        names = [gateway.name.lower() for gateway in settings.gateways]
+        if name.lower() not in names:
+            raise ConfigurationError(
+                f"could not remove the gateway {escaped(name)}: there is none of that name",
+                hint="list them with `birthmark gateway list`",
+            )
+        start = [match.start() for match in _GATEWAY.finditer(text)][names.index(name.lower())]
+        after = _TABLE.search(text, text.index("]]", start))
+        end = after.start() if after else len(text)
+        return text[:start].rstrip("\n") + "\n\n" * bool(after) + text[end:] + "\n" * (not after)
+
+    _edit(path, removed)
+
+
+def toml_text(text: str) -> str:
+    """Return a TOML basic string."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _edit(path: Path, change: Callable[[str, Settings], str]) -> None:
+    text = _text(path)
+    changed = change(text, _parsed(path, text))
+    _parsed(path, changed)
+    write_durably(path, changed.encode())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"could not read {path}: it is not there",
+            hint="make a station with `birthmark init`, or name its folder with --station",
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(f"could not read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"could not read {path}: it is not UTF-8 text") from error
+
+
+def _parsed(path: Path, text: str) -> Settings:
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"could not read {path}: {error}", hint="it must be TOML") from error
+    try:
+        top = _Table("", tables)
+        station = top.table("station")
+        lifetimes = top.table("lifetimes_days")
+        broker = top.table("broker")
+        settings = Settings(
+            organization=station.text("organization"),
+            default_role=station.text("default_role", "sensor"),
+            lifetimes=Lifetimes(
+                lifetimes.whole("device", 730), lifetimes.whole("service", 730), lifetimes.whole("broker", 365)
+            ),
+            broker=BrokerDefaults(
+                broker.text("host", "localhost"), broker.whole("port", 8883), broker.whole("keepalive_s", 60)
+            ),
+            gateways=tuple(_gateway(table) for table in top.tables("gateway")),
+        )
+        for table in (station, lifetimes, broker, top):
+            table.finish()
+    except ConfigurationError as error:
+        raise ConfigurationError(f"could not read {path}: {error.message}", hint=error.hint) from error
+    return settings
+
+
+def _gateway(table: _Table) -> Gateway:
+    crl_path, operator = table.text("crl_path", ""), table.text("operator", "")
+    gateway = Gateway(
+        name=table.text("name"),
+        crl_path=Path(crl_path) if crl_path else None,
+        host=table.text("host", ""),
+        port=table.whole("port", 8883),
+        operator_path=Path(operator) if operator else None,
+    )
+    table.finish()
+    return gateway
+
+
+class _Table:
+    """Typed access to one TOML table; what nobody asked for is refused at the end."""
+
+    def __init__(self, name: str, values: Any) -> None:
+        self._name = name
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"[{name}] is no table")
+        self._values = dict(values)
+
+    def table(self, key: str) -> _Table:
+        return _Table(key, self._values.pop(key, {}))
+
+    def tables(self, key: str) -> list[_Table]:
+        values = self._values.pop(key, [])
+        if not isinstance(values, list):
+            raise ConfigurationError(f"{key!r} must be written as [[{key}]]")
+        return [_Table(key, value) for value in values]
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._values.pop(key, default)
+        if not isinstance(value, str):
+            raise ConfigurationError(f"{self._where(key)} is {'missing' if value is None else 'no text'}")
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        value = self._values.pop(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigurationError(f"{self._where(key)} is no whole number")
+        return value
+
+    def finish(self) -> None:
+        if self._values:
+            raise ConfigurationError(f"{self._where(next(iter(self._values)))} is unknown", hint="is it misspelt?")
+
+    def _where(self, key: str) -> str:
+        return f"key {escaped(key)!r}" + (f" in [{self._name}]" if self._name else "")
