@@ -159,7 +159,7 @@ class Revocations:
         """Let a peer in, or not; asked after every handshake, right after `check_peer`. Constant time.
 
         Raises:
-            PeerRefusedError: `revoked`; `no-crl`: its issuing CA has none in force; `crl-expired`: the one in force
+            PeerRefusedError: `revoked`; `no-crl`: its issuing CA has none in force; `crl-expired`: its CRL
                 is too old to go by.
         """
         crl = self._crls.get(peer.issuer)

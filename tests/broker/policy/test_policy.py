@@ -1,0 +1,245 @@
+"""The policy: who may do what, and that no identity reaches another's topics."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from birthmark.broker.filters import matches
+from birthmark.broker.policy import (
+    Action,
+    Assignment,
+    Policy,
+    RoleRules,
+    decide,
+    decide_delivery,
+    glob_matches,
+)
+from birthmark.broker.policy_file import parse_policy
+from birthmark.device.errors import PolicyError
+from birthmark.device.identity import DeviceId, Role
+
+DEFAULT = parse_policy(
+    resources.files("birthmark.broker").joinpath("policy.default.toml").read_bytes(), "policy.default.toml"
+)
+DEVICE, OPERATOR = Role("device"), Role("operator")
+A = DeviceId("sensor-1")
+
+ids = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9-]{0,8}[A-Za-z0-9])?", fullmatch=True).map(DeviceId)
+roles = st.sampled_from(["device", "sensor", "camera", "OPERATORS", "service"]).map(Role)
+
+
+def allowed(action: str, topic: str, *, who: DeviceId = A, role: Role = DEVICE, policy: Policy = DEFAULT) -> bool:
+    return decide(policy, who, role, Action(action), topic).allowed
+
+
+@pytest.mark.parametrize(
+    ("action", "topic"),
+    [
+        ("publish", "devices/sensor-1/telemetry/temperature"),
+        ("publish", "devices/sensor-1/status"),
+        ("publish", "devices/sensor-1/replies/reboot"),
+        ("publish", "devices/sensor-1/renewal/request"),
+        ("publish", "devices/sensor-1/time/request"),
+        ("subscribe", "devices/sensor-1/commands/#"),
+        ("subscribe", "devices/sensor-1/commands/reboot"),
+        ("subscribe", "devices/sensor-1/commands/+"),
+        ("subscribe", "fleet/announcements/#"),
+        ("subscribe", "devices/sensor-1/renewal/answer"),
+    ],
+)
+def test_a_device_may(action: str, topic: str) -> None:
+    assert allowed(action, topic)
+
+
+@pytest.mark.parametrize(
+    ("action", "topic"),
+    [
+        ("publish", "devices/sensor-2/telemetry/temperature"),
+        ("publish", "devices/SENSOR-1/telemetry/temperature"),
+        ("publish", "devices/sensor-1"),
+        ("publish", "devices/sensor-1/commands/reboot"),
+        ("publish", "devices/sensor-1/status/x"),
+        ("publish", "devices//telemetry/x"),
+        ("publish", "devices/{id}/telemetry/x"),
+        ("publish", "devices/+/telemetry/x"),
+        ("publish", "fleet/announcements/all"),
+        ("publish", "gateway/gw/crl"),
+        ("publish", "$SYS/broker/version"),
+        ("publish", ""),
+        ("publish", "a\0b"),
+        ("subscribe", "#"),
+        ("subscribe", "+/#"),
+        ("subscribe", "devices/#"),
+        ("subscribe", "devices/+/commands/#"),
+        ("subscribe", "devices/sensor-2/commands/#"),
+        ("subscribe", "devices/sensor-1/#"),
+        ("subscribe", "devices/sensor-1/+/reboot"),
+        ("subscribe", "fleet/#"),
+        ("subscribe", "$SYS/#"),
+        ("subscribe", "$share/g/devices/sensor-1/commands/#"),
+        ("subscribe", "gateway/gw/receipts"),
+        ("subscribe", "a/#/b"),
+    ],
+)
+def test_a_device_may_not(action: str, topic: str) -> None:
+    assert not allowed(action, topic)
+
+
+@pytest.mark.parametrize(
+    ("action", "topic", "expected"),
+    [
+        ("subscribe", "devices/#", True),
+        ("subscribe", "devices/+/telemetry/#", True),
+        ("subscribe", "$SYS/#", True),
+        ("subscribe", "gateway/+/receipts", True),
+        ("publish", "devices/sensor-1/commands/reboot", True),
+        ("publish", "gateway/gw-1/crl", True),
+        ("subscribe", "#", False),
+        ("subscribe", "$share/g/devices/#", False),
+        ("publish", "$SYS/x", False),
+        ("publish", "devices/sensor-1/telemetry/x", False),
+        ("publish", "gateway/gw-1/receipts", False),
+    ],
+)
+def test_an_operator(action: str, topic: str, *, expected: bool) -> None:
+    assert allowed(action, topic, who=DeviceId("alice"), role=OPERATOR) is expected
+
+
+@given(ids, ids, roles, st.sampled_from(["telemetry/x", "status", "replies/a/b", "commands/x", "time/answer", ""]))
+def test_no_device_touches_anothers_topics(one: DeviceId, other: DeviceId, role: Role, rest: str) -> None:
+    if one.text == other.text:
+        return
+    topic = f"devices/{other}/{rest}"
+    assert not allowed("publish", topic, who=one, role=role)
+    assert not decide_delivery(DEFAULT, one, role, topic).allowed
+
+
+_level = st.sampled_from(
+    ["devices", "sensor-1", "sensor-2", "+", "commands", "telemetry", "status", "x", "", "fleet"]
+)
+
+
+@given(st.lists(_level, min_size=1, max_size=5), st.booleans())
+def test_a_subscription_that_is_allowed_matches_no_topic_of_another(levels: list[str], more: bool) -> None:
+    topic_filter = "/".join([*levels, "#"] if more else levels)
+    if not topic_filter or not allowed("subscribe", topic_filter):
+        return
+    for rest in ("commands/x", "telemetry/x", "status", "renewal/answer", "x", "commands"):
+        assert not matches(topic_filter, f"devices/sensor-2/{rest}")
+
+
+@given(st.lists(_level, min_size=1, max_size=5), st.lists(_level, min_size=1, max_size=5))
+def test_whatever_an_allowed_subscription_matches_may_be_delivered(f: list[str], t: list[str]) -> None:
+    topic_filter, topic = "/".join(f), "/".join(t)
+    if "+" in topic or not topic or not topic_filter or not allowed("subscribe", topic_filter):
+        return
+    if matches(topic_filter, topic):
+        assert decide_delivery(DEFAULT, A, DEVICE, topic).allowed
+
+
+@given(ids, st.text(max_size=40))
+def test_any_text_gets_an_answer(who: DeviceId, text: str) -> None:
+    for action in Action:
+        decision = decide(DEFAULT, who, DEVICE, action, text)
+        assert decision.rule
+        assert decision.rule.isascii()
+    decide_delivery(DEFAULT, who, DEVICE, text)
+
+
+def policy(*assignments: Assignment, **lists: tuple[str, ...]) -> Policy:
+    return Policy((RoleRules("r", **lists),), assignments or (Assignment("r", cn="*"),))
+
+
+def test_deny_wins_over_allow() -> None:
+    one = policy(publish=("a/#",), deny_publish=("a/secret/#",))
+    assert allowed("publish", "a/b", policy=one)
+    denied = decide(one, A, DEVICE, Action.PUBLISH, "a/secret/x")
+    assert not denied.allowed
+    assert "deny_publish 'a/secret/#'" in denied.rule
+
+
+def test_a_subscription_that_overlaps_a_deny_is_refused_and_so_is_the_delivery() -> None:
+    one = policy(subscribe=("a/#",), deny_subscribe=("a/secret/+",))
+    assert not allowed("subscribe", "a/#", policy=one)
+    assert not allowed("subscribe", "a/+/x", policy=one)
+    assert allowed("subscribe", "a/open/#", policy=one)
+    assert not decide_delivery(one, A, DEVICE, "a/secret/x").allowed
+    assert decide_delivery(one, A, DEVICE, "a/secret").allowed
+
+
+def test_a_union_of_entries_allows_no_more_than_each_of_them() -> None:
+    one = policy(subscribe=("a", "a/+/#"))
+    assert not allowed("subscribe", "a/#", policy=one)
+
+
+def test_a_deny_with_the_own_id() -> None:
+    one = policy(subscribe=("devices/#",), deny_subscribe=("devices/{id}/#",))
+    assert not allowed("subscribe", "devices/#", policy=one)
+    assert allowed("subscribe", "devices/sensor-2/#", policy=one)
+
+
+def test_nobody_matched_gets_nothing() -> None:
+    one = policy(Assignment("r", cn="camera-*"), publish=("#",), subscribe=("#",))
+    decision = decide(one, A, DEVICE, Action.PUBLISH, "a")
+    assert decision.rule == "no assignment matches cn 'sensor-1' and ou 'device'"
+    assert not decision.allowed
+    assert allowed("publish", "a", who=DeviceId("CAMERA-7"), policy=one)
+
+
+def test_the_first_assignment_that_matches_wins() -> None:
+    silent, loud = RoleRules("silent"), RoleRules("loud", publish=("#",))
+    one = Policy((silent, loud), (Assignment("silent", cn="sensor-?"), Assignment("loud", ou="device")))
+    assert not allowed("publish", "a", policy=one)
+    assert allowed("publish", "a", who=DeviceId("sensor-10"), policy=one)
+    assert not allowed("publish", "a", who=DeviceId("sensor-10"), role=Role("camera"), policy=one)
+
+
+def test_a_star_never_reaches_a_service_and_a_device_never_becomes_one() -> None:
+    one = policy(Assignment("r", cn="*", ou="*"), publish=("#",))
+    assert not allowed("publish", "a", role=OPERATOR, policy=one)
+    with pytest.raises(PolicyError, match="reserved for services"):
+        Assignment("operator", cn="*")
+    with pytest.raises(PolicyError, match="reserved for services"):
+        Assignment("service-x", ou="*")
+    assert not allowed("publish", "gateway/g/crl", who=DeviceId("operator"))
+
+
+def test_rights_that_are_kept_answer_as_decide_does() -> None:
+    rights = DEFAULT.rights(A, DEVICE)
+    assert rights.role == "device"
+    assert rights.publish("devices/sensor-1/status") == decide(
+        DEFAULT, A, DEVICE, Action.PUBLISH, "devices/sensor-1/status"
+    )
+    assert rights.receive("devices/sensor-1/commands/x").allowed
+
+
+@pytest.mark.parametrize(
+    ("glob", "name", "expected"),
+    [
+        ("*", "a", True),
+        ("a*", "A", True),
+        ("*-1", "sensor-1", True),
+        ("s*r-?", "sensor-1", True),
+        ("s*r-?", "sensor-10", False),
+        ("sensor", "sensor-1", False),
+        ("?", "", False),
+        ("a**b", "ab", True),
+    ],
+)
+def test_globs(glob: str, name: str, *, expected: bool) -> None:
+    assert glob_matches(glob, name) is expected
+
+
+@given(st.text("ab*?", min_size=1, max_size=8), st.text("ab", max_size=8))
+def test_globs_match_as_the_shells_do(glob: str, name: str) -> None:
+    import fnmatch
+
+    assert glob_matches(glob, name) is fnmatch.fnmatchcase(name, glob)
+
+
+def test_a_glob_of_many_stars_is_quick() -> None:
+    assert not glob_matches("*a" * 32, "a" * 31 + "-" * 32)
