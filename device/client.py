@@ -1,0 +1,339 @@
+"""A client of the gateway: the library form of a device, and of a service.
+
+    from birthmark.device import Client
+
+    client = Client.from_folder("/var/lib/birthmark")
+
+    @client.command("reboot")
+    def reboot(command):
+        return {"rebooting": True}          # published on devices/{id}/replies/reboot
+
+    with client:
+        client.publish(client.telemetry("temperature"), {"celsius": 21.5})
+
+Rules:
+
+- It connects again by itself, for ever, until it is stopped; subscriptions and unacknowledged messages come along.
+- Every method may be called from any thread. Callbacks run on one thread of their own, in order; one that raises
+  is reported and costs nothing else.
+- A device keeps its presence (`presence`) and its MQTT session; a service has neither, unless it asks.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+
+from birthmark.device import topics
+from birthmark.device.backoff import RetryTimer
+from birthmark.device.credentials import Credentials
+from birthmark.device.dispatch import Dispatcher
+from birthmark.device.errors import IdentityError, LocalProtocolError
+from birthmark.device.escape import escaped
+from birthmark.device.events import Event, HandlerFailed
+from birthmark.device.mqtt import topic_matches
+from birthmark.device.publication import MAX_TOPIC_BYTES, Acknowledgement, Outgoing, Payload, as_bytes
+from birthmark.device.received import Command, Message
+from birthmark.device.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from birthmark.device.credentials import BrokerAddress
+    from birthmark.device.identity import DeviceId
+
+    MessageHandler = Callable[[Message], object]
+    CommandHandler = Callable[[Command], Payload | None]
+
+CONNECT_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 5.0
+
+_log = logging.getLogger("birthmark.device")
+
+
+class ClientOptions(TypedDict, total=False):
+    """The options of `Client`, for those who pass them on."""
+
+    presence: bool | None
+    clean_session: bool | None
+    client_suffix: str
+    observe: Callable[[Event], object] | None
+    connect_timeout_s: float
+    retry: RetryTimer | None
+    now: Callable[[], datetime]
+
+
+class Client:
+    """One identity's connection to its broker.
+
+    Args:
+        credentials: who it is, and where the broker is.
+        presence: whether to keep `devices/{id}/status`; by default a device does and a service does not.
+        clean_session: whether the broker forgets subscriptions and queued messages between connections; by default
+            it keeps a device's and forgets a service's.
+        client_suffix: for a service that opens several sessions: the client id is then `CN:suffix`.
+        observe: is given every `events.Event`, on the callbacks' thread.
+        connect_timeout_s: for TCP, for the TLS handshake and for the broker's answer, each.
+        retry: how long to wait between attempts.
+        now: the clock.
+
+    Raises:
+        CredentialError: key and certificate cannot be used.
+        IdentityError: a suffix on a device's client id.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        presence: bool | None = None,
+        clean_session: bool | None = None,
+        client_suffix: str = "",
+        observe: Callable[[Event], object] | None = None,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        retry: RetryTimer | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        is_service = credentials.role.is_reserved
+        if client_suffix and not is_service:
+            raise IdentityError(
+                f"could not connect as {credentials.device_id}:{escaped(client_suffix)}: a device has one session",
+                hint="only a service may open several",
+            )
+        self._credentials = credentials
+        self._observe = observe
+        self._handlers: list[tuple[str, MessageHandler]] = []
+        self._command_handlers: dict[str, CommandHandler] = {}
+        self._started = False
+        self._dispatcher = Dispatcher(self._observed, self._make_room)
+        self._worker = Worker(
+            credentials,
+            client_id=f"{credentials.device_id}:{client_suffix}" if client_suffix else str(credentials.device_id),
+            clean_session=is_service if clean_session is None else clean_session,
+            has_presence=not is_service if presence is None else presence,
+            connect_timeout_s=connect_timeout_s,
+            retry=retry or RetryTimer(),
+            now=now,
+            dispatcher=self._dispatcher,
+            on_message=self._received,
+        )
+
+    @classmethod
+    def from_credentials(cls, credentials: Credentials, **options: Unpack[ClientOptions]) -> Self:
+        """Return a client for `credentials`."""
+        return cls(credentials, **options)
+
+    @classmethod
+    def from_folder(
+        cls, state_dir: Path | str, *, broker: BrokerAddress | None = None, **options: Unpack[ClientOptions]
+    ) -> Self:
+        """Return a client for the enrolled device whose state is in `state_dir`.
+
+        Raises:
+            CredentialError: there are no credentials, or they cannot be used.
+        """
+        return cls(Credentials.from_folder(state_dir, broker=broker), **options)
+
+    @property
+    def device_id(self) -> DeviceId:
+        """Who we are."""
+        return self._credentials.device_id
+
+    @property
+    def credentials(self) -> Credentials:
+        """What we prove it with."""
+        return self._credentials
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection that the broker accepted, as far as we know."""
+        return self._worker.is_online
+
+    def telemetry(self, name: str) -> str:
+        """Return the topic for one kind of our readings."""
+        return topics.telemetry(self.device_id, name)
+
+    def start(self) -> None:
+        """Start connecting, and return at once; failures go to the observer, and it tries for ever.
+
+        Raises:
+            LocalProtocolError: it was started before.
+        """
+        if self._started:
+            raise LocalProtocolError("could not start a client: it was started before", "make a new one")
+        self._started = True
+        self._dispatcher.start()
+        self._worker.start()
+
+    def connect(self, timeout_s: float = 0.0) -> None:
+        """Start, and wait until connected.
+
+        Args:
+            timeout_s: for how long to keep trying to reach the broker; 0: one attempt.
+
+        Raises:
+            RefusedError: the broker said no, or we did not trust it.
+            UnreachableError: it was not reached in time. In both cases the client is stopped.
+        """
+        self.start()
+        try:
+            self._worker.wait_for_first(timeout_s)
+        except BaseException:
+            self.stop(timeout_s=0.0)
+            raise
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Send what waits, say goodbye, disconnect, and end both threads. A second call does nothing.
+
+        Args:
+            timeout_s: how long to wait for acknowledgements; what has none by then is given up.
+        """
+        self._worker.stop(timeout_s)
+        self._dispatcher.stop(timeout_s)
+
+    def __enter__(self) -> Self:
+        """Connect, with one attempt; see `connect`."""
+        self.connect()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    def publish(
+        self, topic: str, payload: Payload = b"", *, qos: int = 1, retain: bool = False, wait: float | None = None
+    ) -> Acknowledgement:
+        """Publish, now or as soon as there is a connection.
+
+        Args:
+            topic: where.
+            payload: bytes, text, or a mapping that becomes a JSON object.
+            qos: 1: sent until acknowledged, as long as this process lives; 0: sent once.
+            retain: whether the broker keeps it for later subscribers.
+            wait: seconds to wait for the broker's acknowledgement; None: do not wait.
+
+        Returns:
+            The acknowledgement to come.
+
+        Raises:
+            LocalProtocolError: MQTT has no such topic, payload or quality of service.
+            UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
+        """
+        acknowledgement = self._worker.publish(Outgoing(topic, as_bytes(payload), qos, retain))
+        if wait is not None:
+            acknowledgement.wait(wait)
+        return acknowledgement
+
+    def subscribe(
+        self, topic_filter: str, handler: MessageHandler, *, qos: int = 1, wait: float | None = None
+    ) -> Acknowledgement:
+        """Call `handler` for every message on a topic that the filter matches, across reconnects.
+
+        Several handlers may share a filter; all whose filter matches are called.
+
+        Args:
+            topic_filter: in MQTT's syntax.
+            handler: is given each message, on the callbacks' thread.
+            qos: the best quality of service to ask for, 0 or 1.
+            wait: seconds to wait for the broker's answer; None: do not wait (a denial goes to the observer).
+
+        Raises:
+            LocalProtocolError: MQTT has no such filter or quality of service.
+            RefusedError: the broker's policy denies it (with `wait`).
+            UnreachableError: there was no answer in time (with `wait`).
+        """
+        _check_filter(topic_filter)
+        if qos not in (0, 1):
+            raise LocalProtocolError(
+                f"could not subscribe to {escaped(topic_filter)}: the quality of service is 0 or 1"
+            )
+        self._handlers = [*self._handlers, (topic_filter, handler)]
+        acknowledgement = self._worker.subscribe(topic_filter, qos)
+        if wait is not None:
+            acknowledgement.wait(wait)
+        return acknowledgement
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Take every handler of this filter away, and tell the broker."""
+        self._handlers = [entry for entry in self._handlers if entry[0] != topic_filter]
+        self._worker.unsubscribe(topic_filter)
+
+    def on(self, topic_filter: str, *, qos: int = 1) -> Callable[[MessageHandler], MessageHandler]:
+        """Decorate a handler for a filter; see `subscribe`."""
+
+        def register(handler: MessageHandler) -> MessageHandler:
+            self.subscribe(topic_filter, handler, qos=qos)
+            return handler
+
+        return register
+
+    def command(self, name: str = "#") -> Callable[[CommandHandler], CommandHandler]:
+        """Decorate the handler of one command to this device (`#`: of every command that has no other).
+
+        What it returns, if not None, is published as the reply.
+        """
+
+        def register(handler: CommandHandler) -> CommandHandler:
+            if name != "#":
+                Outgoing(topics.command(self.device_id, name), b"")  # a name that is part of a topic
+            first = not self._command_handlers
+            self._command_handlers[name] = handler
+            if first:
+                self.subscribe(topics.commands(self.device_id), self._commanded)
+            return handler
+
+        return register
+
+    def _commanded(self, message: Message) -> None:
+        name = message.topic.removeprefix(topics.command(self.device_id, ""))
+        handler = self._command_handlers.get(name) or self._command_handlers.get("#")
+        if handler is None or name == message.topic:
+            return
+        answer = handler(
+            Command(
+                topic=message.topic,
+                payload=message.payload,
+                qos=message.qos,
+                retained=message.retained,
+                name=name,
+            )
+        )
+        if answer is not None:
+            self.publish(topics.reply(self.device_id, name), answer)
+
+    def _received(self, message: Message) -> None:
+        for topic_filter, handler in self._handlers:
+            if topic_matches(topic_filter, message.topic):
+                try:
+                    handler(message)
+                except Exception as error:  # noqa: BLE001 - it is somebody else's code; it is reported
+                    _log.exception("a handler of %s failed", escaped(topic_filter))
+                    self._observed(HandlerFailed(message.topic, error))
+
+    def _make_room(self) -> None:
+        self._worker.wake()
+
+    def _observed(self, event: Event) -> None:
+        if self._observe is not None:
+            self._observe(event)
+
+
+def _check_filter(topic_filter: str) -> None:
+    """Refuse what is no filter (MQTT 3.1.1 §4.7.1)."""
+    levels = topic_filter.split("/")
+    wrong = (
+        not topic_filter or "\0" in topic_filter or len(topic_filter.encode(errors="replace")) > MAX_TOPIC_BYTES
+    )
+    for position, level in enumerate(levels):
+        wrong |= "+" in level and level != "+"
+        wrong |= "#" in level and (level != "#" or position != len(levels) - 1)
+    if wrong:
+        raise LocalProtocolError(
+            f"could not subscribe to {escaped(topic_filter)!r}: it is no MQTT filter",
+            hint="+ stands for a whole level, # for the rest, at the end",
+        )

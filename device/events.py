@@ -1,0 +1,58 @@
+"""What happens to a client, as values: they are given to its observer, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from birthmark.device.credentials import BrokerAddress
+    from birthmark.device.errors import ConnectionFailedError
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker let us in; subscriptions and presence were sent."""
+
+    broker: BrokerAddress
+    client_id: str
+    tls_version: str
+    tls_resumed: bool
+    """Whether the TLS session of an earlier connection was used again."""
+    session_present: bool
+    """Whether the broker had kept our MQTT session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """A connection that was up ended, and we did not end it."""
+
+    error: ConnectionFailedError
+    connected_for_s: float
+    retry_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """A connection did not come about."""
+
+    error: ConnectionFailedError
+    retry_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionDenied:
+    """The broker does not let us subscribe to this filter (SUBACK 0x80)."""
+
+    topic_filter: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerFailed:
+    """A callback raised; the client goes on."""
+
+    topic: str
+    error: Exception
+
+
+Event = Connected | Disconnected | AttemptFailed | SubscriptionDenied | HandlerFailed

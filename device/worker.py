@@ -1,0 +1,399 @@
+"""The thread of a client: it connects, keeps the connection, and connects again.
+
+Rules:
+
+- After each connect, in this order: SUBSCRIBE for every filter, the presence, what was sent and never
+  acknowledged, what was published meanwhile. Whoever sees a device online can send it a command.
+- Why a connection failed decides how long to wait (`backoff`).
+- A message is acknowledged to the connection it came on, and to no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from birthmark.device import connection_errors as say
+from birthmark.device import presence
+from birthmark.device.connection_errors import Check, Circumstances
+from birthmark.device.errors import RefusedError, UnreachableError
+from birthmark.device.escape import escaped
+from birthmark.device.events import AttemptFailed, Connected, Disconnected, SubscriptionDenied
+from birthmark.device.mqtt import MqttLink
+from birthmark.device.publication import Acknowledgement
+from birthmark.device.server_probe import seen_at
+from birthmark.device.tls import device_context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from datetime import datetime
+
+    from birthmark.device.backoff import RetryTimer
+    from birthmark.device.credentials import Credentials
+    from birthmark.device.dispatch import Dispatcher
+    from birthmark.device.errors import ConnectionFailedError
+    from birthmark.device.mqtt import Ending
+    from birthmark.device.publication import Outgoing
+    from birthmark.device.received import Message
+    from birthmark.device.tls import DeviceSocket
+
+MAX_UNACKNOWLEDGED = 10_000
+"""Messages kept for a broker that is not there or does not answer."""
+MAX_WAIT_S = 1.0
+"""The longest wait for something to happen; deadlines are looked at after each."""
+SHORTEST_LEAVE_S = 0.5
+"""What a stop that was given no time still spends on writing DISCONNECT."""
+
+
+class Worker:
+    """Connects and serves, on a thread of its own.
+
+    Args:
+        credentials: who we are, and where to connect.
+        client_id: the CN, or for a service `CN:suffix`.
+        clean_session: whether the broker forgets us between connections.
+        has_presence: whether to keep `devices/{id}/status`.
+        connect_timeout_s: for TCP, for TLS and for CONNACK each.
+        retry: how long to wait between attempts.
+        now: the clock, for messages.
+        dispatcher: runs callbacks.
+        on_message: on the dispatcher's thread; is given each message.
+
+    Raises:
+        CredentialError: key and certificate cannot be used.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        client_id: str,
+        clean_session: bool,
+        has_presence: bool,
+        connect_timeout_s: float,
+        retry: RetryTimer,
+        now: Callable[[], datetime],
+        dispatcher: Dispatcher,
+        on_message: Callable[[Message], object],
+    ) -> None:
+        self._credentials = credentials
+        self._client_id = client_id
+        self._has_presence = has_presence
+        self._connect_timeout_s = connect_timeout_s
+        self._retry = retry
+        self._now = now
+        self._dispatcher = dispatcher
+        self._on_message = on_message
+        self._link = MqttLink(
+            client_id=client_id,
+            clean_session=clean_session,
+            broker=credentials.broker,
+            keepalive_s=credentials.keepalive_s,
+            context=device_context(credentials),
+            connect_timeout_s=connect_timeout_s,
+            listener=self,
+        )
+        self._own = credentials.facts
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        # Guarded by `_changed`: other threads put in, the worker takes out.
+        self._filters: dict[str, tuple[int, Acknowledgement]] = {}
+        self._new_filters: set[str] = set()
+        self._dropped_filters: set[str] = set()
+        self._unsent: deque[tuple[Outgoing, Acknowledgement]] = deque()
+        self._unacknowledged: dict[int, tuple[Outgoing, Acknowledgement]] = {}
+        self._handled: deque[tuple[int, int]] = deque()
+        self._online = False
+        self._stop_at: float | None = None
+        self._last_error: ConnectionFailedError | None = None
+        # The worker's own.
+        self._asked: dict[int, list[str]] = {}
+        self._connection = 0
+        self._session_present = False
+
+    @property
+    def is_online(self) -> bool:
+        """Whether there is a connection that the broker accepted."""
+        return self._online
+
+    def wake(self) -> None:
+        """Have the thread look at what there is to do."""
+        self._link.wake()
+
+    def start(self) -> None:
+        """Start connecting."""
+        self._thread = threading.Thread(target=self._run, name=f"birthmark-{self._client_id}", daemon=True)
+        self._thread.start()
+
+    def publish(self, outgoing: Outgoing) -> Acknowledgement:
+        """Queue a message; it goes out when there is a connection.
+
+        Raises:
+            UnreachableError: too many wait already, or the client has stopped.
+        """
+        what = f"publish to {escaped(outgoing.topic)}"
+        acknowledgement = Acknowledgement(what)
+        with self._changed:
+            if self._stop_at is not None:
+                raise UnreachableError(f"could not {what}: the client has stopped")
+            if len(self._unsent) + len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
+                raise UnreachableError(
+                    f"could not {what}: {MAX_UNACKNOWLEDGED} messages wait for the broker already",
+                    hint="publish less, or wait for acknowledgements",
+                )
+            self._unsent.append((outgoing, acknowledgement))
+        self._link.wake()
+        return acknowledgement
+
+    def subscribe(self, topic_filter: str, qos: int) -> Acknowledgement:
+        """Ask for a filter, now if there is a connection, and after each connect."""
+        acknowledgement = Acknowledgement(f"subscribe to {escaped(topic_filter)}")
+        with self._changed:
+            self._filters[topic_filter] = (qos, acknowledgement)
+            self._new_filters.add(topic_filter)
+            self._dropped_filters.discard(topic_filter)
+        self._link.wake()
+        return acknowledgement
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Ask for a filter no more."""
+        with self._changed:
+            if self._filters.pop(topic_filter, None) is not None:
+                self._new_filters.discard(topic_filter)
+                self._dropped_filters.add(topic_filter)
+        self._link.wake()
+
+    def wait_for_first(self, timeout_s: float) -> None:
+        """Wait until connected, at least until the first attempt has ended.
+
+        Raises:
+            RefusedError: the broker said no.
+            UnreachableError: it was not reached within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._changed.wait_for(lambda: self._online or self._last_error or self._stop_at is not None)
+            while not self._online:
+                error, left_s = self._last_error, deadline - time.monotonic()
+                if self._stop_at is not None or error is None:
+                    raise UnreachableError("could not connect: the client was stopped")
+                if left_s <= 0 or isinstance(error, RefusedError):
+                    raise error
+                self._changed.wait(left_s)
+
+    def stop(self, timeout_s: float) -> None:
+        """Say goodbye if there is a connection, and end the thread; what is unacknowledged by then is given up."""
+        deadline = time.monotonic() + timeout_s
+        if self._has_presence and self._online:
+            with contextlib.suppress(UnreachableError):
+                self.publish(presence.goodbye(self._credentials.device_id, self._now()))
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._online or not (self._unsent or self._unacknowledged), timeout=timeout_s
+            )
+            self._stop_at = max(deadline, time.monotonic() + SHORTEST_LEAVE_S)
+            self._changed.notify_all()
+        self._link.wake()
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            self._end()
+
+    # What follows runs on the worker's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._stop_at is None:
+                error, held_s = self._connect_and_serve()
+                if error is not None:
+                    self._wait_after(error, held_s)
+        finally:
+            self._end()
+
+    def _connect_and_serve(self) -> tuple[ConnectionFailedError | None, float]:
+        """Return why the connection ended (None: we were stopped) and how long it held."""
+        self._connection += 1
+        self._asked.clear()
+        will = presence.last_will(self._credentials.device_id, self._now()) if self._has_presence else None
+        try:
+            opened = self._link.open(will)
+        except (OSError, UnicodeError) as error:
+            return say.explained(error, self._around(error)), 0.0
+        answer_by = time.monotonic() + self._connect_timeout_s
+        began: float | None = None
+        leaving = False
+        while self._link.turn(MAX_WAIT_S, reading=not (self._online and self._dispatcher.is_full)):
+            if began is None and self._link.ending().connected:
+                began = time.monotonic()
+                self._come_online(opened)
+            if self._online and not leaving:
+                self._send_what_waits()
+            if self._stop_at is not None:
+                if not leaving:
+                    leaving = True
+                    self._link.leave()
+                elif time.monotonic() >= self._stop_at:
+                    self._link.cut()
+            elif began is None and time.monotonic() >= answer_by:
+                self._link.cut(refused=True)
+                return say.no_connack(self._connect_timeout_s, self._around()), 0.0
+        self._go_offline()
+        if self._stop_at is not None:
+            return None, 0.0
+        return self._verdict(self._link.ending()), time.monotonic() - began if began is not None else 0.0
+
+    def _verdict(self, ending: Ending) -> ConnectionFailedError:
+        around = self._around()
+        if ending.fell_silent:
+            return say.fell_silent(self._credentials.keepalive_s, around)
+        if ending.connected:
+            return say.lost(ending.failure, around)
+        self._link.cut(refused=True)
+        if ending.connack_code:
+            return say.refused_by_connack(ending.connack_code, around)
+        if ending.answer:
+            return say.not_mqtt(around)
+        return say.explained(ending.failure, around) if ending.failure else say.closed_before_connack(around)
+
+    def _around(self, error: Exception | None = None) -> Circumstances:
+        timed = error is not None and say.is_about_time(error)
+        return Circumstances(
+            broker=self._credentials.broker,
+            device_id=self._credentials.device_id,
+            own=self._own,
+            now=self._now(),
+            issued_at=self._credentials.issued_at,
+            server=seen_at(self._credentials.broker, timeout_s=self._connect_timeout_s) if timed else None,
+        )
+
+    def _wait_after(self, error: ConnectionFailedError, held_s: float) -> None:
+        wait_s = self._retry.wait_s(error, connected_for_s=held_s)
+        if held_s:
+            self._dispatcher.tell(Disconnected(error, held_s, wait_s))
+        else:
+            self._dispatcher.tell(AttemptFailed(error, wait_s))
+        with self._changed:
+            self._last_error = error
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stop_at is not None, timeout=wait_s)
+
+    def _come_online(self, opened: DeviceSocket) -> None:
+        with self._changed:
+            self._online = True
+            self._changed.notify_all()
+        self._dispatcher.tell(
+            Connected(
+                broker=self._credentials.broker,
+                client_id=self._client_id,
+                tls_version=opened.version() or "",
+                tls_resumed=bool(opened.session_reused),
+                session_present=self._session_present,
+            )
+        )
+
+    def _go_offline(self) -> None:
+        with self._changed:
+            self._online = False
+            # QoS 0 is sent once or not at all (MQTT 3.1.1 §4.3.1).
+            lost = [packet_id for packet_id, (sent, _) in self._unacknowledged.items() if sent.qos == 0]
+            for packet_id in lost:
+                sent, acknowledgement = self._unacknowledged.pop(packet_id)
+                acknowledgement.settle(
+                    UnreachableError(
+                        f"could not publish to {escaped(sent.topic)}: the connection was lost before it left"
+                    )
+                )
+            self._changed.notify_all()
+
+    def _send_what_waits(self) -> None:
+        with self._changed:
+            handled, self._handled = self._handled, deque()
+            unsent, self._unsent = self._unsent, deque()
+            dropped, self._dropped_filters = self._dropped_filters, set()
+            new, self._new_filters = self._new_filters, set()
+            # Under the lock, so that whoever waits for all acknowledgements never sees neither.
+            for outgoing, acknowledgement in unsent:
+                self._unacknowledged[self._link.publish(outgoing)] = (outgoing, acknowledgement)
+        for connection, packet_id in handled:
+            if connection == self._connection:
+                self._link.acknowledge(packet_id)
+        for topic_filter in dropped:
+            self._link.unsubscribe(topic_filter)
+        self._ask_for(new)
+
+    def _ask_for(self, filters: Iterable[str]) -> None:
+        asked = [name for name in filters if name in self._filters]
+        if asked:
+            self._asked[self._link.subscribe([(name, self._filters[name][0]) for name in asked])] = asked
+
+    def _end(self) -> None:
+        self._link.release()
+        with self._changed:
+            self._online = False
+            self._stop_at = self._stop_at or time.monotonic()
+            given_up = [acknowledgement for _, acknowledgement in (*self._unsent, *self._unacknowledged.values())]
+            given_up += [acknowledgement for _, acknowledgement in self._filters.values()]
+            for acknowledgement in given_up:
+                acknowledgement.settle(
+                    UnreachableError(f"could not {acknowledgement.what}: the client stopped first")
+                )
+            self._unsent.clear()
+            self._unacknowledged.clear()
+            self._changed.notify_all()
+
+    # `mqtt.Listener`: called within `turn`.
+
+    def mqtt_connected(self, *, session_present: bool) -> None:
+        """CONNACK 0: subscribe and say that we are here, before paho sends again what was not acknowledged."""
+        self._session_present = session_present
+        with self._changed:
+            self._new_filters.clear()
+            filters = list(self._filters)
+        self._ask_for(filters)
+        if self._has_presence:
+            here = presence.online(self._credentials.device_id, self._now())
+            with self._changed:
+                self._unacknowledged[self._link.publish(here)] = (here, Acknowledgement("say that we are online"))
+
+    def mqtt_message(self, packet_id: int, message: Message) -> None:
+        """Hand a message to the dispatcher; it is acknowledged when its callbacks have run."""
+        connection = self._connection
+
+        def handle() -> None:
+            try:
+                self._on_message(message)
+            finally:
+                if message.qos:
+                    with self._changed:
+                        self._handled.append((connection, packet_id))
+                    self._link.wake()
+
+        self._dispatcher.take(handle)
+
+    def mqtt_published(self, packet_id: int) -> None:
+        """Settle a message of ours."""
+        with self._changed:
+            _, acknowledgement = self._unacknowledged.pop(packet_id, (None, None))
+            self._changed.notify_all()
+        if acknowledgement is not None:
+            acknowledgement.settle()
+
+    def mqtt_subscribed(self, packet_id: int, granted: Sequence[bool]) -> None:
+        """Settle a subscription, filter by filter."""
+        for name, is_granted in zip(self._asked.pop(packet_id, ()), granted, strict=False):
+            with self._changed:
+                _, acknowledgement = self._filters.get(name, (0, None))
+            if is_granted:
+                error = None
+            else:
+                error = RefusedError(
+                    f"could not subscribe to {escaped(name)} as {self._client_id}: the broker's policy denies it",
+                    f"`birthmark-broker policy explain {self._credentials.device_id} subscribe FILTER` says why",
+                    Check.NOT_AUTHORISED,
+                )
+                self._dispatcher.tell(SubscriptionDenied(name))
+            if acknowledgement is not None:
+                acknowledgement.settle(error)
