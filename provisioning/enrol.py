@@ -193,25 +193,27 @@ class Enrolment:
 
     def _certified(self, row: Row, decision: Decision) -> Generator[Effect, bytes, Row]:
         """Bring a row to ISSUED or beyond, for the key that the device holds now."""
-        supersede = decision.supersede
+        if decision.fresh_txn:
+            row = yield from self._restarted(row, "the other key mode was asked for")
         if decision.unlock:
             yield from self._unlocked(row)
         try:
-            return (yield from self._with_key(row, supersede=supersede))
+            return (yield from self._with_key(row, supersede=decision.supersede))
         except _KeyLostError:
             self._check_mode(self._wish.mode_for(row))
-            row = self._journal.restart(row, "the device lost the key that was certified")
-            yield Stored(row)
+            row = yield from self._restarted(row, "the device lost the key that was certified")
         if decision.unlock:
             yield from self._unlocked(row)
         return (yield from self._with_key(row, supersede=True))
 
+    def _restarted(self, row: Row, reason: str) -> Generator[Effect, bytes, Row]:
+        row = self._journal.restart(row, reason, self._wish.mode_for(row))
+        yield Stored(row)
+        return row
+
     def _with_key(self, row: Row, *, supersede: bool) -> Generator[Effect, bytes, Row]:
         fresh = not row.state.reached(State.KEYED)
         mode = self._wish.mode_for(row)
-        if fresh and row.key_mode is not mode:
-            row = self._journal.set_key_mode(row, mode)
-            yield Stored(row)
         made = ec.generate_private_key(ec.SECP256R1()) if fresh and mode is KeyMode.STATION else None
         public_key_der = yield from self._requested(row, made, supersede=supersede)
         del made

@@ -143,6 +143,9 @@ class Decision:
     """Whether KEYGEN drops what is open on the device."""
     unlock: bool = False
     """Whether UNLOCK comes first (footnote 1)."""
+    fresh_txn: bool = False
+    """Whether a new row comes before everything: the other key mode was asked for, and a device answers for the
+    pending key of a transaction, whoever made it."""
     reason: str = ""
     """For a refusal: why, in words fit for a person."""
 
@@ -160,9 +163,6 @@ class Journal(Protocol):
             DuplicateError: the device id or the hwid belongs to another live row.
         """
 
-    def set_key_mode(self, row: Row, key_mode: KeyMode) -> Row:
-        """Change the key mode of a row in RESERVED."""
-
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED: with the verified request's key, and the serial number to sign under.
 
@@ -176,8 +176,8 @@ class Journal(Protocol):
     def advance(self, row: Row, state: State) -> Row:
         """Move a row forward to PREPARED, COMMITTED or ATTESTED."""
 
-    def restart(self, row: Row, reason: str) -> Row:
-        """Make a row VOID, and a new one in RESERVED in its place."""
+    def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
+        """Make a row VOID, and a new one in RESERVED in its place, with a fresh transaction."""
 
     def sign_unlock(self, signed: bytes) -> tuple[bytes, bytes]:
         """Return the SHA-256 of the signing CA's certificate and its signature over an UNLOCK transcript."""
@@ -211,7 +211,14 @@ def decide(row: Row | None, hello: HelloAnswer, wish: Wish, replaced: Row | None
     action = TABLE[row.state if row else None, where]
     if action.refuses:
         return Decision(action, reason=_reason(action, row, hello))
-    return Decision(action, supersede=_supersedes(action, where, row, hello, wish), unlock=unlock)
+    mode = wish.mode_for(row)
+    fresh_txn = action is Action.KEYGEN and row is not None and row.key_mode is not mode
+    if fresh_txn or where is Column.APART:
+        supersede = bool(hello.open_txn)
+    else:
+        # The pending key is ours. The scalar of a run before is gone, so only a fresh one can be answered for.
+        supersede = action is Action.KEYGEN and mode is KeyMode.STATION
+    return Decision(action, supersede=supersede and action.asks_for_key, unlock=unlock, fresh_txn=fresh_txn)
 
 
 def _unlocked_column(row: Row | None, hello: HelloAnswer) -> Column:
@@ -227,18 +234,6 @@ def _may_unlock(row: Row | None, hello: HelloAnswer, replaced: Row | None) -> bo
         and row.replaces == replaced.number
         and (replaced.txn, replaced.bundle_sha256) == (hello.active_txn, hello.active_bundle_sha256)
     )
-
-
-def _supersedes(action: Action, where: Column, row: Row | None, hello: HelloAnswer, wish: Wish) -> bool:
-    if not action.asks_for_key:
-        return False
-    if where is Column.APART:
-        return bool(hello.open_txn)
-    # A key of ours may be pending. Only before KEYED may it be thrown away: a scalar of the run before is gone,
-    # and a key that the station made must not answer for one that the device was asked to make.
-    mode = wish.mode_for(row)
-    fresh_key = mode is KeyMode.STATION or (row is not None and row.key_mode is not mode)
-    return action is Action.KEYGEN and fresh_key
 
 
 def _mismatch(row: Row, wish: Wish) -> str:

@@ -98,10 +98,6 @@ class Transitions:
             _record(transaction, "device.reserve", row)
         return row
 
-    def set_key_mode(self, row: Row, key_mode: KeyMode) -> Row:
-        """Change the key mode of a row in RESERVED; see `journal.Journal`."""
-        return self._change(row, "device.key-mode", dataclasses.replace(row, key_mode=key_mode))
-
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED; see `journal.Journal`."""
         cert_serial = self._authority().new_cert_serial()
@@ -138,7 +134,7 @@ class Transitions:
         """Move a row forward to PREPARED, COMMITTED or ATTESTED; see `journal.Journal`."""
         return self._change(row, f"device.{_ADVANCES[state]}", dataclasses.replace(row, state=state))
 
-    def restart(self, row: Row, reason: str) -> Row:
+    def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
         """Make a row VOID, and a new one in RESERVED in its place; see `journal.Journal`."""
         with self._registry.transaction() as transaction:
             _check_unchanged(transaction, row)
@@ -151,7 +147,7 @@ class Transitions:
                 kind=Kind.DEVICE,
                 name=row.name,
                 role=row.role,
-                key_mode=row.key_mode,
+                key_mode=key_mode,
                 hwid=row.hwid,
                 txn=self._random_bytes(TXN_BYTES),
                 replaces=row.replaces,
