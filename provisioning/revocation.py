@@ -139,7 +139,7 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         newly = 0
         with station.registry.transaction() as transaction:
             for row in transaction.named(name):
-                newly += _mark(transaction, row, reason, word, station.clock())
+                newly += mark_revoked(transaction, row, reason, word=word, now=station.clock())
             plan = _plan(transaction, station.clock())
         crl = _sign_and_store(station, plan)
         with station.registry.view() as view:
@@ -217,7 +217,12 @@ def _revocable(station: Station, name: str) -> list[Row]:
     return certified
 
 
-def _mark(transaction: Transaction, row: Row, reason: x509.ReasonFlags, word: str, now: datetime) -> int:
+def mark_revoked(transaction: Transaction, row: Row, reason: x509.ReasonFlags, *, word: str, now: datetime) -> int:
+    """Revoke one row's certificate in a transaction of the caller, who then has a CRL signed.
+
+    Returns:
+        1, or 0 if there was nothing to revoke.
+    """
     row = transaction.row(row.number) or row  # marking one row may have changed the next
     if row.cert_serial is None or row.is_revoked:
         return 0

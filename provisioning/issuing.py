@@ -1,0 +1,230 @@
+"""Certificates whose key pair the station makes itself: brokers and services.
+
+Rules:
+
+- The row is durable in KEYED, with key and serial number, before the certificate is signed; in ISSUED before
+  the file with key and certificate is written; in ATTESTED once that file is on disk.
+- A killed attempt leaves a row short of ATTESTED. The next attempt under that name finishes it if its file is
+  there, and otherwise revokes its certificate and starts again: the key is gone with the process.
+- The key is in the written file, mode 0600, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from birthmark.device.durable import write_durably
+from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError
+from birthmark.device.identity import BrokerName, DeviceId
+from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
+from birthmark.provisioning import profile
+from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+from birthmark.provisioning.revocation import current_crl, mark_revoked, sign_and_store_crl
+from birthmark.provisioning.station import certificate_pem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from birthmark.provisioning.authority import Authority
+    from birthmark.provisioning.registry.interface import Transaction
+    from birthmark.provisioning.station import Station
+
+BROKER_FILE: Final = "server.pem"
+BROKER_ANCHORS_FILE: Final = "clients-ca.pem"
+BROKER_CRL_FILE: Final = "crl.pem"
+SERVICE_ANCHORS_FILE: Final = "ca.pem"
+KEY_FILE_MODE: Final = 0o600
+PUBLIC_FILE_MODE: Final = 0o644
+OPERATOR: Final = "operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """What was issued, and where it is."""
+
+    row: Row
+    key_path: Path
+    paths: tuple[Path, ...]
+    """Every file that was written."""
+    leftovers_revoked: int
+    """Certificates of interrupted attempts that were revoked; the CRL carries them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    kind: Kind
+    name: str
+    role: str
+    hosts: tuple[str, ...]
+    renew: bool
+
+    def sign(self, authority: Authority, row: Row, now: datetime) -> bytes:
+        if row.public_key_der is None or row.cert_serial is None:
+            raise ValueError("a row in KEYED has a key and a serial number")
+        if self.kind is Kind.BROKER:
+            return authority.issue_broker(
+                hosts=self.hosts, public_key_der=row.public_key_der, cert_serial=row.cert_serial, now=now
+            )
+        return authority.issue_service(
+            name=self.name, role=self.role, public_key_der=row.public_key_der, cert_serial=row.cert_serial, now=now
+        )
+
+
+def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bool = False) -> Issued:
+    """Make a gateway's key and certificate, and what else it needs from the station, in the folder `out`.
+
+    Writes `server.pem` (key, leaf, issuing CA), `clients-ca.pem` (the issuing CA) and `crl.pem` (current).
+
+    Args:
+        station: the station.
+        hosts: DNS names and addresses; the first one is the gateway's name.
+        out: made if needed, for the owner alone.
+        renew: replace the certificate that this name holds already; the old one stays valid until its end.
+
+    Raises:
+        IdentityError: a host is neither a DNS name nor an address.
+        EnrollmentRefusedError: the name is taken, and `renew` is false.
+        ConfigurationError: `server.pem` is there already, and `renew` is false.
+        AuthorityError: the CA cannot be unlocked, or its clock is wrong.
+    """
+    for host in hosts:
+        profile.general_name(host)
+    request = _Request(Kind.BROKER, str(BrokerName(hosts[0])), "", tuple(hosts), renew)
+    _make_folder(out)
+    key_path = out / BROKER_FILE
+    row, revoked = _issue(station, request, key_path)
+    anchors, crl_path = out / BROKER_ANCHORS_FILE, out / BROKER_CRL_FILE
+    write_durably(anchors, certificate_pem(station.issuing), mode=PUBLIC_FILE_MODE)
+    crl = current_crl(station) or sign_and_store_crl(station)
+    write_durably(crl_path, crl.pem, mode=PUBLIC_FILE_MODE)
+    return Issued(row, key_path, (key_path, anchors, crl_path), revoked)
+
+
+def issue_operator(station: Station, name: str, out: Path, *, renew: bool = False) -> Issued:
+    """Make an operator's key and certificate in the folder `out`: `NAME.pem` (key, leaf, issuing CA), `ca.pem`.
+
+    `ca.pem` is the root: what the operator checks a broker's certificate against. Arguments and errors are
+    those of `issue_broker`; a name outside the grammar is an `IdentityError`.
+    """
+    request = _Request(Kind.SERVICE, str(DeviceId(name)), OPERATOR, (), renew)
+    _make_folder(out)
+    key_path, anchors = out / f"{name}.pem", out / SERVICE_ANCHORS_FILE
+    row, revoked = _issue(station, request, key_path)
+    write_durably(anchors, certificate_pem(station.root), mode=PUBLIC_FILE_MODE)
+    return Issued(row, key_path, (key_path, anchors), revoked)
+
+
+def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
+    authority = station.authority
+    finished = _finish_interrupted(station, request, key_path)
+    if finished is not None:
+        return finished, 0
+    if key_path.exists() and not request.renew:
+        raise ConfigurationError(
+            f"could not write {key_path}: it is there already",
+            hint="choose another folder with --out, or give --renew to replace it",
+        )
+    private_key = generate_private_key(SECP256R1())
+    with station.registry.transaction() as transaction:
+        revoked = _revoke_interrupted(transaction, request, station.clock())
+        row = transaction.insert(
+            kind=request.kind,
+            name=request.name,
+            role=request.role,
+            state=State.KEYED,
+            key_mode=KeyMode.STATION,
+            public_key_der=private_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+            cert_serial=authority.new_cert_serial(),
+            replaces=_replaced(transaction, request),
+        )
+    leaf_der = request.sign(authority, row, station.clock())
+    leaf = x509.load_der_x509_certificate(leaf_der)
+    with station.registry.transaction() as transaction:
+        row = transaction.update(
+            replace(
+                row,
+                state=State.ISSUED,
+                certificate_der=leaf_der,
+                not_before=leaf.not_valid_before_utc,
+                not_after=leaf.not_valid_after_utc,
+            )
+        )
+        transaction.record(
+            "issue",
+            row.name,
+            row=row.number,
+            kind=row.kind.value,
+            role=row.role,
+            cert_serial=f"{leaf.serial_number:x}",
+            not_after=leaf.not_valid_after_utc.isoformat(),
+            hosts=" ".join(request.hosts) or None,
+        )
+    key_der = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    content = block(PRIVATE_KEY, key_der) + block(CERTIFICATE, leaf_der) + certificate_pem(station.issuing)
+    write_durably(key_path, content, mode=KEY_FILE_MODE)
+    row = _attest(station, row)
+    if revoked:
+        sign_and_store_crl(station)
+    return row, revoked
+
+
+def _finish_interrupted(station: Station, request: _Request, key_path: Path) -> Row | None:
+    """Finish an attempt that was killed after its file was written."""
+    with station.registry.view() as view:
+        row = view.live_by_name(request.name)
+    if row is None or row.kind is not request.kind or row.state is not State.ISSUED:
+        return None
+    try:
+        held = [der for label, der in read_blocks(key_path.read_bytes()) if label == CERTIFICATE]
+    except (OSError, BirthmarkError):
+        return None
+    return _attest(station, row) if held and held[0] == row.certificate_der else None
+
+
+def _attest(station: Station, row: Row) -> Row:
+    with station.registry.transaction() as transaction:
+        row = transaction.update(replace(row, state=State.ATTESTED))
+        transaction.record("release", row.name, row=row.number)
+        return row
+
+
+def _revoke_interrupted(transaction: Transaction, request: _Request, now: datetime) -> int:
+    row = transaction.live_by_name(request.name)
+    if row is None or row.kind is not request.kind or row.kind is Kind.DEVICE or row.state is State.ATTESTED:
+        return 0
+    word = "interrupted before its key was written"
+    mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=word, now=now)
+    return 1
+
+
+def _replaced(transaction: Transaction, request: _Request) -> int | None:
+    """Return the number of the row to be replaced; refuse a name that is taken."""
+    holder = transaction.live_by_name(request.name)
+    if holder is None:
+        return None
+    if holder.kind is request.kind and request.renew:
+        return holder.number
+    hint = f"look at it with `birthmark show {holder.name}`"
+    if holder.kind is request.kind:
+        hint = f"give --renew for a new certificate, or revoke it first: birthmark revoke {holder.name}"
+    raise EnrollmentRefusedError(
+        f"could not issue a certificate for {request.name}: the name belongs to {holder.kind} {holder.name}",
+        hint=hint,
+    )
+
+
+def _make_folder(out: Path) -> None:
+    if not out.is_dir():
+        out.mkdir(mode=0o700, parents=True)
