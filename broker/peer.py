@@ -107,18 +107,22 @@ def check_peer(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
         raise PeerRefusedError("malformed", f"its certificate has more than {MAX_LEAF_BYTES} bytes", _REISSUE)
     try:
         with warnings.catch_warnings():
-            # `cryptography` warns about names of odd lengths; they are refused below, by the grammar.
+            # `cryptography` warns about odd names and numbers; they are refused here.
             warnings.simplefilter("ignore")
-            certificate = x509.load_der_x509_certificate(leaf_der)
-            if certificate.version is not x509.Version.v3:
-                raise PeerRefusedError("malformed", "its certificate is not of version 3", _REISSUE)
-            extensions = {extension.oid: extension for extension in certificate.extensions}
-            issuer = _issuer(certificate, extensions, trust)
-            device_id, role = _names(certificate)
-            public_key = certificate.public_key()
+            return _checked(leaf_der, trust, now)
     except MALFORMED as error:
         raise PeerRefusedError("malformed", "its certificate is malformed", _REISSUE) from error
+
+
+def _checked(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
+    certificate = x509.load_der_x509_certificate(leaf_der)
+    if certificate.version is not x509.Version.v3:
+        raise PeerRefusedError("malformed", "its certificate is not of version 3", _REISSUE)
+    extensions = {extension.oid: extension for extension in certificate.extensions}
+    issuer = _issuer(certificate, extensions, trust)
+    device_id, role = _names(certificate)
     _check_signature(certificate, issuer, device_id)
+    public_key = certificate.public_key()
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
         raise PeerRefusedError("key", f"the key of {device_id} is not on P-256", _REISSUE)
     cert_serial = certificate.serial_number

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
 
-# Whatever `cryptography` raises over an encoding it does not like.
+# Whatever `cryptography` raises over an encoding it does not like (its warnings, where those are errors).
 MALFORMED = (
     ValueError,
     TypeError,
     OverflowError,
+    UserWarning,
     UnsupportedAlgorithm,
     x509.DuplicateExtension,
     x509.ExtensionNotFound,
