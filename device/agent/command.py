@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import secrets
 import signal
@@ -24,6 +23,7 @@ from birthmark.device.link.messages import MAX_HWID_BYTES, MAX_TEXT_CHARACTERS, 
 from birthmark.device.link.timers import DEFAULT_BAUD
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator
 
 KEY_MODES: Final = {"on-device": KeyMode.ON_DEVICE, "station": KeyMode.STATION, "both": KeyMode.BOTH}
