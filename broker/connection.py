@@ -1,0 +1,478 @@
+"""One client's connection, from its TLS handshake to its end (MQTT 3.1.1 §3.1, §3.14, §4.8).
+
+Rules, in the order in which they bind:
+
+- After every handshake, full or resumed, the certificate is judged (`admit`) before one byte is read. Who is
+  refused gets CONNACK 5, the one thing that a device can understand, and nothing else.
+- CONNECT comes first and once, within `connect_timeout_s`.
+- The client id is the certificate's CN; empty with a clean session it is taken as the CN; a service may also
+  use `CN:anything`. Anything else is CONNACK 2, before any session is looked at.
+- A last will that the policy does not allow refuses the connection (CONNACK 5).
+- A session has one connection: a new one takes over, and the old one is closed, with its will (§3.1.4-2).
+- The will is published whenever the connection ends without DISCONNECT (§3.1.2-8), but for a revoked client.
+- A connection lives no longer than its certificate, nor 1.5 keepalives without a packet (§3.1.2-24).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+from birthmark.broker import packets as mqtt
+from birthmark.broker.packets import MalformedPacketError, PacketReader, Publish
+from birthmark.broker.peer import PeerRefusedError
+from birthmark.broker.session import Session
+from birthmark.broker.tls import handshake_failure
+from birthmark.device.escape import escaped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from birthmark.broker.config import Limits
+    from birthmark.broker.counters import Counters
+    from birthmark.broker.delivery import Exchange
+    from birthmark.broker.packets import Connect, Packet, Subscribe, TopicNames, Unsubscribe, Will
+    from birthmark.broker.peer import Peer
+    from birthmark.broker.stream import TlsStream
+
+STALL_S = 30.0
+"""A client whose socket takes nothing for this long, while something waits for it, is cut off."""
+HARD_BUFFER_FACTOR = 2
+"""Beyond this times `max_queued_bytes` (and one packet) waiting, a client is cut off at once."""
+
+_log = logging.getLogger(__name__)
+
+
+class Gateway(Protocol):
+    """What a connection needs of the broker."""
+
+    exchange: Exchange
+    limits: Limits
+    counters: Counters
+    topics: TopicNames
+    disconnects_denied: bool
+    """Whether a denied PUBLISH ends its connection."""
+
+    def admit(self, leaf_der: bytes) -> Peer:
+        """Judge a certificate; raises `PeerRefusedError`."""
+
+    def now_s(self) -> float:
+        """The loop's clock."""
+
+    def secured(self, connection: Connection) -> None:
+        """A handshake is done, well or badly."""
+
+    def gone(self, connection: Connection) -> None:
+        """A connection is over."""
+
+    def client_connected(self, session: Session) -> None:
+        """For plug-ins."""
+
+    def client_disconnected(self, session: Session) -> None:
+        """For plug-ins."""
+
+    def subscribed(self, session: Session, topic_filter: str, qos: int) -> None:
+        """For plug-ins."""
+
+    def unsubscribed(self, session: Session, topic_filter: str) -> None:
+        """For plug-ins."""
+
+    on_message: Callable[[Session, Publish], None] | None
+    """For plug-ins; None where none listens."""
+
+
+class Connection:
+    """A stream with a client at its other end."""
+
+    __slots__ = (
+        "_deadline_s",
+        "_exchange",
+        "_gateway",
+        "_is_active",
+        "_is_done",
+        "_keepalive_s",
+        "_reader",
+        "_stalled_since_s",
+        "address",
+        "expires_at_s",
+        "peer",
+        "session",
+        "stream",
+        "will",
+    )
+
+    def __init__(self, gateway: Gateway, address: str) -> None:
+        self._gateway = gateway
+        self._exchange = gateway.exchange
+        self._reader = PacketReader(gateway.limits.max_packet_bytes, gateway.topics)
+        self._deadline_s = gateway.now_s() + gateway.limits.handshake_timeout_s
+        self._keepalive_s = 0.0
+        self._is_active = False
+        self._is_done = False
+        self._stalled_since_s: float | None = None
+        self.address = address
+        self.stream: TlsStream
+        self.peer: Peer | None = None
+        self.expires_at_s = 0.0
+        """The end of the certificate's validity, in seconds since 1970."""
+        self.session: Session | None = None
+        self.will: Will | None = None
+
+    # --- the stream's side -------------------------------------------------------------------------------
+
+    def on_handshake_failed(self, stream: TlsStream, error: Exception) -> None:
+        """Say which check failed, for whom, and what to do."""
+        self._is_done = True
+        self._gateway.counters.handshakes_failed += 1
+        self._gateway.secured(self)
+        reason, hint = handshake_failure(error)
+        if self._exchange.denials.due(f"handshake {self.address.rpartition(':')[0]} {reason}"):
+            _log.warning(
+                "handshake with %s failed: %s%s",
+                stream.address,
+                reason,
+                f" ({hint})" if hint else "",
+                extra={"fields": {"event": "handshake_failed", "address": stream.address, "reason": reason}},
+            )
+
+    def on_secured(self, stream: TlsStream) -> None:
+        """Judge the certificate, of a resumed session like that of a new one."""
+        self._gateway.secured(self)
+        try:
+            peer = self._gateway.admit(stream.peer_leaf_der() or b"")
+        except PeerRefusedError as error:
+            self._gateway.counters.peers_refused += 1
+            if self._exchange.denials.due(f"peer {error.message} {self.address.rpartition(':')[0]}"):
+                _log.warning(
+                    "refused the client at %s: %s%s",
+                    stream.address,
+                    error.message,
+                    f" ({error.hint})" if error.hint else "",
+                    extra={"fields": {"event": "peer_refused", "address": stream.address, "reason": error.reason}},
+                )
+            self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
+            return
+        self.peer = peer
+        self.expires_at_s = peer.not_after.timestamp()
+        self._deadline_s = self._gateway.now_s() + self._gateway.limits.connect_timeout_s
+
+    def on_data(self, data: bytes) -> None:
+        """Read packets, and act on them one by one until one ends the connection."""
+        self._is_active = True
+        try:
+            packets = self._reader.feed(data)
+        except MalformedPacketError as error:
+            self._handle(error.before)
+            if not self._is_done:
+                self._gateway.counters.malformed += 1
+                self._violated(error.cause)
+            return
+        self._handle(packets)
+
+    def on_drained(self) -> None:
+        """The socket has taken everything: there may be room for more."""
+        session = self.session
+        if session is not None and (session.queue or session.replay):
+            self._exchange.pump(session)
+
+    def on_closed(self, error: Exception | None) -> None:
+        """The stream is gone."""
+        if self.session is not None:
+            self._say_closed("the connection was lost" if error else "it closed without DISCONNECT")
+        self.leave(with_will=True)
+        self._is_done = True
+        self._gateway.gone(self)
+
+    # --- packets -----------------------------------------------------------------------------------------
+
+    def _handle(self, packets: list[Packet]) -> None:
+        session = self.session
+        for packet in packets:
+            if self._is_done:
+                return
+            if type(packet) is Publish and session is not None:
+                self._publish(session, packet)
+            elif session is not None:
+                _HANDLERS[type(packet)](self, session, packet)
+            elif isinstance(packet, mqtt.Connect):
+                self._connect(packet)
+                session = self.session
+            elif isinstance(packet, mqtt.UnsupportedConnect):
+                self._log_refusal(f"it speaks {escaped(packet.name)} level {packet.level}, not MQTT 3.1.1")
+                self._refuse(mqtt.CONNACK_VERSION)
+            else:
+                self._violated("a packet before CONNECT")
+
+    def _publish(self, session: Session, packet: Publish) -> None:
+        gateway = self._gateway
+        if gateway.on_message is not None:
+            gateway.on_message(session, packet)
+        qos = packet.qos
+        if qos == 2:
+            # §4.3.3: a packet identifier not released yet is the same message again.
+            is_new = packet.packet_id not in session.incoming
+            if is_new:
+                session.incoming.add(packet.packet_id)
+                allowed = self._exchange.accept(session, packet)
+            else:
+                allowed = True
+        else:
+            allowed = self._exchange.accept(session, packet)
+        if not allowed and gateway.disconnects_denied:
+            self._say_closed("the policy denied a PUBLISH")
+            self.end(with_will=True)
+        elif qos == 1:
+            self._acknowledge(mqtt.puback(packet.packet_id))
+        elif qos == 2:
+            self._acknowledge(mqtt.pubrec(packet.packet_id))
+
+    def _acknowledge(self, acknowledgement: bytes) -> None:
+        """Say that a message is in our hands now. The one place that does: a store on disk is awaited here."""
+        self.stream.write(acknowledgement)
+
+    def _subscribe(self, session: Session, packet: Subscribe) -> None:
+        codes = self._exchange.subscribe(session, packet.filters)
+        self.stream.write(mqtt.suback(packet.packet_id, codes))
+        self._exchange.pump(session)
+        for (topic_filter, qos), code in zip(packet.filters, codes, strict=True):
+            if code != mqtt.SUBACK_FAILURE:
+                self._gateway.subscribed(session, topic_filter, qos)
+
+    def _unsubscribe(self, session: Session, packet: Unsubscribe) -> None:
+        self._exchange.unsubscribe(session, packet.filters)
+        self.stream.write(mqtt.unsuback(packet.packet_id))
+        for topic_filter in packet.filters:
+            self._gateway.unsubscribed(session, topic_filter)
+
+    def _puback(self, session: Session, packet: mqtt.PubAck) -> None:
+        self._exchange.acknowledged(session, packet.packet_id, 1)
+
+    def _pubrec(self, session: Session, packet: mqtt.PubRec) -> None:
+        self._exchange.received(session, packet.packet_id)
+
+    def _pubrel(self, session: Session, packet: mqtt.PubRel) -> None:
+        session.incoming.discard(packet.packet_id)
+        self.stream.write(mqtt.pubcomp(packet.packet_id))
+
+    def _pubcomp(self, session: Session, packet: mqtt.PubComp) -> None:
+        self._exchange.acknowledged(session, packet.packet_id, 2)
+
+    def _ping(self, _session: Session, _packet: mqtt.PingReq) -> None:
+        self.stream.write(mqtt.PINGRESP)
+
+    def _disconnect(self, _session: Session, _packet: mqtt.Disconnect) -> None:
+        self._say_closed("it said goodbye")
+        self.end(with_will=False)
+
+    def _second_connect(self, _session: Session, _packet: object) -> None:
+        self._violated("a second CONNECT")
+
+    # --- CONNECT -----------------------------------------------------------------------------------------
+
+    def _connect(self, packet: Connect) -> None:
+        peer = self.peer
+        if peer is None:  # pragma: no cover - nothing is read before `admit`
+            return
+        client_id = self._bound_client_id(packet, peer)
+        if client_id is None:
+            self._log_refusal(f"it asked for the client id {escaped(packet.client_id)!r}, not its own")
+            self._refuse(mqtt.CONNACK_CLIENT_ID)
+            return
+        if packet.will is not None:
+            decision = self._exchange.policy.rights(peer.device_id, peer.role).publish(packet.will.topic)
+            if not decision.allowed:
+                self._gateway.counters.wills_denied += 1
+                self._exchange.denials.denied(peer, "have its last will on", packet.will.topic, decision.rule)
+                self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
+                return
+        session, is_present = self._session(client_id, peer, clean=packet.clean)
+        if session is None:
+            self._log_refusal("there are too many sessions (limits.max_sessions)")
+            self._refuse(mqtt.CONNACK_UNAVAILABLE)
+            return
+        self._attach(session, packet)
+        self.stream.write(mqtt.connack(mqtt.CONNACK_ACCEPTED, session_present=is_present))
+        self._exchange.resume(session)
+        self._gateway.counters.clients_connected += 1
+        self._gateway.client_connected(session)
+        _log.info(
+            "%s connected from %s",
+            session.client_id,
+            self.address,
+            extra={
+                "fields": {
+                    "event": "connected",
+                    "id": str(peer.device_id),
+                    "client_id": escaped(session.client_id),
+                    "address": self.address,
+                    **self.stream.describe(),
+                }
+            },
+        )
+
+    def _bound_client_id(self, packet: Connect, peer: Peer) -> str | None:
+        own = str(peer.device_id)
+        if packet.client_id == own or (not packet.client_id and packet.clean):
+            return own
+        if peer.is_service and packet.client_id.startswith(f"{own}:"):
+            return packet.client_id
+        return None
+
+    def _session(self, client_id: str, peer: Peer, *, clean: bool) -> tuple[Session | None, bool]:
+        """Return the session to go on with, and whether it was there before (§3.1.2.4, §3.2.2.2)."""
+        exchange = self._exchange
+        old = exchange.sessions.get(client_id)
+        if old is not None and old.connection is not None:
+            self._gateway.counters.take_overs += 1
+            old.connection.taken_over(self.address)
+            old = exchange.sessions.get(client_id)
+        if old is not None and clean:
+            exchange.forget(old)
+            old = None
+        if old is not None:
+            has_changed = old.peer.role != peer.role or old.peer.device_id != peer.device_id
+            old.peer = peer
+            if has_changed:
+                exchange.renew_rights(old)
+                exchange.router.forget_routes()
+            return old, True
+        if not exchange.sessions.has_room(peer):
+            return None, False
+        session = Session(client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=clean)
+        exchange.sessions.add(session)
+        return session, False
+
+    def _attach(self, session: Session, packet: Connect) -> None:
+        longest_s = self._gateway.limits.max_keepalive_s
+        self._keepalive_s = min(packet.keepalive_s or longest_s, longest_s) * 1.5
+        self._deadline_s = self._gateway.now_s() + self._keepalive_s
+        self._is_active = False
+        self.will = packet.will
+        self.session = session
+        session.connection = self
+        session.stream = self.stream
+
+    # --- the end -----------------------------------------------------------------------------------------
+
+    def leave(self, *, with_will: bool) -> None:
+        """Let go of the session, once: publish the will if wanted, and end a clean session."""
+        session, will = self.session, self.will
+        self.session = self.will = None
+        if session is None or session.connection is not self:
+            return
+        session.connection = session.stream = None
+        session.left_at_s = self._gateway.now_s()
+        if session.clean:
+            self._exchange.forget(session)
+        if will is not None and with_will:
+            self._exchange.fire_will(session, will)
+        self._gateway.client_disconnected(session)
+
+    def publish_will(self) -> None:
+        """Publish the will ahead of an end that is certain (the broker stops), while others still listen."""
+        session, will = self.session, self.will
+        self.will = None
+        if session is not None and will is not None:
+            self._exchange.fire_will(session, will)
+
+    def end(self, *, with_will: bool) -> None:
+        """End the connection in good order."""
+        self._is_done = True
+        self.leave(with_will=with_will)
+        self.stream.close()
+
+    def cut(self, *, with_will: bool) -> None:
+        """End the connection now, whether the client reads or not."""
+        self._is_done = True
+        self.leave(with_will=with_will)
+        self.stream.abort()
+
+    def taken_over(self, by_address: str) -> None:
+        """Give the session up to a newer connection of the same client (§3.1.4-2)."""
+        self._say_closed(f"a new connection from {by_address} took over")
+        self.end(with_will=True)
+
+    def check(self, now_s: float, wall_s: float) -> None:
+        """End what is overdue: a handshake, a CONNECT, a keepalive, a certificate, a socket that takes nothing."""
+        if self._is_done:
+            return
+        if self.peer is not None and wall_s > self.expires_at_s:
+            self._gateway.counters.expired += 1
+            self._say_closed("its certificate has expired")
+            self.end(with_will=True)
+            return
+        waiting_bytes = self.stream.waiting_bytes
+        if waiting_bytes:
+            if self.stream.progressed or self._stalled_since_s is None:
+                self._stalled_since_s = now_s
+            limits = self._gateway.limits
+            hard_bytes = HARD_BUFFER_FACTOR * limits.max_queued_bytes + limits.max_packet_bytes
+            if waiting_bytes > hard_bytes or now_s - self._stalled_since_s > STALL_S:
+                self._gateway.counters.slow_cut_off += 1
+                self._say_closed(f"it does not read: {waiting_bytes} bytes wait")
+                self.cut(with_will=True)
+                return
+            self.stream.progressed = False
+        else:
+            self._stalled_since_s = None
+        if self.session is not None and self._is_active:
+            self._is_active = False
+            self._deadline_s = now_s + self._keepalive_s
+        elif now_s >= self._deadline_s:
+            self._overdue()
+
+    def _overdue(self) -> None:
+        if self.session is not None:
+            self._gateway.counters.keepalives_missed += 1
+            self._say_closed("it was silent for 1.5 keepalives")
+            self.end(with_will=True)
+            return
+        what = "no CONNECT" if self.peer is not None else "no TLS handshake"
+        _log.info("closed the connection from %s: %s in time", self.address, what)
+        self.cut(with_will=False)
+
+    def _refuse(self, code: int) -> None:
+        self._gateway.counters.clients_refused += 1
+        self._is_done = True
+        self.stream.write(mqtt.connack(code))
+        self.stream.close()
+
+    def _violated(self, cause: str) -> None:
+        """A protocol violation ends the connection, without an answer (§4.8.0-1)."""
+        self._say_closed(f"it broke the protocol: {cause}")
+        self.end(with_will=True)
+
+    def _log_refusal(self, cause: str) -> None:
+        who = self.peer.device_id if self.peer else "a client"
+        if self._exchange.denials.due(f"refusal {who} {cause}"):
+            _log.warning(
+                "refused %s at %s: %s",
+                who,
+                self.address,
+                cause,
+                extra={"fields": {"event": "refused", "id": str(who), "address": self.address, "reason": cause}},
+            )
+
+    def _say_closed(self, why: str) -> None:
+        who = escaped(self.session.client_id if self.session else str(self.peer.device_id) if self.peer else "-")
+        _log.info(
+            "closed the connection of %s at %s: %s",
+            who,
+            self.address,
+            why,
+            extra={"fields": {"event": "closed", "client_id": who, "address": self.address, "reason": why}},
+        )
+
+
+_HANDLERS: dict[type, Callable[[Connection, Session, Any], None]] = {
+    mqtt.Subscribe: Connection._subscribe,
+    mqtt.Unsubscribe: Connection._unsubscribe,
+    mqtt.PubAck: Connection._puback,
+    mqtt.PubRec: Connection._pubrec,
+    mqtt.PubRel: Connection._pubrel,
+    mqtt.PubComp: Connection._pubcomp,
+    mqtt.PingReq: Connection._ping,
+    mqtt.Disconnect: Connection._disconnect,
+    mqtt.Connect: Connection._second_connect,
+    mqtt.UnsupportedConnect: Connection._second_connect,
+}

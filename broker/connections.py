@@ -1,0 +1,104 @@
+"""All connections of the broker, bounded, and watched for what is overdue.
+
+Rules:
+
+- Beyond `max_connections` a newcomer is closed at once. Of handshakes under way there are at most
+  `MAX_HANDSHAKES`, and the oldest makes room: somebody who opens sockets and says nothing keeps nobody out.
+- One look at every connection a tick, instead of a timer each: at 10,000 connections a few milliseconds a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from birthmark.broker.connection import Connection
+from birthmark.broker.listener import MAX_HANDSHAKES
+from birthmark.broker.stream import Flusher, TlsStream
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterator
+
+    from birthmark.broker.connection import Gateway
+
+TICK_S = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+class Connections:
+    """Takes accepted sockets and keeps their connections.
+
+    Args:
+        loop: the running loop.
+        gateway: the broker they belong to.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, gateway: Gateway) -> None:
+        self._loop = loop
+        self._gateway = gateway
+        self._flusher = Flusher(loop)
+        self._all: set[Connection] = set()
+        self._shaking: dict[Connection, None] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __iter__(self) -> Iterator[Connection]:
+        return iter(list(self._all))
+
+    def take(self, sock: ssl.SSLSocket, address: str) -> None:
+        """Begin with an accepted socket, or close it where there is no room."""
+        gateway = self._gateway
+        gateway.counters.connections += 1
+        if len(self._shaking) >= MAX_HANDSHAKES:
+            self._evict()
+        if len(self._all) >= gateway.limits.max_connections:
+            sock.close()
+            if gateway.exchange.denials.due("max_connections"):
+                _log.warning("closed the connection from %s: limits.max_connections is reached", address)
+            return
+        connection = Connection(gateway, address)
+        connection.stream = TlsStream(self._loop, sock, self._flusher, address, connection)
+        self._all.add(connection)
+        self._shaking[connection] = None
+        self._empty.clear()
+        connection.stream.start()
+
+    def secured(self, connection: Connection) -> None:
+        """A handshake is over."""
+        self._shaking.pop(connection, None)
+
+    def gone(self, connection: Connection) -> None:
+        """A connection is over."""
+        self._shaking.pop(connection, None)
+        self._all.discard(connection)
+        if not self._all:
+            self._empty.set()
+
+    def check(self, now_s: float, wall_s: float) -> None:
+        """End what is overdue; `now_s` is the loop's clock, `wall_s` seconds since 1970."""
+        for connection in list(self._all):
+            connection.check(now_s, wall_s)
+
+    async def close_all(self, timeout_s: float) -> None:
+        """Publish every will, then end every connection in good order; cut what is left after `timeout_s`."""
+        for connection in list(self._all):
+            connection.publish_will()
+        for connection in list(self._all):
+            connection.end(with_will=False)
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            for connection in list(self._all):
+                connection.cut(with_will=False)
+
+    def _evict(self) -> None:
+        oldest = next(iter(self._shaking))
+        del self._shaking[oldest]
+        self._gateway.counters.handshakes_evicted += 1
+        oldest.cut(with_will=False)

@@ -1,0 +1,46 @@
+"""What the broker counts. Plain numbers that only grow, read by whoever wants them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the broker started."""
+
+    connections: int = 0
+    """TCP connections accepted."""
+    handshakes_failed: int = 0
+    handshakes_evicted: int = 0
+    """Made room for newer ones."""
+    peers_refused: int = 0
+    """Certificates that passed TLS and not the broker: revoked, expired, outside the profile."""
+    clients_connected: int = 0
+    clients_refused: int = 0
+    """CONNECTs answered with a refusal."""
+    take_overs: int = 0
+    malformed: int = 0
+    """Connections ended for bytes that are no MQTT 3.1.1."""
+    keepalives_missed: int = 0
+    expired: int = 0
+    """Connections ended because their certificate expired."""
+    slow_cut_off: int = 0
+    """Connections ended because their client did not read."""
+    messages_in: int = 0
+    messages_out: int = 0
+    publishes_denied: int = 0
+    subscribes_denied: int = 0
+    wills_denied: int = 0
+    dropped_slow: int = 0
+    """QoS 0 messages that a slow client did not get."""
+    dropped_queue_full: int = 0
+    """QoS 1 and 2 messages that gave way in a full queue."""
+    not_retained: int = 0
+    """Messages that the full store of retained messages did not take."""
+    revoked_closed: int = 0
+    """Sessions closed by a revocation."""
+
+    def as_dict(self) -> dict[str, int]:
+        """All of them by name."""
+        return asdict(self)

@@ -1,0 +1,308 @@
+"""The gateway's broker: amqtt's life cycle, configuration, plug-ins and `$SYS` around a data path of our own.
+
+Rules:
+
+- amqtt keeps what it does well: the state machine of start and stop, `BrokerConfig`, the plug-in manager and its
+  events. Everything a client's bytes touch is ours: listener, packets, sessions, policy, delivery.
+- Each override says which defect of amqtt 0.12.1 it closes (docs/amqtt.md has them by number).
+- A stop closes the listeners first, then publishes the wills (a connection that ends without DISCONNECT has its
+  will published, MQTT 3.1.1 §3.1.2-8, and retained presence then says the truth), then ends every connection;
+  what does not end by itself is cut. It takes no longer than `MAX_SHUTDOWN_S`.
+- One event loop, no locks: every method is called from the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from amqtt.broker import Broker
+from amqtt.contexts import BrokerConfig, ListenerConfig, ListenerType
+from amqtt.errors import BrokerError
+from amqtt.events import BrokerEvents
+from amqtt.session import IncomingApplicationMessage
+
+from birthmark.broker.amqtt_views import RetainedView, SessionsView, subscriptions_view
+from birthmark.broker.config import OnDenied
+from birthmark.broker.connections import TICK_S, Connections
+from birthmark.broker.counters import Counters
+from birthmark.broker.delivery import Exchange
+from birthmark.broker.denials import Denials
+from birthmark.broker.eviction import close_identities
+from birthmark.broker.listener import Listener, bind
+from birthmark.broker.packets import TopicNames
+from birthmark.broker.retained import Retained
+
+if TYPE_CHECKING:
+    import socket
+    import ssl
+    from collections.abc import Callable, Mapping
+
+    from amqtt.events import Events
+
+    from birthmark.broker.config import BrokerSettings
+    from birthmark.broker.connection import Connection
+    from birthmark.broker.packets import Publish
+    from birthmark.broker.peer import Peer
+    from birthmark.broker.policy import Policy
+    from birthmark.broker.session import Session
+    from birthmark.device.messages import ClosedIdentity
+
+DEFAULT_PLUGINS: Mapping[str, dict[str, Any]] = {"amqtt.plugins.sys.broker.BrokerSysPlugin": {"sys_interval": 20}}
+MAX_SHUTDOWN_S = 1.5
+PLUGIN_TIMEOUT_S = 0.2
+EXPIRY_TICKS = 240
+"""Forgotten sessions are looked for once in this many ticks."""
+
+_log = logging.getLogger(__name__)
+
+
+class GatewayBroker(Broker):
+    """A broker that lets in who `admit` lets in, and lets each do what the policy allows.
+
+    Args:
+        settings: where to listen, limits, what a denied PUBLISH costs.
+        tls_context: from `tls.server_context`.
+        admit: judges the leaf certificate (DER) after every handshake; raises `PeerRefusedError`.
+        policy: who may do what.
+        plugins: amqtt plug-ins by dotted path, with their options; by default `$SYS` alone.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        tls_context: ssl.SSLContext,
+        admit: Callable[[bytes], Peer],
+        policy: Policy,
+        *,
+        plugins: Mapping[str, dict[str, Any]] = DEFAULT_PLUGINS,
+    ) -> None:
+        self.settings = settings
+        self.limits = settings.limits
+        self.counters = Counters()
+        self.topics = TopicNames()
+        self.disconnects_denied = settings.on_denied is OnDenied.DISCONNECT
+        loop = asyncio.get_running_loop()
+        self.now_s = loop.time
+        self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time))
+        self.on_message: Callable[[Session, Publish], None] | None = None
+        self._tls_context = tls_context
+        self._admit = admit
+        self._sockets: list[socket.socket] = []
+        self._listener: Listener | None = None
+        self._connections = Connections(loop, self)
+        self._fired: set[asyncio.Task[None]] = set()
+        bound = ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{settings.listen_host}:{settings.listen_port}")
+        # Plug-ins are named explicitly: amqtt's default admits anonymous clients.
+        config = BrokerConfig(listeners={"default": bound}, plugins=dict(plugins))
+        with warnings.catch_warnings():
+            # psutil will be an extra of a later amqtt; this one is pinned.
+            warnings.filterwarnings("ignore", message=".*psutil", category=DeprecationWarning)
+            super().__init__(config, loop)
+        if self._listens_to(BrokerEvents.MESSAGE_RECEIVED):
+            self.on_message = self._fire_message
+
+    # --- for the gateway ---------------------------------------------------------------------------------
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Where it listens, once started."""
+        return self._listener.addresses if self._listener else []
+
+    @property
+    def connected_count(self) -> int:
+        """Sessions with a connection."""
+        return sum(1 for session in self.exchange.sessions if session.connection is not None)
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
+        """Publish a message of the broker's own; `$...` is allowed to it."""
+        self.exchange.publish(topic, payload, qos, retain=retain, publisher=None)
+
+    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        """Have messages on a topic (or below it, if it ends in `/`) given to `callback`, and to nobody else.
+
+        The policy decides first. With QoS 1 the acknowledgement follows when the callback has returned.
+        """
+        self.exchange.take_for_gateway(topic, callback)
+
+    def set_policy(self, policy: Policy) -> int:
+        """Go by another policy, for what is connected and subscribed as well; return the subscriptions dropped."""
+        return self.exchange.set_policy(policy)
+
+    def set_tls_context(self, context: ssl.SSLContext) -> None:
+        """Use other credentials or anchors from the next connection on."""
+        self._tls_context = context
+        if self._listener:
+            self._listener.set_context(context)
+
+    def close_identities(
+        self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
+    ) -> list[ClosedIdentity]:
+        """Close everything of revoked identities (`eviction.py`).
+
+        `started_s` is `time.monotonic()` when the revocation arrived; by default, now.
+        """
+        began_s = time.monotonic() if started_s is None else started_s
+        return close_identities(self.exchange, self._connections, is_revoked, began_s)
+
+    # --- life cycle --------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen. Raises `SystemFailureError` (occupied port) before anything else has happened."""
+        self._sockets = bind(self.settings.listen_host, self.settings.listen_port)
+        try:
+            await super().start()
+        except BaseException:
+            for sock in self._sockets:
+                sock.close()
+            raise
+
+    async def _start_listeners(self) -> None:
+        """Closes S16 and part of S15: our own TLS, its handshakes bounded in time and number, clients required."""
+        self._listener = Listener(
+            asyncio.get_running_loop(), self._sockets, self._tls_context, self._connections.take
+        )
+        self._listener.start()
+
+    async def shutdown(self) -> None:
+        """Closes S8 and S17: a stop that ends, under load too, listeners first, every connection accounted for."""
+        await self._fire_and_wait(BrokerEvents.PRE_SHUTDOWN)
+        self.transitions.shutdown()
+        if self._listener:
+            self._listener.close()
+        for task in (self._session_monitor_task, self._broadcast_task):
+            if task is not None:
+                task.cancel()
+        timeout_s = min(self.limits.shutdown_timeout_s, MAX_SHUTDOWN_S)
+        await self._connections.close_all(timeout_s)
+        await self._fire_and_wait(BrokerEvents.POST_SHUTDOWN)
+        for fired in self._fired:
+            fired.cancel()
+        try:
+            await asyncio.wait_for(self.plugins_manager.close(), PLUGIN_TIMEOUT_S)
+        except TimeoutError:
+            _log.warning("a plug-in did not close in time")
+        self.transitions.stopping_success()
+
+    async def _session_monitor(self) -> None:
+        """Closes S3, S15 and S16: ends what is overdue, and forgets sessions that nobody comes back to."""
+        ticks = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self._connections.check(self.now_s(), time.time())
+                ticks += 1
+                if ticks % EXPIRY_TICKS == 0:
+                    self.forget_expired_sessions()
+            except Exception:  # noqa: BLE001 - a defect in one check must not stop the watch over all others
+                _log.exception("a check of the connections failed")
+
+    def forget_expired_sessions(self) -> None:
+        """Forget the sessions whose clients have been gone for `session_expiry_s`."""
+        oldest_s = self.now_s() - self.limits.session_expiry_s
+        for session in self.exchange.sessions:
+            if session.connection is None and session.left_at_s < oldest_s:
+                self.exchange.forget(session)
+
+    # --- amqtt's own paths, closed or led into ours ------------------------------------------------------
+
+    async def _broadcast_loop(self) -> None:
+        """Closes S10 and S15: no queue of broadcasts without an end; a publish is delivered where it is read."""
+
+    async def internal_message_broadcast(self, topic: str, data: bytes, qos: int | None = None) -> None:
+        """Closes S4: what plug-ins publish ($SYS) goes the way of all else, each delivery decided."""
+        self.publish(topic, bytes(data), qos or 0)
+
+    async def retain_message(
+        self, source_session: Any, topic_name: str | None, data: bytes | bytearray | None, qos: int | None = None
+    ) -> None:
+        """Closes S15: retained messages of plug-ins go into the bounded store."""
+        del source_session
+        if topic_name:
+            self.exchange.retained.put(Retained(topic_name, bytes(data or b""), qos or 0, None))
+
+    async def _client_connected(self, listener_name: str, reader: Any, writer: Any) -> None:
+        """Closes S1, S2, S3, S6, S7: amqtt's own sessions, bound to no certificate, take no connection at all."""
+        del reader, writer
+        raise BrokerError(
+            f"could not take a connection on {listener_name!r}: only the gateway's listener takes them"
+        )
+
+    async def add_subscription(self, subscription: tuple[str, int], session: Any) -> int:
+        """Closes S4: nobody subscribes on behalf of a client; the policy is asked about each SUBSCRIBE."""
+        del subscription, session
+        raise BrokerError("could not add a subscription: a session belongs to the certificate it was made with")
+
+    def create_offline_session(self, client_id: str) -> Any:
+        """Closes S1: no session without a certificate."""
+        del client_id
+        raise BrokerError("could not make a session: it belongs to the certificate it was made with")
+
+    @property
+    def sessions(self) -> Any:
+        """A view of our sessions, for plug-ins."""
+        return SessionsView(self.exchange)
+
+    @property
+    def subscriptions(self) -> Any:
+        """A copy of our subscriptions, for plug-ins (S18: made when asked, not at every SUBSCRIBE)."""
+        return subscriptions_view(self.exchange)
+
+    @property
+    def retained_messages(self) -> Any:
+        """A view of our retained messages, for plug-ins."""
+        return RetainedView(self.exchange)
+
+    # --- what connections tell ---------------------------------------------------------------------------
+
+    def admit(self, leaf_der: bytes) -> Peer:
+        """Judge a certificate; raises `PeerRefusedError`."""
+        return self._admit(leaf_der)
+
+    def secured(self, connection: Connection) -> None:
+        """A handshake is over."""
+        self._connections.secured(connection)
+
+    def gone(self, connection: Connection) -> None:
+        """A connection is over."""
+        self._connections.gone(connection)
+
+    def client_connected(self, session: Session) -> None:
+        """Tell plug-ins."""
+        self._fire(BrokerEvents.CLIENT_CONNECTED, client_id=session.client_id, client_session=session)
+
+    def client_disconnected(self, session: Session) -> None:
+        """Tell plug-ins."""
+        self._fire(BrokerEvents.CLIENT_DISCONNECTED, client_id=session.client_id, client_session=session)
+
+    def subscribed(self, session: Session, topic_filter: str, qos: int) -> None:
+        """Tell plug-ins."""
+        self._fire(BrokerEvents.CLIENT_SUBSCRIBED, client_id=session.client_id, topic=topic_filter, qos=qos)
+
+    def unsubscribed(self, session: Session, topic_filter: str) -> None:
+        """Tell plug-ins."""
+        self._fire(BrokerEvents.CLIENT_UNSUBSCRIBED, client_id=session.client_id, topic=topic_filter)
+
+    def _fire_message(self, session: Session, packet: Publish) -> None:
+        message = IncomingApplicationMessage(
+            packet.packet_id or None, packet.topic, packet.qos, packet.payload, packet.retain
+        )
+        self._fire(BrokerEvents.MESSAGE_RECEIVED, client_id=session.client_id, message=message)
+
+    def _listens_to(self, event: Events) -> bool:
+        return any(hasattr(plugin, f"on_{event}") for plugin in self.plugins_manager.plugins)
+
+    def _fire(self, event: Events, **details: Any) -> None:
+        if self._listens_to(event):
+            task = asyncio.get_running_loop().create_task(self.plugins_manager.fire_event(event, **details))
+            self._fired.add(task)
+            task.add_done_callback(self._fired.discard)
+
+    async def _fire_and_wait(self, event: Events) -> None:
+        try:
+            await asyncio.wait_for(self.plugins_manager.fire_event(event, wait=True), PLUGIN_TIMEOUT_S)
+        except TimeoutError:
+            _log.warning("a plug-in took too long over %s", event.value)

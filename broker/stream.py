@@ -1,0 +1,361 @@
+"""One TLS connection, driven by hand: a non-blocking `ssl.SSLSocket` on the event loop's readiness callbacks.
+
+Why not asyncio's transports: their handshake cannot be timed and explained, a session that does not read
+cannot be cut off at once, each connection buffers 256 KiB, and every message costs a send of its own.
+
+Rules:
+
+- TLS may want to read while we write, and to write while we read (key updates): both are served.
+- What is written during one turn of the loop leaves in one `send` at its end, so that a burst of small
+  packets shares a TLS record.
+- After `max_events_reads` records other connections have their turn; a whole record is always taken, so the
+  loop's level-triggered readiness brings us back (and `pending()` is looked at all the same).
+- What waits to be sent is counted in `waiting_bytes`; bounding it is the owner's business.
+- `abort` closes at once. `close` sends what waits and a close_notify, then reads and drops what the peer still
+  says for `LINGER_S`, since closing with unread data would destroy what we said last (TCP reset).
+- `closed` is told to the owner exactly once, from a callback of the loop, never from inside its own call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import struct
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import asyncio
+
+RECORD_BYTES = 16_384
+"""The plaintext of one TLS record (RFC 8446 §5.1)."""
+MAX_READS_PER_EVENT = 16
+MAX_SEND_BYTES = 262_144
+LINGER_S = 1.0
+MAX_LINGER_BYTES = 262_144
+_RESET = struct.pack("ii", 1, 0)
+
+
+class StreamOwner(Protocol):
+    """Who is told what happens on a stream."""
+
+    def on_secured(self, stream: TlsStream) -> None:
+        """The handshake is done; the peer's leaf is `stream.peer_leaf_der()`."""
+
+    def on_handshake_failed(self, stream: TlsStream, error: Exception) -> None:
+        """The handshake failed; the stream is closing by itself."""
+
+    def on_data(self, data: bytes) -> None:
+        """Bytes have come."""
+
+    def on_drained(self) -> None:
+        """Everything that waited has been handed to the kernel."""
+
+    def on_closed(self, error: Exception | None) -> None:
+        """The connection is gone, by whichever side."""
+
+
+class Flusher:
+    """Sends, once a turn of the loop, what was written during it."""
+
+    __slots__ = ("_loop", "_scheduled", "_streams")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._streams: list[TlsStream] = []
+        self._scheduled = False
+
+    def add(self, stream: TlsStream) -> None:
+        """Have a stream flushed at the end of this turn."""
+        self._streams.append(stream)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.flush()
+
+
+class _State(Enum):
+    HANDSHAKE = auto()
+    OPEN = auto()
+    FINISHING = auto()  # close() was called: what waits is being sent
+    LINGERING = auto()
+    CLOSED = auto()
+
+
+class TlsStream:
+    """A connection from its TCP accept to its end.
+
+    Args:
+        loop: the running loop.
+        sock: the accepted socket, wrapped, non-blocking.
+        flusher: shared by the streams of a broker.
+        address: the peer's, for people.
+        owner: told what happens.
+    """
+
+    __slots__ = (
+        "_flusher",
+        "_is_flush_due",
+        "_is_writer_armed",
+        "_linger_bytes",
+        "_linger_timer",
+        "_loop",
+        "_out",
+        "_owner",
+        "_pending",
+        "_sock",
+        "_state",
+        "_waits_to_read",
+        "_waits_to_write",
+        "address",
+        "progressed",
+        "waiting_bytes",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: ssl.SSLSocket,
+        flusher: Flusher,
+        address: str,
+        owner: StreamOwner,
+    ) -> None:
+        self._loop = loop
+        self._sock = sock
+        self._flusher = flusher
+        self._owner = owner
+        self._state = _State.HANDSHAKE
+        self._out: list[bytes] = []
+        self._pending: memoryview | None = None
+        self._is_flush_due = False
+        self._is_writer_armed = False
+        self._waits_to_read = False  # a send goes on once TLS has read something
+        self._waits_to_write = False  # a receive goes on once TLS has written something
+        self._linger_bytes = 0
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self.address = address
+        self.waiting_bytes = 0
+        """Written by the owner and not yet taken by the kernel."""
+        self.progressed = False
+        """Set whenever the kernel took something; for a watch on slow readers, who clears it."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether data flows: after the handshake, before any close."""
+        return self._state is _State.OPEN
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is over."""
+        return self._state is _State.CLOSED
+
+    def start(self) -> None:
+        """Begin the handshake."""
+        self._loop.add_reader(self._sock, self._on_readable)
+        self._on_readable()
+
+    def peer_leaf_der(self) -> bytes | None:
+        """The certificate that the peer showed, in this handshake or in the one that is resumed."""
+        return self._sock.getpeercert(binary_form=True)
+
+    def describe(self) -> dict[str, object]:
+        """The TLS version and suite, and whether the session was resumed; for the log."""
+        suite = self._sock.cipher()
+        return {
+            "tls": self._sock.version() or "",
+            "suite": suite[0] if suite else "",
+            "resumed": bool(self._sock.session_reused),
+        }
+
+    def write(self, data: bytes) -> None:
+        """Send data at the end of this turn of the loop; nothing once the stream is closing."""
+        if self._state is not _State.OPEN:
+            return
+        self._out.append(data)
+        self.waiting_bytes += len(data)
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            self._flusher.add(self)
+
+    def close(self) -> None:
+        """End the connection in good order; what was written still goes out."""
+        if self._state is _State.HANDSHAKE:
+            self.abort()
+        elif self._state is _State.OPEN:
+            self._state = _State.FINISHING
+            self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
+            self.flush()
+
+    def abort(self, error: Exception | None = None) -> None:
+        """End the connection now, by a TCP reset: nothing more is sent, not even what waits in the kernel."""
+        if self._state is not _State.CLOSED:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._end(error)
+
+    def flush(self) -> None:
+        """Hand to the kernel what waits, as far as it takes it."""
+        self._is_flush_due = False
+        if self._state not in (_State.OPEN, _State.FINISHING) or self._is_writer_armed or self._waits_to_read:
+            return
+        self._send()
+
+    # --- readiness ---------------------------------------------------------------------------------------
+
+    def _on_readable(self) -> None:
+        if self._state is _State.CLOSED:
+            return
+        if self._waits_to_read:
+            self._waits_to_read = False
+            self._send()
+        if self._state is _State.HANDSHAKE:
+            self._shake()
+        elif self._state is _State.LINGERING:
+            self._drop_input()
+        elif not self.is_closed:
+            self._receive()
+
+    def _on_writable(self) -> None:
+        self._disarm_writer()
+        if self._state is _State.HANDSHAKE:
+            self._shake()
+        elif self._state in (_State.OPEN, _State.FINISHING):
+            self._send()
+            if self._waits_to_write and not self.is_closed:
+                self._waits_to_write = False
+                self._receive()
+
+    def _shake(self) -> None:
+        try:
+            self._sock.do_handshake()
+        except ssl.SSLWantReadError:
+            return
+        except ssl.SSLWantWriteError:
+            self._arm_writer()
+            return
+        except (OSError, ValueError) as error:
+            # The alert that says why is on its way out: give the client the time to read it.
+            self._state = _State.LINGERING
+            self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
+            self._owner.on_handshake_failed(self, error)
+            self._half_close()
+            return
+        self._state = _State.OPEN
+        self._owner.on_secured(self)
+        if self.is_open:
+            self._receive()
+
+    def _receive(self) -> None:
+        sock, owner = self._sock, self._owner
+        for _ in range(MAX_READS_PER_EVENT):
+            try:
+                data = sock.recv(RECORD_BYTES)
+            except ssl.SSLWantReadError:
+                return
+            except ssl.SSLWantWriteError:
+                self._waits_to_write = True
+                self._arm_writer()
+                return
+            except (OSError, ValueError) as error:
+                self._end(error)
+                return
+            if not data:
+                self._end(None)
+                return
+            if self._state is _State.OPEN:
+                owner.on_data(data)
+            if self._state not in (_State.OPEN, _State.FINISHING):
+                return
+        if sock.pending():
+            self._loop.call_soon(self._on_readable)
+
+    def _send(self) -> None:
+        sent_bytes = 0
+        while sent_bytes < MAX_SEND_BYTES:
+            pending = self._pending
+            if pending is None:
+                if not self._out:
+                    break
+                out, self._out = self._out, []
+                pending = self._pending = memoryview(out[0] if len(out) == 1 else b"".join(out))
+            try:
+                count = self._sock.send(pending)
+            except ssl.SSLWantWriteError:
+                self._arm_writer()
+                return
+            except ssl.SSLWantReadError:
+                # OpenSSL wants the very same bytes again once it has read.
+                self._waits_to_read = True
+                return
+            except (OSError, ValueError) as error:
+                self._end(error)
+                return
+            sent_bytes += count
+            self.waiting_bytes -= count
+            self.progressed = True
+            self._pending = pending[count:] if count < len(pending) else None
+        if self._pending is not None or self._out:
+            self._arm_writer()
+        elif self._state is _State.FINISHING:
+            self._finish()
+        elif sent_bytes:
+            self._owner.on_drained()
+
+    # --- the end -----------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        self._state = _State.LINGERING
+        # unwrap() sends our close_notify and then waits for the peer's, which we do not.
+        with contextlib.suppress(OSError, ValueError):
+            self._sock.unwrap()
+        self._half_close()
+
+    def _half_close(self) -> None:
+        try:
+            # The plain socket's shutdown: SSLSocket.shutdown would drop the TLS state first.
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+        except OSError:
+            self._end(None)
+
+    def _drop_input(self) -> None:
+        """Read raw bytes and drop them, until the peer has closed or said too much."""
+        try:
+            data = socket.socket.recv(self._sock, RECORD_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._linger_bytes += len(data)
+        if not data or self._linger_bytes > MAX_LINGER_BYTES:
+            self._end(None)
+
+    def _end(self, error: Exception | None) -> None:
+        if self._state is _State.CLOSED:
+            return
+        self._state = _State.CLOSED
+        self._loop.remove_reader(self._sock)
+        self._disarm_writer()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        self._out.clear()
+        self._pending = None
+        self.waiting_bytes = 0
+        self._sock.close()
+        self._loop.call_soon(self._owner.on_closed, error)
+
+    def _arm_writer(self) -> None:
+        if not self._is_writer_armed:
+            self._is_writer_armed = True
+            self._loop.add_writer(self._sock, self._on_writable)
+
+    def _disarm_writer(self) -> None:
+        if self._is_writer_armed:
+            self._is_writer_armed = False
+            self._loop.remove_writer(self._sock)

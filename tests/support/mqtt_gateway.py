@@ -1,0 +1,209 @@
+"""A gateway for tests: a real `GatewayBroker` in a thread of its own, on a free port, with a test PKI."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from support.mqtt_client import RawClient, client_context, connect
+
+from birthmark.broker.config import BrokerSettings, Limits, OnDenied
+from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
+from birthmark.broker.policy_file import parse_policy
+from birthmark.broker.server import GatewayBroker
+from birthmark.broker.tls import server_context
+from birthmark.broker.trust import Trust
+from birthmark.device.identity import BrokerName
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from support.pki import Issued, Pki
+
+    from birthmark.broker.policy import Policy
+
+T = TypeVar("T")
+
+POLICY_TOML = b"""
+[roles.device]
+publish = ["devices/{id}/#"]
+subscribe = ["devices/{id}/#", "fleet/announcements/#"]
+
+[roles.free]
+publish = ["#"]
+subscribe = ["#", "$SYS/#"]
+
+[roles.operator]
+publish = ["devices/+/commands/#", "fleet/#", "gateway/+/crl"]
+subscribe = ["devices/#", "fleet/#", "gateway/#", "$SYS/#"]
+
+[[assignments]]
+ou = "operator"
+role = "operator"
+
+[[assignments]]
+cn = "free-*"
+role = "free"
+
+[[assignments]]
+ou = "device"
+role = "device"
+"""
+
+
+def policy(text: bytes = POLICY_TOML) -> Policy:
+    return parse_policy(text, "policy.toml")
+
+
+@dataclass
+class RunningGateway:
+    """What tests talk to."""
+
+    folder: Path
+    pki: Pki
+    broker: GatewayBroker
+    loop: asyncio.AbstractEventLoop
+    port: int
+    revoked: set[int]
+    clients: list[RawClient] = field(default_factory=list)
+    _contexts: dict[str, ssl.SSLContext] = field(default_factory=dict)
+
+    def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call something of the broker in its own thread."""
+
+        async def run() -> T:
+            return function(*arguments, **named)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+    def context(self, name: str = "sensor-1", role: str = "device", **options: Any) -> ssl.SSLContext:
+        """The TLS context of an identity, issued when first asked for."""
+        key = f"{name}/{role}/{options}"
+        if key not in self._contexts:
+            self._contexts[key] = self.context_of(self.pki.device(name, role), **options)
+        return self._contexts[key]
+
+    def context_of(self, issued: Issued, **options: Any) -> ssl.SSLContext:
+        path = issued.write(self.folder / f"{issued.cert_serial:x}.pem")
+        return client_context(path, self.folder / "root.pem", **options)
+
+    def open(self, context: ssl.SSLContext, **options: Any) -> RawClient:
+        """A TLS connection; closed when the gateway stops."""
+        client = RawClient.connect(self.port, context, **options)
+        self.clients.append(client)
+        return client
+
+    def client(
+        self, name: str = "sensor-1", role: str = "device", *, present: bool = False, **options: Any
+    ) -> RawClient:
+        """A client that has connected; options are those of CONNECT."""
+        client_id = options.pop("client_id", name)
+        return self.open(self.context(name, role)).handshake(connect(client_id, **options), present=present)
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until something is true in the broker's thread."""
+
+        async def poll() -> None:
+            async with asyncio.timeout(10):
+                while not condition():  # noqa: ASYNC110 - the condition belongs to no event
+                    await asyncio.sleep(0.01)
+
+        try:
+            asyncio.run_coroutine_threadsafe(poll(), self.loop).result(15)
+        except TimeoutError:
+            raise AssertionError(f"not within ten seconds: {what}") from None
+
+
+def settings(folder: Path, limits: Limits, **changes: Any) -> BrokerSettings:
+    values: dict[str, Any] = {
+        "name": BrokerName("localhost"),
+        "listen_host": "127.0.0.1",
+        "listen_port": 0,
+        "credentials_path": folder / "server.pem",
+        "clients_ca_path": folder / "clients-ca.pem",
+        "crl_path": folder / "crl.pem",
+        "policy_path": folder / "policy.toml",
+        "data_folder": folder / "data",
+        "on_denied": OnDenied.DROP,
+        "limits": limits,
+    }
+    return BrokerSettings(**values | changes)
+
+
+@contextmanager
+def running_gateway(
+    folder: Path,
+    pki: Pki,
+    *,
+    limits: Limits | None = None,
+    policy_toml: bytes = POLICY_TOML,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    plugins: dict[str, dict[str, Any]] | None = None,
+    **changes: Any,
+) -> Iterator[RunningGateway]:
+    """Run a gateway; it must stop in good order at the end."""
+    pki.write_broker_files(folder)
+    trust = Trust.from_pem(pki.issuing.pem)
+    revoked: set[int] = set()
+
+    def admit(leaf_der: bytes) -> Peer:
+        peer = check_peer(leaf_der, trust, clock())
+        if peer.cert_serial in revoked:
+            raise PeerRefusedError("revoked", f"{peer.device_id} is revoked")
+        return peer
+
+    started: list[GatewayBroker] = []
+    ready = threading.Event()
+    stop: list[asyncio.Event] = []
+    failures: list[BaseException] = []
+
+    async def serve() -> None:
+        context = server_context(folder / "server.pem", folder / "clients-ca.pem")
+        broker = GatewayBroker(
+            settings(folder, limits or Limits(), **changes),
+            context,
+            admit,
+            policy(policy_toml),
+            plugins=plugins or {},
+        )
+        await broker.start()
+        stop.append(asyncio.Event())
+        started.append(broker)
+        loops.append(asyncio.get_running_loop())
+        ready.set()
+        await stop[0].wait()
+        await broker.shutdown()
+
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def main() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:  # noqa: BLE001 - told to the test below
+            failures.append(error)
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    ready.wait(10)
+    if failures:
+        thread.join()
+        raise failures[0]
+    gateway = RunningGateway(folder, pki, started[0], loops[0], started[0].addresses[0][1], revoked)
+    try:
+        yield gateway
+    finally:
+        for client in gateway.clients:
+            client.close()
+        gateway.loop.call_soon_threadsafe(stop[0].set)
+        thread.join(10)
+        assert not thread.is_alive(), "the gateway did not stop"
+        if failures:
+            raise failures[0]
