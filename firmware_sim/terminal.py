@@ -32,8 +32,9 @@ class Terminal:
     def __init__(self, link_path: Path) -> None:
         self.link_path = link_path
         self.board_fd, self._slave_fd = os.openpty()
-        """The board's end: what the station writes is read here."""
+        """The board's end, non-blocking: what the station writes is read here."""
         try:
+            os.set_blocking(self.board_fd, False)
             tty.setraw(self._slave_fd)
             self.path = Path(os.ttyname(self._slave_fd))
             link_path.unlink(missing_ok=True)
