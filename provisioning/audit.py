@@ -218,7 +218,9 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
 
 def described(entry: Mapping[str, Any]) -> str:
     """Return an entry in one printable line."""
-    details = " ".join(f"{key}={escaped(str(value))}" for key, value in entry["details"].items())
+    details = " ".join(
+        f"{key}={escaped(str(value))}" for key, value in entry["details"].items() if value not in (None, "")
+    )
     subject = escaped(entry["subject"])
     who = escaped(entry["actor"])
     return (

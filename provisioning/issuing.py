@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError
-from birthmark.device.identity import BrokerName, DeviceId
+from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
 from birthmark.provisioning import profile
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.provisioning.authority import Authority
-    from birthmark.provisioning.registry.interface import Transaction
+    from birthmark.provisioning.registry.interface import Transaction, View
     from birthmark.provisioning.station import Station
 
 BROKER_FILE: Final = "server.pem"
@@ -101,8 +101,7 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
     """
     for host in hosts:
         profile.general_name(host)
-    request = _Request(Kind.BROKER, str(BrokerName(hosts[0])), "", tuple(hosts), renew)
-    _make_folder(out)
+    request = _Request(Kind.BROKER, str(BrokerName(hosts[0])), "", tuple(dict.fromkeys(hosts)), renew)
     key_path = out / BROKER_FILE
     row, revoked = _issue(station, request, key_path)
     anchors, crl_path = out / BROKER_ANCHORS_FILE, out / BROKER_CRL_FILE
@@ -112,14 +111,15 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
     return Issued(row, key_path, (key_path, anchors, crl_path), revoked)
 
 
-def issue_operator(station: Station, name: str, out: Path, *, renew: bool = False) -> Issued:
-    """Make an operator's key and certificate in the folder `out`: `NAME.pem` (key, leaf, issuing CA), `ca.pem`.
+def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERATOR, renew: bool = False) -> Issued:
+    """Make a service's key and certificate in the folder `out`: `NAME.pem` (key, leaf, issuing CA), `ca.pem`.
 
-    `ca.pem` is the root: what the operator checks a broker's certificate against. Arguments and errors are
-    those of `issue_broker`; a name outside the grammar is an `IdentityError`.
+    `ca.pem` is the root: what the service checks a broker's certificate against. The other arguments and the
+    errors are those of `issue_broker`; a name outside the grammar, or a role that is not a service's, is an
+    `IdentityError`.
     """
-    request = _Request(Kind.SERVICE, str(DeviceId(name)), OPERATOR, (), renew)
-    _make_folder(out)
+    profile.check_service_role(Role(role))
+    request = _Request(Kind.SERVICE, str(DeviceId(name)), role, (), renew)
     key_path, anchors = out / f"{name}.pem", out / SERVICE_ANCHORS_FILE
     row, revoked = _issue(station, request, key_path)
     write_durably(anchors, certificate_pem(station.root), mode=PUBLIC_FILE_MODE)
@@ -127,7 +127,10 @@ def issue_operator(station: Station, name: str, out: Path, *, renew: bool = Fals
 
 
 def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
+    with station.registry.view() as view:
+        _replaced(view, request)  # refuses a name that is taken, before anybody types a passphrase
     authority = station.authority
+    _make_folder(key_path.parent)
     finished = _finish_interrupted(station, request, key_path)
     if finished is not None:
         return finished, 0
@@ -202,17 +205,21 @@ def _attest(station: Station, row: Row) -> Row:
 
 def _revoke_interrupted(transaction: Transaction, request: _Request, now: datetime) -> int:
     row = transaction.live_by_name(request.name)
-    if row is None or row.kind is not request.kind or row.kind is Kind.DEVICE or row.state is State.ATTESTED:
+    if row is None or not _is_interrupted(row, request):
         return 0
     word = "interrupted before its key was written"
     mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=word, now=now)
     return 1
 
 
-def _replaced(transaction: Transaction, request: _Request) -> int | None:
+def _is_interrupted(row: Row, request: _Request) -> bool:
+    return row.kind is request.kind and row.state is not State.ATTESTED
+
+
+def _replaced(view: View, request: _Request) -> int | None:
     """Return the number of the row to be replaced; refuse a name that is taken."""
-    holder = transaction.live_by_name(request.name)
-    if holder is None:
+    holder = view.live_by_name(request.name)
+    if holder is None or _is_interrupted(holder, request):
         return None
     if holder.kind is request.kind and request.renew:
         return holder.number

@@ -180,11 +180,7 @@ def service_certificate(
     Raises:
         IdentityError: the role is not reserved for services.
     """
-    if not role.is_reserved:
-        raise IdentityError(
-            f"could not give a service the role {role}: it is a device's",
-            hint="a service's role is `operator`, or begins with `service-`",
-        )
+    check_service_role(role)
     return _client_certificate(
         issuer,
         organization=organization,
@@ -263,6 +259,15 @@ def general_name(host: str) -> x509.GeneralName:
             hint="give names such as gateway-1.example.com and addresses such as 192.0.2.7 or 2001:db8::7",
         )
     return x509.DNSName(host)
+
+
+def check_service_role(role: Role) -> None:
+    """Check that a service may hold `role`; raises `IdentityError` if it is a device's."""
+    if not role.is_reserved:
+        raise IdentityError(
+            f"could not give a service the role {role}: it is a device's",
+            hint="a service's role is `operator`, or begins with `service-`",
+        )
 
 
 def key_id(certificate: x509.Certificate) -> bytes:

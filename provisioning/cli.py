@@ -1,0 +1,32 @@
+"""The command `birthmark`: nothing but its commands, put together."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from birthmark.device.console import Parser
+from birthmark.provisioning import revocation_commands, station_commands
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def parser() -> Parser:
+    """Return the parser of the whole command."""
+    top = Parser(
+        prog="birthmark",
+        description="the station: enrol devices, issue certificates, revoke them",
+        examples="""\
+birthmark init --organization 'Acme Sensors'
+birthmark flash --port /dev/ttyUSB0 --id sensor-17
+birthmark revoke sensor-17 --reason lost""",
+    )
+    commands: argparse._SubParsersAction[Parser] = top.add_subparsers(required=True, metavar="COMMAND")
+    station_commands.add_to(commands)
+    if find_spec("birthmark.provisioning.flash"):
+        from birthmark.provisioning import flash  # noqa: PLC0415
+
+        flash.add_to(commands)
+    revocation_commands.add_to(commands)
+    return top

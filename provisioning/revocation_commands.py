@@ -1,0 +1,242 @@
+"""`birthmark revoke | crl | gateway`: their options and their answers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from birthmark.device.console import Console, Parser, command
+from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery, Outcome, deliver
+from birthmark.provisioning.options import (
+    add_passphrase_option,
+    add_root_passphrase_option,
+    add_station_option,
+    open_station,
+    root_passphrase,
+)
+from birthmark.provisioning.revocation import (
+    REASONS,
+    StoredCrl,
+    parse_reason,
+    revoke,
+    sign_and_store_crl,
+    sign_root_crl,
+)
+from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
+from birthmark.provisioning.station import ROOT_FILE
+
+if TYPE_CHECKING:
+    from birthmark.provisioning.station import Station
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add these commands."""
+    _add_revoke(commands)
+    _add_crl(commands)
+    _add_gateway(commands)
+
+
+def _add_revoke(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        commands,
+        "revoke",
+        _revoke,
+        "revoke an identity and see it cut off at every gateway",
+        """\
+birthmark revoke sensor-17 --reason lost
+birthmark revoke gateway-1.example.com --reason retired
+birthmark revoke alice --reason keyCompromise --json""",
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    parser.add_argument("name", metavar="ID", help="a device, a service or a broker")
+    parser.add_argument("--reason", required=True, type=_reason, metavar="REASON", help=", ".join(REASONS))
+    _add_timeout(parser)
+
+
+def _reason(word: str) -> str:
+    if parse_reason(word) is None:
+        raise argparse.ArgumentTypeError(f"unknown reason {word!r}; choose from {', '.join(REASONS)}")
+    return word
+
+
+def _revoke(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    reason = parse_reason(arguments.reason)
+    if reason is None:
+        raise ValueError("the parser lets no other reason through")
+    revocation = revoke(station, arguments.name, reason, word=arguments.reason)
+    name, crl = revocation.rows[-1].name, revocation.crl
+    deliveries = _deliver(station, crl, arguments.timeout)
+    record = {
+        "revoked": name,
+        "newly": revocation.newly,
+        "certificates": [
+            {"cert_serial": f"{row.cert_serial:x}", "reason": row.revocation_reason} for row in revocation.rows
+        ],
+        "crl_number": crl.number,
+        "crl_path": str(crl.path),
+        "gateways": [delivery.record() for delivery in deliveries],
+    }
+    count = "1 certificate" if len(revocation.rows) == 1 else f"{len(revocation.rows)} certificates"
+    again = "" if revocation.newly else " (it was before)"
+    head = f"{name} is revoked{again}: {count} on CRL {crl.number}, {crl.path}"
+    return _answer(console, record, head, deliveries)
+
+
+def _add_crl(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        commands,
+        "crl",
+        _crl,
+        "sign the CRL anew and bring it to every gateway",
+        """\
+birthmark crl
+birthmark crl --timeout 60 --json
+birthmark crl --root --root-key /media/safe/root.key.pem""",
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    add_root_passphrase_option(parser)
+    parser.add_argument(
+        "--root", action="store_true", help="sign the root's own CRL instead; gateways do not use it"
+    )
+    parser.add_argument("--root-key", type=Path, metavar="FILE", help="where the root's key is kept")
+    _add_timeout(parser)
+
+
+def _crl(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    if arguments.root:
+        passphrase = root_passphrase(arguments) or station.read_passphrase()
+        path = sign_root_crl(station, station.root_issuer(passphrase, arguments.root_key))
+        console.emit({"root_crl_path": str(path)}, f"the root's CRL is at {path}")
+        return 0
+    crl = sign_and_store_crl(station)
+    deliveries = _deliver(station, crl, arguments.timeout)
+    record = {
+        "crl_number": crl.number,
+        "crl_path": str(crl.path),
+        "entries": len(crl.cert_serials),
+        "next_update": crl.next_update.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "gateways": [delivery.record() for delivery in deliveries],
+    }
+    count = "1 certificate" if len(crl.cert_serials) == 1 else f"{len(crl.cert_serials)} certificates"
+    return _answer(console, record, f"CRL {crl.number} lists {count}: {crl.path}", deliveries)
+
+
+def _add_timeout(parser: Parser) -> None:
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="how long to wait for the gateways' receipts (default: %(default)g)",
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError("the time-out is more than 0 and at most 3600 seconds")
+    return seconds
+
+
+def _deliver(station: Station, crl: StoredCrl, timeout_s: float) -> list[Delivery]:
+    gateways = station.settings.gateways
+    deliveries = deliver(gateways, crl, anchors_path=station.folder / ROOT_FILE, timeout_s=timeout_s)
+    if deliveries:
+        with station.registry.transaction() as transaction:
+            for delivery in deliveries:
+                transaction.record(
+                    "deliver",
+                    delivery.gateway,
+                    number=crl.number,
+                    outcome=delivery.outcome.value,
+                    cause=delivery.cause or None,
+                )
+    return deliveries
+
+
+def _answer(console: Console, record: dict[str, object], head: str, deliveries: list[Delivery]) -> int:
+    lines = [head, *(f"  {delivery.described()}" for delivery in deliveries)]
+    console.emit(record, "\n".join(lines))
+    if not deliveries:
+        console.warn(
+            "no gateway is configured: bring the CRL to each yourself, or see `birthmark gateway add --help`"
+        )
+    pending = [delivery for delivery in deliveries if delivery.outcome is not Outcome.DONE]
+    if pending:
+        names = ", ".join(delivery.gateway for delivery in pending)
+        console.warn(f"not every gateway has it ({names}): `birthmark crl` tries again")
+    return 1 if pending else 0
+
+
+def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = commands.add_parser(
+        "gateway",
+        help="say which gateways are sent every CRL",
+        description="say which gateways are sent every CRL",
+        examples="birthmark gateway add gateway-1 --path /etc/birthmark-broker/crl.pem\nbirthmark gateway list",
+    )
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(required=True, metavar="ACTION")
+    add = command(
+        actions,
+        "add",
+        _gateway_add,
+        "add a gateway, reached by a path or over MQTT",
+        """\
+birthmark gateway add gateway-1 --path /etc/birthmark-broker/crl.pem
+birthmark gateway add gateway-1.example.com --host 192.0.2.7 --operator ~/birthmark/alice.pem""",
+    )
+    add.add_argument("name", metavar="NAME", help="the broker's own name (`name` in its broker.toml)")
+    add.add_argument("--path", type=Path, metavar="FILE", help="the CRL file that the gateway watches")
+    add.add_argument("--host", default="", metavar="HOST", help="where its broker listens")
+    add.add_argument("--port", type=int, default=8883, metavar="PORT", help="default: %(default)s")
+    add.add_argument("--operator", type=Path, metavar="FILE", help="NAME.pem of an operator")
+    listing = command(actions, "list", _gateway_list, "list the gateways", "birthmark gateway list --json")
+    remove = command(actions, "remove", _gateway_remove, "remove a gateway", "birthmark gateway remove gateway-1")
+    remove.add_argument("name", metavar="NAME")
+    for each in (add, listing, remove):
+        add_station_option(each)
+
+
+def _gateway_add(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    gateway = Gateway(
+        name=arguments.name,
+        crl_path=arguments.path.absolute() if arguments.path else None,
+        host=arguments.host,
+        port=arguments.port,
+        operator_path=arguments.operator.absolute() if arguments.operator else None,
+    )
+    if gateway.operator_path is not None:
+        # Now is better than at the first revocation.
+        Credentials.from_files(
+            gateway.operator_path, station.folder / ROOT_FILE, BrokerAddress(gateway.host, gateway.port)
+        )
+    add_gateway(station.settings_path, gateway)
+    with station.registry.transaction() as transaction:
+        transaction.record("gateway-add", gateway.name, reached_by=gateway.reached_by)
+    console.emit(_gateway_record(gateway), f"{gateway.name} is sent every CRL: {gateway.reached_by}")
+
+
+def _gateway_list(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    rows = [_gateway_record(gateway) for gateway in station.settings.gateways]
+    console.table(rows, ["name", "reached_by", "operator"], empty="no gateway is configured")
+
+
+def _gateway_remove(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    remove_gateway(station.settings_path, arguments.name)
+    with station.registry.transaction() as transaction:
+        transaction.record("gateway-remove", arguments.name)
+    console.emit({"removed": arguments.name}, f"{arguments.name} is sent no CRL any more")
+
+
+def _gateway_record(gateway: Gateway) -> dict[str, object]:
+    operator = str(gateway.operator_path) if gateway.operator_path else None
+    return {"name": gateway.name, "reached_by": gateway.reached_by, "operator": operator}
