@@ -249,7 +249,7 @@ def _reason(action: Action, row: Row | None, hello: HelloAnswer) -> str:
     if action is Action.ERASED and row is not None:
         return f"it was made as {row.name} and has lost that identity since"
     if action is Action.DUPLICATE and row is not None:
-        return f"it is {row.name} already"
+        return f"it is {row.name} already, with the certificate {row.cert_serial:x}"
     if row is None:
         return f"it is locked by a transaction that this station does not know ({lock})"
     return f"it is locked by {lock}, but the journal has {row.name} in {row.state} with {_txn_text(row)}"

@@ -23,6 +23,7 @@ from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.device.link.bundle import Bundle, BundleConfig
 from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.revocation import mark_revoked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.model import KeyMode, Row
 
 TXN_BYTES: Final = 16
-REVOCATION_REASON: Final = "cessationOfOperation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class Transitions:
         self._default_role = default_role
         self._clock = clock
         self._random_bytes = random_bytes
+        self.revoked = 0
+        """Certificates marked revoked so far: the next CRL carries them."""
 
     def standing(self, hwid: bytes) -> tuple[Row | None, Row | None]:
         """Return the unit's live row and, if that row is to replace another one, the other one."""
@@ -95,14 +97,14 @@ class Transitions:
                 hwid=hwid,
                 txn=self._random_bytes(TXN_BYTES),
             )
-            _record(transaction, "device.reserve", row)
+            _record(transaction, "reserve", row)
         return row
 
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED; see `journal.Journal`."""
         cert_serial = self._authority().new_cert_serial()
         keyed = dataclasses.replace(row, state=State.KEYED, public_key_der=public_key_der, cert_serial=cert_serial)
-        return self._change(row, "device.key", keyed)
+        return self._change(row, "key", keyed)
 
     def issue(self, row: Row) -> Row:
         """Sign the certificate of a row in KEYED, and move the row to ISSUED; see `journal.Journal`."""
@@ -128,21 +130,22 @@ class Transitions:
             not_before=certificate.not_valid_before_utc,
             not_after=certificate.not_valid_after_utc,
         )
-        return self._change(row, "device.issue", issued)
+        return self._change(row, "issue", issued)
 
     def advance(self, row: Row, state: State) -> Row:
         """Move a row forward to PREPARED, COMMITTED or ATTESTED; see `journal.Journal`."""
-        return self._change(row, f"device.{_ADVANCES[state]}", dataclasses.replace(row, state=state))
+        return self._change(row, f"{_ADVANCES[state]}", dataclasses.replace(row, state=state))
 
     def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
         """Make a row VOID, and a new one in RESERVED in its place; see `journal.Journal`."""
         with self._registry.transaction() as transaction:
             _check_unchanged(transaction, row)
-            void = dataclasses.replace(row, state=State.VOID, void_reason=reason)
-            if row.cert_serial is not None and not row.is_revoked:
-                void = dataclasses.replace(void, revoked_at=self._clock(), revocation_reason=REVOCATION_REASON)
-            void = transaction.update(void)
-            _record(transaction, "device.void", void, reason=reason)
+            superseded = x509.ReasonFlags.superseded
+            self.revoked += mark_revoked(transaction, row, superseded, word=reason, now=self._clock())
+            void = transaction.row(row.number) or row
+            if void.state is not State.VOID:
+                void = transaction.update(dataclasses.replace(void, state=State.VOID, void_reason=reason))
+            _record(transaction, "void", void, reason=reason)
             fresh = transaction.insert(
                 kind=Kind.DEVICE,
                 name=row.name,
@@ -152,7 +155,7 @@ class Transitions:
                 txn=self._random_bytes(TXN_BYTES),
                 replaces=row.replaces,
             )
-            _record(transaction, "device.reserve", fresh)
+            _record(transaction, "reserve", fresh)
         return fresh
 
     def sign_unlock(self, signed: bytes) -> tuple[bytes, bytes]:
@@ -163,7 +166,7 @@ class Transitions:
     def interrupted(self, row: Row) -> None:
         """Leave word in the audit log that a person stopped an enrollment; the row itself needs nothing."""
         with self._registry.transaction() as transaction:
-            _record(transaction, "device.interrupt", row)
+            _record(transaction, "interrupt", row)
 
     def _bundle(self, row: Row, certificate_der: bytes, now: datetime) -> bytes:
         authority = self._authority()
