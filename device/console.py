@@ -112,13 +112,31 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with examples at the end of `--help`."""
+    """An argument parser with examples at the end of `--help`.
 
-    def __init__(self, *, examples: str = "", **options: Any) -> None:
+    Args:
+        examples: one command a line.
+        real: makes the parser that this one stands in for, when it is first needed: for a command whose libraries
+            the others should not wait for.
+        options: those of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, examples: str = "", real: Callable[[], Parser] | None = None, **options: Any) -> None:
+        self._real = real
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         if examples:
             options["epilog"] = "examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines())
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, or have the real parser parse."""
+        if self._real is not None:
+            return self._real().parse_known_args(args, namespace)
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """Return the help text, the real parser's if there is one."""
+        return self._real().format_help() if self._real is not None else super().format_help()
 
 
 def command(

@@ -1,4 +1,4 @@
-"""A broker that does what a test tells it to, over real TLS: it lets in, refuses in every way, falls silent, drops.
+"""A broker that does what a test tells it to, over real TLS: it lets in, refuses, falls silent, drops.
 
     with BrokerStub(pki) as broker:
         ...connect a client to broker.port...

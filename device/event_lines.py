@@ -1,0 +1,71 @@
+"""What happens to a client, as lines: for people, and as JSON records."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from birthmark.device.errors import ConnectionFailedError, RefusedError
+from birthmark.device.escape import escaped
+from birthmark.device.events import (
+    AttemptFailed,
+    Connected,
+    Disconnected,
+    Event,
+    HandlerFailed,
+    SubscriptionDenied,
+)
+
+if TYPE_CHECKING:
+    from birthmark.device.console import Console
+
+
+def show(console: Console, event: Event) -> None:
+    """Print one event."""
+    match event:
+        case Connected():
+            resumed = ", resumed" if event.tls_resumed else ""
+            say(
+                console,
+                "connected",
+                f"connected to {event.broker} as {event.client_id} ({event.tls_version}{resumed})",
+                broker=str(event.broker),
+                client_id=event.client_id,
+                tls=event.tls_version,
+                resumed=event.tls_resumed,
+                session_present=event.session_present,
+            )
+        case Disconnected():
+            _failed(console, "disconnected", event.error, event.retry_in_s)
+        case AttemptFailed():
+            kind = "refused" if isinstance(event.error, RefusedError) else "unreachable"
+            _failed(console, kind, event.error, event.retry_in_s)
+        case SubscriptionDenied():
+            shown = escaped(event.topic_filter)
+            say(console, "denied", f"the broker does not let us subscribe to {shown}", filter=shown)
+        case HandlerFailed():
+            shown = escaped(event.topic)
+            say(
+                console,
+                "handler_failed",
+                f"the handler of {shown} failed: {type(event.error).__name__}",
+                topic=shown,
+            )
+
+
+def say(console: Console, name: str, text: str, /, **facts: Any) -> None:
+    """Print one line: `{"event": name, "at": ..., **facts}`, or the text."""
+    now = datetime.now(UTC)
+    console.emit({"event": name, "at": now.isoformat(timespec="milliseconds"), **facts}, f"{now:%H:%M:%S}  {text}")
+
+
+def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_s: float) -> None:
+    say(
+        console,
+        name,
+        f"{error.message}\n          {error.hint}\n          next attempt in {retry_in_s:.1f} s",
+        check=error.check,
+        reason=error.message,
+        hint=error.hint,
+        retry_in_s=round(retry_in_s, 3),
+    )

@@ -1,0 +1,172 @@
+"""`birthmark-device run`: an enrolled device online, from the command line."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from birthmark.device import event_lines
+from birthmark.device.client import Client
+from birthmark.device.console import Console, Parser, command
+from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.errors import UnreachableError
+from birthmark.device.escape import escaped
+from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
+from birthmark.device.stopping import Stopping, stopping_on_signals
+
+if TYPE_CHECKING:
+    import argparse
+
+    from birthmark.device.errors import ConnectionFailedError
+    from birthmark.device.received import Command
+
+DEFAULT_INTERVAL_S = 1.0
+SHORTEST_INTERVAL_S = 0.001
+TELEMETRY = "environment"
+ACKNOWLEDGED_WITHIN_S = 2.0
+"""A reading that takes longer is reported as late; it stays queued."""
+
+_EXAMPLES = """
+birthmark-device run --state /var/lib/birthmark
+birthmark-device run --state ./board-1 --simulate --interval 0.5 --json
+birthmark-device run --state ./board-1 --once
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add `run` to the commands of `birthmark-device`."""
+    parser = command(commands, "run", _run, "connect with the flashed identity and stay connected", _EXAMPLES)
+    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
+    parser.add_argument("--broker", metavar="HOST:PORT", help="connect there, not where the bundle says")
+    parser.add_argument("--simulate", action="store_true", help="publish made-up readings, for a first try")
+    parser.add_argument(
+        "--interval",
+        type=_positive,
+        default=DEFAULT_INTERVAL_S,
+        metavar="S",
+        help="seconds between two of them (%(default)s)",
+    )
+    ends = parser.add_mutually_exclusive_group()
+    ends.add_argument(
+        "--once", action="store_true", help="do not try again: the first failure ends it, with its exit code"
+    )
+    ends.add_argument(
+        "--give-up-after",
+        type=_positive,
+        metavar="S",
+        help="end after so many seconds without a connection, with the last failure's exit code",
+    )
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
+    credentials = Credentials.from_folder(arguments.state, broker=broker)
+    # The observer prints failures; Python's last-resort handler would print them a second time.
+    logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
+    with stopping_on_signals() as stopping:
+        running = _Running(console, stopping, once=arguments.once, give_up_after_s=arguments.give_up_after)
+        client = Client(credentials, observe=running.observe)
+        client.command()(running.answer)
+        client.start()
+        try:
+            running.keep_going(client, interval_s=arguments.interval if arguments.simulate else None)
+        finally:
+            client.stop()
+        event_lines.say(console, "stopped", "stopped")
+        if running.error is not None:
+            raise running.error
+        return stopping.exit_code
+
+
+class _Running:
+    """One run: what it prints, and when it ends."""
+
+    def __init__(self, console: Console, stopping: Stopping, *, once: bool, give_up_after_s: float | None) -> None:
+        self.error: ConnectionFailedError | None = None
+        self._console = console
+        self._stopping = stopping
+        self._once = once
+        self._give_up_after_s = give_up_after_s
+        self._last_error: ConnectionFailedError | None = None
+        self._offline_since: float | None = time.monotonic()
+
+    def observe(self, event: Event) -> None:
+        event_lines.show(self._console, event)
+        if isinstance(event, Connected):
+            self._offline_since = None
+        if isinstance(event, AttemptFailed | Disconnected):
+            self._last_error = event.error
+            self._offline_since = self._offline_since or time.monotonic()
+            if self._once:
+                self.error = event.error
+                self._stopping.set()
+
+    def answer(self, received: Command) -> dict[str, Any]:
+        name = escaped(received.name)
+        event_lines.say(
+            self._console,
+            "command",
+            f"command {name}: {escaped(received.payload)}",
+            name=name,
+            payload=escaped(received.payload),
+        )
+        return {"command": received.name, "received": True, "at": time.time()}
+
+    def keep_going(self, client: Client, *, interval_s: float | None) -> None:
+        """Return when it is time to end; meanwhile publish simulated readings, if there is an interval."""
+        count = 0
+        due = time.monotonic()
+        while not self._stopping.wait(self._nap_s(None if interval_s is None else due)):
+            if self._gives_up():
+                return
+            if interval_s is None or time.monotonic() < due:
+                continue
+            due = max(due + interval_s, time.monotonic())
+            if client.is_connected:
+                count += 1
+                self._publish(client, count)
+
+    def _publish(self, client: Client, count: int) -> None:
+        topic = client.telemetry(TELEMETRY)
+        reading = {
+            "count": count,
+            "at": round(time.time(), 3),
+            "celsius": round(21 + 3 * math.sin(count / 20), 2),
+            "simulated": True,
+        }
+        try:
+            client.publish(topic, reading, wait=ACKNOWLEDGED_WITHIN_S)
+        except UnreachableError as error:
+            event_lines.say(self._console, "not_published", error.message, topic=topic, reason=error.message)
+        else:
+            event_lines.say(
+                self._console,
+                "published",
+                f"published to {topic}: {reading['celsius']} C",
+                topic=topic,
+                count=count,
+            )
+
+    def _gives_up(self) -> bool:
+        if self._give_up_after_s is None or self._offline_since is None:
+            return False
+        if time.monotonic() - self._offline_since < self._give_up_after_s:
+            return False
+        self.error = self._last_error or UnreachableError("could not connect: there was not enough time")
+        return True
+
+    def _nap_s(self, due: float | None) -> float | None:
+        waits = [] if due is None else [due - time.monotonic()]
+        if self._give_up_after_s is not None:
+            waits.append(min(1.0, self._give_up_after_s))
+        return max(0.0, min(waits)) if waits else None
+
+
+def _positive(text: str) -> float:
+    seconds = float(text)
+    if not SHORTEST_INTERVAL_S <= seconds < 1e9:
+        raise ValueError(text)
+    return seconds
