@@ -71,7 +71,7 @@ class RevocationSettings:
     """With an expired CRL, refuse everyone at once, without grace."""
     max_crl_bytes: int = 67_108_864
     """200,000 entries have 7.8 MB."""
-    watch_interval_s: float = 0.25
+    watch_interval_s: float = 0.1
     """How often the CRL, the policy and the credentials are looked at for a change."""
 
 

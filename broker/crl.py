@@ -44,7 +44,7 @@ class CrlRefusedError(CredentialError):
 
     Args:
         reason: a short code, stable, for receipts and tests: `unreadable`, `malformed`, `issuer`, `signature`,
-            `incomplete`, `extension`, `not-yet-valid`, `older`, `conflict`.
+            `incomplete`, `extension`, `not-yet-valid`, `older`, `conflict`, `storage`.
         message: what is wrong with it.
         hint: what to do about it.
         issuer: the trusted issuing CA it is about, if that much is known.

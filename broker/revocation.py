@@ -116,39 +116,29 @@ class Revocations:
 
         Returns:
             One answer per CRL of a trusted issuing CA, or a single refusal. When it returns, what is `installed`
-            is on disk and in force.
-
-        Raises:
-            SystemFailureError: the copy could not be written; the CRLs in force are the old ones.
+            is on disk and in force. Nothing is raised, whatever the bytes.
         """
         try:
             candidates = self._read(content, now)
         except CrlRefusedError as error:
             return [self._refusal(error, content)]
-        answers: list[Installation] = []
-        taken: dict[str, Crl] = {}
-        for crl in candidates:
-            in_force = taken.get(crl.issuer) or self._crls.get(crl.issuer)
-            if in_force is not None and in_force.sha256 == crl.sha256:
-                answers.append(_answer("current", crl, in_force))
-                continue
-            try:
-                _check_newer(crl, in_force)
-            except CrlRefusedError as error:
-                answers.append(self._refusal(error, crl.der))
-                continue
-            taken[crl.issuer] = crl
-            answers.append(_answer("installed", crl, crl))
+        return [self._take(crl) for crl in candidates]
+
+    def _take(self, crl: Crl) -> Installation:
+        in_force = self._crls.get(crl.issuer)
+        if in_force is not None and in_force.sha256 == crl.sha256:
+            return _answer("current", crl)
         try:
-            for issuer, crl in taken.items():
-                write_durably(_copy_path(self._folder, issuer), crl.der)
-                self._crls = {**self._crls, issuer: crl}
+            _check_newer(crl, in_force)
+            write_durably(_copy_path(self._folder, crl.issuer), crl.der)
+        except CrlRefusedError as error:
+            return self._refusal(error, crl.der)
         except OSError as error:
-            raise SystemFailureError(
-                f"could not keep a CRL in {self._folder}: {error.strerror or error}",
-                hint="make room or mend the permissions, then deliver the CRL again",
-            ) from error
-        return answers
+            message = f"no copy could be kept in {self._folder}: {error.strerror or error}"
+            hint = "make room or mend the permissions, then deliver the CRL again"
+            return self._refusal(CrlRefusedError("storage", message, hint, issuer=crl.issuer), crl.der)
+        self._crls = {**self._crls, crl.issuer: crl}
+        return _answer("installed", crl)
 
     def is_revoked(self, peer: Peer) -> bool:
         """Whether the CRL in force lists this peer's certificate."""
@@ -253,8 +243,8 @@ def _check_newer(crl: Crl, in_force: Crl | None) -> None:
         raise CrlRefusedError("older", message, "check the station's clock", issuer=crl.issuer)
 
 
-def _answer(outcome: Literal["installed", "current"], crl: Crl, in_force: Crl) -> Installation:
-    return Installation(outcome, crl.issuer, in_force.number, crl.sha256, len(in_force.serials))
+def _answer(outcome: Literal["installed", "current"], crl: Crl) -> Installation:
+    return Installation(outcome, crl.issuer, crl.number, crl.sha256, len(crl.serials))
 
 
 def _sha256(content: bytes) -> str:

@@ -93,6 +93,10 @@ class Trust:
     def __len__(self) -> int:
         return len(self._by_key_id)
 
+    def has(self, key_id: str) -> bool:
+        """Whether the issuing CA with this key identifier, in hex, is trusted."""
+        return key_id in self._by_key_id
+
     def get(self, key_id: bytes) -> Issuer | None:
         """Return the issuing CA with this key identifier."""
         return self._by_key_id.get(key_id.hex())

@@ -24,7 +24,7 @@ from birthmark.broker.config import RevocationSettings
 from birthmark.broker.crl import CrlRefusedError, read_crl
 from birthmark.broker.peer import Peer, PeerRefusedError, Trust, check_peer
 from birthmark.broker.revocation import Installation, Revocations
-from birthmark.device.errors import ConfigurationError, SystemFailureError
+from birthmark.device.errors import ConfigurationError
 from birthmark.device.pem import CRL, block
 
 if TYPE_CHECKING:
@@ -342,8 +342,9 @@ def test_a_copy_that_cannot_be_written_changes_nothing(revocations: Revocations,
     copy.rename(tmp_path / "aside")
     copy.mkdir()
     (copy / "in the way").touch()
-    with pytest.raises(SystemFailureError, match="could not keep a CRL"):
-        revocations.install(pki().issuing.crl([peer().cert_serial], number=6), now())
+    answer = install(revocations, pki().issuing.crl([peer().cert_serial], number=6))
+    assert (answer.outcome, answer.number) == ("refused", 5)
+    assert answer.reason.startswith("storage: ")
     assert not revocations.is_revoked(peer())
 
 

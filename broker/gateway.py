@@ -1,0 +1,343 @@
+"""The gateway around the broker: who is let in, what is watched, and what is said about it.
+
+Rules:
+
+- `admit` is asked after every handshake, full or resumed: the profile, the issuing CA, the CRL in force.
+- The CRL, the policy and the credentials are watched (and taken up again on SIGHUP). A new one applies without a
+  restart; one that cannot be used changes nothing and is reported.
+- A CRL comes as a file or on `gateway/{name}/crl`. Either way it is judged by its signature alone, installed
+  durably, then what it revokes is closed, and then a receipt says so: as a file beside the CRL file, and retained
+  on `gateway/{name}/receipts`.
+- Reading and writing happen off the event loop; CRLs are installed one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+from birthmark.broker.peer import Peer, Trust, check_peer
+from birthmark.broker.policy_file import read_policy
+from birthmark.broker.receipts import receipt_of, write_receipts
+from birthmark.broker.revocation import Installation, Revocations
+from birthmark.broker.tls import server_context
+from birthmark.broker.watch import Watch, WatchedFiles
+from birthmark.device.errors import ConfigurationError
+from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
+from birthmark.device.topics import gateway_crl, gateway_receipts, gateway_status
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from birthmark.broker.config import BrokerSettings
+    from birthmark.broker.policy import Policy
+
+STATUS_INTERVAL_S = 30.0
+ALARM_INTERVAL_S = 60.0
+ALARM_REPEAT_S = 3_600.0
+"""An alarm that stays is repeated this often."""
+MAX_WAITING_CRLS = 8
+"""Brought by message and not judged yet; the next is refused."""
+
+_log = logging.getLogger(__name__)
+
+
+class Server(Protocol):
+    """What the gateway asks of the broker; `server.GatewayBroker` is one."""
+
+    @property
+    def connected_count(self) -> int:
+        """Sessions with a connection."""
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
+        """Publish a message of the broker's own."""
+
+    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        """Have messages on a topic given to `callback`, and to nobody else."""
+
+    def set_policy(self, policy: Policy) -> int:
+        """Go by another policy; return how many subscriptions it ended."""
+
+    def set_tls_context(self, context: ssl.SSLContext) -> None:
+        """Use other credentials from the next connection on."""
+
+    def close_identities(
+        self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
+    ) -> list[ClosedIdentity]:
+        """Close everything of the identities that `is_revoked` names."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Brought:
+    """A CRL that arrived by message."""
+
+    content: bytes
+    by: str
+    started_s: float
+
+
+def now() -> datetime:
+    """The gateway's clock."""
+    return datetime.now(UTC)
+
+
+class Gateway:
+    """Everything of a gateway that is not the broker itself. `open` makes one.
+
+    Attributes:
+        tls_context: for the broker's listener.
+        policy: in force.
+        revocations: the CRLs in force.
+    """
+
+    def __init__(self, settings: BrokerSettings, trust: Trust, revocations: Revocations) -> None:
+        self._settings = settings
+        self._trust = trust
+        self.revocations = revocations
+        self._server: Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._installing = asyncio.Lock()
+        self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
+        self._alarms: dict[tuple[str, str], float] = {}
+        self._watch = Watch(
+            (
+                WatchedFiles((settings.crl_path,), self._take_crl_file),
+                WatchedFiles((settings.policy_path,), self._take_policy),
+                WatchedFiles((settings.credentials_path, settings.clients_ca_path), self._take_credentials),
+            ),
+            settings.revocation.watch_interval_s,
+        )
+        # After the watch has taken its first look: what changes from here on is seen.
+        self.policy = read_policy(settings.policy_path)
+        self.tls_context = server_context(settings.credentials_path, settings.clients_ca_path)
+
+    @classmethod
+    def open(cls, settings: BrokerSettings) -> Gateway:
+        """Read everything that a start needs: issuing CAs, CRLs, policy, credentials.
+
+        The CRL file is installed if it is newer than the CRL kept, and a receipt is written beside it.
+
+        Raises:
+            BirthmarkError: something is missing or cannot be used; above all, there is no CRL of an issuing CA.
+        """
+        trust = _read_trust(settings)
+        revocations = Revocations.open(trust, settings.data_folder, settings.revocation)
+        gateway = cls(settings, trust, revocations)
+        started_s = time.monotonic()
+        reason = ""
+        try:
+            content = _read_crl_file(settings)
+        except OSError as error:
+            reason = f"{settings.crl_path}: {error.strerror or error}"
+            _log.warning("could not read the CRL file %s; going by the CRL kept, if any", reason)
+        else:
+            answers = revocations.install(content, now())
+            gateway._write_receipts([gateway._receipt(answer, started_s, ()) for answer in answers])
+            reason = "; ".join(f"{settings.crl_path}: {answer.reason}" for answer in answers if answer.reason)
+        try:
+            revocations.require_complete()
+        except ConfigurationError as error:
+            raise ConfigurationError(
+                f"{error.message} ({reason})" if reason else error.message, error.hint
+            ) from None
+        gateway._look_for_alarms()
+        return gateway
+
+    def admit(self, leaf_der: bytes) -> Peer:
+        """Judge a peer's certificate, after every handshake. Raises `PeerRefusedError`."""
+        moment = now()
+        peer = check_peer(leaf_der, self._trust, moment)
+        self.revocations.check(peer, moment)
+        return peer
+
+    async def start(self, server: Server) -> None:
+        """Take up work around a broker that has started."""
+        self._server = server
+        server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
+        self._publish_status(online=True)
+        self._tasks = [
+            asyncio.create_task(work) for work in (self._watch.run(), self._take_brought(), self._tell_and_look())
+        ]
+
+    def reload(self) -> None:
+        """Take up the CRL, the policy and the credentials again (SIGHUP)."""
+        self._watch.take_all()
+
+    async def stop(self) -> None:
+        """Stop watching, and say that the gateway is going."""
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._tasks = []
+        if self._server:
+            self._publish_status(online=False)
+
+    # --- CRLs --------------------------------------------------------------------------------------------
+
+    async def _take_crl_file(self) -> None:
+        started_s = time.monotonic()
+        content = await asyncio.to_thread(_read_crl_file, self._settings)
+        receipts = await self._install(content, started_s, str(self._settings.crl_path))
+        await asyncio.to_thread(self._write_receipts, receipts)
+
+    def _bring(self, topic: str, payload: bytes, peer: Peer) -> None:
+        del topic
+        brought = _Brought(payload, str(peer.device_id), time.monotonic())
+        try:
+            self._brought.put_nowait(brought)
+        except asyncio.QueueFull:
+            _log.warning("refused a CRL brought by %s: %s others wait", brought.by, MAX_WAITING_CRLS)
+
+    async def _take_brought(self) -> None:
+        while True:
+            brought = await self._brought.get()
+            await self._install(brought.content, brought.started_s, brought.by)
+
+    async def _install(self, content: bytes, started_s: float, origin: str) -> list[Receipt]:
+        async with self._installing:
+            answers = await asyncio.to_thread(self.revocations.install, content, now())
+            # Nothing is awaited between a CRL in force and the sessions it closes.
+            receipts = [self._receipt(answer, started_s, self._close(answer, started_s)) for answer in answers]
+        for receipt in receipts:
+            _report(receipt, origin)
+            self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
+        self._look_for_alarms()
+        self._publish_status(online=True)
+        return receipts
+
+    def _close(self, answer: Installation, started_s: float) -> tuple[ClosedIdentity, ...]:
+        if answer.outcome != "installed" or self._server is None:
+            return ()
+
+        def is_revoked(peer: Peer) -> bool:
+            return peer.issuer == answer.issuer and self.revocations.is_revoked(peer)
+
+        return tuple(self._server.close_identities(is_revoked, started_s=started_s))
+
+    def _receipt(self, answer: Installation, started_s: float, closed: tuple[ClosedIdentity, ...]) -> Receipt:
+        return receipt_of(
+            answer,
+            gateway=str(self._settings.name),
+            installed_at=time.time(),
+            elapsed_ms=(time.monotonic() - started_s) * 1_000,
+            closed=closed,
+        )
+
+    def _write_receipts(self, receipts: list[Receipt]) -> None:
+        try:
+            write_receipts(self._settings.receipt_path, receipts)
+        except OSError as error:
+            where, cause = self._settings.receipt_path, error.strerror or error
+            _log.error("could not write the receipt %s: %s; the station will call it pending", where, cause)
+
+    # --- policy and credentials --------------------------------------------------------------------------
+
+    async def _take_policy(self) -> None:
+        policy = await asyncio.to_thread(read_policy, self._settings.policy_path)
+        if policy.sha256 == self.policy.sha256:
+            return
+        self.policy = policy
+        ended = self._server.set_policy(policy) if self._server else 0
+        _log.info("a new policy is in force (%s); it ended %s subscriptions", policy.sha256[:12], ended)
+        self._publish_status(online=True)
+
+    async def _take_credentials(self) -> None:
+        """Take up new credentials or issuing CAs; connections of a CA that is no longer trusted are closed."""
+        context = server_context(self._settings.credentials_path, self._settings.clients_ca_path)
+        trust = _read_trust(self._settings)
+        async with self._installing:
+            # First, so that nothing changes if a kept CRL of a CA that is trusted anew cannot be used.
+            revocations = await asyncio.to_thread(
+                Revocations.open, trust, self._settings.data_folder, self._settings.revocation
+            )
+            self.revocations, self._trust, self.tls_context = revocations, trust, context
+            if self._server:
+                self._server.set_tls_context(context)
+                self._server.close_identities(lambda peer: not trust.has(peer.issuer))
+        _log.info("new credentials are in force; trusted issuing CAs: %s", ", ".join(ca.name for ca in trust))
+        await self._take_crl_file()  # the file may hold the CRL of a CA that is trusted only now
+        for issuer in trust:
+            if issuer.key_id not in self.revocations.crls:
+                _log.error("no CRL of %s is in force: its clients are refused until one arrives", issuer.name)
+
+    # --- what is said ------------------------------------------------------------------------------------
+
+    async def _tell_and_look(self) -> None:
+        next_alarm_s = 0.0
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            self._publish_status(online=True)
+            if time.monotonic() >= next_alarm_s:
+                next_alarm_s = time.monotonic() + ALARM_INTERVAL_S
+                self._look_for_alarms()
+
+    def _look_for_alarms(self) -> None:
+        """Log each alarm when it begins, and once in a while as long as it stays."""
+        found = self.revocations.alarms(now())
+        moment_s = time.monotonic()
+        said: dict[tuple[str, str], float] = {}
+        for alarm in found:
+            key = (alarm.code, alarm.message)
+            last_s = self._alarms.get(key)
+            if last_s is None or moment_s - last_s >= ALARM_REPEAT_S:
+                _log.warning("ALARM %s: %s (%s)", alarm.code, alarm.message, alarm.hint)
+                last_s = moment_s
+            said[key] = last_s
+        self._alarms = said
+
+    def _publish_status(self, *, online: bool) -> None:
+        crls = self.revocations.crls.values()
+        status = GatewayStatus(
+            gateway=str(self._settings.name),
+            online=online,
+            clock=time.time(),
+            crl_numbers={crl.issuer: crl.number for crl in crls},
+            crl_next_update=min((crl.next_update.timestamp() for crl in crls), default=0.0),
+            policy_sha256=self.policy.sha256,
+            sessions=self._server.connected_count if self._server else 0,
+        )
+        self._publish(gateway_status(self._settings.name), status.to_bytes())
+
+    def _publish(self, topic: str, payload: bytes) -> None:
+        if self._server:
+            self._server.publish(topic, payload, 1, retain=True)
+
+
+def _report(receipt: Receipt, origin: str) -> None:
+    if receipt.outcome == "refused":
+        _log.error("refused a CRL from %s: %s; what was in force stays", origin, receipt.reason)
+        return
+    _log.info(
+        "CRL %s from %s: %s, %s revoked, %s identities closed, %.1f ms",
+        receipt.crl_number,
+        origin,
+        receipt.outcome,
+        receipt.revoked_count,
+        len(receipt.closed),
+        receipt.elapsed_ms,
+    )
+
+
+def _read_crl_file(settings: BrokerSettings) -> bytes:
+    """Read the CRL file, one byte more than is allowed at most."""
+    with settings.crl_path.open("rb") as file:
+        return file.read(settings.revocation.max_crl_bytes + 1)
+
+
+def _read_trust(settings: BrokerSettings) -> Trust:
+    path = settings.clients_ca_path
+    try:
+        return Trust.from_pem(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(
+            f"could not read the clients' issuing CAs in {path}: {error.strerror or error}",
+            hint="`birthmark issue-broker` writes clients-ca.pem beside server.pem",
+        ) from error

@@ -1,0 +1,108 @@
+"""Files that are looked at for a change: by polling, which works on every file system and needs no library.
+
+Rules:
+
+- A file has changed when its identity has (inode, size, times): a new one was renamed over it, or it was written
+  in place. Rewriting the same content counts: whoever brings a CRL twice wants a second receipt.
+- A file that was replaced is taken at once; one that is written in place, only when it has come to rest for one
+  look, so that half of it is not taken for all.
+- A file that vanishes is no change; what was read from it stays in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from birthmark.device.errors import BirthmarkError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from pathlib import Path
+
+_log = logging.getLogger(__name__)
+_Identity = tuple[int, int, int, int, int]
+
+
+class WatchedFiles:
+    """One or several files that are taken up together.
+
+    Args:
+        paths: the files.
+        take: called when one of them has changed; an error it raises is logged, and it is called again at the
+            next change.
+    """
+
+    def __init__(self, paths: Sequence[Path], take: Callable[[], Awaitable[None]]) -> None:
+        self._paths = paths
+        self._taken = self._identities()
+        self._resting = self._taken
+        self._take = take
+
+    def has_changed(self) -> bool:
+        """Look; true once per change."""
+        found = self._identities()
+        if found == self._taken:
+            return False
+        moved = any(new and (not old or new[:2] != old[:2]) for new, old in zip(found, self._taken, strict=True))
+        if not moved and found != self._resting:
+            self._resting = found
+            return False
+        self._taken = self._resting = found
+        return any(found)
+
+    async def take(self) -> None:
+        """Take the files up; an error is logged, and the old content stays in force."""
+        try:
+            await self._take()
+        except BirthmarkError as error:
+            _log.error("%s; what was in force stays (%s)", error.message, error.hint or "no hint")
+        except OSError as error:
+            _log.error("could not read %s: %s; what was in force stays", self._paths[0], error.strerror)
+
+    def _identities(self) -> tuple[_Identity | None, ...]:
+        return tuple(_identity(path) for path in self._paths)
+
+
+class Watch:
+    """Looks at files until it is cancelled.
+
+    Args:
+        files: what to look at.
+        interval_s: how often.
+    """
+
+    def __init__(self, files: Sequence[WatchedFiles], interval_s: float) -> None:
+        self._files = files
+        self._interval_s = interval_s
+        self._asked = asyncio.Event()
+
+    def take_all(self) -> None:
+        """Take every file up again, changed or not (SIGHUP)."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Look, and take up what has changed, one file at a time."""
+        while True:
+            try:
+                await asyncio.wait_for(self._asked.wait(), self._interval_s)
+            except TimeoutError:
+                all_of_them = False
+            else:
+                all_of_them = True
+                self._asked.clear()
+            for files in self._files:
+                if files.has_changed() or all_of_them:
+                    try:
+                        await files.take()
+                    except Exception:  # noqa: BLE001 - a defect over one file must not end the watch over all
+                        _log.exception("a watched file could not be taken up")
+
+
+def _identity(path: Path) -> _Identity | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
