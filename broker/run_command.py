@@ -1,0 +1,151 @@
+"""`birthmark-broker run`: put the gateway together, run it, stop it.
+
+Rules:
+
+- Everything is read and judged before the port is opened: a wrong file is an error with exit code, not a broker
+  that refuses everybody. Once it listens, one line says so, with the address (`{"event": "ready", ...}` with
+  `--json`), and systemd is told (sd_notify(3)).
+- SIGTERM and SIGINT stop it in good order, exit code 0. SIGHUP reads policy, CRL and credentials again: what
+  cannot be used changes nothing and is logged.
+- One broker a data folder: a lock is held while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from birthmark.broker.config import BrokerSettings, override_listen, read_settings
+from birthmark.broker.listener import shown_address
+from birthmark.broker.logs import log_to_stderr
+from birthmark.broker.peer import Peer, check_peer
+from birthmark.broker.policy_file import read_policy
+from birthmark.broker.revocation import Revocations
+from birthmark.broker.server import GatewayBroker
+from birthmark.broker.tls import server_context
+from birthmark.broker.trust import Trust
+from birthmark.device.console import command
+from birthmark.device.durable import exclusive_lock, private_folder
+from birthmark.device.errors import ConfigurationError, SystemFailureError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from birthmark.device.console import Console, Parser
+
+_log = logging.getLogger(__name__)
+
+EXAMPLES = """
+birthmark-broker run
+birthmark-broker run --config /etc/birthmark/broker.toml
+birthmark-broker run --listen 127.0.0.1:0 --json
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the `run` command."""
+    parser = command(commands, "run", _run, "run the gateway's broker", EXAMPLES)
+    parser.add_argument("--config", type=Path, default=Path("broker.toml"), metavar="FILE", help="broker.toml")
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="instead of what the file says (port 0: any free one)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log more")
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> None:
+    log_to_stderr(as_json=console.as_json, is_verbose=arguments.verbose)
+    settings = read_settings(arguments.config)
+    if arguments.listen:
+        host, port = override_listen(arguments.listen)
+        settings = dataclasses.replace(settings, listen_host=host, listen_port=port)
+    with _locked(settings.data_folder):
+        asyncio.run(serve(settings, console))
+
+
+@contextlib.contextmanager
+def _locked(data_folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as held:
+        try:
+            private_folder(data_folder)
+            held.enter_context(exclusive_lock(data_folder / "lock", wait=False))
+        except BlockingIOError as error:
+            raise SystemFailureError(
+                f"could not start: another broker runs with the data folder {data_folder}",
+                hint="stop it first, or give this one its own data_folder in broker.toml",
+            ) from error
+        yield
+
+
+async def serve(settings: BrokerSettings, console: Console) -> None:
+    """Run a gateway until it is told to stop. Raises `BirthmarkError` where it cannot start."""
+    trust = _trust(settings)
+    revocations = Revocations.open(trust, settings.data_folder, settings.revocation)
+
+    def admit(leaf_der: bytes) -> Peer:
+        now = datetime.now(UTC)
+        peer = check_peer(leaf_der, trust, now)
+        revocations.check(peer, now)
+        return peer
+
+    policy = read_policy(settings.policy_path)
+    context = server_context(settings.credentials_path, settings.clients_ca_path)
+    broker = GatewayBroker(settings, context, admit, policy)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await broker.start()
+    try:
+        _say_ready(settings, broker, console)
+        await stop.wait()
+        _notify("STOPPING=1")
+        _log.info("stopping", extra={"fields": {"event": "stopping"}})
+    finally:
+        await broker.shutdown()
+    console.emit({"event": "stopped", "gateway": str(settings.name)}, f"stopped: gateway {settings.name}")
+
+
+def _trust(settings: BrokerSettings) -> Trust:
+    try:
+        pem = settings.clients_ca_path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(
+            f"could not read {settings.clients_ca_path}: {error.strerror or error}",
+            hint="it holds the issuing CAs' certificates in PEM; `birthmark issue-broker` writes it",
+        ) from error
+    return Trust.from_pem(pem)
+
+
+def _say_ready(settings: BrokerSettings, broker: GatewayBroker, console: Console) -> None:
+    shown = [shown_address((host, port)) for host, port in broker.addresses]
+    record = {
+        "event": "ready",
+        "gateway": str(settings.name),
+        "listen": [{"host": host, "port": port} for host, port in broker.addresses],
+        "pid": os.getpid(),
+    }
+    console.emit(record, f"ready: gateway {settings.name} listens on {', '.join(shown)}, mutual TLS only")
+    _notify("READY=1")
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, if it wants to know (sd_notify(3)); that it cannot be told stops nothing."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(address)
+            sock.sendall(state.encode())
+    except OSError as error:
+        _log.warning("could not tell systemd %s: %s", state, error.strerror)
