@@ -10,12 +10,14 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from birthmark.provisioning.exchange import MAX_READ_BYTES, Read, Send
+from birthmark.provisioning.exchange import Read, Send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 T = TypeVar("T")
+PIECE_BYTES = 64
+"""What arrives at once, as from a UART's FIFO."""
 
 
 class Listener(Protocol):
@@ -56,7 +58,8 @@ class VirtualLine:
         """Let bytes arrive at the station, starting `after_s` from now."""
         start_s = max(self._free_s, self.now_s + after_s)
         step_s = 10 / self.baud
-        pieces = [data[i : i + 1] for i in range(len(data))] if self.byte_by_byte else [data] if data else []
+        size = 1 if self.byte_by_byte else PIECE_BYTES
+        pieces = [data[i : i + size] for i in range(0, len(data), size)]
         for piece in pieces:
             start_s += step_s * len(piece)
             heapq.heappush(self._arrivals, (start_s, next(self._number), piece))
@@ -74,9 +77,6 @@ class VirtualLine:
         if self._arrivals and self._arrivals[0][0] <= until_s:
             at_s, _, data = heapq.heappop(self._arrivals)
             self.now_s = max(self.now_s, at_s)
-            if len(data) > MAX_READ_BYTES:
-                heapq.heappush(self._arrivals, (at_s, -1, data[MAX_READ_BYTES:]))
-                data = data[:MAX_READ_BYTES]
             self._carry(len(data))
             return data
         self.now_s = max(self.now_s, until_s)
