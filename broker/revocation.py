@@ -90,10 +90,19 @@ class Revocations:
             SystemFailureError: the folder cannot be used.
         """
         folder = data_folder / "crl"
-        crls: dict[str, Crl] = {}
         try:
             private_folder(folder)
             remove_leftovers(folder)
+        except OSError as error:
+            raise SystemFailureError(f"could not use the CRLs in {folder}: {error.strerror or error}") from error
+        return cls.read(trust, data_folder, settings)
+
+    @classmethod
+    def read(cls, trust: Trust, data_folder: Path, settings: RevocationSettings) -> Revocations:
+        """As `open`, for looking only: nothing in the folder is touched, and it need not be there."""
+        folder = data_folder / "crl"
+        crls: dict[str, Crl] = {}
+        try:
             for issuer in trust:
                 path = _copy_path(folder, issuer.key_id)
                 if path.exists():
