@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 from dataclasses import dataclass
@@ -99,9 +100,8 @@ class MqttLink:
         self._socket: DeviceSocket | None = None
         self._connected = False
         self._fell_silent = False
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.settimeout(0)
-        self._wake_writer.settimeout(0)
+        self._wake_reader: socket.socket | None = None
+        self._wake_writer: socket.socket | None = None
         self._paho = client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -118,6 +118,13 @@ class MqttLink:
         client.on_subscribe = self._on_subscribe
         # With this set, paho queues what it has to write instead of writing it at once: `turn` writes.
         client.on_socket_register_write = _leave_writing_to_turn
+
+    def prepare(self) -> None:
+        """Take what the link needs as long as it lives; `release` gives it back."""
+        reader, writer = socket.socketpair()
+        reader.settimeout(0)
+        writer.settimeout(0)
+        self._wake_reader, self._wake_writer = reader, writer
 
     def open(self, will: Outgoing | None) -> DeviceSocket:
         """Connect, do the TLS handshake and queue CONNECT; blocks for name resolution and the two time-outs.
@@ -144,18 +151,18 @@ class MqttLink:
             timeout_s: the longest wait; `wake` ends it.
             reading: whether to read what the broker sends; pings are sent and answers waited for in any case.
         """
-        current = self._socket
-        if current is None or self._paho.socket() is None:
+        current, waker = self._socket, self._wake_reader
+        if current is None or waker is None or self._paho.socket() is None:
             return False
         poll = select.poll()
-        poll.register(self._wake_reader, select.POLLIN)
+        poll.register(waker, select.POLLIN)
         interest = (select.POLLIN if reading else 0) | (select.POLLOUT if self._paho.want_write() else 0)
         poll.register(current, interest)
         buffered = reading and current.pending() > 0
         longest_s = 0.0 if buffered else min(timeout_s, MAX_TURN_S, self._keepalive_s / 4)
         ready = dict(poll.poll(longest_s * 1000))
-        if self._wake_reader.fileno() in ready:
-            self._drain_wakes()
+        if waker.fileno() in ready:
+            _drain(waker)
         happened = ready.get(current.fileno(), 0)
         if buffered or happened & ~select.POLLOUT:
             self._read(current)
@@ -168,12 +175,11 @@ class MqttLink:
 
     def wake(self) -> None:
         """End the wait of `turn`; from any thread."""
-        try:
-            self._wake_writer.send(b"\0")
-        except BlockingIOError:
-            pass  # it has not yet seen the wakes before this one
-        except OSError:
-            pass  # the link is released: nobody waits
+        writer = self._wake_writer
+        if writer is not None:
+            # It fails when the wakes before this one were not yet seen, or when the link is released: never mind.
+            with contextlib.suppress(OSError):
+                writer.send(b"\0")
 
     def publish(self, outgoing: Outgoing) -> int:
         """Queue a PUBLISH and return its packet id; with QoS 1 it goes out again after a reconnect."""
@@ -218,8 +224,9 @@ class MqttLink:
     def release(self) -> None:
         """Close what is open; the link is done."""
         self.cut()
-        self._wake_reader.close()
-        self._wake_writer.close()
+        for end in (self._wake_reader, self._wake_writer):
+            if end is not None:
+                end.close()
 
     def _read(self, current: DeviceSocket) -> None:
         for _ in range(MAX_PACKETS_PER_TURN):
@@ -227,13 +234,6 @@ class MqttLink:
                 return
             if current.pending() == 0:
                 return
-
-    def _drain_wakes(self) -> None:
-        try:
-            while self._wake_reader.recv(4096):
-                pass
-        except BlockingIOError:
-            pass
 
     def _on_connect(self, _client: Any, _data: Any, flags: paho.ConnectFlags, reason: Any, _more: Any) -> None:
         if not reason.is_failure:
@@ -250,6 +250,12 @@ class MqttLink:
 
     def _on_subscribe(self, _client: Any, _data: Any, packet_id: int, reasons: Any, _more: Any) -> None:
         self._listener.mqtt_subscribed(packet_id, [not reason.is_failure for reason in reasons])
+
+
+def _drain(waker: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while waker.recv(4096):
+            pass
 
 
 def _leave_writing_to_turn(_client: Any, _data: Any, _socket: Any) -> None:

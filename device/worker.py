@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 MAX_UNACKNOWLEDGED = 10_000
 """Messages kept for a broker that is not there or does not answer."""
-MAX_WAIT_S = 1.0
-"""The longest wait for something to happen; deadlines are looked at after each."""
+MAX_WAIT_S = 60.0
+"""The longest wait for something to happen; the link looks at its keepalive more often than that."""
 SHORTEST_LEAVE_S = 0.5
 """What a stop that was given no time still spends on writing DISCONNECT."""
 
@@ -206,6 +206,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            self._link.prepare()
             while self._stop_at is None:
                 error, held_s = self._connect_and_serve()
                 if error is not None:
@@ -225,7 +226,9 @@ class Worker:
         answer_by = time.monotonic() + self._connect_timeout_s
         began: float | None = None
         leaving = False
-        while self._link.turn(MAX_WAIT_S, reading=not (self._online and self._dispatcher.is_full)):
+        while self._link.turn(
+            self._next_look_s(began, answer_by), reading=not (self._online and self._dispatcher.is_full)
+        ):
             if began is None and self._link.ending().connected:
                 began = time.monotonic()
                 self._come_online(opened)
@@ -244,6 +247,10 @@ class Worker:
         if self._stop_at is not None:
             return None, 0.0
         return self._verdict(self._link.ending()), time.monotonic() - began if began is not None else 0.0
+
+    def _next_look_s(self, began: float | None, answer_by: float) -> float:
+        due = [self._stop_at] if self._stop_at is not None else [answer_by] if began is None else []
+        return max(0.0, min((at - time.monotonic() for at in due), default=MAX_WAIT_S))
 
     def _verdict(self, ending: Ending) -> ConnectionFailedError:
         around = self._around()

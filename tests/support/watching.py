@@ -1,0 +1,47 @@
+"""An observer of a client that a test can wait on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from birthmark.device.events import Event
+
+DEADLINE_S = 20.0
+Kind = TypeVar("Kind")
+
+
+class Watching:
+    """Keeps every event; call it as the observer."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event: Event) -> None:
+        with self._changed:
+            self.events.append(event)
+            self._changed.notify_all()
+
+    def wait_for(self, kind: type[Kind], count: int = 1) -> Kind:
+        """Return the count-th event of this kind, once it has happened."""
+        deadline = time.monotonic() + DEADLINE_S
+        with self._changed:
+            while True:
+                found = [event for event in self.events if isinstance(event, kind)]
+                if len(found) >= count:
+                    return found[count - 1]
+                left_s = deadline - time.monotonic()
+                assert left_s > 0, f"no {kind.__name__}; these happened: {self.events}"
+                self._changed.wait(left_s)
+
+
+def eventually(condition: object, what: str) -> None:
+    """Wait until `condition()` is true."""
+    assert callable(condition)
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
