@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import secrets
 import time
@@ -66,9 +67,8 @@ class Agent:
         self._deframer = Deframer()
         self._kept: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         self._working: Frame | None = None
-        self._last_nak = -NAK_GAP_S
+        self._no_nak_before = -math.inf
         self._last_sound = self._outside.clock()
-        self._last_nak = self._last_sound - NAK_GAP_S
 
     @property
     def state(self) -> DeviceState:
@@ -95,8 +95,8 @@ class Agent:
 
     def _nak(self) -> Iterator[bytes]:
         now = self._outside.clock()
-        if now - self._last_nak >= NAK_GAP_S:
-            self._last_nak = now
+        if now >= self._no_nak_before:
+            self._no_nak_before = now + NAK_GAP_S
             yield Frame(type=MessageType.NAK, seq=0, sid=0, payload=NakAnswer().to_payload()).to_bytes()
 
     def _take(self, frame: Frame) -> Iterator[bytes]:
