@@ -198,7 +198,7 @@ birthmark gateway add gateway-1.example.com --host 192.0.2.7 --operator ~/birthm
     add.add_argument("--operator", type=Path, metavar="FILE", help="NAME.pem of an operator")
     listing = command(actions, "list", _gateway_list, "list the gateways", "birthmark gateway list --json")
     remove = command(actions, "remove", _gateway_remove, "remove a gateway", "birthmark gateway remove gateway-1")
-    remove.add_argument("name", metavar="NAME")
+    remove.add_argument("name", metavar="NAME", help="as in `birthmark gateway list`")
     for each in (add, listing, remove):
         add_station_option(each)
 

@@ -149,7 +149,7 @@ birthmark issue-operator alice --renew --out ~/birthmark""",
     )
     add_station_option(parser)
     add_passphrase_option(parser)
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", help="the service's name: its certificate's CN")
     parser.add_argument("--role", default=OPERATOR, help="`operator` (default), or one beginning with `service-`")
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR", help="for NAME.pem and ca.pem (default: .)"
@@ -193,9 +193,15 @@ birthmark list --state ATTESTED --role sensor
 birthmark list --kind broker --json""",
     )
     add_station_option(parser)
-    parser.add_argument("--state", type=str.upper, choices=[state.value for state in State], action="append")
-    parser.add_argument("--role")
-    parser.add_argument("--kind", choices=[kind.value for kind in Kind])
+    parser.add_argument(
+        "--state",
+        type=str.upper,
+        choices=[state.value for state in State],
+        action="append",
+        help="only those in this state (may be given several times)",
+    )
+    parser.add_argument("--role", help="only those with this role")
+    parser.add_argument("--kind", choices=[kind.value for kind in Kind], help="only those of this kind")
 
 
 def _list(arguments: argparse.Namespace, console: Console) -> None:
@@ -235,7 +241,7 @@ birthmark show sensor-17
 birthmark show sensor-17 --json""",
     )
     add_station_option(parser)
-    parser.add_argument("name", metavar="ID")
+    parser.add_argument("name", metavar="ID", help="a device, a service or a broker")
 
 
 def _show(arguments: argparse.Namespace, console: Console) -> None:
@@ -317,8 +323,8 @@ birthmark audit show --action revoke --json""",
     for each in (verify, show):
         add_station_option(each)
     show.add_argument("--last", type=int, metavar="N", help="only the last N entries")
-    show.add_argument("--subject", metavar="ID")
-    show.add_argument("--action", metavar="ACTION")
+    show.add_argument("--subject", metavar="ID", help="only entries about this identity or gateway")
+    show.add_argument("--action", metavar="ACTION", help="only entries of this kind, such as revoke")
 
 
 def _audit_verify(arguments: argparse.Namespace, console: Console) -> int:
