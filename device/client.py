@@ -33,7 +33,7 @@ from birthmark.device.errors import IdentityError, LocalProtocolError
 from birthmark.device.escape import escaped
 from birthmark.device.events import Event, HandlerFailed
 from birthmark.device.mqtt import topic_matches
-from birthmark.device.publication import MAX_TOPIC_BYTES, Acknowledgement, Outgoing, Payload, as_bytes
+from birthmark.device.publication import MAX_TOPIC_BYTES, Acknowledgement, Outgoing, Payload, as_bytes, is_utf8
 from birthmark.device.received import Command, Message
 from birthmark.device.worker import Worker
 
@@ -326,9 +326,8 @@ class Client:
 def _check_filter(topic_filter: str) -> None:
     """Refuse what is no filter (MQTT 3.1.1 §4.7.1)."""
     levels = topic_filter.split("/")
-    wrong = (
-        not topic_filter or "\0" in topic_filter or len(topic_filter.encode(errors="replace")) > MAX_TOPIC_BYTES
-    )
+    wrong = not topic_filter or "\0" in topic_filter or not is_utf8(topic_filter)
+    wrong = wrong or len(topic_filter.encode()) > MAX_TOPIC_BYTES
     for position, level in enumerate(levels):
         wrong |= "+" in level and level != "+"
         wrong |= "#" in level and (level != "#" or position != len(levels) - 1)

@@ -37,7 +37,7 @@ class Outgoing:
         what = escaped(self.topic)
         if not self.topic or len(self.topic.encode("utf-8", "surrogatepass")) > MAX_TOPIC_BYTES:
             raise LocalProtocolError(f"could not publish to {what!r}: a topic has 1 to {MAX_TOPIC_BYTES} bytes")
-        if any(c in self.topic for c in "+#\0") or not _is_utf8(self.topic):
+        if any(c in self.topic for c in "+#\0") or not is_utf8(self.topic):
             raise LocalProtocolError(
                 f"could not publish to {what!r}: it is a filter, no topic", hint="leave out + and # and NUL"
             )
@@ -56,6 +56,8 @@ def as_bytes(payload: Payload) -> bytes:
     if isinstance(payload, bytes):
         return payload
     if isinstance(payload, str):
+        if not is_utf8(payload):
+            raise LocalProtocolError("could not publish text: it holds a lone surrogate", hint="publish bytes")
         return payload.encode()
     try:
         return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
@@ -99,7 +101,8 @@ class Acknowledgement:
             raise self._error
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether `text` has an encoding: a lone surrogate has none."""
     try:
         text.encode()
     except UnicodeEncodeError:
