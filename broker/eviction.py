@@ -49,7 +49,7 @@ def close_identities(
     for connection in connections:
         peer = connection.peer
         if peer is not None and not connection.stream.is_closed and is_revoked(peer):
-            _cut(exchange, connection, tallies.of(peer), started_s)
+            _cut(exchange, connection, tallies, peer, started_s)
     for session in exchange.sessions:
         if is_revoked(session.peer):
             tallies.of(session.peer).queued += session.waiting_count
@@ -80,17 +80,19 @@ class _Tallies:
         ]
 
 
-def _cut(exchange: Exchange, connection: Connection, entry: _Tally, started_s: float) -> None:
+def _cut(exchange: Exchange, connection: Connection, tallies: _Tallies, peer: Peer, started_s: float) -> None:
     session = connection.session
-    if session is not None:
-        entry.will_suppressed |= connection.will is not None
-        entry.sessions_closed += 1
-        entry.queued += session.waiting_count
-        exchange.counters.revoked_closed += 1
+    if session is None:
+        connection.cut(with_will=False)  # before its CONNECT, or after its goodbye: nothing but a socket
+        return
+    entry = tallies.of(peer)
+    entry.queued += session.waiting_count
+    entry.will_suppressed |= connection.will is not None
     connection.cut(with_will=False)
+    exchange.forget(session)
+    entry.sessions_closed += 1
     entry.elapsed_ms = (time.monotonic() - started_s) * 1_000
-    if session is not None:
-        exchange.forget(session)
+    exchange.counters.revoked_closed += 1
 
 
 def _purge_presence(exchange: Exchange, is_revoked: Callable[[Peer], bool], tallies: _Tallies) -> None:
