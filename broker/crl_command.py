@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.broker.config import read_settings
 from birthmark.broker.revocation import Revocations
-from birthmark.broker.trust import Trust
+from birthmark.broker.trust import read_trust
 from birthmark.device.console import Parser, command
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _show(arguments: argparse.Namespace, console: Console) -> None:
     settings = read_settings(arguments.config)
-    trust = Trust.from_pem(settings.clients_ca_path.read_bytes())
+    trust = read_trust(settings.clients_ca_path)
     revocations = Revocations.read(trust, settings.data_folder, settings.revocation)
     moment = datetime.now(UTC)
     rows = []

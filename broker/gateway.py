@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
-from birthmark.broker.peer import Peer, Trust, check_peer
+from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.receipts import receipt_of, write_receipts
 from birthmark.broker.revocation import Installation, Revocations
 from birthmark.broker.tls import server_context
+from birthmark.broker.trust import Trust, read_trust
 from birthmark.broker.watch import Watch, WatchedFiles
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
@@ -126,7 +127,7 @@ class Gateway:
         Raises:
             BirthmarkError: something is missing or cannot be used; above all, there is no CRL of an issuing CA.
         """
-        trust = _read_trust(settings)
+        trust = read_trust(settings.clients_ca_path)
         revocations = Revocations.open(trust, settings.data_folder, settings.revocation)
         gateway = cls(settings, trust, revocations)
         started_s = time.monotonic()
@@ -252,7 +253,7 @@ class Gateway:
     async def _take_credentials(self) -> None:
         """Take up new credentials or issuing CAs; connections of a CA that is no longer trusted are closed."""
         context = server_context(self._settings.credentials_path, self._settings.clients_ca_path)
-        trust = _read_trust(self._settings)
+        trust = read_trust(self._settings.clients_ca_path)
         async with self._installing:
             # First, so that nothing changes if a kept CRL of a CA that is trusted anew cannot be used.
             revocations = await asyncio.to_thread(
@@ -330,14 +331,3 @@ def _read_crl_file(settings: BrokerSettings) -> bytes:
     """Read the CRL file, one byte more than is allowed at most."""
     with settings.crl_path.open("rb") as file:
         return file.read(settings.revocation.max_crl_bytes + 1)
-
-
-def _read_trust(settings: BrokerSettings) -> Trust:
-    path = settings.clients_ca_path
-    try:
-        return Trust.from_pem(path.read_bytes())
-    except OSError as error:
-        raise ConfigurationError(
-            f"could not read the clients' issuing CAs in {path}: {error.strerror or error}",
-            hint="`birthmark issue-broker` writes clients-ca.pem beside server.pem",
-        ) from error

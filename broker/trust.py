@@ -19,12 +19,13 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from birthmark.device.errors import CredentialError
+from birthmark.device.errors import ConfigurationError, CredentialError
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import datetime
+    from pathlib import Path
 
 # Whatever `cryptography` raises over an encoding it does not like (its warnings, where those are errors).
 MALFORMED = (
@@ -100,6 +101,22 @@ class Trust:
     def get(self, key_id: bytes) -> Issuer | None:
         """Return the issuing CA with this key identifier."""
         return self._by_key_id.get(key_id.hex())
+
+
+def read_trust(path: Path) -> Trust:
+    """Read the trusted issuing CAs from a PEM file.
+
+    Raises:
+        ConfigurationError: the file is not there, or not readable.
+        CredentialError: it holds no issuing CAs.
+    """
+    try:
+        return Trust.from_pem(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(
+            f"could not read the clients' issuing CAs in {path}: {error.strerror or error}",
+            hint="`birthmark issue-broker` writes clients-ca.pem beside server.pem",
+        ) from error
 
 
 def name_text(name: x509.Name) -> str:
