@@ -1,0 +1,408 @@
+"""The gateway's watch: what arrives is judged, takes hold or not, and is answered with a receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import hashlib
+import logging
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.pki import Authority, Pki, crl_pem, now
+
+from birthmark.broker.config import BrokerSettings, read_settings
+from birthmark.broker.gateway import MAX_WAITING_CRLS, Gateway
+from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
+from birthmark.broker.trust import Trust
+from birthmark.device.errors import BirthmarkError, ConfigurationError, PolicyError
+from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from birthmark.broker.policy import Policy
+
+POLICY = '[roles.device]\npublish = ["devices/{id}/#"]\n[[assignments]]\ncn = "*"\nrole = "device"\n'
+PKI = Pki.create()
+
+
+@dataclass
+class Recorder:
+    """Stands where the broker stands; remembers what it was told."""
+
+    peers: list[Peer] = field(default_factory=list)
+    policies: list[Policy] = field(default_factory=list)
+    contexts: list[ssl.SSLContext] = field(default_factory=list)
+    published: list[tuple[str, bytes, int, bool]] = field(default_factory=list)
+    hooks: dict[str, Callable[[str, bytes, Peer], None]] = field(default_factory=dict)
+    connected_count: int = 3
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
+        self.published.append((topic, payload, qos, retain))
+
+    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        self.hooks[topic] = callback
+
+    def set_policy(self, policy: Policy) -> int:
+        self.policies.append(policy)
+        return 0
+
+    def set_tls_context(self, context: ssl.SSLContext) -> None:
+        self.contexts.append(context)
+
+    def close_identities(
+        self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
+    ) -> list[ClosedIdentity]:
+        closed = [peer for peer in self.peers if is_revoked(peer)]
+        self.peers = [peer for peer in self.peers if peer not in closed]
+        assert started_s is None or started_s > 0
+        return [_closed(peer) for peer in closed]
+
+    def receipts(self) -> list[Receipt]:
+        return [
+            Receipt.from_bytes(payload) for topic, payload, *_ in self.published if topic.endswith("/receipts")
+        ]
+
+    def statuses(self) -> list[GatewayStatus]:
+        return [
+            GatewayStatus.from_bytes(payload) for topic, payload, *_ in self.published if topic.endswith("/status")
+        ]
+
+
+def _closed(peer: Peer) -> ClosedIdentity:
+    return ClosedIdentity(
+        id=str(peer.device_id),
+        cert_serial=f"{peer.cert_serial:x}",
+        sessions_closed=1,
+        elapsed_ms=0.5,
+        will_suppressed=True,
+        queued_messages_purged=2,
+        retained_presence_purged=True,
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> BrokerSettings:
+    PKI.write_broker_files(tmp_path)
+    (tmp_path / "policy.toml").write_text(POLICY)
+    (tmp_path / "broker.toml").write_text('name = "gw-1"\n[revocation]\nwatch_interval_s = 0.02\n')
+    return read_settings(tmp_path / "broker.toml")
+
+
+def peer_of(name: str = "sensor-1", ca: Authority = PKI.issuing) -> Peer:
+    return check_peer(ca.device(name).der, Trust.from_pem(ca.pem), now())
+
+
+@asynccontextmanager
+async def running(settings: BrokerSettings, *peers: Peer) -> AsyncIterator[tuple[Gateway, Recorder]]:
+    gateway, recorder = Gateway.open(settings), Recorder(peers=list(peers))
+    await gateway.start(recorder)
+    try:
+        yield gateway, recorder
+    finally:
+        await gateway.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - a file, not an event
+            await asyncio.sleep(0.005)
+
+
+def receipt_in(settings: BrokerSettings) -> Receipt | None:
+    try:
+        return Receipt.from_bytes(settings.receipt_path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".new")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def test_the_start_installs_the_file_and_gives_a_receipt(settings: BrokerSettings) -> None:
+    gateway = Gateway.open(settings)
+    receipt = receipt_in(settings)
+    assert receipt is not None
+    assert (receipt.gateway, receipt.outcome, receipt.crl_number) == ("gw-1", "installed", 1)
+    assert receipt.issuer == PKI.issuing.issuer_id
+    assert gateway.admit(PKI.device().der).device_id.text == "sensor-1"
+    Gateway.open(settings)
+    again = receipt_in(settings)
+    assert again is not None
+    assert again.outcome == "current"
+
+
+def test_a_newer_file_closes_and_is_answered(settings: BrokerSettings) -> None:
+    lost, kept = PKI.device("lost"), PKI.device("kept")
+
+    async def main() -> None:
+        peers = [check_peer(issued.der, Trust.from_pem(PKI.issuing.pem), now()) for issued in (lost, kept)]
+        async with running(settings, *peers) as (gateway, recorder):
+            crl_der = PKI.issuing.crl([lost.cert_serial], number=2)
+            replace(settings.crl_path, crl_pem(crl_der))
+            await until(lambda: (found := receipt_in(settings)) and found.crl_number == 2)
+            receipt = receipt_in(settings)
+            assert receipt is not None
+            assert (receipt.outcome, receipt.revoked_count) == ("installed", 1)
+            assert receipt.crl_sha256 == hashlib.sha256(crl_der).hexdigest()
+            assert [(closed.id, closed.cert_serial) for closed in receipt.closed] == [
+                ("lost", f"{lost.cert_serial:x}")
+            ]
+            assert recorder.peers == [peers[1]]
+            assert recorder.receipts() == [receipt]
+            with pytest.raises(PeerRefusedError, match="is revoked"):
+                gateway.admit(lost.der)
+            gateway.admit(kept.der)
+            status = recorder.statuses()[-1]
+            assert status.crl_numbers == {PKI.issuing.issuer_id: 2}
+            assert status.sessions == 3
+
+    asyncio.run(main())
+
+
+def test_the_same_file_again_gets_a_receipt_again(settings: BrokerSettings) -> None:
+    async def main() -> None:
+        async with running(settings):
+            settings.receipt_path.unlink()
+            replace(settings.crl_path, settings.crl_path.read_bytes())
+            await until(lambda: receipt_in(settings))
+            receipt = receipt_in(settings)
+            assert receipt is not None
+            assert receipt.outcome == "current"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: b"", "unreadable"),
+        (lambda: b"not a CRL", "unreadable"),
+        (lambda: PKI.issuing.crl(number=0), "older"),
+        (lambda: PKI.stranger.crl(number=9), "issuer"),
+        (lambda: PKI.issuing.crl(number=9)[:-9], "malformed"),
+    ],
+)
+def test_a_bad_file_changes_nothing_and_is_reported(
+    settings: BrokerSettings, content: Callable[[], bytes], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(settings, peer_of()) as (gateway, recorder):
+            replace(settings.crl_path, content())
+            await until(lambda: (found := receipt_in(settings)) and found.outcome == "refused")
+            receipt = receipt_in(settings)
+            assert receipt is not None
+            assert receipt.reason.startswith(reason)
+            assert len(recorder.peers) == 1
+            assert gateway.revocations.crls[PKI.issuing.issuer_id].number == 1
+            # And the next good one is taken.
+            replace(settings.crl_path, PKI.issuing.crl(number=10))
+            await until(lambda: (found := receipt_in(settings)) and found.crl_number == 10)
+
+    asyncio.run(main())
+    assert "refused a CRL from" in caplog.text
+    assert "what was in force stays" in caplog.text
+
+
+def test_a_crl_by_message(settings: BrokerSettings) -> None:
+    lost, operator = peer_of("lost"), peer_of("alice")
+
+    async def main() -> None:
+        async with running(settings, lost, operator) as (_, recorder):
+            bring = recorder.hooks["gateway/gw-1/crl"]
+            crl_der = PKI.issuing.crl([lost.cert_serial], number=5)
+            bring("gateway/gw-1/crl", crl_der, operator)
+            bring("gateway/gw-1/crl", b"nonsense", operator)
+            bring("gateway/gw-1/crl", crl_der, operator)
+            await until(lambda: len(recorder.receipts()) == 3)
+            assert [receipt.outcome for receipt in recorder.receipts()] == ["installed", "refused", "current"]
+            assert [closed.id for closed in recorder.receipts()[0].closed] == ["lost"]
+            assert recorder.peers == [operator]
+            assert all(retain for *_, retain in recorder.published)
+        # It is kept: a restart with the older file does not go back.
+        assert Gateway.open(settings).revocations.crls[PKI.issuing.issuer_id].number == 5
+        receipt = receipt_in(settings)
+        assert receipt is not None
+        assert (receipt.outcome, receipt.crl_number) == ("refused", 5)
+
+    asyncio.run(main())
+
+
+def test_messages_beyond_what_can_wait_are_dropped(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(settings) as (_, recorder):
+            for _number in range(MAX_WAITING_CRLS + 5):
+                recorder.hooks["gateway/gw-1/crl"]("gateway/gw-1/crl", b"nonsense", peer_of("alice"))
+            await until(lambda: len(recorder.receipts()) >= MAX_WAITING_CRLS)
+            assert len(recorder.receipts()) == MAX_WAITING_CRLS
+
+    asyncio.run(main())
+    assert "others wait" in caplog.text
+
+
+def test_a_new_policy_applies_and_a_bad_one_does_not(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(settings) as (gateway, recorder):
+            replace(settings.policy_path, POLICY.replace("publish", "publsh").encode())
+            await until(lambda: "publsh" in caplog.text)
+            assert recorder.policies == []
+            replace(settings.policy_path, POLICY.replace("devices", "things").encode())
+            await until(lambda: recorder.policies)
+            (policy,) = recorder.policies
+            assert policy is gateway.policy
+            assert policy.roles[0].publish == ("things/{id}/#",)
+            assert recorder.statuses()[-1].policy_sha256 == policy.sha256
+
+    asyncio.run(main())
+    assert "policy.toml, line 2, roles.device.publsh: unknown key" in caplog.text
+
+
+def test_a_policy_written_in_place_is_taken_when_it_rests(settings: BrokerSettings) -> None:
+    async def main() -> None:
+        async with running(settings) as (_, recorder):
+            settings.policy_path.write_text(POLICY.replace("devices", "things"))
+            await until(lambda: recorder.policies)
+            assert recorder.policies[-1].roles[0].publish == ("things/{id}/#",)
+
+    asyncio.run(main())
+
+
+def test_a_file_that_vanishes_changes_nothing(settings: BrokerSettings) -> None:
+    async def main() -> None:
+        async with running(settings) as (gateway, recorder):
+            settings.crl_path.unlink()
+            settings.policy_path.unlink()
+            gateway.reload()  # even when asked to read them
+            replace(settings.clients_ca_path, PKI.issuing.pem + b"\n")
+            await until(lambda: recorder.contexts)
+            gateway.admit(PKI.device().der)
+            assert recorder.policies == []
+
+    asyncio.run(main())
+
+
+def test_hup_takes_everything_up_again(settings: BrokerSettings) -> None:
+    async def main() -> None:
+        async with running(settings) as (gateway, recorder):
+            settings.receipt_path.unlink()
+            gateway.reload()
+            await until(lambda: recorder.contexts and receipt_in(settings))
+            assert recorder.policies == []
+
+    asyncio.run(main())
+
+
+def test_a_rollover_trusts_a_second_ca_and_then_drops_the_first(settings: BrokerSettings) -> None:
+    second = Authority.create("Second Issuing CA", parent=PKI.root)
+
+    async def main() -> None:
+        old, new = peer_of("old"), peer_of("new", second)
+        async with running(settings, old, new) as (gateway, recorder):
+            with pytest.raises(PeerRefusedError, match="unknown CA"):
+                gateway.admit(second.device().der)
+            replace(settings.crl_path, crl_pem(PKI.issuing.crl(number=2)) + crl_pem(second.crl(number=1)))
+            await until(lambda: (found := receipt_in(settings)) and found.crl_number == 2)
+            replace(settings.clients_ca_path, PKI.issuing.pem + second.pem)
+            await until(lambda: second.issuer_id in gateway.revocations.crls)
+            gateway.admit(second.device().der)
+            gateway.admit(PKI.device().der)
+            await until(lambda: len(list(settings.crl_path.parent.glob("crl.pem.*.receipt"))) == 2)
+            replace(settings.clients_ca_path, second.pem)
+            await until(lambda: recorder.peers == [new])
+            with pytest.raises(PeerRefusedError, match="unknown CA"):
+                gateway.admit(PKI.device().der)
+
+    asyncio.run(main())
+
+
+def test_bad_credentials_change_nothing(settings: BrokerSettings, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with running(settings) as (gateway, recorder):
+            replace(settings.credentials_path, b"no key")
+            await until(lambda: "server.pem" in caplog.text)
+            assert recorder.contexts == []
+            gateway.admit(PKI.device().der)
+
+    asyncio.run(main())
+
+
+def test_the_status_says_when_the_gateway_goes(settings: BrokerSettings) -> None:
+    async def main() -> Recorder:
+        async with running(settings) as (_, recorder):
+            pass
+        return recorder
+
+    statuses = asyncio.run(main()).statuses()
+    assert [status.online for status in statuses] == [True, False]
+    assert statuses[0].gateway == "gw-1"
+    assert statuses[0].crl_next_update > statuses[0].clock
+
+
+def test_a_receipt_that_cannot_be_written_is_logged(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings.receipt_path.mkdir()
+    gateway = Gateway.open(settings)
+    assert gateway.admit(PKI.device().der)
+    assert "could not write the receipt" in caplog.text
+
+
+def test_an_expired_crl_is_an_alarm_at_the_start(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    past = now() - dt.timedelta(minutes=1)
+    settings.crl_path.write_bytes(PKI.issuing.crl(number=3, next_update=past))
+    with caplog.at_level(logging.WARNING):
+        gateway = Gateway.open(settings)
+    assert "ALARM crl-expired" in caplog.text
+    gateway.admit(PKI.device().der)
+
+
+def opened_with(settings: BrokerSettings, **files: bytes | None) -> BirthmarkError:
+    for name, content in files.items():
+        path: Any = getattr(settings, name)
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    with pytest.raises(BirthmarkError) as caught:
+        Gateway.open(settings)
+    return caught.value
+
+
+def test_a_start_without_a_crl_says_what_to_do(settings: BrokerSettings) -> None:
+    error = opened_with(settings, crl_path=None)
+    assert isinstance(error, ConfigurationError)
+    assert "without a CRL" in error.message
+    assert "crl.pem: No such file" in error.message
+    assert "birthmark crl" in error.hint
+
+
+def test_a_start_with_a_bad_crl_says_why(settings: BrokerSettings) -> None:
+    error = opened_with(settings, crl_path=PKI.stranger.crl())
+    assert "no trusted issuing CA" in error.message
+
+
+def test_a_start_with_a_bad_crl_goes_by_the_one_that_is_kept(settings: BrokerSettings) -> None:
+    Gateway.open(settings)
+    settings.crl_path.write_bytes(b"damaged")
+    assert Gateway.open(settings).admit(PKI.device().der)
+    settings.crl_path.unlink()
+    assert Gateway.open(settings).admit(PKI.device().der)
+
+
+def test_a_start_with_a_bad_policy_or_ca_says_where(settings: BrokerSettings) -> None:
+    assert isinstance(opened_with(settings, policy_path=b"[roles.x"), PolicyError)
+    settings.policy_path.write_text(POLICY)
+    assert "clients-ca.pem" in opened_with(settings, clients_ca_path=None).message
