@@ -66,8 +66,8 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_policy(explain)
 
     diff = command(actions, "diff", _diff, "say what changes from one policy to another", _EXAMPLES)
-    diff.add_argument("old", type=Path, metavar="OLD")
-    diff.add_argument("new", type=Path, metavar="NEW")
+    diff.add_argument("old", type=Path, metavar="OLD", help="the policy as it is")
+    diff.add_argument("new", type=Path, metavar="NEW", help="the policy as it would be")
 
     test = command(actions, "test", _test, "hold a policy against a file of expectations", _TEST_EXAMPLES)
     test.add_argument("file", type=Path, metavar="FILE", help="TOML with [[test]] tables")
