@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Parser
-from birthmark.provisioning import revocation_commands, station_commands
+from birthmark.provisioning import flash, revocation_commands, station_commands
 
 if TYPE_CHECKING:
     import argparse
@@ -24,9 +23,6 @@ birthmark revoke sensor-17 --reason lost""",
     )
     commands: argparse._SubParsersAction[Parser] = top.add_subparsers(required=True, metavar="COMMAND")
     station_commands.add_to(commands)
-    if find_spec("birthmark.provisioning.flash"):
-        from birthmark.provisioning import flash  # noqa: PLC0415
-
-        flash.add_to(commands)
+    flash.add_to(commands)
     revocation_commands.add_to(commands)
     return top

@@ -18,6 +18,7 @@ from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 _BINARY: Final = frozenset({"hwid", "txn", "public_key_der", "certificate_der", "bundle", "bundle_sha256"})
 _TIMES: Final = frozenset({"created_at", "changed_at", "not_before", "not_after", "revoked_at"})
 _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
+_NUMBERS: Final = frozenset({"replaces", "replaced_by"})
 _NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
 
 
@@ -65,6 +66,10 @@ def _encoded(name: str, value: Any) -> Any:
 
 
 def _decoded(name: str, value: Any) -> Any:
+    if name in _NUMBERS:
+        return _whole(value)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is no text")
     if name in _BINARY:
         return b64decode(value, validate=True)
     if name in _TIMES:
@@ -73,4 +78,10 @@ def _decoded(name: str, value: Any) -> Any:
         return int(value, 16)
     if name in _ENUMS:
         return _ENUMS[name](value)
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r:.20} is no whole number")
     return value

@@ -1,0 +1,354 @@
+"""What every registry must do, whichever back end keeps it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.station import NOON, Clock, public_key_der
+
+from birthmark.device.errors import IdentityError, RegistryError
+from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, DuplicateError
+from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.tiny import TinyRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from birthmark.provisioning.registry.interface import Registry, Transaction
+
+SERIAL = 1 << 158
+
+
+def tiny(folder: Path, clock: Clock) -> Registry:
+    return TinyRegistry.create(folder, clock=clock, actor="test@host")
+
+
+@pytest.fixture(params=[tiny])
+def registry(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Registry:
+    make: Callable[[Path, Clock], Registry] = request.param
+    return make(tmp_path, clock)
+
+
+def device(transaction: Transaction, name: str = "sensor-1", **fields: Any) -> Row:
+    facts: dict[str, Any] = {"role": "sensor", "hwid": name.encode().ljust(4, b"."), "txn": bytes(16), **fields}
+    return transaction.insert(kind=Kind.DEVICE, name=name, **facts)
+
+
+def keyed(transaction: Transaction, row: Row, serial: int = SERIAL, key: bytes = b"key") -> Row:
+    return transaction.update(replace(row, state=State.KEYED, public_key_der=key, cert_serial=serial))
+
+
+def attested(transaction: Transaction, row: Row, **fields: Any) -> Row:
+    return transaction.update(replace(row, state=State.ATTESTED, certificate_der=b"certificate", **fields))
+
+
+def test_a_row_comes_back_as_it_was_stored(registry: Registry, clock: Clock) -> None:
+    key = public_key_der()
+    with registry.transaction() as transaction:
+        row = keyed(transaction, device(transaction), key=key)
+        clock.advance(seconds=1.5)
+        stored = transaction.update(
+            replace(
+                row,
+                state=State.ISSUED,
+                certificate_der=b"\x30\x00",
+                bundle=b"bundle",
+                bundle_sha256=bytes(32),
+                not_before=NOON,
+                not_after=NOON + timedelta(days=1),
+            )
+        )
+    with registry.view() as view:
+        assert view.row(row.number) == stored
+        assert view.live_by_name("SENSOR-1") == stored
+        assert view.live_by_hwid(b"sensor-1") == stored
+        assert view.by_cert_serial(SERIAL) == stored
+        assert view.by_public_key(key) == stored
+        assert view.rows() == [stored]
+    assert stored.created_at == NOON
+    assert stored.changed_at == NOON + timedelta(seconds=1.5)
+
+
+def test_what_is_not_there_is_none(registry: Registry) -> None:
+    with registry.view() as view:
+        assert view.row(1) is None
+        assert view.live_by_name("sensor-1") is None
+        assert view.live_by_hwid(b"1234") is None
+        assert view.by_cert_serial(1) is None
+        assert view.by_public_key(b"key") is None
+        assert view.named("sensor-1") == view.rows() == view.revoked() == []
+        assert view.counter("anything") == 0
+
+
+def test_rows_are_found_by_kind_state_and_role(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        one = device(transaction, "one")
+        two = keyed(transaction, device(transaction, "two", role="camera"))
+        broker = transaction.insert(kind=Kind.BROKER, name="gateway.example")
+    with registry.view() as view:
+        assert view.rows(kind=Kind.DEVICE) == [one, two]
+        assert view.rows(kind=Kind.BROKER) == [broker]
+        assert view.rows(states={State.KEYED}) == [two]
+        assert view.rows(states=set()) == []
+        assert view.rows(role="camera") == [two]
+        assert view.rows(kind=Kind.DEVICE, states=[State.RESERVED], role="camera") == []
+
+
+def test_an_exception_undoes_the_whole_transaction(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        kept = device(transaction, "kept")
+
+    def fail() -> None:
+        with registry.transaction() as transaction:
+            device(transaction, "lost")
+            transaction.update(replace(kept, state=State.VOID, void_reason="test"))
+            transaction.set_counter("n", 7)
+            transaction.record("reserve", "lost")
+            raise KeyError("anything")
+
+    with pytest.raises(KeyError):
+        fail()
+    with registry.view() as view:
+        assert view.rows() == [kept]
+        assert view.counter("n") == 0
+    with registry.transaction() as transaction:
+        assert device(transaction, "next").number == kept.number + 1
+
+
+def test_a_transaction_sees_its_own_changes_and_a_view_does_not(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        row = device(transaction)
+        assert transaction.live_by_name("sensor-1") == row
+        with registry.view() as view:
+            assert view.rows() == []
+    with registry.view() as view:
+        before = view.rows()
+        with registry.transaction() as transaction:
+            device(transaction, "later")
+        assert view.rows() == before
+
+
+def test_a_transaction_is_over_when_it_is_over(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        row = device(transaction)
+    with pytest.raises(RuntimeError):
+        device(transaction, "late")
+    with pytest.raises(RuntimeError):
+        transaction.update(row)
+    with registry.view() as view:
+        assert view.rows() == [row]
+
+
+def test_transactions_do_not_nest(registry: Registry) -> None:
+    with registry.transaction(), pytest.raises(RuntimeError, match="nest"), registry.transaction():
+        pass
+
+
+@pytest.mark.parametrize("other", ["sensor-1", "SENSOR-1", "Sensor-1"])
+@pytest.mark.parametrize("kind", [Kind.DEVICE, Kind.SERVICE, Kind.BROKER])
+def test_a_name_is_unique_across_kinds_without_regard_to_case(registry: Registry, other: str, kind: Kind) -> None:
+    facts_of: dict[Kind, dict[str, Any]] = {
+        Kind.DEVICE: {"role": "sensor", "hwid": b"other-unit", "txn": bytes(16)},
+        Kind.SERVICE: {"role": "operator"},
+        Kind.BROKER: {},
+    }
+    with registry.transaction() as transaction:
+        first = device(transaction)
+        with pytest.raises(DuplicateError) as caught:
+            transaction.insert(kind=kind, name=other, **facts_of[kind])
+        assert caught.value.field == "name"
+        assert caught.value.holder == first
+        assert caught.value.exit_code == 3
+    with registry.view() as view:
+        assert view.rows() == [first]
+
+
+def test_a_hwid_is_unique_among_live_rows(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        first = device(transaction, hwid=b"unit")
+        with pytest.raises(DuplicateError) as caught:
+            device(transaction, "other", hwid=b"unit")
+        assert caught.value.field == "hwid"
+        transaction.update(replace(first, state=State.VOID, void_reason="test"))
+        again = device(transaction, hwid=b"unit")
+        assert transaction.live_by_name("sensor-1") == transaction.live_by_hwid(b"unit") == again
+        assert [row.number for row in transaction.named("Sensor-1")] == [first.number, again.number]
+
+
+@pytest.mark.parametrize(
+    ("field", "serial", "key"), [("public_key", SERIAL + 1, b"key"), ("cert_serial", SERIAL, b"other")]
+)
+def test_keys_and_serial_numbers_are_unique_over_all_rows_ever(
+    registry: Registry, field: str, serial: int, key: bytes
+) -> None:
+    with registry.transaction() as transaction:
+        first = keyed(transaction, device(transaction))
+        transaction.update(replace(first, state=State.VOID, void_reason="test"))
+        second = device(transaction, "other")
+        with pytest.raises(DuplicateError) as caught:
+            keyed(transaction, second, serial, key)
+        assert caught.value.field == field
+        with pytest.raises(DuplicateError):
+            transaction.insert(
+                kind=Kind.SERVICE,
+                name="svc",
+                role="operator",
+                state=State.KEYED,
+                public_key_der=key,
+                cert_serial=serial,
+            )
+        keyed(transaction, second, SERIAL + 1, b"other")
+
+
+def test_a_replaced_row_gives_up_its_name_and_gets_it_back(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        old = attested(transaction, keyed(transaction, device(transaction)))
+        new = device(transaction, replaces=old.number)
+        replaced = transaction.row(old.number)
+        assert replaced is not None
+        assert replaced.replaced_by == new.number
+        assert not replaced.is_live
+        assert transaction.live_by_name("sensor-1") == new
+        with pytest.raises(RegistryError, match="replaced already"):
+            device(transaction, replaces=old.number)
+    with registry.transaction() as transaction:
+        transaction.update(replace(new, state=State.VOID, void_reason="given up"))
+        assert transaction.live_by_hwid(b"sensor-1") == transaction.row(old.number)
+
+
+def test_a_replaced_row_that_is_void_does_not_come_back(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        old = attested(transaction, keyed(transaction, device(transaction)))
+        new = device(transaction, replaces=old.number)
+        old = transaction.row(old.number) or old
+        transaction.update(replace(old, state=State.VOID, void_reason="replaced"))
+        transaction.update(replace(new, state=State.VOID, void_reason="given up"))
+        assert transaction.live_by_name("sensor-1") is None
+
+
+def test_replacing_what_is_not_there_is_refused(registry: Registry) -> None:
+    with registry.transaction() as transaction, pytest.raises(RegistryError, match="no such row"):
+        device(transaction, replaces=99)
+
+
+def test_the_bundle_is_kept_until_the_row_is_attested(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        row = keyed(transaction, device(transaction))
+        fields: dict[str, Any] = {"certificate_der": b"c", "bundle": b"bundle", "bundle_sha256": bytes(32)}
+        row = transaction.update(replace(row, state=State.ISSUED, **fields))
+        assert row.bundle == b"bundle"
+        row = transaction.update(replace(row, state=State.ATTESTED))
+        assert row.bundle is None
+        assert row.bundle_sha256 == bytes(32)
+    with registry.view() as view:
+        assert view.row(row.number) == row
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"state": State.RESERVED}, "go back"),
+        ({"cert_serial": SERIAL + 5}, "cert_serial"),
+        ({"public_key_der": b"other"}, "public_key_der"),
+        ({"name": "other"}, "name"),
+        ({"hwid": b"other"}, "hwid"),
+        ({"revoked_at": None, "revocation_reason": ""}, "revoked_at"),
+    ],
+)
+def test_a_stale_writer_undoes_nothing(registry: Registry, change: dict[str, Any], why: str) -> None:
+    with registry.transaction() as transaction:
+        row = keyed(transaction, device(transaction))
+        row = transaction.update(replace(row, revoked_at=NOON, revocation_reason="superseded"))
+        with pytest.raises(RegistryError, match=why):
+            transaction.update(replace(row, **change))
+        assert transaction.row(row.number) == row
+        assert transaction.revoked() == [row]
+
+
+def test_void_is_final(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        row = device(transaction)
+        void = transaction.update(replace(row, state=State.VOID, void_reason="test"))
+        with pytest.raises(RegistryError, match="VOID for good"):
+            transaction.update(row)
+        assert transaction.row(row.number) == void
+
+
+def test_an_unknown_row_cannot_be_changed(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        row = device(transaction)
+        with pytest.raises(RegistryError, match="no such row"):
+            transaction.update(replace(row, number=row.number + 1))
+
+
+def test_counters_only_rise(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        transaction.set_counter("big", SERIAL)
+        transaction.set_counter("big", SERIAL)
+        with pytest.raises(RegistryError, match="counter"):
+            transaction.set_counter("big", SERIAL - 1)
+    with registry.view() as view:
+        assert view.counter("big") == SERIAL
+
+
+def test_the_newest_issuance_is_remembered(registry: Registry, clock: Clock) -> None:
+    with registry.transaction() as transaction:
+        row = keyed(transaction, device(transaction))
+        assert transaction.counter(LAST_ISSUED_AT) == 0
+        attested(transaction, row)
+        assert transaction.counter(LAST_ISSUED_AT) == NOON.timestamp()
+        clock.advance(seconds=-60)
+        attested(transaction, keyed(transaction, device(transaction, "two"), SERIAL + 1, b"two"))
+        assert transaction.counter(LAST_ISSUED_AT) == NOON.timestamp()
+
+
+@pytest.mark.parametrize("name", ["", "+", "#", "a/b", "a\0", "x" * 64, "-a"])
+def test_names_outside_the_grammar_are_never_stored(registry: Registry, name: str) -> None:
+    with registry.transaction() as transaction, pytest.raises(IdentityError):
+        device(transaction, name, hwid=b"unit")
+    with registry.view() as view:
+        assert view.rows() == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"role": "operator"},
+        {"role": "service-x"},
+        {"hwid": b"123"},
+        {"hwid": bytes(33)},
+        {"hwid": None},
+        {"txn": bytes(15)},
+        {"state": State.KEYED},
+        {"state": State.VOID},
+        {"cert_serial": 0},
+        {"cert_serial": 1 << 159},
+    ],
+)
+def test_rows_that_contradict_themselves_are_bugs(registry: Registry, fields: dict[str, Any]) -> None:
+    with registry.transaction() as transaction, pytest.raises(ValueError, match=r"."):
+        device(transaction, **fields)
+
+
+def test_threads_lose_nothing(registry: Registry) -> None:
+    def add(number: int) -> None:
+        for each in range(10):
+            with registry.transaction() as transaction:
+                transaction.set_counter("n", transaction.counter("n") + 1)
+                device(transaction, f"d-{number}-{each}")
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    with registry.view() as view:
+        assert view.counter("n") == 40
+        assert len({row.name for row in view.rows()}) == 40
+        assert [row.number for row in view.rows()] == list(range(1, 41))

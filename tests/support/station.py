@@ -1,0 +1,134 @@
+"""Stations for tests: cheap to unlock, with a clock that a test can set."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from birthmark.device.console import run
+from birthmark.provisioning.cli import parser
+from birthmark.provisioning.founding import found_station
+from birthmark.provisioning.keyfile import KeyDerivation
+from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.settings import Settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+    from birthmark.provisioning.station import Station
+
+PASSPHRASE = b"correct horse battery staple"
+CHEAP = KeyDerivation(cost=16, parallelism=1)
+"""For tests only: a passphrase under this is guessed in no time."""
+NOON = datetime(2026, 5, 4, 12, 0, 0, tzinfo=UTC)
+
+
+@dataclass
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now: datetime = NOON
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **delta: float) -> None:
+        self.now += timedelta(**delta)
+
+
+def new_station(folder: Path, clock: Any = None) -> Station:
+    """Found a station whose passphrase is PASSPHRASE."""
+    clocked = {} if clock is None else {"clock": clock}
+    return found_station(folder, Settings("Acme"), passphrase=PASSPHRASE, derivation=CHEAP, **clocked)
+
+
+def public_key_der() -> bytes:
+    """Return a fresh P-256 public key (SubjectPublicKeyInfo)."""
+    key = generate_private_key(SECP256R1()).public_key()
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def keyed_row(station: Station, name: str, *, role: str = "sensor", hwid: bytes | None = None) -> Row:
+    """Bring a device to KEYED, as an enrollment does."""
+    with station.registry.transaction() as transaction:
+        row = transaction.insert(
+            kind=Kind.DEVICE,
+            name=name,
+            role=role,
+            hwid=hwid or secrets.token_bytes(8),
+            txn=secrets.token_bytes(16),
+        )
+        serial = station.authority.new_cert_serial()
+        return transaction.update(
+            replace(row, state=State.KEYED, public_key_der=public_key_der(), cert_serial=serial)
+        )
+
+
+def issue(station: Station, row: Row) -> bytes:
+    """Sign the certificate of a device's row in KEYED."""
+    assert row.public_key_der is not None
+    assert row.cert_serial is not None
+    return station.authority.issue_device(
+        name=row.name,
+        role=row.role,
+        public_key_der=row.public_key_der,
+        cert_serial=row.cert_serial,
+        now=station.clock(),
+    )
+
+
+def enrolled_row(station: Station, name: str, *, state: State = State.ATTESTED, role: str = "sensor") -> Row:
+    """Bring a device to ISSUED or beyond, as an enrollment does."""
+    row = keyed_row(station, name, role=role)
+    certificate = x509.load_der_x509_certificate(issue(station, row))
+    with station.registry.transaction() as transaction:
+        return transaction.update(
+            replace(
+                row,
+                state=state,
+                certificate_der=certificate.public_bytes(Encoding.DER),
+                not_before=certificate.not_valid_before_utc,
+                not_after=certificate.not_valid_after_utc,
+            )
+        )
+
+
+@dataclass
+class Answer:
+    """What a command said and how it ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """stdout, line by line, where --json was given."""
+
+
+class Command:
+    """Runs `birthmark` in this process against one station."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> Answer:
+        words = [str(argument) for argument in arguments]
+        self._capsys.readouterr()
+        try:
+            code = run(parser(), [*words, "--station", str(self.folder)])
+        except SystemExit as stop:  # argparse: usage and --help
+            code = int(stop.code or 0)
+        captured = self._capsys.readouterr()
+        records = []
+        if "--json" in words and code != 2:
+            records = [json.loads(line) for line in captured.out.splitlines()]
+        return Answer(code, captured.out, captured.err, records)
