@@ -60,7 +60,7 @@ proof: $(DEV)
 	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n auto -m proof --timeout 1200
 
 demo: $(RUN)
-	@$(BIN)/python demo/run.py
+	@$(BIN)/python -m demo.run
 
 bench: $(RUN)
 	@$(BIN)/python bench/run.py

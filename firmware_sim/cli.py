@@ -37,7 +37,7 @@ def parser() -> Parser:
         commands,
         "board",
         _board,
-        "Run simulated boards until interrupted: each has a port for `birthmark flash`, and state that is kept.",
+        "run simulated boards until interrupted, each with a port for `birthmark flash`",
         _BOARD_EXAMPLES,
     )
     board.add_argument("--count", type=_count, default=1, metavar="N", help="how many boards (1)")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 from support.repository import ROOT
 
-from birthmark.broker import cli as broker_cli
-from birthmark.device import cli as device_cli
-from birthmark.firmware_sim import cli as sim_cli
-from birthmark.provisioning import cli as station_cli
+import birthmark.broker.cli as broker_cli
+import birthmark.device.cli as device_cli
+import birthmark.firmware_sim.cli as sim_cli
+import birthmark.provisioning.cli as station_cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

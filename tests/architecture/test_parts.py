@@ -11,7 +11,7 @@ import pytest
 from support.repository import PARTS, ROOT, tracked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ARROWS = {"device": set(), "broker": {"device"}, "provisioning": {"device"}, "firmware_sim": {"device"}}
 
@@ -28,11 +28,10 @@ def modules(part: str) -> list[str]:
     return [path for path in tracked() if path.startswith(f"{part}/") and path.endswith(".py")]
 
 
-def imports(path: str, *, at_import_time: bool = False) -> Iterator[str]:
-    """Yield the dotted names that a module imports; `at_import_time`: only those which importing it runs."""
+def imports(path: str, walk: Callable[[ast.Module], Iterator[ast.AST]] = ast.walk) -> Iterator[str]:
+    """Yield the dotted names that a module imports, in the nodes that `walk` yields."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), path)
-    nodes = _run_at_import(tree) if at_import_time else ast.walk(tree)
-    for node in nodes:
+    for node in walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -46,11 +45,21 @@ def imports(path: str, *, at_import_time: bool = False) -> Iterator[str]:
                 yield first.value
 
 
-def _run_at_import(tree: ast.Module) -> Iterator[ast.AST]:
+def at_import(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield what importing a module runs."""
+    return _nodes(tree, into_functions=False)
+
+
+def ever(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield what may run; an import for the type checker alone never does."""
+    return _nodes(tree, into_functions=True)
+
+
+def _nodes(tree: ast.Module, *, into_functions: bool) -> Iterator[ast.AST]:
     waiting: list[ast.AST] = list(tree.body)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if not into_functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
         if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
             waiting.extend(node.orelse)
@@ -82,7 +91,7 @@ def test_a_part_imports_only_what_the_design_draws(part: str) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_uses_only_its_own_libraries(part: str) -> None:
     for path in modules(part):
-        for name in imports(path):
+        for name in imports(path, ever):
             top = name.split(".")[0]
             if top != "birthmark" and top not in sys.stdlib_module_names:
                 assert top in LIBRARIES[part], f"{path} imports {name}"
@@ -93,7 +102,7 @@ def test_importing_a_package_runs_no_foreign_code(part: str) -> None:
     packages = [path for path in modules(part) if path.endswith("/__init__.py")]
     assert f"{part}/__init__.py" in packages
     for path in packages:
-        for name in imports(path, at_import_time=True):
+        for name in imports(path, at_import):
             assert name.split(".")[0] in sys.stdlib_module_names, f"{path} imports {name} when it is imported"
 
 
@@ -116,7 +125,7 @@ class Now:
 """
     seen = {
         alias.name
-        for node in _run_at_import(ast.parse(source))
+        for node in at_import(ast.parse(source))
         if isinstance(node, ast.Import)
         for alias in node.names
     }

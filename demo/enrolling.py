@@ -1,0 +1,144 @@
+"""Steps: a station, a gateway, an operator, and three boards that get their identity."""
+
+from __future__ import annotations
+
+import socket
+import stat
+
+from demo.narrator import Observed
+from demo.play import BYSTANDERS, CULPRIT, GATEWAY, HOST, OPERATOR, Play, expect, milliseconds
+
+
+def station(play: Play) -> Observed:
+    """A station is founded: root and issuing CA."""
+    play.port = _free_port()
+    answer = play.stage.run(
+        "init", "birthmark", "init", "--organization", "Demo", "--broker-host", HOST,
+        "--broker-port", str(play.port), "--json",
+    )  # fmt: skip
+    folder = play.stage.folder / "station"
+    keys = sorted((folder / "keys").glob("*.pem"))
+    expect(stat.S_IMODE(folder.stat().st_mode) == 0o700, "a station folder of mode 0700")
+    expect(len(keys) == 2, "a key for each of the two CAs")
+    for path in keys:
+        expect(not stat.S_IMODE(path.stat().st_mode) & 0o077, f"{path.name} readable by its owner alone")
+        expect("BEGIN ENCRYPTED PRIVATE KEY" in path.read_text(encoding="ascii"), f"{path.name} encrypted")
+    root = answer.records[0]["root_sha256"]
+    return Observed(
+        f"root {root[:16]}…, an issuing CA below it; both keys encrypted, for their owner only",
+        {"root_sha256": root},
+    )
+
+
+def gateway(play: Play) -> Observed:
+    """A gateway gets its certificate and listens."""
+    stage, folder = play.stage, play.stage.folder / "gateway"
+    stage.run("issue-broker", "birthmark", "issue-broker", GATEWAY, HOST, "--out", folder, "--json")
+    stage.run("broker-init", "birthmark-broker", "init", "--folder", folder, "--name", GATEWAY, "--json")
+    config = folder / "broker.toml"
+    child = stage.start("broker", "birthmark-broker", "run", "--config", config, "--listen", play.broker, "--json")
+    play.running["broker"] = child
+    ready = play.hears("broker", event="ready", timeout_s=15)
+    elapsed_ms = milliseconds(ready.at_s - child.started_s)
+    return Observed(
+        f"{GATEWAY} listens on {play.broker}, mutual TLS only, {elapsed_ms:.0f} ms after its start",
+        {"broker_pid": child.pid, "start_ms": elapsed_ms},
+    )
+
+
+def operator(play: Play) -> Observed:
+    """An operator connects and watches every device."""
+    stage = play.stage
+    stage.run("issue-operator", "birthmark", "issue-operator", OPERATOR, "--out", "operator", "--json")
+    identity = stage.folder / "operator" / f"{OPERATOR}.pem"
+    expect(stat.S_IMODE(identity.stat().st_mode) == 0o600, "the operator's key of mode 0600")
+    stage.run(
+        "gateway-add", "birthmark", "gateway", "add", GATEWAY, "--host", HOST, "--port", str(play.port),
+        "--operator", identity, "--json",
+    )  # fmt: skip
+    child = stage.start(
+        "watch", "birthmark-device", "watch", "devices/#", "--identity", identity,
+        "--ca", stage.folder / "operator" / "ca.pem", "--broker", play.broker, "--json",
+    )  # fmt: skip
+    play.running["watch"] = child
+    play.running["broker"].wait_for(
+        "the operator's session", lambda r: r.get("event") == "connected" and OPERATOR in str(r), timeout_s=10
+    )
+    return Observed(f"{OPERATOR} is connected; new CRLs will go to {GATEWAY} over MQTT in this name")
+
+
+def boards(play: Play) -> Observed:
+    """Three blank boards are powered on."""
+    stage = play.stage
+    online = stage.start(
+        "boards",
+        "birthmark-sim",
+        "board",
+        "--count",
+        "2",
+        "--online",
+        "--interval",
+        "0.2",
+        "--state",
+        "boards",
+        "--json",
+    )
+    alone = stage.start("board", "birthmark-sim", "board", "--state", "bench", "--json")
+    play.running |= {"boards": online, "board": alone}
+    for device, name, number in (
+        (BYSTANDERS[0], "boards", 1),
+        (BYSTANDERS[1], "boards", 2),
+        (CULPRIT, "board", 1),
+    ):
+        ready = play.hears(name, event="ready", board=number, timeout_s=10)
+        expect(ready.record["id"] is None, "a blank board")
+        play.ports[device] = ready.record["path"]
+    return Observed(
+        f"on {', '.join(play.ports.values())}: pseudo-terminals with the device's own agent behind them"
+    )
+
+
+def flash(play: Play) -> Observed:
+    """Each board gets its identity over its serial port."""
+    told, facts = [], []
+    for device, keys in ((BYSTANDERS[0], "on-device"), (BYSTANDERS[1], "on-device"), (CULPRIT, "station")):
+        answer = play.stage.run(
+            f"flash-{device}", "birthmark", "flash", "--port", play.ports[device], "--id", device,
+            "--keys", keys, "--json",
+        )  # fmt: skip
+        result = answer.records[-1]
+        expect((result.get("result"), result.get("id")) == ("PASS", device), f"PASS for {device}")
+        expect(result["key_mode"] == keys, f"a key made {keys} for {device}")
+        facts.append({"id": device, "keys": keys, "elapsed_ms": result["elapsed_ms"]})
+        told.append(f"{device} {result['elapsed_ms']:.0f} ms")
+    listed = {
+        row["name"]: row
+        for row in play.stage.run("list", "birthmark", "list", "--kind", "device", "--json").records
+    }
+    expect(
+        all(listed[device]["state"] == "ATTESTED" for device in play.ports),
+        "three attested devices in the registry",
+    )
+    return Observed(
+        f"PASS: {', '.join(told)}; the station made {CULPRIT}'s key, the boards made the others themselves",
+        {"flashed": facts},
+    )
+
+
+def online(play: Play) -> Observed:
+    """Freshly flashed boards come online and report."""
+    since = {}
+    for number, device in enumerate(BYSTANDERS, 1):
+        flashed = play.hears("boards", event="flashed", board=number, id=device, timeout_s=5)
+        play.operator_sees(f"devices/{device}/status", '"online":true', timeout_s=15)
+        reading = play.operator_sees(f"devices/{device}/telemetry", "celsius", timeout_s=10)
+        since[device] = milliseconds(reading.at_s - flashed.at_s)
+    text = ", ".join(f"{device} {ms:.0f} ms" for device, ms in since.items())
+    return Observed(f"from locked board to first reading at the operator: {text}", {"first_reading_ms": since})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
