@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import select
@@ -30,6 +31,7 @@ from serial.tools import list_ports
 
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import PortError, SystemFailureError
+from birthmark.device.escape import escaped
 from birthmark.provisioning.exchange import MAX_READ_BYTES
 
 if TYPE_CHECKING:
@@ -209,26 +211,32 @@ class SerialPort:
 
 
 def _open_error(name: PortName, error: Exception) -> PortError:
-    cause = _cause(error)
-    errno = getattr(error, "errno", None)
-    text = str(error)
-    if isinstance(error, PermissionError) or errno == 13:
+    number = _errno(error)
+    if number == errno.EACCES:
         return PortError(
             f"could not open the port {name.text}: permission denied",
             hint="add yourself to the group that owns it (often dialout), then log in again",
         )
-    if errno == 11 or "exclusively lock" in text:
+    if number == errno.EAGAIN:
         return PortError(
             f"could not open the port {name.text}: another program has it",
             hint="close that program; ModemManager probes new ports, and can be told not to",
         )
-    if errno in (25, 22):
+    if number in (errno.ENOTTY, errno.EINVAL, errno.EISDIR):
         return PortError(f"could not open the port {name.text}: it is no serial port", hint=name.others_hint())
-    return PortError(f"could not open the port {name.text}: {cause}", hint=name.others_hint())
+    return PortError(f"could not open the port {name.text}: {_cause(error)}", hint=name.others_hint())
+
+
+def _errno(error: BaseException) -> int | None:
+    """Return the system's error number; pyserial keeps it in its own errors, or in what they came from."""
+    for one in (error, error.__context__):
+        if isinstance(one, OSError) and one.errno is not None:
+            return one.errno
+        if isinstance(one, termios.error) and one.args and isinstance(one.args[0], int):
+            return one.args[0]
+    return None
 
 
 def _cause(error: Exception) -> str:
-    strerror = getattr(error, "strerror", None)
-    if strerror:
-        return str(strerror)
-    return str(error.args[-1] if error.args else error) or type(error).__name__
+    number = _errno(error)
+    return os.strerror(number) if number is not None else escaped(str(error) or type(error).__name__)

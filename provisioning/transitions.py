@@ -6,6 +6,7 @@ Rules (docs/serial-protocol.md section 8):
 - The serial number is durable before the certificate is signed, so a crash in between signs again under the same
   number; the certificate and its bundle are durable before anything of them is sent.
 - A row that another station has changed in the meantime stops this one: nobody continues from a stale row.
+- A row that replaces another one voids it with its own ATTESTED, in one transaction.
 - A row that becomes VOID after KEYED takes its certificate with it: the serial number is marked revoked, whether
   or not the certificate was ever signed or seen.
 """
@@ -134,18 +135,19 @@ class Transitions:
 
     def advance(self, row: Row, state: State) -> Row:
         """Move a row forward to PREPARED, COMMITTED or ATTESTED; see `journal.Journal`."""
-        return self._change(row, f"{_ADVANCES[state]}", dataclasses.replace(row, state=state))
+        with self._registry.transaction() as transaction:
+            _check_unchanged(transaction, row)
+            stored = transaction.update(dataclasses.replace(row, state=state))
+            _record(transaction, _ADVANCES[state], stored)
+            if state is State.ATTESTED and stored.replaces is not None:
+                self._void(transaction, stored.replaces, f"replaced by row {stored.number}")
+        return stored
 
     def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
         """Make a row VOID, and a new one in RESERVED in its place; see `journal.Journal`."""
         with self._registry.transaction() as transaction:
             _check_unchanged(transaction, row)
-            superseded = x509.ReasonFlags.superseded
-            self.revoked += mark_revoked(transaction, row, superseded, word=reason, now=self._clock())
-            void = transaction.row(row.number) or row
-            if void.state is not State.VOID:
-                void = transaction.update(dataclasses.replace(void, state=State.VOID, void_reason=reason))
-            _record(transaction, "void", void, reason=reason)
+            self._void(transaction, row.number, reason)
             fresh = transaction.insert(
                 kind=Kind.DEVICE,
                 name=row.name,
@@ -184,6 +186,17 @@ class Transitions:
             config=config,
             issued_at=int(now.timestamp()),
         ).to_bytes()
+
+    def _void(self, transaction: Transaction, number: int, reason: str) -> None:
+        row = transaction.row(number)
+        if row is None or row.state is State.VOID:
+            return
+        superseded = x509.ReasonFlags.superseded
+        self.revoked += mark_revoked(transaction, row, superseded, word=reason, now=self._clock())
+        row = transaction.row(number) or row
+        if row.state is not State.VOID:
+            row = transaction.update(dataclasses.replace(row, state=State.VOID, void_reason=reason))
+        _record(transaction, "void", row, reason=reason)
 
     def _change(self, row: Row, action: str, changed: Row) -> Row:
         with self._registry.transaction() as transaction:
