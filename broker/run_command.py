@@ -19,22 +19,17 @@ import logging
 import os
 import signal
 import socket
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.broker.config import BrokerSettings, override_listen, read_settings
+from birthmark.broker.gateway import Gateway
 from birthmark.broker.listener import shown_address
 from birthmark.broker.logs import log_to_stderr
-from birthmark.broker.peer import Peer, check_peer
-from birthmark.broker.policy_file import read_policy
-from birthmark.broker.revocation import Revocations
 from birthmark.broker.server import GatewayBroker
-from birthmark.broker.tls import server_context
-from birthmark.broker.trust import Trust
 from birthmark.device.console import command
 from birthmark.device.durable import exclusive_lock, private_folder
-from birthmark.device.errors import ConfigurationError, SystemFailureError
+from birthmark.device.errors import SystemFailureError
 
 if TYPE_CHECKING:
     import argparse
@@ -87,42 +82,25 @@ def _locked(data_folder: Path) -> Iterator[None]:
 
 async def serve(settings: BrokerSettings, console: Console) -> None:
     """Run a gateway until it is told to stop. Raises `BirthmarkError` where it cannot start."""
-    trust = _trust(settings)
-    revocations = Revocations.open(trust, settings.data_folder, settings.revocation)
-
-    def admit(leaf_der: bytes) -> Peer:
-        now = datetime.now(UTC)
-        peer = check_peer(leaf_der, trust, now)
-        revocations.check(peer, now)
-        return peer
-
-    policy = read_policy(settings.policy_path)
-    context = server_context(settings.credentials_path, settings.clients_ca_path)
-    broker = GatewayBroker(settings, context, admit, policy)
+    gateway = Gateway.open(settings)
+    broker = GatewayBroker(settings, gateway.tls_context, gateway.admit, gateway.policy)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # Before the port is open: whoever sees us listening may also stop us.
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, gateway.reload)
     await broker.start()
     try:
+        await gateway.start(broker)
         _say_ready(settings, broker, console)
         await stop.wait()
         _notify("STOPPING=1")
-        _log.info("stopping", extra={"fields": {"event": "stopping"}})
+        await gateway.stop()
     finally:
         await broker.shutdown()
-    console.emit({"event": "stopped", "gateway": str(settings.name)}, f"stopped: gateway {settings.name}")
-
-
-def _trust(settings: BrokerSettings) -> Trust:
-    try:
-        pem = settings.clients_ca_path.read_bytes()
-    except OSError as error:
-        raise ConfigurationError(
-            f"could not read {settings.clients_ca_path}: {error.strerror or error}",
-            hint="it holds the issuing CAs' certificates in PEM; `birthmark issue-broker` writes it",
-        ) from error
-    return Trust.from_pem(pem)
+    record = {"event": "stopped", "gateway": str(settings.name), "counters": broker.counters.as_dict()}
+    console.emit(record, f"stopped: gateway {settings.name}")
 
 
 def _say_ready(settings: BrokerSettings, broker: GatewayBroker, console: Console) -> None:
