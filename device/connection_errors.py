@@ -158,8 +158,8 @@ _CONNACKS: dict[int, tuple[Check, str, str]] = {
     ),
     5: (
         Check.NOT_AUTHORISED,
-        "the broker knows who we are and does not let us in",
-        "`birthmark-broker policy explain` on the gateway says why; a revoked identity gets this answer too",
+        "the broker saw our certificate and does not let us in",
+        "it is revoked, out of date, or of a CA that the gateway does not trust: the gateway's log says which",
     ),
 }
 
@@ -216,6 +216,8 @@ def refused_by_connack(code: int, around: Circumstances) -> ConnectionFailedErro
             Check.MQTT, f"the broker refused with the unknown CONNACK code {code}", "is this an MQTT 3.1.1 broker?"
         )
     check, cause, hint = _CONNACKS[code]
+    if code == 5 and (verdict := around.own.out_of_time_at(around.now)):
+        check, cause = Check.EXPIRED, f"{cause}: it is {verdict}: {_validity(around)}"
     return around.refused(check, f"{cause} (CONNACK {code})", hint)
 
 

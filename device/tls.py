@@ -32,6 +32,11 @@ HEAD_BYTES = 4
 """The length of a CONNACK, the first packet a broker sends (MQTT 3.1.1 §3.2)."""
 
 
+def is_alert(error: OSError) -> bool:
+    """Whether `error` is the other side's TLS alert (RFC 8446 §6): its word on why it ended the connection."""
+    return isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or "")
+
+
 class DeviceSocket(ssl.SSLSocket):
     """A TLS socket that remembers how it ended.
 
@@ -93,7 +98,7 @@ class DeviceSocket(ssl.SSLSocket):
         """Close, and keep the session for the next connection if this one was sound."""
         if self._usable:
             self._usable = False
-            if isinstance(self.failure, ssl.SSLError):
+            if self.failure is not None and is_alert(self.failure):
                 self._forget_session()
             else:
                 with contextlib.suppress(OSError, ValueError):
@@ -106,9 +111,7 @@ class DeviceSocket(ssl.SSLSocket):
         self._forget_session()
 
     def _note(self, error: OSError) -> None:
-        if self.failure is None or (
-            isinstance(error, ssl.SSLError) and not isinstance(self.failure, ssl.SSLError)
-        ):
+        if self.failure is None or is_alert(error):
             self.failure = error
 
     def _keep_session(self) -> None:

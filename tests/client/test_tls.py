@@ -1,0 +1,121 @@
+"""What the TLS socket does for a client, seen from below."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+import pytest
+from support.broker_stub import CONNECT, BrokerStub
+from support.device_folder import enrolled
+from support.pki import Pki, crl_pem
+
+from birthmark.device.credentials import Credentials
+from birthmark.device.tls import DeviceContext, DeviceSocket, device_context
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
+CONNECT_PACKET = b"\x10\x14\0\x04MQTT\x04\x02\0\x3c\0\x08sensor-1"
+
+
+@pytest.fixture(scope="module")
+def pki() -> Pki:
+    return Pki.create()
+
+
+def connected(context: DeviceContext, broker: BrokerStub) -> DeviceSocket:
+    plain = socket.create_connection(("127.0.0.1", broker.port), timeout=10)
+    return context.wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def context_for(tmp_path: Path, pki: Pki, **options: object) -> DeviceContext:
+    return device_context(Credentials.from_folder(enrolled(tmp_path / "state", pki, **options)))  # type: ignore[arg-type]
+
+
+def test_small_packets_do_not_wait(tmp_path: Path, pki: Pki) -> None:
+    with BrokerStub(pki) as broker, connected(context_for(tmp_path, pki), broker) as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_strictest_settings(tmp_path: Path, pki: Pki) -> None:
+    context = context_for(tmp_path, pki)
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert context.check_hostname
+    assert context.verify_flags & ssl.VERIFY_X509_STRICT
+    assert [ca["serialNumber"] for ca in context.get_ca_certs()] == [f"{pki.root.certificate.serial_number:040X}"]
+
+
+def send_for_ever(connection: DeviceSocket) -> None:
+    while True:
+        connection.send(bytes(16_384))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_next_connection_resumes_the_session(tmp_path: Path, pki: Pki, version: ssl.TLSVersion) -> None:
+    context = context_for(tmp_path, pki)
+    with BrokerStub(pki, highest_tls=version) as broker:
+        for expected in (False, True, True):
+            with connected(context, broker) as connection:
+                connection.sendall(CONNECT_PACKET)
+                assert connection.recv(4) == b"\x20\x02\0\0"  # with TLS 1.3 the ticket comes along with this
+                assert connection.session_reused is expected
+        broker.wait_for(CONNECT, count=3)
+        assert broker.resumed == [False, True, True]
+
+
+def test_a_session_is_kept_for_its_own_broker_only(tmp_path: Path, pki: Pki) -> None:
+    context = context_for(tmp_path, pki)
+    with BrokerStub(pki) as broker, connected(context, broker) as connection:
+        connection.sendall(CONNECT_PACKET)
+        connection.recv(4)
+    assert list(context.sessions) == ["127.0.0.1"]
+
+
+def test_the_alert_after_the_handshake_is_kept(tmp_path: Path, pki: Pki) -> None:
+    leaf = pki.device("sensor-1")
+    context = context_for(tmp_path, pki, issued=leaf)
+    with BrokerStub(pki, crl_pem=crl_pem(pki.issuing.crl([leaf.cert_serial]))) as broker:
+        connection = connected(context, broker)  # TLS 1.3: our side is done before the broker has judged us
+        with pytest.raises(ssl.SSLError):
+            connection.recv(1)
+        assert isinstance(connection.failure, ssl.SSLError)
+        assert "CERTIFICATE_REVOKED" in str(connection.failure.reason)
+        connection.close()
+    assert context.sessions == {}
+
+
+def test_the_alert_is_found_behind_a_write_that_failed(tmp_path: Path, pki: Pki) -> None:
+    leaf = pki.device("sensor-1")
+    context = context_for(tmp_path, pki, issued=leaf)
+    with BrokerStub(pki, crl_pem=crl_pem(pki.issuing.crl([leaf.cert_serial]))) as broker:
+        connection = connected(context, broker)
+        with pytest.raises(OSError):  # noqa: PT011 - whichever way the system puts it
+            send_for_ever(connection)
+        assert isinstance(connection.failure, ssl.SSLError)
+        assert "CERTIFICATE_REVOKED" in str(connection.failure.reason)
+        connection.close()
+
+
+def test_the_first_bytes_are_kept_however_they_come(tmp_path: Path, pki: Pki) -> None:
+    with (
+        BrokerStub(pki, answer=b"\x20\x02\0\x05tail") as broker,
+        connected(context_for(tmp_path, pki), broker) as connection,
+    ):
+        connection.sendall(CONNECT_PACKET)
+        assert [connection.recv(count) for count in (1, 2)] == [b"\x20", b"\x02\0"]
+        connection.recv(100)
+        assert connection.head == b"\x20\x02\0\x05"
+
+
+def test_a_failed_handshake_leaves_no_open_socket(tmp_path: Path, pki: Pki) -> None:
+    context = context_for(tmp_path, pki)
+    with BrokerStub(pki, server=pki.stranger.server("127.0.0.1")) as broker:
+        plain = socket.create_connection(("127.0.0.1", broker.port), timeout=10)
+        wrapped = context.wrap_socket(plain, server_hostname="127.0.0.1", do_handshake_on_connect=False)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            wrapped.do_handshake()
+        assert wrapped.fileno() == -1
