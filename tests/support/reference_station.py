@@ -239,6 +239,7 @@ class ReferenceStation:
 
     Attributes:
         seen: the type of every frame that came for the last request, in order.
+        answered: called after each request that was answered.
     """
 
     line: Line
@@ -247,6 +248,7 @@ class ReferenceStation:
     limit_s: float = 10.0
     first_wait_s: float = 0.4
     seen: list[int] = field(default_factory=list)
+    answered: Callable[[], None] = lambda: None
     _stream: bytearray = field(default_factory=bytearray)
 
     def ask(self, type_: int, fields: Any) -> Any:
@@ -264,6 +266,7 @@ class ReferenceStation:
                 if answer == BUSY:
                     waits_until = time.monotonic() + 3
                     continue
+                self.answered()
                 return answer
             wait_s = min(wait_s * 1.5, 2.0)
         raise NoAnswerError(f"request {type_}")
