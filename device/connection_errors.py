@@ -190,8 +190,19 @@ def explained(error: Exception, around: Circumstances) -> ConnectionFailedError:
     raise error
 
 
-def closed_before_connack(around: Circumstances) -> RefusedError:
-    """Say what it means that the broker closed the connection instead of answering CONNECT."""
+def ended_before_connack(error: OSError | None, around: Circumstances) -> ConnectionFailedError:
+    """Say what it means that the connection ended, by `error` or in order, before CONNECT was answered."""
+    if error is None or _is_mere_close(error):
+        return _closed_before_connack(around)
+    return explained(error, around)
+
+
+def _is_mere_close(error: OSError) -> bool:
+    """Whether `error` tells no more than that the other side closed: a reset is a close with CONNECT unread."""
+    return isinstance(error, ConnectionError | ssl.SSLEOFError | ssl.SSLZeroReturnError)
+
+
+def _closed_before_connack(around: Circumstances) -> RefusedError:
     if verdict := around.own.out_of_time_at(around.now):
         return around.refused(
             Check.EXPIRED,
@@ -243,11 +254,14 @@ def lost(error: OSError | None, around: Circumstances) -> ConnectionFailedError:
     """Say why a connection that was up ended; `error` is the socket's, None where it was closed in order."""
     if isinstance(error, ssl.SSLError) and (alert := _alert(error)):
         return _alerted(alert, around)
-    cause = "the broker closed it" if error is None else escaped(error.strerror or "the network broke")
+    if error is None or _is_mere_close(error):
+        check, cause = Check.CLOSED, "the broker closed it"
+    else:
+        check, cause = Check.NETWORK, escaped(error.strerror or "the network broke")
     return UnreachableError(
         f"could not stay connected to {around.broker}: {cause}",
         "the broker stopped, or another session took this identity over, or it was revoked: the next attempt says",
-        Check.CLOSED if error is None else Check.NETWORK,
+        check,
     )
 
 

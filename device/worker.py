@@ -263,7 +263,7 @@ class Worker:
             return say.refused_by_connack(ending.connack_code, around)
         if ending.answer:
             return say.not_mqtt(around)
-        return say.explained(ending.failure, around) if ending.failure else say.closed_before_connack(around)
+        return say.ended_before_connack(ending.failure, around)
 
     def _around(self, error: Exception | None = None) -> Circumstances:
         timed = error is not None and say.is_about_time(error)
