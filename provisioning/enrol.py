@@ -87,7 +87,7 @@ class UnitRefusedError(EnrollmentRefusedError):
     def __init__(self, action: Action, device_id: str, reason: str) -> None:
         self.action = action
         super().__init__(
-            f"could not enrol {device_id}: {action.name}: the device on this port cannot have it, {reason}",
+            f"could not enrol {device_id}: {action.name}, the device on this port {reason}",
             hint=_HINTS[action],
         )
 

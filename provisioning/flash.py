@@ -5,6 +5,7 @@ Rules:
 - One line a step with its measured time, the same on a terminal and off it; one JSON object each with `--json`.
 - The last line says PASS with the certificate's serial number and lifetime, or FAIL; an error follows on stderr.
 - Running the same command again is always right: it resumes where the last run stopped, or says why it may not.
+- Every refusal is in the audit log; the row of the unit stays where it is.
 - Ctrl-C leaves word in the audit log and prints the command that resumes.
 """
 
@@ -111,6 +112,10 @@ def _run(session: Session, journal: Transitions, station: Station, progress: Pro
             journal.interrupted(progress.row)
         progress.interrupted(resume)
         return INTERRUPTED
+    except EnrollmentRefusedError as error:
+        progress.failed(error)
+        journal.refused(session.wish.device_id.text, error.message)
+        raise
     except BirthmarkError as error:
         progress.failed(error)
         raise

@@ -147,7 +147,7 @@ class Decision:
     """Whether a new row comes before everything: the other key mode was asked for, and a device answers for the
     pending key of a transaction, whoever made it."""
     reason: str = ""
-    """For a refusal: why, in words fit for a person."""
+    """For a refusal: what the device is, to follow `the device on this port`."""
 
 
 class Journal(Protocol):
@@ -238,21 +238,21 @@ def _may_unlock(row: Row | None, hello: HelloAnswer, replaced: Row | None) -> bo
 
 def _mismatch(row: Row, wish: Wish) -> str:
     if row.name_folded != wish.device_id.folded:
-        return f"the journal has it as {row.name}, not as {wish.device_id}"
+        return f"is {row.name} in the journal, not {wish.device_id}"
     if wish.role is not None and row.role != wish.role.name:
-        return f"the journal has {row.name} in the role {row.role}, not {wish.role}"
+        return f"is {row.name} in the role {row.role} in the journal, not {wish.role}"
     return ""
 
 
 def _reason(action: Action, row: Row | None, hello: HelloAnswer) -> str:
     lock = hello.active_txn.hex()
     if action is Action.ERASED and row is not None:
-        return f"it was made as {row.name} and has lost that identity since"
+        return f"was made as {row.name} and has lost that identity since"
     if action is Action.DUPLICATE and row is not None:
-        return f"it is {row.name} already, with the certificate {row.cert_serial:x}"
+        return f"is {row.name} already, with the certificate {row.cert_serial:x}"
     if row is None:
-        return f"it is locked by a transaction that this station does not know ({lock})"
-    return f"it is locked by {lock}, but the journal has {row.name} in {row.state} with {_txn_text(row)}"
+        return f"is locked by a transaction that this station does not know ({lock})"
+    return f"is locked by {lock}, but the journal has {row.name} in {row.state} with {_txn_text(row)}"
 
 
 def _txn_text(row: Row) -> str:

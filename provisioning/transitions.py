@@ -170,6 +170,11 @@ class Transitions:
         with self._registry.transaction() as transaction:
             _record(transaction, "interrupt", row)
 
+    def refused(self, device_id: str, cause: str) -> None:
+        """Leave word in the audit log that a unit was refused; no row changes."""
+        with self._registry.transaction() as transaction:
+            transaction.record("refuse", device_id, cause=cause)
+
     def _bundle(self, row: Row, certificate_der: bytes, now: datetime) -> bytes:
         authority = self._authority()
         config = BundleConfig(
