@@ -36,7 +36,7 @@ from birthmark.device.link.messages import (
 from birthmark.device.link.timers import IDLE_S, NAK_GAP_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from birthmark.device.agent.slots import Slots
     from birthmark.device.link.messages import Answer, DeviceState, Request
@@ -75,11 +75,11 @@ class Agent:
         """What HELLO would report now."""
         return self._enrollment.state
 
-    def receive(self, data: bytes) -> Iterator[bytes]:
+    def receive(self, data: bytes) -> Generator[bytes, None, None]:
         """Take bytes from the line and yield what to send, in order, each as the bytes of one frame.
 
-        The iterator has to be run to its end before the next call. What it yields should be sent before it is
-        asked for more: the work that a BUSY announces happens when the next bytes are asked for.
+        The generator has to be run to its end, or closed, before the next call. What it yields should be sent
+        before it is asked for more: the work that a BUSY announces happens when the next bytes are asked for.
         """
         for run in _RUNS.findall(data):
             bad_before = self._deframer.bad
@@ -120,10 +120,13 @@ class Agent:
         except MessageError:
             answer = _error(frame, ErrorCode.PROTO)
         else:
-            if request.TYPE in _SLOW:
-                self._working = frame
-                yield self.busy()
-            answer = self._work(frame, request)
+            try:
+                if request.TYPE in _SLOW:
+                    self._working = frame
+                    yield self.busy()
+                answer = self._work(frame, request)
+            finally:  # also if the driver gives up here, because the port is gone
+                self._working = None
         if frame.type != MessageType.DATA:
             self._keep(number, digest, answer)
         yield answer
@@ -136,8 +139,6 @@ class Agent:
         except (StoreError, CredentialError) as error:
             # An unreadable record is a storage failure like an unwritable one, and never a missing record.
             return self._refused(frame, request, ErrorCode.STORE, error.message)
-        finally:
-            self._working = None
         return _answer_frame(frame, frame.type | FROM_DEVICE, answer)
 
     def _refused(self, frame: Frame, request: Request, code: ErrorCode, cause: str) -> bytes:

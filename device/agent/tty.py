@@ -106,8 +106,8 @@ def serve(fd: int, agent: Agent, stop: Stop) -> None:
             if stop.is_set:
                 return
             if events.get(fd, 0) & select.POLLIN:
-                data = _read(fd)
-                _answer(fd, agent, agent.receive(data), stop, worker)
+                with contextlib.closing(agent.receive(_read(fd))) as answers:
+                    _answer(fd, agent, answers, stop, worker)
             elif events.get(fd, 0) & _HANGUP:
                 raise PortLostError("could not read from the port: the other end is gone")
 
@@ -164,10 +164,9 @@ def _lost(what: str, error: OSError) -> OSError | PortLostError:
 def _reopen(path: str, baud: int, stop: Stop) -> int | None:
     poll = select.poll()
     poll.register(stop.fileno(), select.POLLIN)
-    while not stop.is_set:
+    while not poll.poll(REOPEN_EVERY_S * 1000):
         with contextlib.suppress(PortError):
             return open_port(path, baud)
-        poll.poll(REOPEN_EVERY_S * 1000)
     return None
 
 
