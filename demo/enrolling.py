@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import stat
 
@@ -13,9 +14,8 @@ def station(play: Play) -> Observed:
     """A station is founded: root and issuing CA."""
     play.port = _free_port()
     answer = play.stage.run(
-        "init", "birthmark", "init", "--organization", "Demo", "--broker-host", HOST,
-        "--broker-port", str(play.port), "--json",
-    )  # fmt: skip
+        "init", f"birthmark init --organization Demo --broker-host {HOST} --broker-port {play.port} --json"
+    )
     folder = play.stage.folder / "station"
     keys = sorted((folder / "keys").glob("*.pem"))
     expect(stat.S_IMODE(folder.stat().st_mode) == 0o700, "a station folder of mode 0700")
@@ -32,11 +32,12 @@ def station(play: Play) -> Observed:
 
 def gateway(play: Play) -> Observed:
     """A gateway gets its certificate and listens."""
-    stage, folder = play.stage, play.stage.folder / "gateway"
-    stage.run("issue-broker", "birthmark", "issue-broker", GATEWAY, HOST, "--out", folder, "--json")
-    stage.run("broker-init", "birthmark-broker", "init", "--folder", folder, "--name", GATEWAY, "--json")
-    config = folder / "broker.toml"
-    child = stage.start("broker", "birthmark-broker", "run", "--config", config, "--listen", play.broker, "--json")
+    stage = play.stage
+    stage.run("issue-broker", f"birthmark issue-broker {GATEWAY} {HOST} --out gateway --json")
+    stage.run("broker-init", f"birthmark-broker init --folder gateway --name {GATEWAY} --json")
+    child = stage.start(
+        "broker", f"birthmark-broker run --config gateway/broker.toml --listen {play.broker} --json"
+    )
     play.running["broker"] = child
     ready = play.hears("broker", event="ready", timeout_s=15)
     elapsed_ms = milliseconds(ready.at_s - child.started_s)
@@ -49,42 +50,35 @@ def gateway(play: Play) -> Observed:
 def operator(play: Play) -> Observed:
     """An operator connects and watches every device."""
     stage = play.stage
-    stage.run("issue-operator", "birthmark", "issue-operator", OPERATOR, "--out", "operator", "--json")
-    identity = stage.folder / "operator" / f"{OPERATOR}.pem"
-    expect(stat.S_IMODE(identity.stat().st_mode) == 0o600, "the operator's key of mode 0600")
+    stage.run("issue-operator", f"birthmark issue-operator {OPERATOR} --out operator --json")
+    identity = f"operator/{OPERATOR}.pem"
+    expect(stat.S_IMODE((stage.folder / identity).stat().st_mode) == 0o600, "the operator's key of mode 0600")
     stage.run(
-        "gateway-add", "birthmark", "gateway", "add", GATEWAY, "--host", HOST, "--port", str(play.port),
-        "--operator", identity, "--json",
-    )  # fmt: skip
-    child = stage.start(
-        "watch", "birthmark-device", "watch", "devices/#", "--identity", identity,
-        "--ca", stage.folder / "operator" / "ca.pem", "--broker", play.broker, "--json",
-    )  # fmt: skip
-    play.running["watch"] = child
-    play.running["broker"].wait_for(
-        "the operator's session", lambda r: r.get("event") == "connected" and OPERATOR in str(r), timeout_s=10
+        "gateway-add",
+        f"birthmark gateway add {GATEWAY} --host {HOST} --port {play.port} --operator {identity} --json",
     )
-    return Observed(f"{OPERATOR} is connected; new CRLs will go to {GATEWAY} over MQTT in this name")
+    play.running["watch"] = stage.start(
+        "watch",
+        "birthmark-device watch devices/# --ca operator/ca.pem "
+        f"--identity {identity} --broker {play.broker} --json",
+    )
+    session = play.running["broker"].wait_for(
+        "the operator's session",
+        lambda record: record.get("event") == "connected" and OPERATOR in json.dumps(record),
+        timeout_s=15,
+    )
+    return Observed(
+        f"{OPERATOR} is connected; new CRLs will go to {GATEWAY} over MQTT in this name",
+        {"session": session.record},
+    )
 
 
 def boards(play: Play) -> Observed:
     """Three blank boards are powered on."""
-    stage = play.stage
-    online = stage.start(
-        "boards",
-        "birthmark-sim",
-        "board",
-        "--count",
-        "2",
-        "--online",
-        "--interval",
-        "0.2",
-        "--state",
-        "boards",
-        "--json",
+    play.running["boards"] = play.stage.start(
+        "boards", "birthmark-sim board --count 2 --online --interval 0.2 --state boards --json"
     )
-    alone = stage.start("board", "birthmark-sim", "board", "--state", "bench", "--json")
-    play.running |= {"boards": online, "board": alone}
+    play.running["board"] = play.stage.start("board", "birthmark-sim board --state bench --json")
     for device, name, number in (
         (BYSTANDERS[0], "boards", 1),
         (BYSTANDERS[1], "boards", 2),
@@ -93,9 +87,7 @@ def boards(play: Play) -> Observed:
         ready = play.hears(name, event="ready", board=number, timeout_s=10)
         expect(ready.record["id"] is None, "a blank board")
         play.ports[device] = ready.record["path"]
-    return Observed(
-        f"on {', '.join(play.ports.values())}: pseudo-terminals with the device's own agent behind them"
-    )
+    return Observed(f"the device's own agent answers on {', '.join(play.ports.values())}", {"ports": play.ports})
 
 
 def flash(play: Play) -> Observed:
@@ -103,22 +95,17 @@ def flash(play: Play) -> Observed:
     told, facts = [], []
     for device, keys in ((BYSTANDERS[0], "on-device"), (BYSTANDERS[1], "on-device"), (CULPRIT, "station")):
         answer = play.stage.run(
-            f"flash-{device}", "birthmark", "flash", "--port", play.ports[device], "--id", device,
-            "--keys", keys, "--json",
-        )  # fmt: skip
+            f"flash-{device}", f"birthmark flash --port {play.ports[device]} --id {device} --keys {keys} --json"
+        )
         result = answer.records[-1]
         expect((result.get("result"), result.get("id")) == ("PASS", device), f"PASS for {device}")
         expect(result["key_mode"] == keys, f"a key made {keys} for {device}")
         facts.append({"id": device, "keys": keys, "elapsed_ms": result["elapsed_ms"]})
         told.append(f"{device} {result['elapsed_ms']:.0f} ms")
     listed = {
-        row["name"]: row
-        for row in play.stage.run("list", "birthmark", "list", "--kind", "device", "--json").records
+        row["name"]: row["state"] for row in play.stage.run("list", "birthmark list --kind device --json").records
     }
-    expect(
-        all(listed[device]["state"] == "ATTESTED" for device in play.ports),
-        "three attested devices in the registry",
-    )
+    expect(listed == dict.fromkeys(play.ports, "ATTESTED"), "three attested devices in the registry")
     return Observed(
         f"PASS: {', '.join(told)}; the station made {CULPRIT}'s key, the boards made the others themselves",
         {"flashed": facts},

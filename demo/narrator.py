@@ -54,7 +54,7 @@ class Narrator:
                 **observed.facts,
             }
         )
-        self._say(f"{self._number:>2}  {title:<58}{elapsed_s * 1000:>8.0f} ms")
+        self._say(f"{self._number:>2}  {title:<80}{elapsed_s * 1000:>8.0f} ms")
         for line in textwrap.wrap(observed.text, _WIDTH - 4):
             self._say(f"    {line}")
 

@@ -203,7 +203,7 @@ class Stage:
     """Where the demo plays: a folder, an environment, and every process that was started.
 
     Args:
-        folder: the demo's own; `logs/` is made in it.
+        folder: the demo's own; `logs/` and `tmp/` are made in it.
         environment: variables added to the demo's own for every process.
     """
 
@@ -211,7 +211,10 @@ class Stage:
         self.folder = folder
         self.logs = folder / "logs"
         self.logs.mkdir(mode=0o700)
-        self._environment = {**os.environ, **environment, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
+        temporary = folder / "tmp"
+        temporary.mkdir(mode=0o700)
+        own = {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "TMPDIR": str(temporary)}
+        self._environment = {**os.environ, **environment, **own}
         self._children: list[Child] = []
         self._interrupted = threading.Event()
 
@@ -219,16 +222,23 @@ class Stage:
         """Let every wait end with `InterruptedDemoError`; safe in a signal handler."""
         self._interrupted.set()
 
-    def start(self, name: str, *command: str | Path, listening: bool = False) -> Child:
-        """Start a process; `command[0]` is one of this environment's own commands.
+    def start(self, name: str, line: str, *more: str | Path, listening: bool = False) -> Child:
+        """Start a process in the stage's folder.
+
+        Args:
+            name: of its logs.
+            line: the command as one would type it; the first word is one of this environment's own commands.
+            more: words that may hold spaces, such as paths.
+            listening: whether `Child.tell` will be used.
 
         Raises:
             InterruptedDemoError: the demo was told to stop; nothing was started.
         """
         if self._interrupted.is_set():
             raise InterruptedDemoError
+        words = line.split()
         process = subprocess.Popen(
-            [COMMANDS / command[0], *command[1:]],
+            [COMMANDS / words[0], *words[1:], *more],
             cwd=self.folder,
             env=self._environment,
             stdin=subprocess.PIPE if listening else subprocess.DEVNULL,
@@ -240,14 +250,14 @@ class Stage:
         self._children.append(child)
         return child
 
-    def run(self, name: str, *command: str | Path, expected: int = 0, timeout_s: float = 30) -> Answer:
-        """Run a command to its end.
+    def run(self, name: str, line: str, *, expected: int = 0, timeout_s: float = 30) -> Answer:
+        """Run a command to its end; see `start`.
 
         Raises:
             StepFailedError: it took too long, or ended with another exit code than expected.
             InterruptedDemoError: the demo was told to stop.
         """
-        answer = self.start(name, *command).finish(timeout_s=timeout_s)
+        answer = self.start(name, line).finish(timeout_s=timeout_s)
         if answer.exit_code != expected:
             said = answer.errors.strip() or json.dumps(answer.records)
             raise StepFailedError(f"{name} ended with exit code {answer.exit_code}, not {expected}: {said}")

@@ -13,27 +13,22 @@ from demo.play import BYSTANDERS, CULPRIT, GATEWAY, Play, ask, expect, milliseco
 def revoke(play: Play) -> Observed:
     """A board is revoked while it is sending."""
     stage = play.stage
-    device = stage.start(
-        "device",
-        "birthmark-device",
-        "run",
-        "--state",
-        "bench/board-1",
-        "--simulate",
-        "--interval",
-        "0.02",
-        "--json",
-    )
+    device = stage.start("device", "birthmark-device run --state bench/board-1 --simulate --interval 0.02 --json")
     play.running["device"] = device
     play.operator_sees(f"devices/{CULPRIT}/telemetry", '"count":', timeout_s=15)
     play.operator_sees(f"devices/{CULPRIT}/status", '"online":true', timeout_s=5)
     started_s = time.monotonic()
-    answer = stage.run("revoke", "birthmark", "revoke", CULPRIT, "--reason", "keyCompromise", "--json")
+    answer = stage.run("revoke", f"birthmark revoke {CULPRIT} --reason keyCompromise --json")
     receipt = answer.records[0]["gateways"][0]
     expect(receipt["outcome"] == "done", f"a receipt from {GATEWAY}")
     expect([one["id"] for one in receipt["closed"]] == [CULPRIT], f"{CULPRIT} closed, and nobody else")
     closed = receipt["closed"][0]
     expect(closed["sessions_closed"] == 1, f"one session of {CULPRIT} closed")
+    expect(closed["will_suppressed"], "its last will suppressed")
+    expect(closed["retained_presence_purged"], "its retained presence purged")
+    expect(
+        play.messages(f"devices/{CULPRIT}/telemetry", since_s=started_s), "readings until the moment of revocation"
+    )
     cut = device.wait_for(
         "the connection cut",
         lambda r: r.get("event") in {"disconnected", "refused"},
@@ -45,9 +40,10 @@ def revoke(play: Play) -> Observed:
     presences = [heard.record["payload"] for heard in play.messages(presence, since_s=started_s)]
     expect(presences == [""], "no last will: the presence was cleared, and nothing else said about it")
     return Observed(
-        f"receipt from {GATEWAY} over MQTT: CRL {receipt['crl_number']} installed, 1 session closed in "
-        f"{closed['elapsed_ms']:.1f} ms, will suppressed, presence cleared; "
-        f"command to receipt {milliseconds(answer.elapsed_s):.0f} ms. The device says: {cut.record['reason']}",
+        f"receipt from {GATEWAY} over MQTT {milliseconds(answer.elapsed_s):.0f} ms after the command: CRL "
+        f"{receipt['crl_number']} in force, 1 live session closed in {closed['elapsed_ms']:.1f} ms, "
+        "will suppressed, presence cleared. "
+        f"The device: {cut.record['reason'].rpartition(': ')[2]}",
         {
             "receipt": receipt,
             "command_to_receipt_ms": milliseconds(answer.elapsed_s),
@@ -75,10 +71,15 @@ def no_return(play: Play) -> Observed:
     cleared = play.hears("watch", topic=f"devices/{CULPRIT}/status", payload="", timeout_s=1)
     expect(not play.messages(f"devices/{CULPRIT}", since_s=cleared.at_s), f"not a word from {CULPRIT} since")
     return Observed(
-        f"TLS 1.2 and 1.3, full and resumed: {told['1.3']['full']}. Its client: {refused.record['reason']}. "
-        f"The broker's log: {peer_refused.record['message']}",
+        "TLS 1.2 and 1.3, resumed and full, and its own client: refused. "
+        f"The broker's log: {_cause(peer_refused.record['message'])}",
         {"refused": told, "device": refused.record, "log": peer_refused.record["message"]},
     )
+
+
+def _cause(message: str) -> str:
+    """Return the cause in `refused the client at ...: could not ...: <cause> (<hint>)`."""
+    return message.rsplit(": ", maxsplit=1)[-1].partition(" (`")[0]
 
 
 def others(play: Play) -> Observed:
@@ -95,18 +96,18 @@ def others(play: Play) -> Observed:
 
 def audit(play: Play) -> Observed:
     """The audit log tells it all, and is unbroken."""
-    verdict = play.stage.run("audit-verify", "birthmark", "audit", "verify", "--json").records[0]
+    verdict = play.stage.run("audit-verify", "birthmark audit verify --json").records[0]
     expect(verdict["sound"], "a sound audit log")
-    entries = play.stage.run("audit-show", "birthmark", "audit", "show", "--json").records
+    entries = play.stage.run("audit-show", "birthmark audit show --json").records
     revoked = [entry for entry in entries if (entry["action"], entry["subject"]) == ("revoke", CULPRIT)]
     expect(len(revoked) == 1, f"the revocation of {CULPRIT} in the log")
     forged = play.stage.folder / "forged"
     shutil.copytree(play.stage.folder / "station", forged)
     log = forged / "audit.jsonl"
     log.write_text(log.read_text(encoding="utf-8").replace(CULPRIT, BYSTANDERS[0]), encoding="utf-8")
-    caught = play.stage.run(
-        "audit-forged", "birthmark", "audit", "verify", "--station", forged, "--json", expected=6
-    ).records[0]
+    caught = play.stage.run("audit-forged", "birthmark audit verify --station forged --json", expected=6).records[
+        0
+    ]
     expect(caught["problems"], "a forged log caught")
     return Observed(
         f"{verdict['entries']} entries, chained, sound; with {CULPRIT} changed to {BYSTANDERS[0]} in it: "

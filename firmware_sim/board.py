@@ -71,6 +71,7 @@ class _Wish(Enum):
     """What the board's online life is told."""
 
     CONNECT = "there is a new identity"
+    REPORT = "there is a connection: send a reading at once"
     STOP = "the power goes off"
 
 
@@ -140,7 +141,7 @@ class SimulatedBoard:
         """Be online with the identity there is, until told to stop."""
         wish = self._wishes.get()
         while wish is not _Wish.STOP:
-            if not self._behaviour.online:
+            if wish is not _Wish.CONNECT or not self._behaviour.online:
                 wish = self._wishes.get()
                 continue
             try:
@@ -169,9 +170,11 @@ class SimulatedBoard:
                 client.publish(topic, {"celsius": celsius, "count": count}, qos=0)
                 self._tell("telemetry", id=str(client.device_id), topic=topic, count=count, celsius=celsius)
             try:
-                return self._wishes.get(timeout=self._behaviour.interval_s)
+                wish = self._wishes.get(timeout=self._behaviour.interval_s)
             except Empty:
                 continue
+            if wish is not _Wish.REPORT:
+                return wish
 
     def _observed(self, event: Event) -> None:
         match event:
@@ -183,6 +186,7 @@ class SimulatedBoard:
                     tls=event.tls_version,
                     resumed=event.tls_resumed,
                 )
+                self._wishes.put(_Wish.REPORT)
             case Disconnected():
                 self._tell("offline", error=event.error.message, check=event.error.check)
             case AttemptFailed():

@@ -1,0 +1,148 @@
+"""`make demo`, as a machine and as an impatient person use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.repository import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MARK = "BIRTHMARK_TEST_MARK"
+STEPS = [
+    "station",
+    "gateway",
+    "operator",
+    "boards",
+    "flash",
+    "online",
+    "foreign_topic",
+    "stranger",
+    "revoke",
+    "no_return",
+    "others",
+    "audit",
+    "goodbye",
+]
+
+
+class Demo:
+    """A running demo, whose processes all carry a mark of their own in their environment."""
+
+    def __init__(self, folder: Path, *, mode: str = "json") -> None:
+        self.folder = folder
+        self.mark = secrets.token_hex(8)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "demo.run"],
+            cwd=ROOT,
+            env={**os.environ, "DEMO": mode, "TMPDIR": str(folder), MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            yield json.loads(line)
+
+    def end(self, *, timeout_s: float = 90) -> str:
+        _, errors = self.process.communicate(timeout=timeout_s)
+        return errors
+
+    def processes(self) -> list[str]:
+        """The command lines of what is left running of it."""
+        wanted = f"{MARK}={self.mark}".encode()
+        found = []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdecimal():
+                continue
+            try:
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue  # gone in the meantime, or another user's
+        return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "t"
+    made.mkdir()
+    return made
+
+
+def test_every_step_is_observed_and_nothing_is_left(folder: Path) -> None:
+    demo = Demo(folder)
+    records = list(demo.records())
+    errors = demo.end()
+    assert (demo.process.returncode, errors) == (0, ""), records[-1]
+    steps = [record for record in records if record["event"] == "step"]
+    assert [record["step"] for record in steps] == STEPS
+    assert all(record["observed"] for record in steps)
+    assert records[-1]["event"] == "end"
+    assert records[-1]["steps"] == len(STEPS)
+    assert demo.processes() == []
+    assert list(folder.iterdir()) == []
+
+
+def interrupted(folder: Path, step: str, number: signal.Signals) -> None:
+    """Interrupt a demo when `step` was told, so somewhere in the next one; nothing may be left of it."""
+    demo = Demo(folder)
+    for record in demo.records():
+        if record.get("step") == step:
+            break
+    # Somewhere in the next step: a moment that is random on purpose, not one to wait for.
+    time.sleep(random.random() * 0.3)
+    demo.process.send_signal(number)
+    demo.process.send_signal(number)  # impatient: a second one must not break the cleaning up
+    errors = demo.end(timeout_s=30)
+    assert (demo.process.returncode, errors) == (130, "")
+    assert demo.processes() == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1200)
+def test_an_interruption_at_any_point_leaves_nothing_running(folder: Path) -> None:
+    whole = os.environ.get("BIRTHMARK_PROOF") == "whole"
+    for step in STEPS[:-1] if whole else [random.choice(STEPS[:-1])]:
+        interrupted(folder, step, random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
+
+
+def test_a_step_that_does_not_happen_is_a_failure(folder: Path) -> None:
+    # Every Python process reads this first: the broker dies at its start, all others are as ever.
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if any(word.endswith('birthmark-broker') for word in sys.orig_argv) and 'run' in sys.orig_argv:\n"
+        "    print('error: sabotaged', file=sys.stderr, flush=True)\n"
+        "    os._exit(7)\n",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "DEMO": "text", "TMPDIR": str(folder), "PYTHONPATH": str(folder)}
+    answer = subprocess.run(
+        [sys.executable, "-m", "demo.run"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert answer.returncode == 1
+    assert "NOT OBSERVED\n    broker ended with exit code 7 before ready" in answer.stdout
+    assert "error: sabotaged" in answer.stdout
+    (left,) = folder.glob("birthmark-demo-*")
+    assert f"the logs of every process stay in {left / 'logs'}" in answer.stdout
+    assert (left / "logs" / "broker.err").read_text(encoding="utf-8") == "error: sabotaged\n"
