@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_INTERVAL_S = 1.0
 SHORTEST_INTERVAL_S = 0.001
+LONGEST_INTERVAL_S = 1e9
 TELEMETRY = "environment"
 ACKNOWLEDGED_WITHIN_S = 2.0
 """A reading that takes longer is reported as late; it stays queued."""
@@ -44,7 +45,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--simulate", action="store_true", help="publish made-up readings, for a first try")
     parser.add_argument(
         "--interval",
-        type=_positive,
+        type=seconds,
         default=DEFAULT_INTERVAL_S,
         metavar="S",
         help="seconds between two of them (%(default)s)",
@@ -55,7 +56,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     ends.add_argument(
         "--give-up-after",
-        type=_positive,
+        type=seconds,
         metavar="S",
         help="end after so many seconds without a connection, with the last failure's exit code",
     )
@@ -165,8 +166,9 @@ class _Running:
         return max(0.0, min(waits)) if waits else None
 
 
-def _positive(text: str) -> float:
-    seconds = float(text)
-    if not SHORTEST_INTERVAL_S <= seconds < 1e9:
+def seconds(text: str) -> float:
+    """Read an argument; argparse names this function when it complains."""
+    value = float(text)
+    if not SHORTEST_INTERVAL_S <= value < LONGEST_INTERVAL_S:
         raise ValueError(text)
-    return seconds
+    return value

@@ -1,0 +1,95 @@
+"""`birthmark-device` as a process, its JSON lines as records."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+DEADLINE_S = 30.0
+COMMAND = [sys.executable, "-W", "error", "-m", "birthmark.device"]
+
+
+def run(*arguments: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+class DeviceCommand:
+    """A command that goes on until it is told to stop; give it `--json`."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self._arguments = [*COMMAND, *map(str, arguments)]
+        self.records: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self.process: subprocess.Popen[str]
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            self._arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self._reader.join(DEADLINE_S)
+        self.process.wait(DEADLINE_S)
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def wait_for(
+        self, event: str, matching: Callable[[dict[str, Any]], bool] = lambda _: True, count: int = 1
+    ) -> dict[str, Any]:
+        """Return the count-th record of this event, once it was printed."""
+        deadline = time.monotonic() + DEADLINE_S
+        with self._changed:
+            while True:
+                found = [record for record in self.records if record["event"] == event and matching(record)]
+                if len(found) >= count:
+                    return found[count - 1]
+                left_s = deadline - time.monotonic()
+                assert left_s > 0, f"no {event}; these were printed: {self.records}"
+                self._changed.wait(left_s)
+
+    def end(self, number: int) -> int:
+        """Send a signal and return the exit code."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end and return the exit code."""
+        code = self.process.wait(DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        return code
+
+    def errors(self) -> str:
+        """What it said on stderr, after its end."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.records.append(json.loads(line))
+                self._changed.notify_all()
