@@ -36,7 +36,7 @@ _SIGNATURE = ec.ECDSA(SHA256())
 _KNOWN = frozenset({x509.CRLNumber.oid, x509.AuthorityKeyIdentifier.oid, x509.IssuingDistributionPoint.oid})
 _DER_TRUE = b"\x01\x01\xff"
 _FOREIGN = "only the CA in the gateway's clients-ca.pem can sign its CRLs"
-_RENEW = "write a new one with `birthmark crl`"
+_RENEW = "sign a new one with `birthmark crl` at the station"
 
 
 class CrlRefusedError(CredentialError):

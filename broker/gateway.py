@@ -139,7 +139,10 @@ class Gateway:
             _log.warning("could not read the CRL file %s; going by the CRL kept, if any", reason)
         else:
             answers = revocations.install(content, now())
-            gateway._write_receipts([gateway._receipt(answer, started_s, ()) for answer in answers])
+            receipts = [gateway._receipt(answer, started_s, ()) for answer in answers]
+            for receipt in receipts:
+                _report(receipt, str(settings.crl_path))
+            gateway._write_receipts(receipts)
             reason = "; ".join(f"{settings.crl_path}: {answer.reason}" for answer in answers if answer.reason)
         try:
             revocations.require_complete()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.broker.config import read_settings
+from birthmark.broker.policy import ID
 from birthmark.broker.policy_diff import changes, warnings
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.toml_file import Table, read_toml
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from birthmark.broker.policy import Decision, Policy
     from birthmark.device.console import Console
 
-DEFAULT_ROLE = "device"
+DEFAULT_ROLE = "sensor"
+"""What the station signs into a device's certificate unless it is told otherwise."""
 _ACTIONS = ("publish", "subscribe", "receive")
 _EXAMPLES = """
 birthmark-broker policy check policy.toml
@@ -42,7 +44,7 @@ _TEST_EXAMPLES = """
 birthmark-broker policy test policy-tests.toml
   # [[test]]
   # cn = "sensor-17"
-  # ou = "device"                                (the default)
+  # ou = "sensor"                                (the default)
   # publish = "devices/sensor-17/telemetry/x"    (or subscribe, or receive)
   # allowed = true
 """
@@ -126,7 +128,20 @@ def _explain(arguments: argparse.Namespace, console: Console) -> None:
     }
     verdict = console.paint("allowed", "green") if decision.allowed else console.paint("denied", "red")
     shown = f"{device_id} {arguments.action} {escaped(arguments.topic)}"
-    console.emit(record, f"{verdict}: {shown}\n  because: {decision.rule}")
+    lines = [f"{verdict}: {shown}", f"  because: {decision.rule}"]
+    if not decision.allowed and (may := _may(policy, device_id, role, arguments.action)):
+        lines.append(f"  it may {arguments.action}: {', '.join(may)}")
+    console.emit(record, "\n".join(lines))
+
+
+def _may(policy: Policy, device_id: DeviceId, role: Role, action: str) -> list[str]:
+    """What the identity's role may publish, or subscribe and thus receive, with its own id filled in."""
+    rights = policy.rights(device_id, role)
+    rules = next((rules for rules in policy.roles if rules.name == rights.role), None)
+    if rules is None:
+        return []
+    entries = rules.publish if action == "publish" else rules.subscribe
+    return [entry.replace(ID, str(device_id)) for entry in entries]
 
 
 def _decision(policy: Policy, device_id: DeviceId, role: Role, action: str, topic: str) -> Decision:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from birthmark.broker.peer import Peer
     from birthmark.broker.trust import Trust
 
-_CRL_HINT = "write one with `birthmark crl --out FILE` at the station and put it where broker.toml says (crl)"
+_CRL_HINT = "sign one with `birthmark crl` at the station and bring it to the `crl` of broker.toml, or over MQTT"
 
 
 @dataclass(frozen=True, slots=True)

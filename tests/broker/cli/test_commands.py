@@ -234,6 +234,12 @@ def test_policy_explain(
     assert because in record["rule"]
 
 
+def test_policy_explain_says_what_is_allowed_instead(broker: Callable[..., Result]) -> None:
+    broker("init", "--name", "gw")
+    result = broker("policy", "explain", "sensor-1", "subscribe", "devices/sensor-1/#")
+    assert "it may subscribe: devices/sensor-1/commands/#, fleet/announcements/#" in result.out
+
+
 def test_policy_explain_of_a_name_that_is_none(broker: Callable[..., Result]) -> None:
     broker("init", "--name", "gw")
     result = broker("policy", "explain", "a/b", "publish", "x")

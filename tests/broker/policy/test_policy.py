@@ -19,8 +19,9 @@ from birthmark.broker.policy import (
     glob_matches,
 )
 from birthmark.broker.policy_file import parse_policy
+from birthmark.device import topics
 from birthmark.device.errors import PolicyError
-from birthmark.device.identity import DeviceId, Role
+from birthmark.device.identity import BrokerName, DeviceId, Role
 
 DEFAULT = parse_policy(
     resources.files("birthmark.broker").joinpath("policy.default.toml").read_bytes(), "policy.default.toml"
@@ -196,6 +197,21 @@ def test_the_first_assignment_that_matches_wins() -> None:
     assert not allowed("publish", "a", policy=one)
     assert allowed("publish", "a", who=DeviceId("sensor-10"), policy=one)
     assert not allowed("publish", "a", who=DeviceId("sensor-10"), role=Role("camera"), policy=one)
+
+
+def test_the_default_policy_fits_the_topic_scheme() -> None:
+    assert allowed("publish", topics.telemetry(A, "temperature"))
+    assert allowed("publish", topics.status(A))
+    assert allowed("publish", topics.reply(A, "reboot"))
+    assert allowed("subscribe", topics.commands(A))
+    assert allowed("subscribe", topics.ANNOUNCEMENTS)
+    gateway, alice = BrokerName("gateway-1.example.com"), DeviceId("alice")
+    assert allowed("publish", topics.command(A, "reboot"), who=alice, role=OPERATOR)
+    assert allowed("publish", topics.gateway_crl(gateway), who=alice, role=OPERATOR)
+    assert allowed("subscribe", topics.gateway_receipts(gateway), who=alice, role=OPERATOR)
+    assert allowed("subscribe", topics.gateway_status(gateway), who=alice, role=OPERATOR)
+    # The CRL is for the gateway: not even an operator reads it from the broker.
+    assert not allowed("subscribe", topics.gateway_crl(gateway), who=alice, role=OPERATOR)
 
 
 def test_a_star_never_reaches_a_service_and_a_device_never_becomes_one() -> None:
