@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from birthmark.device.errors import IdentityError, ProtocolError
 from birthmark.device.identity import DeviceId, Role, device_role
 from birthmark.device.link import cbor
-from birthmark.device.link.messages import ErrorCode
 from birthmark.device.link.schema import Field, SchemaError, array_of, bstr, read_map, uint, write_map
+from birthmark.device.link.vocabulary import ErrorCode
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from birthmark.device.link.bundle import BundleRefusedError
-from birthmark.device.link.messages import ErrorCode
+from birthmark.device.link.vocabulary import ErrorCode
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.link.messages import MessageType
+from birthmark.device.link.vocabulary import MessageType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
