@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import select
 import tempfile
@@ -187,8 +188,9 @@ class SerialPort:
         """
         try:
             if self.name.is_local:
-                ready, _, _ = select.select([self._port.fileno()], [], [], max(timeout_s, 0.0))
-                if not ready:
+                poll = select.poll()
+                poll.register(self._port.fileno(), select.POLLIN)
+                if not poll.poll(math.ceil(max(timeout_s, 0.0) * 1000)):
                     return b""
                 # Ready with nothing to read means that the other end has gone: reading one byte says so.
                 return bytes(self._port.read(max(1, min(self._port.in_waiting, MAX_READ_BYTES))))

@@ -12,10 +12,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.board import Board, Noise, csr_for
 from support.board_line import UnpluggedError, VirtualLine
+from support.board_station import open_desk
 
-from birthmark.device.errors import EnrollmentRefusedError
+from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError
 from birthmark.device.link import cbor
 from birthmark.device.link import messages as m
 from birthmark.device.link.bundle import Bundle, check_bundle
@@ -454,6 +457,37 @@ def test_malformed_payloads_are_refused_at_once(desk: Desk, payload: bytes) -> N
         desk.enrol(line)
     assert line.now_s - begun < 1
     assert desk.states() == [State.RESERVED]
+
+
+ANSWERED = [kind for kind in MessageType if kind < MessageType.ABORT]
+FURTHEST = {
+    MessageType.HELLO: None,
+    MessageType.KEYGEN: State.RESERVED,
+    MessageType.BEGIN: State.ISSUED,
+    MessageType.DATA: State.ISSUED,
+    MessageType.PREPARE: State.ISSUED,
+    MessageType.COMMIT: State.PREPARED,
+    MessageType.ATTEST: State.COMMITTED,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(kind=st.sampled_from(ANSWERED), payload=st.binary(max_size=200), is_error=st.booleans())
+def test_no_made_up_answer_moves_the_journal(
+    tmp_path_factory: pytest.TempPathFactory, kind: MessageType, payload: bytes, *, is_error: bool
+) -> None:
+    desk = open_desk(tmp_path_factory.mktemp("lies") / "station")
+    board = Board()
+
+    def lie(_: object) -> Frame:
+        request = board.requests[-1]
+        return Frame(MessageType.ERR if is_error else kind | FROM_DEVICE, request.seq, request.sid, payload)
+
+    board.lies[kind] = lie
+    with pytest.raises(BirthmarkError):
+        desk.enrol(VirtualLine(board))
+    furthest = FURTHEST[kind]
+    assert desk.states() == ([furthest] if furthest else [])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from birthmark.device.errors import PortError
 from birthmark.device.link.bundle import Bundle
 from birthmark.device.pem import read_blocks
 from birthmark.provisioning import cli
-from birthmark.provisioning.enrol import Reached, Step, UnitRefusedError
+from birthmark.provisioning.enrol import Reached, Step, Stored, UnitRefusedError
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.journal import Action
 from birthmark.provisioning.keyfile import KeyDerivation
@@ -307,6 +307,41 @@ def test_ctrl_c_says_how_to_go_on(station: Station, cable: Cable, tmp_path: Path
         cable.to_station = bytes
         assert flash(station, "--port", port, "--id", "stopped").returncode == 0
     assert [state for state, _ in rows_of(station, "stopped")] == [State.ATTESTED]
+
+
+def test_a_certificate_that_never_reached_its_key_is_on_the_crl(
+    commanded: Commanded, station: Station, cable: Cable, tmp_path: Path
+) -> None:
+    """The station dies after signing, the board is wiped: the row is void, and brokers learn of it."""
+    hwid = os.urandom(8)
+
+    class GoneError(Exception):
+        pass
+
+    def stop(event: object) -> None:
+        if isinstance(event, Stored) and event.row.state is State.ISSUED:
+            raise GoneError
+
+    with AgentThread(tmp_path / "before", hwid, cable.device_path), pytest.raises(GoneError):
+        session(station, cable.station_path, "wiped", KeyMode.ON_DEVICE, stop).run()
+    with AgentThread(tmp_path / "after", hwid, cable.device_path):
+        assert commanded("--port", cable.station_path, "--id", "wiped") == 0
+    (void, lost), (made, kept) = rows_of(station, "wiped")
+    assert (void, made) == (State.VOID, State.ATTESTED)
+    crl = x509.load_pem_x509_crl(station.crl_path.read_bytes())
+    assert crl.get_revoked_certificate_by_serial_number(lost or 0) is not None
+    assert crl.get_revoked_certificate_by_serial_number(kept or 0) is None
+
+
+def test_a_login_on_the_port(commanded: Commanded, station: Station, cable: Cable) -> None:
+    """A port that is no board: the verdict in seconds, nothing reserved."""
+    cable.say_to_station(b"\r\n\x1b[2JDebian GNU/Linux 12 gateway ttyS0\r\n\r\ngateway login: ", after_bytes=1)
+    assert commanded("--port", cable.station_path, "--id", "nobody") == 4
+    assert "CONSOLE" in commanded.err
+    assert "\\x1b[2J" in commanded.err
+    assert "\x1b[2J" not in commanded.err
+    assert "hint: stop the getty" in commanded.err
+    assert rows_of(station, "nobody") == []
 
 
 def test_every_enrollment_is_in_the_audit_log(station: Station, cable: Cable, tmp_path: Path) -> None:

@@ -80,6 +80,18 @@ class Cable:
         self._link()
         self._start()
 
+    def say_to_station(self, data: bytes, *, after_bytes: int) -> None:
+        """Let the device's end say something once it was sent so many bytes."""
+        said: list[bool] = []
+
+        def listen(heard: bytes) -> bytes:
+            if not said and len(self.passed_to_device) >= after_bytes:
+                said.append(True)
+                _write(self._station.master, data)
+            return heard
+
+        self.to_device = listen
+
     def _link(self) -> None:
         self.link.unlink(missing_ok=True)
         self.link.symlink_to(self._station.path)
