@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from birthmark.broker.policy import Policy
 
 STATUS_INTERVAL_S = 30.0
-ALARM_INTERVAL_S = 60.0
 ALARM_REPEAT_S = 3_600.0
 """An alarm that stays is repeated this often."""
 MAX_WAITING_CRLS = 8
@@ -203,7 +202,10 @@ class Gateway:
     async def _take_brought(self) -> None:
         while True:
             brought = await self._brought.get()
-            await self._install(brought.content, brought.started_s, brought.by)
+            try:
+                await self._install(brought.content, brought.started_s, brought.by)
+            except Exception:  # noqa: BLE001 - a defect over one CRL must not keep out the next
+                _log.exception("a CRL brought by %s could not be judged", brought.by)
 
     async def _install(self, content: bytes, started_s: float, origin: str) -> list[Receipt]:
         async with self._installing:
@@ -275,13 +277,13 @@ class Gateway:
     # --- what is said ------------------------------------------------------------------------------------
 
     async def _tell_and_look(self) -> None:
-        next_alarm_s = 0.0
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
-            self._publish_status(online=True)
-            if time.monotonic() >= next_alarm_s:
-                next_alarm_s = time.monotonic() + ALARM_INTERVAL_S
+            try:
+                self._publish_status(online=True)
                 self._look_for_alarms()
+            except Exception:  # noqa: BLE001 - a defect here must not silence the alarms to come
+                _log.exception("the gateway's status could not be said")
 
     def _look_for_alarms(self) -> None:
         """Log each alarm when it begins, and once in a while as long as it stays."""
