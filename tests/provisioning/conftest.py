@@ -27,7 +27,7 @@ def station(tmp_path: Path, clock: Clock) -> Station:
 @pytest.fixture
 def living(tmp_path: Path) -> Station:
     """A station on the real clock, for what is checked against the real time."""
-    return new_station(tmp_path / "station")
+    return new_station(tmp_path / "living")
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""What the authority signs, and when it refuses to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from support.station import PASSPHRASE, Clock, enrolled_row, issue, keyed_row, public_key_der
+
+from birthmark.device.errors import AuthorityError
+from birthmark.provisioning.registry.model import State
+from birthmark.provisioning.station import Station
+
+
+def test_a_device_gets_what_the_registry_says(station: Station) -> None:
+    row = keyed_row(station, "Sensor-17", role="camera")
+    certificate = x509.load_der_x509_certificate(issue(station, row))
+    assert certificate.subject.rfc4514_string() == "CN=Sensor-17,OU=camera,O=Acme"
+    assert certificate.serial_number == row.cert_serial
+    certificate.verify_directly_issued_by(x509.load_der_x509_certificate(station.authority.issuing_der))
+    assert station.authority.key_id in repr(station.authority)
+    issuer = station.authority.issuing_der
+    x509.load_der_x509_certificate(issuer).verify_directly_issued_by(
+        x509.load_der_x509_certificate(station.authority.root_der)
+    )
+
+
+@pytest.mark.parametrize("change", ["serial", "key", "name", "role", "kind"])
+def test_nothing_is_signed_that_is_not_recorded(station: Station, change: str) -> None:
+    row = keyed_row(station, "sensor-1")
+    assert row.public_key_der is not None
+    assert row.cert_serial is not None
+    arguments = {
+        "name": "sensor-2" if change == "name" else row.name,
+        "role": "camera" if change == "role" else row.role,
+        "public_key_der": public_key_der() if change == "key" else row.public_key_der,
+    }
+    serial = station.authority.new_cert_serial() if change == "serial" else row.cert_serial
+    issuing = station.authority.issue_service if change == "kind" else station.authority.issue_device
+    with pytest.raises(AuthorityError, match="not recorded"):
+        issuing(**arguments, cert_serial=serial, now=station.clock())
+
+
+@pytest.mark.parametrize("state", [State.ISSUED, State.ATTESTED, State.VOID])
+def test_a_row_beyond_keyed_gets_no_second_certificate(station: Station, state: State) -> None:
+    row = keyed_row(station, "sensor-1")
+    with station.registry.transaction() as transaction:
+        transaction.update(
+            replace(
+                row,
+                state=state,
+                certificate_der=b"certificate",
+                void_reason="test" if state is State.VOID else "",
+            )
+        )
+    with pytest.raises(AuthorityError, match=f"is {state}, not KEYED"):
+        issue(station, row)
+
+
+def test_a_revoked_row_gets_no_certificate(station: Station) -> None:
+    row = keyed_row(station, "sensor-1")
+    with station.registry.transaction() as transaction:
+        transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="superseded"))
+    with pytest.raises(AuthorityError, match="revoked"):
+        issue(station, row)
+
+
+def test_a_clock_before_the_ca_begins_issues_nothing(station: Station, clock: Clock) -> None:
+    row = keyed_row(station, "sensor-1")
+    clock.advance(days=-2)
+    with pytest.raises(AuthorityError, match="the CA begins on") as caught:
+        issue(station, row)
+    assert "clock" in caught.value.hint
+
+
+def test_a_clock_before_the_last_issuance_issues_nothing(station: Station, clock: Clock) -> None:
+    clock.advance(hours=5)
+    enrolled_row(station, "sensor-1")
+    row = keyed_row(station, "sensor-2")
+    clock.advance(minutes=-1)
+    with pytest.raises(AuthorityError, match="before the last issuance"):
+        issue(station, row)
+    clock.advance(seconds=59)  # within what time synchronisation may step back
+    assert issue(station, row)
+
+
+def test_an_ended_ca_issues_nothing(station: Station, clock: Clock) -> None:
+    clock.advance(days=3660)
+    row = keyed_row(station, "sensor-1")
+    with pytest.raises(AuthorityError, match="would end"):
+        issue(station, row)
+
+
+def test_serial_numbers_are_not_repeated(station: Station) -> None:
+    drawn = {station.authority.new_cert_serial() for _ in range(500)}
+    assert len(drawn) == 500
+
+
+def test_an_unlock_is_signed_by_the_issuing_ca(station: Station) -> None:
+    signature = station.authority.sign_unlock(b"transcript")
+    public_key = station.issuing.public_key()
+    assert isinstance(public_key, ec.EllipticCurvePublicKey)
+    public_key.verify(signature, b"transcript", ec.ECDSA(SHA256()))
+
+
+def test_a_station_asks_for_the_passphrase_only_when_it_is_needed(station: Station) -> None:
+    opened = Station.open(station.folder, passphrase=b"wrong", clock=station.clock)
+    with opened.registry.view() as view:
+        assert view.rows() == []
+    assert opened.root == station.root
+    with pytest.raises(AuthorityError, match="passphrase is wrong"):
+        _ = opened.authority
+    assert Station.open(station.folder, passphrase=PASSPHRASE).authority.key_id == station.authority.key_id

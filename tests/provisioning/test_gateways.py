@@ -1,0 +1,192 @@
+"""Deliveries: by path and over MQTT, answered, refused, and not answered."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
+
+from birthmark.device.durable import write_durably
+from birthmark.provisioning.gateways import Outcome, deliver
+from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.revocation import StoredCrl, current_crl, sign_and_store_crl
+from birthmark.provisioning.settings import Gateway
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from birthmark.provisioning.gateways import Delivery
+    from birthmark.provisioning.station import Station
+
+SHORT_S = 0.3
+LONG_S = 30.0
+
+
+def crl_of(station: Station) -> StoredCrl:
+    crl = current_crl(station)
+    assert crl is not None
+    return crl
+
+
+def deliver_all(station: Station, *gateways: Gateway, timeout_s: float = LONG_S) -> list[Delivery]:
+    return deliver(gateways, crl_of(station), anchors_path=station.folder / "root.pem", timeout_s=timeout_s)
+
+
+@pytest.fixture
+def by_path(tmp_path: Path) -> Gateway:
+    return Gateway("gateway-1", crl_path=tmp_path / "gateway.crl.pem")
+
+
+@pytest.fixture
+def by_mqtt(living: Station, tmp_path: Path) -> Callable[[int], Gateway]:
+    issue_broker(living, ["localhost", "127.0.0.1"], tmp_path / "gateway")
+    issue_operator(living, "alice", tmp_path)
+    return lambda port: Gateway("localhost", host="127.0.0.1", port=port, operator_path=tmp_path / "alice.pem")
+
+
+def mqtt_gateway(
+    tmp_path: Path, answer: Callable[[bytes], list[bytes]], *, connack: int = 0, suback: int = 1
+) -> MqttGateway:
+    folder = tmp_path / "gateway"
+    return MqttGateway(folder / "server.pem", folder / "clients-ca.pem", answer, connack=connack, suback=suback)
+
+
+def test_by_path_the_receipt_is_read_and_told(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    with PathGateway(by_path.crl_path, lambda crl: receipt_for(crl, closed=(CLOSED,)).to_bytes()):
+        (delivery,) = deliver_all(living, by_path)
+    assert delivery.outcome is Outcome.DONE
+    assert delivery.described() == (
+        "gateway-1: CRL 1 installed in 4.2 ms: handshakes refused; sensor-17: 1 live session closed in 3.0 ms, "
+        "will suppressed, queue purged (2 messages), presence cleared"
+    )
+    assert delivery.record()["closed"][0]["id"] == "sensor-17"
+    json.dumps(delivery.record())
+    assert by_path.crl_path.read_bytes() == living.crl_path.read_bytes()
+    assert by_path.crl_path.stat().st_mode & 0o777 == 0o644
+
+
+def test_by_path_without_a_live_session(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    with PathGateway(by_path.crl_path, lambda crl: receipt_for(crl).to_bytes()):
+        (delivery,) = deliver_all(living, by_path)
+    assert delivery.described().endswith("handshakes refused; no live session")
+
+
+def test_by_path_a_refusal_is_told_with_its_reason_escaped(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    with PathGateway(by_path.crl_path, lambda crl: receipt_for(crl, outcome="refused").to_bytes()):
+        (delivery,) = deliver_all(living, by_path)
+    assert delivery.outcome is Outcome.REFUSED
+    assert delivery.described() == r"gateway-1: refused the CRL: the clock is late\x1b[0m"
+
+
+def test_by_path_a_receipt_of_before_counts_unless_it_is_a_refusal(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    receipt_path = by_path.crl_path.with_name(by_path.crl_path.name + ".receipt")
+    write_durably(receipt_path, receipt_for(crl_of(living).der, outcome="refused").to_bytes())
+    assert deliver_all(living, by_path, timeout_s=SHORT_S)[0].outcome is Outcome.PENDING
+    write_durably(receipt_path, receipt_for(crl_of(living).der).to_bytes())
+    assert deliver_all(living, by_path, timeout_s=SHORT_S)[0].outcome is Outcome.DONE
+
+
+@pytest.mark.parametrize("junk", [b"", b"{}", b"\xff", b'{"gateway": "x"}', b"[" * 100_000])
+def test_by_path_an_unreadable_receipt_is_pending(living: Station, by_path: Gateway, junk: bytes) -> None:
+    assert by_path.crl_path is not None
+    by_path.crl_path.with_name(by_path.crl_path.name + ".receipt").write_bytes(junk)
+    (delivery,) = deliver_all(living, by_path, timeout_s=SHORT_S)
+    assert delivery.outcome is Outcome.PENDING
+    assert "receipt" in delivery.cause
+
+
+def test_by_path_a_receipt_for_another_crl_is_pending(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    old = crl_of(living).der
+    sign_and_store_crl(living)
+    by_path.crl_path.with_name(by_path.crl_path.name + ".receipt").write_bytes(receipt_for(old).to_bytes())
+    (delivery,) = deliver_all(living, by_path, timeout_s=SHORT_S)
+    assert delivery.outcome is Outcome.PENDING
+    assert "another CRL" in delivery.cause
+
+
+def test_by_path_no_folder_is_pending(living: Station, tmp_path: Path) -> None:
+    (delivery,) = deliver_all(living, Gateway("gateway-1", crl_path=tmp_path / "none" / "crl.pem"))
+    assert delivery.outcome is Outcome.PENDING
+    assert "No such file" in delivery.described()
+    assert not (tmp_path / "none").exists()
+
+
+def test_by_mqtt(living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gateway]) -> None:
+    older = receipt_for(crl_of(living).der)
+    newer = sign_and_store_crl(living)
+
+    def answer(crl: bytes) -> list[bytes]:
+        # Somebody else's receipt, and no receipt at all, come first.
+        return [older.to_bytes(), b"junk", receipt_for(crl, outcome="current").to_bytes()]
+
+    with mqtt_gateway(tmp_path, answer) as gateway:
+        (delivery,) = deliver_all(living, by_mqtt(gateway.port))
+    assert delivery.outcome is Outcome.DONE, delivery
+    assert delivery.receipt is not None
+    assert delivery.receipt.crl_sha256 == newer.sha256
+    assert delivery.described() == "localhost: CRL 2 has it already: handshakes refused"
+    assert gateway.topics == ["gateway/localhost/receipts", "gateway/localhost/crl"]
+    assert gateway.client_ids[0].startswith("alice:crl-")
+
+
+@pytest.mark.parametrize(
+    ("connack", "suback", "answers", "cause"),
+    [(5, 1, True, "does not let us in"), (0, 0x80, True, "policy"), (0, 1, False, "no receipt")],
+)
+def test_by_mqtt_what_goes_wrong_is_pending(
+    living: Station,
+    tmp_path: Path,
+    by_mqtt: Callable[[int], Gateway],
+    *,
+    connack: int,
+    suback: int,
+    answers: bool,
+    cause: str,
+) -> None:
+    def answer(crl: bytes) -> list[bytes]:
+        return [receipt_for(crl).to_bytes()] if answers else []
+
+    with mqtt_gateway(tmp_path, answer, connack=connack, suback=suback) as gateway:
+        timeout_s = LONG_S if answers else 1.0
+        (delivery,) = deliver_all(living, by_mqtt(gateway.port), timeout_s=timeout_s)
+    assert delivery.outcome is Outcome.PENDING
+    assert cause in delivery.cause
+
+
+def test_by_mqtt_nobody_there_is_pending(living: Station, by_mqtt: Callable[[int], Gateway]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    (delivery,) = deliver_all(living, by_mqtt(port), timeout_s=SHORT_S)
+    assert delivery.outcome is Outcome.PENDING
+    assert str(port) in delivery.cause
+
+
+def test_by_mqtt_without_usable_files_is_pending(living: Station, tmp_path: Path) -> None:
+    gateway = Gateway("localhost", host="localhost", operator_path=tmp_path / "none.pem")
+    (delivery,) = deliver_all(living, gateway)
+    assert delivery.outcome is Outcome.PENDING
+    assert "none.pem" in delivery.cause
+
+
+def test_one_silent_gateway_delays_no_other(living: Station, tmp_path: Path) -> None:
+    paths = [tmp_path / f"crl-{number}.pem" for number in range(3)]
+    gateways = [Gateway(f"g-{number}", crl_path=path) for number, path in enumerate(paths)]
+    with (
+        PathGateway(paths[0], lambda crl: receipt_for(crl).to_bytes()),
+        PathGateway(paths[2], lambda crl: receipt_for(crl).to_bytes()),
+    ):
+        deliveries = deliver_all(living, *gateways, timeout_s=3.0)
+    assert [delivery.outcome for delivery in deliveries] == [Outcome.DONE, Outcome.PENDING, Outcome.DONE]
+
+
+def test_no_gateway_is_no_delivery(living: Station) -> None:
+    assert deliver_all(living) == []

@@ -1,0 +1,106 @@
+"""Where the passphrase comes from: a descriptor, the environment, a terminal; never an argument."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from birthmark.device.errors import AuthorityError
+from birthmark.provisioning.cli import parser
+from birthmark.provisioning.passphrase import PassphraseSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    for descriptor in (reader, writer):
+        try:
+            os.close(descriptor)
+        except OSError:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(b"secret\n", b"secret"), (b"secret", b"secret"), (b"a b\r\nmore\n", b"a b"), (b" x \n", b" x ")],
+)
+def test_the_first_line_of_a_descriptor(pipe: tuple[int, int], written: bytes, read: bytes) -> None:
+    os.write(pipe[1], written)
+    os.close(pipe[1])
+    assert PassphraseSource(descriptor=pipe[0]).read() == read
+
+
+def test_a_descriptor_comes_before_the_environment(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIRTHMARK_PASSPHRASE", "environment")
+    assert PassphraseSource().is_given
+    assert PassphraseSource().read() == b"environment"
+    os.write(pipe[1], b"descriptor\n")
+    assert PassphraseSource(descriptor=pipe[0]).read() == b"descriptor"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"x" * 5000])
+def test_what_is_no_passphrase(pipe: tuple[int, int], content: bytes) -> None:
+    os.write(pipe[1], content)
+    os.close(pipe[1])
+    with pytest.raises(AuthorityError, match="passphrase"):
+        PassphraseSource(descriptor=pipe[0]).read()
+
+
+def test_a_descriptor_that_is_not_open(pipe: tuple[int, int]) -> None:
+    os.close(pipe[0])
+    with pytest.raises(AuthorityError, match="Bad file descriptor"):
+        PassphraseSource(descriptor=pipe[0]).read()
+
+
+@pytest.mark.parametrize(
+    ("typed", "ends"),
+    [(b"horse\nhorse\n", "read: horse"), (b"horse\nhouse\n", "entries differ"), (b"\n\n", "empty")],
+)
+def test_a_terminal_is_asked_twice_and_echoes_nothing(typed: bytes, ends: str) -> None:
+    script = (
+        "from birthmark.provisioning.passphrase import PassphraseSource\n"
+        "from birthmark.device.errors import AuthorityError\n"
+        "try: print('read:', PassphraseSource(confirm=True).read().decode())\n"
+        "except AuthorityError as error: print(error.message)\n"
+    )
+    leader, follower = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "BIRTHMARK_PASSPHRASE"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=follower,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(follower)
+    shown = b""
+    first, second = typed.split(b"\n")[:2]
+    for prompt, answer in ((b"Passphrase of the CA: ", first), (b"The same again: ", second)):
+        while prompt not in shown:
+            shown += os.read(leader, 1024)
+        os.write(leader, answer + b"\n")
+    assert process.stdout is not None
+    told = process.stdout.read().decode()
+    assert process.wait(timeout=30) == 0
+    process.stdout.close()
+    os.close(leader)
+    assert ends in told
+    assert b"horse" not in shown
+
+
+def test_no_command_takes_it_as_an_argument() -> None:
+    for words in (["init"], ["crl"], ["revoke", "x", "--reason", "lost"], ["issue-operator", "x"]):
+        parsed = parser().parse_args(words)
+        taken = {name for name in vars(parsed) if "pass" in name}
+        assert taken <= {"passphrase_fd", "root_passphrase_fd"}
+        assert taken

@@ -1,0 +1,131 @@
+"""`station.toml`: read strictly, edited without losing what a person wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from birthmark.device.errors import ConfigurationError
+from birthmark.provisioning.settings import (
+    BrokerDefaults,
+    Gateway,
+    Lifetimes,
+    Settings,
+    add_gateway,
+    read_settings,
+    remove_gateway,
+)
+
+BY_PATH = Gateway("gateway-1", crl_path=Path("/etc/broker/crl.pem"))
+BY_MQTT = Gateway("gateway-2.example", host="192.0.2.7", port=8884, operator_path=Path("/home/a/alice.pem"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "station.toml"
+    path.write_text(Settings('Acme "Sensors" \\ Söhne').to_toml())
+    return path
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    settings = Settings(
+        "Acme",
+        default_role="camera",
+        lifetimes=Lifetimes(10, 20, 30),
+        broker=BrokerDefaults("gateway-1.example", 1883, 10),
+        gateways=(BY_PATH, BY_MQTT),
+    )
+    path = tmp_path / "station.toml"
+    path.write_text(settings.to_toml())
+    assert read_settings(path) == settings
+
+
+@given(st.text(min_size=1, max_size=64).filter(lambda text: text.strip() and text.isprintable()))
+def test_any_printable_organization_survives(tmp_path_factory: pytest.TempPathFactory, organization: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "organization.toml"
+    path.write_text(Settings(organization).to_toml(), encoding="utf-8")
+    assert read_settings(path).organization == organization
+
+
+def test_gateways_come_and_go_and_comments_stay(path: Path) -> None:
+    path.write_text(path.read_text() + "\n# a person's remark\n")
+    before = path.read_text()
+    add_gateway(path, BY_PATH)
+    with path.open("a") as file:
+        file.write("# beside the second\n")
+    add_gateway(path, BY_MQTT)
+    assert read_settings(path).gateways == (BY_PATH, BY_MQTT)
+    assert path.read_text().startswith(before)
+    remove_gateway(path, "GATEWAY-1")
+    assert read_settings(path).gateways == (BY_MQTT,)
+    assert "a person's remark" in path.read_text()
+    remove_gateway(path, BY_MQTT.name)
+    assert read_settings(path).gateways == ()
+    assert path.read_text() == before
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_gateway_in_the_middle_of_the_file_can_be_removed(path: Path) -> None:
+    path.write_text(BY_PATH.to_toml() + "\n[station]\norganization = 'Acme'\n\n" + BY_MQTT.to_toml())
+    remove_gateway(path, BY_PATH.name)
+    assert read_settings(path).gateways == (BY_MQTT,)
+    assert read_settings(path).organization == "Acme"
+
+
+def test_names_of_gateways_are_unique(path: Path) -> None:
+    add_gateway(path, BY_PATH)
+    before = path.read_text()
+    with pytest.raises(ConfigurationError, match="one of that name"):
+        add_gateway(path, Gateway("Gateway-1", crl_path=Path("/x")))
+    with pytest.raises(ConfigurationError, match="none of that name"):
+        remove_gateway(path, "gateway-9")
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("x = ", "line 1"),
+        ("", "'organization' in \\[station\\] is missing"),
+        ("[station]\norganization = 7", "no text"),
+        ("[station]\norganization = ' '", "organization"),
+        ("[station]\norganization = 'A\\u001b'", "line 2|organization"),
+        (f"[station]\norganization = '{'x' * 65}'", "64"),
+        ("[station]\norganization = 'A'\ncolour = 'blue'", "'colour' in \\[station\\] is unknown"),
+        ("[station]\norganization = 'A'\n[other]\nx = 1", "'other' is unknown"),
+        ("[station]\norganization = 'A'\ndefault_role = 'operator'", "reserved"),
+        ("[station]\norganization = 'A'\ndefault_role = 'a b'", "role"),
+        ("[station]\norganization = 'A'\n[lifetimes_days]\ndevice = 0", "lifetimes"),
+        ("[station]\norganization = 'A'\n[lifetimes_days]\ndevice = true", "whole number"),
+        ("[station]\norganization = 'A'\n[broker]\nport = 65536", "65536"),
+        ("[station]\norganization = 'A'\n[broker]\nkeepalive_s = 0", "keepalive"),
+        ("[station]\norganization = 'A'\n[broker]\nhost = 'a/b'", "broker name"),
+        ("station = 3", "no table"),
+        ("gateway = 3\n[station]\norganization = 'A'", "gateway"),
+        ("[station]\norganization = 'A'\n[[gateway]]\nname = 'g'", "either a path or a broker"),
+        ("[station]\norganization = 'A'\n[[gateway]]\nname = 'g'\nhost = 'h'", "either a path or a broker"),
+        ("[station]\norganization = 'A'\n[[gateway]]\nname = '#'\ncrl_path = '/x'", "broker name"),
+        ("[station]\norganization = 'A'\n[[gateway]]\ncrl_path = '/x'", "'name' in \\[gateway\\] is missing"),
+        ("[station]\norganization = 'A'\n[[gateway]]\nname = 'g'\ncrl_path = '/x'\nx = 1", "'x' in \\[gateway\\]"),
+        ("[station]\norganization = 'A'\n[[gateway]]\nname='g'\nhost='h'\noperator='o'\nport=0", "port"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_its_place(path: Path, text: str, cause: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=cause) as caught:
+        read_settings(path)
+    assert str(path) in caught.value.message
+    assert caught.value.message.isprintable()
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not there"):
+        read_settings(tmp_path / "none.toml")
+    with pytest.raises(ConfigurationError, match="directory"):
+        read_settings(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b"\xff")
+    with pytest.raises(ConfigurationError, match="UTF-8"):
+        read_settings(tmp_path / "latin.toml")
