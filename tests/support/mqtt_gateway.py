@@ -62,25 +62,14 @@ def policy(text: bytes = POLICY_TOML) -> Policy:
 
 
 @dataclass
-class RunningGateway:
-    """What tests talk to."""
+class World:
+    """A broker on loopback with a test PKI, and the clients that tests open to it."""
 
     folder: Path
     pki: Pki
-    broker: GatewayBroker
-    loop: asyncio.AbstractEventLoop
     port: int
-    revoked: set[int]
     clients: list[RawClient] = field(default_factory=list)
     _contexts: dict[str, ssl.SSLContext] = field(default_factory=dict)
-
-    def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Call something of the broker in its own thread."""
-
-        async def run() -> T:
-            return function(*arguments, **named)
-
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
     def context(self, name: str = "sensor-1", role: str = "device", **options: Any) -> ssl.SSLContext:
         """The TLS context of an identity, issued when first asked for."""
@@ -94,7 +83,7 @@ class RunningGateway:
         return client_context(path, self.folder / "root.pem", **options)
 
     def open(self, context: ssl.SSLContext, **options: Any) -> RawClient:
-        """A TLS connection; closed when the gateway stops."""
+        """A TLS connection; closed when the world ends."""
         client = RawClient.connect(self.port, context, **options)
         self.clients.append(client)
         return client
@@ -105,6 +94,27 @@ class RunningGateway:
         """A client that has connected; options are those of CONNECT."""
         client_id = options.pop("client_id", name)
         return self.open(self.context(name, role)).handshake(connect(client_id, **options), present=present)
+
+    def close_clients(self) -> None:
+        for client in self.clients:
+            client.close()
+
+
+@dataclass(kw_only=True)
+class RunningGateway(World):
+    """Our broker, in a thread of this process."""
+
+    broker: GatewayBroker
+    loop: asyncio.AbstractEventLoop
+    revoked: set[int]
+
+    def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call something of the broker in its own thread."""
+
+        async def run() -> T:
+            return function(*arguments, **named)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until something is true in the broker's thread."""
@@ -196,12 +206,12 @@ def running_gateway(
     if failures:
         thread.join()
         raise failures[0]
-    gateway = RunningGateway(folder, pki, started[0], loops[0], started[0].addresses[0][1], revoked)
+    port = started[0].addresses[0][1]
+    gateway = RunningGateway(folder, pki, port, broker=started[0], loop=loops[0], revoked=revoked)
     try:
         yield gateway
     finally:
-        for client in gateway.clients:
-            client.close()
+        gateway.close_clients()
         gateway.loop.call_soon_threadsafe(stop[0].set)
         thread.join(10)
         assert not thread.is_alive(), "the gateway did not stop"
