@@ -224,7 +224,8 @@ class Client:
             LocalProtocolError: MQTT has no such topic, payload or quality of service.
             UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
         """
-        acknowledgement = self._worker.publish(Outgoing(topic, as_bytes(payload), qos, retain))
+        acknowledgement = self._worker.publications.add(Outgoing(topic, as_bytes(payload), qos, retain))
+        self._worker.wake()
         if wait is not None:
             acknowledgement.wait(wait)
         return acknowledgement
@@ -253,7 +254,8 @@ class Client:
                 f"could not subscribe to {escaped(topic_filter)}: the quality of service is 0 or 1"
             )
         self._handlers = [*self._handlers, (topic_filter, handler)]
-        acknowledgement = self._worker.subscribe(topic_filter, qos)
+        acknowledgement = self._worker.subscriptions.add(topic_filter, qos)
+        self._worker.wake()
         if wait is not None:
             acknowledgement.wait(wait)
         return acknowledgement
@@ -261,7 +263,8 @@ class Client:
     def unsubscribe(self, topic_filter: str) -> None:
         """Take every handler of this filter away, and tell the broker."""
         self._handlers = [entry for entry in self._handlers if entry[0] != topic_filter]
-        self._worker.unsubscribe(topic_filter)
+        self._worker.subscriptions.remove(topic_filter)
+        self._worker.wake()
 
     def on(self, topic_filter: str, *, qos: int = 1) -> Callable[[MessageHandler], MessageHandler]:
         """Decorate a handler for a filter; see `subscribe`."""

@@ -20,15 +20,14 @@ from birthmark.device import connection_errors as say
 from birthmark.device import presence
 from birthmark.device.connection_errors import Check, Circumstances
 from birthmark.device.errors import RefusedError, UnreachableError
-from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, SubscriptionDenied
 from birthmark.device.mqtt import MqttLink
-from birthmark.device.publication import Acknowledgement
+from birthmark.device.outbound import Publications, Subscriptions
 from birthmark.device.server_probe import seen_at
 from birthmark.device.tls import device_context
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from birthmark.device.backoff import RetryTimer
@@ -36,12 +35,9 @@ if TYPE_CHECKING:
     from birthmark.device.dispatch import Dispatcher
     from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.mqtt import Ending
-    from birthmark.device.publication import Outgoing
     from birthmark.device.received import Message
     from birthmark.device.tls import DeviceSocket
 
-MAX_UNACKNOWLEDGED = 10_000
-"""Messages kept for a broker that is not there or does not answer."""
 MAX_WAIT_S = 60.0
 """The longest wait for something to happen; the link looks at its keepalive more often than that."""
 SHORTEST_LEAVE_S = 0.5
@@ -100,17 +96,13 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         # Guarded by `_changed`: other threads put in, the worker takes out.
-        self._filters: dict[str, tuple[int, Acknowledgement]] = {}
-        self._new_filters: set[str] = set()
-        self._dropped_filters: set[str] = set()
-        self._unsent: deque[tuple[Outgoing, Acknowledgement]] = deque()
-        self._unacknowledged: dict[int, tuple[Outgoing, Acknowledgement]] = {}
+        self.publications = Publications(self._changed)
+        self.subscriptions = Subscriptions(self._changed)
         self._handled: deque[tuple[int, int]] = deque()
         self._online = False
         self._stop_at: float | None = None
         self._last_error: ConnectionFailedError | None = None
         # The worker's own.
-        self._asked: dict[int, list[str]] = {}
         self._connection = 0
         self._session_present = False
 
@@ -127,44 +119,6 @@ class Worker:
         """Start connecting."""
         self._thread = threading.Thread(target=self._run, name=f"birthmark-{self._client_id}", daemon=True)
         self._thread.start()
-
-    def publish(self, outgoing: Outgoing) -> Acknowledgement:
-        """Queue a message; it goes out when there is a connection.
-
-        Raises:
-            UnreachableError: too many wait already, or the client has stopped.
-        """
-        what = f"publish to {escaped(outgoing.topic)}"
-        acknowledgement = Acknowledgement(what)
-        with self._changed:
-            if self._stop_at is not None:
-                raise UnreachableError(f"could not {what}: the client has stopped")
-            if len(self._unsent) + len(self._unacknowledged) >= MAX_UNACKNOWLEDGED:
-                raise UnreachableError(
-                    f"could not {what}: {MAX_UNACKNOWLEDGED} messages wait for the broker already",
-                    hint="publish less, or wait for acknowledgements",
-                )
-            self._unsent.append((outgoing, acknowledgement))
-        self._link.wake()
-        return acknowledgement
-
-    def subscribe(self, topic_filter: str, qos: int) -> Acknowledgement:
-        """Ask for a filter, now if there is a connection, and after each connect."""
-        acknowledgement = Acknowledgement(f"subscribe to {escaped(topic_filter)}")
-        with self._changed:
-            self._filters[topic_filter] = (qos, acknowledgement)
-            self._new_filters.add(topic_filter)
-            self._dropped_filters.discard(topic_filter)
-        self._link.wake()
-        return acknowledgement
-
-    def unsubscribe(self, topic_filter: str) -> None:
-        """Ask for a filter no more."""
-        with self._changed:
-            if self._filters.pop(topic_filter, None) is not None:
-                self._new_filters.discard(topic_filter)
-                self._dropped_filters.add(topic_filter)
-        self._link.wake()
 
     def wait_for_first(self, timeout_s: float) -> None:
         """Wait until connected, at least until the first attempt has ended.
@@ -189,11 +143,10 @@ class Worker:
         deadline = time.monotonic() + timeout_s
         if self._has_presence and self._online:
             with contextlib.suppress(UnreachableError):
-                self.publish(presence.goodbye(self._credentials.device_id, self._now()))
+                self.publications.add(presence.goodbye(self._credentials.device_id, self._now()))
+                self.wake()
         with self._changed:
-            self._changed.wait_for(
-                lambda: not self._online or not (self._unsent or self._unacknowledged), timeout=timeout_s
-            )
+            self._changed.wait_for(lambda: not self._online or self.publications.is_empty, timeout=timeout_s)
             self._stop_at = max(deadline, time.monotonic() + SHORTEST_LEAVE_S)
             self._changed.notify_all()
         self._link.wake()
@@ -217,7 +170,6 @@ class Worker:
     def _connect_and_serve(self) -> tuple[ConnectionFailedError | None, float]:
         """Return why the connection ended (None: we were stopped) and how long it held."""
         self._connection += 1
-        self._asked.clear()
         will = presence.last_will(self._credentials.device_id, self._now()) if self._has_presence else None
         try:
             opened = self._link.open(will)
@@ -304,51 +256,26 @@ class Worker:
     def _go_offline(self) -> None:
         with self._changed:
             self._online = False
-            # QoS 0 is sent once or not at all (MQTT 3.1.1 §4.3.1).
-            lost = [packet_id for packet_id, (sent, _) in self._unacknowledged.items() if sent.qos == 0]
-            for packet_id in lost:
-                sent, acknowledgement = self._unacknowledged.pop(packet_id)
-                acknowledgement.settle(
-                    UnreachableError(
-                        f"could not publish to {escaped(sent.topic)}: the connection was lost before it left"
-                    )
-                )
-            self._changed.notify_all()
+            self.publications.connection_lost()
 
     def _send_what_waits(self) -> None:
         with self._changed:
             handled, self._handled = self._handled, deque()
-            unsent, self._unsent = self._unsent, deque()
-            dropped, self._dropped_filters = self._dropped_filters, set()
-            new, self._new_filters = self._new_filters, set()
-            # Under the lock, so that whoever waits for all acknowledgements never sees neither.
-            for outgoing, acknowledgement in unsent:
-                self._unacknowledged[self._link.publish(outgoing)] = (outgoing, acknowledgement)
         for connection, packet_id in handled:
             if connection == self._connection:
                 self._link.acknowledge(packet_id)
-        for topic_filter in dropped:
+        self.publications.send_unsent(self._link.publish)
+        for topic_filter in self.subscriptions.take_dropped():
             self._link.unsubscribe(topic_filter)
-        self._ask_for(new)
-
-    def _ask_for(self, filters: Iterable[str]) -> None:
-        asked = [name for name in filters if name in self._filters]
-        if asked:
-            self._asked[self._link.subscribe([(name, self._filters[name][0]) for name in asked])] = asked
+        self.subscriptions.ask_for_new(self._link.subscribe)
 
     def _end(self) -> None:
         self._link.release()
         with self._changed:
             self._online = False
             self._stop_at = self._stop_at or time.monotonic()
-            given_up = [acknowledgement for _, acknowledgement in (*self._unsent, *self._unacknowledged.values())]
-            given_up += [acknowledgement for _, acknowledgement in self._filters.values()]
-            for acknowledgement in given_up:
-                acknowledgement.settle(
-                    UnreachableError(f"could not {acknowledgement.what}: the client stopped first")
-                )
-            self._unsent.clear()
-            self._unacknowledged.clear()
+            self.publications.close()
+            self.subscriptions.close()
             self._changed.notify_all()
 
     # `mqtt.Listener`: called within `turn`.
@@ -356,14 +283,11 @@ class Worker:
     def mqtt_connected(self, *, session_present: bool) -> None:
         """CONNACK 0: subscribe and say that we are here, before paho sends again what was not acknowledged."""
         self._session_present = session_present
-        with self._changed:
-            self._new_filters.clear()
-            filters = list(self._filters)
-        self._ask_for(filters)
+        self.subscriptions.ask_for_all(self._link.subscribe)
         if self._has_presence:
-            here = presence.online(self._credentials.device_id, self._now())
-            with self._changed:
-                self._unacknowledged[self._link.publish(here)] = (here, Acknowledgement("say that we are online"))
+            self.publications.send_now(
+                presence.online(self._credentials.device_id, self._now()), self._link.publish
+            )
 
     def mqtt_message(self, packet_id: int, message: Message) -> None:
         """Hand a message to the dispatcher; it is acknowledged when its callbacks have run."""
@@ -382,25 +306,16 @@ class Worker:
 
     def mqtt_published(self, packet_id: int) -> None:
         """Settle a message of ours."""
-        with self._changed:
-            _, acknowledgement = self._unacknowledged.pop(packet_id, (None, None))
-            self._changed.notify_all()
-        if acknowledgement is not None:
-            acknowledgement.settle()
+        self.publications.acknowledged(packet_id)
 
     def mqtt_subscribed(self, packet_id: int, granted: Sequence[bool]) -> None:
         """Settle a subscription, filter by filter."""
-        for name, is_granted in zip(self._asked.pop(packet_id, ()), granted, strict=False):
-            with self._changed:
-                _, acknowledgement = self._filters.get(name, (0, None))
-            if is_granted:
-                error = None
-            else:
-                error = RefusedError(
-                    f"could not subscribe to {escaped(name)} as {self._client_id}: the broker's policy denies it",
+        for topic_filter, acknowledgement in self.subscriptions.answered(packet_id, granted):
+            self._dispatcher.tell(SubscriptionDenied(topic_filter))
+            acknowledgement.settle(
+                RefusedError(
+                    f"could not {acknowledgement.what} as {self._client_id}: the broker's policy denies it",
                     f"`birthmark-broker policy explain {self._credentials.device_id} subscribe FILTER` says why",
                     Check.NOT_AUTHORISED,
                 )
-                self._dispatcher.tell(SubscriptionDenied(name))
-            if acknowledgement is not None:
-                acknowledgement.settle(error)
+            )
