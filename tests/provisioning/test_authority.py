@@ -33,15 +33,16 @@ def test_nothing_is_signed_that_is_not_recorded(station: Station, change: str) -
     row = keyed_row(station, "sensor-1")
     assert row.public_key_der is not None
     assert row.cert_serial is not None
-    arguments = {
-        "name": "sensor-2" if change == "name" else row.name,
-        "role": "camera" if change == "role" else row.role,
-        "public_key_der": public_key_der() if change == "key" else row.public_key_der,
-    }
     serial = station.authority.new_cert_serial() if change == "serial" else row.cert_serial
     issuing = station.authority.issue_service if change == "kind" else station.authority.issue_device
     with pytest.raises(AuthorityError, match="not recorded"):
-        issuing(**arguments, cert_serial=serial, now=station.clock())
+        issuing(
+            name="sensor-2" if change == "name" else row.name,
+            role="camera" if change == "role" else row.role,
+            public_key_der=public_key_der() if change == "key" else row.public_key_der,
+            cert_serial=serial,
+            now=station.clock(),
+        )
 
 
 @pytest.mark.parametrize("state", [State.ISSUED, State.ATTESTED, State.VOID])

@@ -32,8 +32,8 @@ def test_revoke_waits_for_the_gateways_word(birthmark: Command, living: Station)
         assert answer.exit_code == 0, answer
         assert answer.stderr == ""
         assert answer.stdout.splitlines()[1] == (
-            "  gateway-1: CRL 2 installed in 4.2 ms: handshakes refused; sensor-17: 1 live session closed in 3.0 ms, "
-            "will suppressed, queue purged (2 messages), presence cleared"
+            "  gateway-1: CRL 2 installed in 4.2 ms: handshakes refused; sensor-17: 1 live session closed "
+            "in 3.0 ms, will suppressed, queue purged (2 messages), presence cleared"
         )
         again = birthmark("revoke", "sensor-17", "--reason", "lost", "--json")
     assert again.exit_code == 0

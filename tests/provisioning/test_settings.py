@@ -88,11 +88,11 @@ def test_names_of_gateways_are_unique(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "cause"),
     [
-        ("x = ", "line 1"),
+        ("\nx = = 1", "line 2"),
         ("", "'organization' in \\[station\\] is missing"),
         ("[station]\norganization = 7", "no text"),
         ("[station]\norganization = ' '", "organization"),
-        ("[station]\norganization = 'A\\u001b'", "line 2|organization"),
+        ('[station]\norganization = "A\\u001b"', "organization"),
         (f"[station]\norganization = '{'x' * 65}'", "64"),
         ("[station]\norganization = 'A'\ncolour = 'blue'", "'colour' in \\[station\\] is unknown"),
         ("[station]\norganization = 'A'\n[other]\nx = 1", "'other' is unknown"),

@@ -76,7 +76,7 @@ def test_processes_at_once_lose_nothing(registry: TinyRegistry, tmp_path: Path) 
 
 @pytest.mark.proof
 @pytest.mark.parametrize(
-    ("scenario", "stride", "at_least"), [("write", 3, 40), ("init", 23, 15), ("issue", 9, 25), ("revoke", 6, 20)]
+    ("scenario", "stride", "at_least"), [("write", 5, 25), ("init", 43, 10), ("issue", 17, 15), ("revoke", 11, 12)]
 )
 def test_a_kill_at_any_step_loses_nothing(tmp_path: Path, scenario: str, stride: int, at_least: int) -> None:
     stride = 1 if WHOLE else stride

@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -19,6 +19,8 @@ from birthmark.device.messages import ClosedIdentity, Receipt
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+Outcome = Literal["installed", "current", "refused"]
 
 CLOSED = ClosedIdentity(
     id="sensor-17",
@@ -31,9 +33,11 @@ CLOSED = ClosedIdentity(
 )
 
 
-def receipt_for(crl_der: bytes, *, outcome: str = "installed", closed: tuple[ClosedIdentity, ...] = ()) -> Receipt:
+def receipt_for(
+    crl_der: bytes, *, outcome: Outcome = "installed", closed: tuple[ClosedIdentity, ...] = ()
+) -> Receipt:
+    """Return the receipt that a broker would give for this CRL."""
     crl = x509.load_der_x509_crl(crl_der)
-    assert outcome in ("installed", "current", "refused")
     return Receipt(
         gateway="gateway-1",
         outcome=outcome,
@@ -133,9 +137,12 @@ class MqttGateway:
             except TimeoutError:
                 continue
             accepted.settimeout(10)
-            with contextlib.suppress(OSError, EOFError), accepted:
-                with self._context.wrap_socket(accepted, server_side=True) as connection:
-                    self._talk(connection)
+            with (
+                contextlib.suppress(OSError, EOFError),
+                accepted,
+                self._context.wrap_socket(accepted, server_side=True) as connection,
+            ):
+                self._talk(connection)
 
     def _talk(self, connection: ssl.SSLSocket) -> None:
         while True:
