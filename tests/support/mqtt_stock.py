@@ -71,7 +71,8 @@ async def serve(folder: Path) -> None:
         if line.strip() == "new":
             brokers.append(Broker(config))
             await brokers[-1].start()
-            answer: Any = brokers[-1]._servers["default"].instance.sockets[0].getsockname()[1]
+            server: Any = brokers[-1]._servers["default"].instance
+            answer: Any = server.sockets[0].getsockname()[1]
         else:
             sessions = [session for session, _ in brokers[-1].sessions.values()]
             answer = [session.client_id for session in sessions if session.transitions.state == "connected"]

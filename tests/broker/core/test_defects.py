@@ -327,7 +327,9 @@ def subscribed_again_qos(world: World) -> int:
 
 def offline_retain(world: World, connected: Connected) -> bool:
     leave(world.client("free-1", clean=False).subscribed(("t", 1)), "free-1", connected)
+    watcher = world.client("free-3").subscribed(("t", 0))
     say(world.client("free-2"), "t", b"x")
+    watcher.read_delivery()  # so that the message is queued by now
     return world.client("free-1", clean=False, present=True).read_delivery().retain
 
 
