@@ -29,7 +29,7 @@ from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
 from birthmark.provisioning import profile
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
-from birthmark.provisioning.revocation import current_crl, mark_revoked, sign_and_store_crl
+from birthmark.provisioning.revocation import mark_revoked, sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.station import certificate_pem
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
     row, revoked = _issue(station, request, key_path)
     anchors, crl_path = out / BROKER_ANCHORS_FILE, out / BROKER_CRL_FILE
     write_durably(anchors, certificate_pem(station.issuing), mode=PUBLIC_FILE_MODE)
-    crl = current_crl(station) or sign_and_store_crl(station)
-    write_durably(crl_path, crl.pem, mode=PUBLIC_FILE_MODE)
+    write_durably(crl_path, up_to_date_crl(station).pem, mode=PUBLIC_FILE_MODE)
     return Issued(row, key_path, (key_path, anchors, crl_path), revoked)
 
 

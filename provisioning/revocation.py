@@ -130,10 +130,9 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
     """
     _revocable(station, name)
     with station.crl_lock():
-        crl = current_crl(station)
         rows = _revocable(station, name)
-        listed = crl is not None and all(row.is_revoked and row.cert_serial in crl.cert_serials for row in rows)
-        if crl is not None and listed and crl.next_update > station.clock():
+        crl = _fresh_crl(station)
+        if crl is not None and all(row.is_revoked for row in rows):
             return Revocation(tuple(rows), 0, crl)
         _ = station.authority  # a wrong passphrase must stop this before anything is changed
         newly = 0
@@ -145,6 +144,15 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         with station.registry.view() as view:
             rows = [row for row in view.named(name) if row.is_revoked]
     return Revocation(tuple(rows), newly, crl)
+
+
+def up_to_date_crl(station: Station) -> StoredCrl:
+    """Return the station's CRL; a new one if it is not complete, or past half of its life.
+
+    Raises:
+        AuthorityError: a new one is needed, and cannot be signed.
+    """
+    return _fresh_crl(station) or sign_and_store_crl(station)
 
 
 def sign_and_store_crl(station: Station) -> StoredCrl:
@@ -198,6 +206,16 @@ def current_crl(station: Station) -> StoredCrl | None:
         next_update=next_update,
         cert_serials=frozenset(entry.serial_number for entry in crl),
     )
+
+
+def _fresh_crl(station: Station) -> StoredCrl | None:
+    """Return the current CRL if it lists everything that is revoked and has more than half of its life left."""
+    crl = current_crl(station)
+    if crl is None or crl.next_update - station.clock() < profile.CRL_LIFETIME / 2:
+        return None
+    with station.registry.view() as view:
+        complete = all(row.cert_serial in crl.cert_serials for row in view.revoked())
+    return crl if complete else None
 
 
 def _revocable(station: Station, name: str) -> list[Row]:

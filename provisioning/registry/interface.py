@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from contextlib import AbstractContextManager
 
+    from birthmark.provisioning.audit import Head
     from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 
 
@@ -141,4 +142,11 @@ class Registry(Protocol):
 
         Raises:
             RegistryError: the registry cannot be read.
+        """
+
+    def audit_head(self) -> Head:
+        """Bring the audit log up to date, and return the number and hash that its last entry must have.
+
+        Raises:
+            RegistryError: registry or log cannot be used.
         """

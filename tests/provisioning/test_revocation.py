@@ -11,7 +11,7 @@ from support.station import NOON, PASSPHRASE, Clock, enrolled_row, keyed_row
 
 from birthmark.device.errors import AuthorityError, RegistryError
 from birthmark.provisioning import audit
-from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import (
     REASONS,
@@ -20,6 +20,7 @@ from birthmark.provisioning.revocation import (
     revoke,
     sign_and_store_crl,
     sign_root_crl,
+    up_to_date_crl,
 )
 from birthmark.provisioning.station import Station
 
@@ -168,6 +169,20 @@ def test_unknown_and_uncertified_names(station: Station) -> None:
         transaction.insert(kind=Kind.DEVICE, name="sensor-1", role="sensor", hwid=b"1234", txn=bytes(16))
     with pytest.raises(RegistryError, match="no certificate yet"):
         revoke(station, "sensor-1", LOST)
+
+
+def test_a_gateway_is_given_a_crl_with_half_of_its_life_left(station: Station, clock: Clock) -> None:
+    first = up_to_date_crl(station)
+    clock.advance(days=14)
+    assert up_to_date_crl(station) == first
+    clock.advance(days=2)
+    issue_broker(station, ["localhost"], station.folder.parent / "gateway")
+    given = x509.load_pem_x509_crl((station.folder.parent / "gateway" / "crl.pem").read_bytes())
+    assert given.next_update_utc == clock.now + timedelta(days=30)
+    row = enrolled_row(station, "sensor-1")
+    with station.registry.transaction() as transaction:
+        transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="superseded"))
+    assert up_to_date_crl(station).cert_serials == {row.cert_serial}
 
 
 def test_a_revocation_that_was_not_signed_is_on_the_next_crl(station: Station) -> None:
