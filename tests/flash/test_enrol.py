@@ -471,7 +471,7 @@ FURTHEST = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(kind=st.sampled_from(ANSWERED), payload=st.binary(max_size=200), is_error=st.booleans())
 def test_no_made_up_answer_moves_the_journal(
     tmp_path_factory: pytest.TempPathFactory, kind: MessageType, payload: bytes, *, is_error: bool

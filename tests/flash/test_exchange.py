@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.agent_vectors import section, vectors
 from support.board import Board
@@ -239,6 +239,7 @@ def test_naks_cannot_multiply_a_request() -> None:
     assert len(line.sent) <= timers.NAKS + timers.TRIES
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=20))
 def test_any_bytes_in_only_our_own_errors_out(pieces: list[bytes]) -> None:
     line = VirtualLine()
@@ -248,6 +249,7 @@ def test_any_bytes_in_only_our_own_errors_out(pieces: list[bytes]) -> None:
         ask(line)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.sampled_from([0x81, 0xFF, 0xFD, 0xFE]))
 def test_any_payload_in_only_our_own_errors_out(payload: bytes, kind: int) -> None:
     line = VirtualLine()

@@ -344,6 +344,45 @@ def test_a_login_on_the_port(commanded: Commanded, station: Station, cable: Cabl
     assert rows_of(station, "nobody") == []
 
 
+@pytest.mark.parametrize(
+    ("number", "after_bytes"),
+    [
+        (signal.SIGKILL, 45),
+        (signal.SIGKILL, 900),
+        (signal.SIGKILL, 1900),
+        (signal.SIGINT, 130),
+        (signal.SIGINT, 1900),
+    ],
+)
+def test_the_command_is_stopped_in_the_middle(
+    station: Station, cable: Cable, tmp_path: Path, number: signal.Signals, after_bytes: int
+) -> None:
+    name = f"stopped-{number}-{after_bytes}"
+    process: list[subprocess.Popen[str]] = []
+
+    def stop(data: bytes) -> bytes:
+        if len(cable.passed_to_device) >= after_bytes and process and process[0].poll() is None:
+            process[0].send_signal(number)
+            process[0].wait()
+        return data
+
+    cable.to_device = stop
+    with AgentThread(tmp_path / "state", os.urandom(8), cable.device_path):
+        command = flash_command("--port", cable.station_path, "--id", name)
+        started = subprocess.Popen(
+            command, env=environment(station), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.append(started)
+        _, err = started.communicate(timeout=60)
+        assert started.returncode == (-signal.SIGKILL if number is signal.SIGKILL else 130)
+        assert err == ""
+        before = rows_of(station, name)
+        row = session(station, cable.station_path, name, KeyMode.ON_DEVICE, lambda _: None).run()
+    assert rows_of(station, name) == [(State.ATTESTED, row.cert_serial)]
+    if before and before[0][1] is not None:
+        assert row.cert_serial == before[0][1]
+
+
 def test_every_enrollment_is_in_the_audit_log(station: Station, cable: Cable, tmp_path: Path) -> None:
     with AgentThread(tmp_path / "state", os.urandom(8), cable.device_path):
         row = session(station, cable.station_path, "audited", KeyMode.ON_DEVICE, lambda _: None).run()
