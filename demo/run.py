@@ -44,6 +44,10 @@ def main() -> int:
     exit_code = 1
     try:
         exit_code = play(stage, Narrator(as_json=as_json))
+    except BrokenPipeError:
+        # Whoever listened has gone (`make demo | head`): the play is over, and that is nobody's fault.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_code = INTERRUPTED
     finally:
         stage.stop()
         if exit_code != 1:

@@ -124,10 +124,7 @@ class Now:
     import six
 """
     seen = {
-        alias.name
-        for node in at_import(ast.parse(source))
-        if isinstance(node, ast.Import)
-        for alias in node.names
+        alias.name for node in at_import(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
     }
     assert seen == {"one", "three", "four", "six"}
 

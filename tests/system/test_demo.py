@@ -57,9 +57,10 @@ class Demo:
         for line in self.process.stdout:
             yield json.loads(line)
 
-    def end(self, *, timeout_s: float = 90) -> str:
-        _, errors = self.process.communicate(timeout=timeout_s)
-        return errors
+    def end(self, *, timeout_s: float = 90) -> tuple[str, str]:
+        """What it still said, on stdout and on stderr."""
+        output, errors = self.process.communicate(timeout=timeout_s)
+        return output, errors
 
     def processes(self) -> list[str]:
         """The command lines of what is left running of it."""
@@ -86,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 def test_every_step_is_observed_and_nothing_is_left(folder: Path) -> None:
     demo = Demo(folder)
     records = list(demo.records())
-    errors = demo.end()
+    _, errors = demo.end()
     assert (demo.process.returncode, errors) == (0, ""), records[-1]
     steps = [record for record in records if record["event"] == "step"]
     assert [record["step"] for record in steps] == STEPS
@@ -107,8 +108,9 @@ def interrupted(folder: Path, step: str, number: signal.Signals) -> None:
     time.sleep(random.random() * 0.3)
     demo.process.send_signal(number)
     demo.process.send_signal(number)  # impatient: a second one must not break the cleaning up
-    errors = demo.end(timeout_s=30)
-    assert (demo.process.returncode, errors) == (130, "")
+    output, errors = demo.end(timeout_s=30)
+    assert (demo.process.returncode, errors) == (130, ""), output
+    assert json.loads(output.splitlines()[-1]) == {"event": "interrupted"}
     assert demo.processes() == []
     assert list(folder.iterdir()) == []
 

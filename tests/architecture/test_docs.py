@@ -1,0 +1,62 @@
+"""What the documentation points at is there: files, headings, tests, modules."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support.repository import ROOT, tracked
+
+PAGES = [path for path in tracked() if path.endswith(".md")]
+LINK = re.compile(r"\]\((?!https?://)([^)\s]*)\)")
+
+
+def prose(page: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in LINK.findall(prose(page)):
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(str(file.relative_to(ROOT))), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_and_modules_named_exist(page: str) -> None:
+    text = prose(page)
+    sources = "\n".join(
+        (ROOT / path).read_text(encoding="utf-8")
+        for path in tracked()
+        if path.startswith("tests/") and path.endswith(".py")
+    )
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in sources, f"{page} names {name}"
+    for path in re.findall(
+        r"`((?:tests|device|broker|provisioning|firmware_sim|demo|deploy|bench)/[\w/.-]*)`", text
+    ):
+        assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_every_page_is_reachable_from_the_readme() -> None:
+    seen: set[str] = set()
+    waiting = ["README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in seen or not page.endswith(".md"):
+            continue
+        seen.add(page)
+        targets = (link.partition("#")[0] for link in LINK.findall(prose(page)))
+        waiting += [
+            str(((ROOT / page).parent / target).resolve().relative_to(ROOT)) for target in targets if target
+        ]
+    assert {page for page in PAGES if not page.startswith("docs/adr/")} <= seen
