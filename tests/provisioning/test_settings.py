@@ -20,7 +20,7 @@ from birthmark.provisioning.settings import (
 )
 
 BY_PATH = Gateway("gateway-1", crl_path=Path("/etc/broker/crl.pem"))
-BY_MQTT = Gateway("gateway-2.example", host="192.0.2.7", port=8884, operator_path=Path("/home/a/alice.pem"))
+BY_MQTT = Gateway("gateway-2.example", host="192.0.2.7", port=8884, operator_path=Path("/srv/alice.pem"))
 
 
 @pytest.fixture
