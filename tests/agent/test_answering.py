@@ -154,6 +154,16 @@ def test_busy_is_out_before_the_work_begins(bench: Bench) -> None:
     assert bench.agent.busy() == b""
 
 
+def test_work_that_is_given_up_is_not_done_and_can_be_asked_for_again(bench: Bench) -> None:
+    request = frame(KEYGEN, 1, SID, cbor2.dumps({1: TXN}, canonical=True))
+    answers = bench.agent.receive(request)
+    next(answers)
+    answers.close()  # as a driver does whose port is gone
+    assert bench.agent.busy() == b""
+    assert bench.files() == {}
+    assert [answer[0] for answer in answers_in(bench.send(request))] == [BUSY, KEYGEN | 0x80]
+
+
 def test_a_bad_run_gets_a_nak_but_one_in_30_ms(bench: Bench) -> None:
     nak = (NAK, 0, 0, b"")
     assert answers_in(bench.send(BAD_RUN)) == [nak]

@@ -206,6 +206,9 @@ def test_what_is_answered_is_durable(tmp_path: Path) -> None:
     assert commit[:3] == ["replace", "open", "fsync"]
     assert set(commit[3:]) <= {"unlink", "open", "fsync"}
     assert "write" not in commit
+    # A repeated COMMIT makes sure once more: the first answer may have been STORE, after the rename.
+    again = storage_calls(lambda: station.commit(TXN, enrollment.bundle))
+    assert again[-2:] == ["open", "fsync"]
 
 
 def test_a_full_disk_at_keygen(tmp_path: Path) -> None:
