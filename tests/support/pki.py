@@ -159,12 +159,14 @@ class Authority:
         authority_key_id: bytes | Literal["profile"] | None = "profile",
         extra: Iterable[tuple[x509.ExtensionType, bool]] = (),
         cert_serial: int | None = None,
+        cert_serial_der: bytes | None = None,
         algorithm_der: bytes = ECDSA_SHA256_DER,
         signer: Key | None = None,
     ) -> Issued:
         """Issue a certificate; every default follows the device profile.
 
-        A CN may be text (written as UTF8String) or `(tag, content)` for another ASN.1 type.
+        A CN may be text (written as UTF8String) or `(tag, content)` for another ASN.1 type; `cert_serial_der` is a
+        whole INTEGER, for numbers that the builder refuses.
         """
         key = key or new_key()
         builder = (
@@ -197,8 +199,11 @@ class Authority:
         attributes = [_attribute(_OID_O, "Test")]
         attributes += [_attribute(_OID_OU, ou) for ou in ous]
         attributes += [_attribute(_OID_CN, cn) for cn in cns]
-        subject = der(0x30, b"".join(attributes))
-        return Issued(key, _signed_again(draft, subject, algorithm_der, signer or self.key), self.chain)
+        fields = der_children(der_content(der_children(der_content(draft))[0]))
+        fields[1] = cert_serial_der or fields[1]
+        fields[2] = algorithm_der
+        fields[5] = der(0x30, b"".join(attributes))
+        return Issued(key, _signed(fields, algorithm_der, signer or self.key), self.chain)
 
     @property
     def chain(self) -> tuple[Authority, ...]:
@@ -359,9 +364,7 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _signed_again(draft: bytes, subject: bytes, algorithm_der: bytes, signer: Key) -> bytes:
-    fields = der_children(der_content(der_children(der_content(draft))[0]))
-    fields[2], fields[5] = algorithm_der, subject
+def _signed(fields: list[bytes], algorithm_der: bytes, signer: Key) -> bytes:
     tbs = der(0x30, b"".join(fields))
     digest: hashes.HashAlgorithm = hashes.SHA256()
     if algorithm_der == ECDSA_SHA1_DER:

@@ -228,6 +228,12 @@ def test_a_certificate_that_misses_the_profile(make: Callable[[Authority], Issue
     assert refusal(make(pki().issuing)).reason == reason
 
 
+@pytest.mark.parametrize("content", ["00", "ff", "81" + "00" * 19, "01" + "00" * 20, "7f" + "ff" * 24])
+def test_a_number_that_is_not_positive_or_too_long(content: str) -> None:
+    issued = pki().issuing.issue(cert_serial_der=der(0x02, bytes.fromhex(content)))
+    assert refusal(issued).reason in ("serial", "malformed")
+
+
 def test_an_unknown_extension_that_is_not_critical_is_let_in() -> None:
     unknown = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.55555.1"), b"\5\0")
     assert check_peer(pki().issuing.issue(extra=[(unknown, False)]).der, trust(), now())

@@ -168,6 +168,23 @@ def test_a_newer_file_closes_and_is_answered(settings: BrokerSettings) -> None:
     asyncio.run(main())
 
 
+def test_one_file_with_two_lists_reports_each_cas_own(settings: BrokerSettings) -> None:
+    second = Authority.create("Second Issuing CA", parent=PKI.root)
+    settings.clients_ca_path.write_bytes(PKI.issuing.pem + second.pem)
+    settings.crl_path.write_bytes(crl_pem(PKI.issuing.crl(number=1)) + crl_pem(second.crl(number=1)))
+
+    async def main() -> None:
+        one, other = peer_of("one"), peer_of("other", second)
+        async with running(settings, one, other) as (_, recorder):
+            lists = PKI.issuing.crl([one.cert_serial], number=2), second.crl([other.cert_serial], number=2)
+            replace(settings.crl_path, b"".join(crl_pem(crl_der) for crl_der in lists))
+            await until(lambda: len(recorder.receipts()) == 2)
+            closed = {receipt.issuer: [entry.id for entry in receipt.closed] for receipt in recorder.receipts()}
+            assert closed == {PKI.issuing.issuer_id: ["one"], second.issuer_id: ["other"]}
+
+    asyncio.run(main())
+
+
 def test_the_same_file_again_gets_a_receipt_again(settings: BrokerSettings) -> None:
     async def main() -> None:
         async with running(settings):

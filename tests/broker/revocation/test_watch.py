@@ -1,0 +1,77 @@
+"""When a watched file has changed, and when it has come to rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from birthmark.broker.watch import WatchedFiles
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+async def nothing() -> None:
+    """What is done about a change is another test's matter."""
+
+
+def watched(*paths: Path) -> WatchedFiles:
+    return WatchedFiles(paths, nothing)
+
+
+def test_no_change_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("1")
+    files = watched(path)
+    assert not files.has_changed()
+    assert not files.has_changed()
+
+
+def test_a_file_that_is_replaced_is_taken_at_once_and_once(tmp_path: Path) -> None:
+    path, new = tmp_path / "a", tmp_path / "b"
+    path.write_text("1")
+    files = watched(path)
+    new.write_text("1")
+    new.replace(path)
+    assert files.has_changed()
+    assert not files.has_changed()
+
+
+def test_a_file_written_in_place_is_taken_when_it_rests(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("1")
+    files = watched(path)
+    with path.open("a") as writer:
+        for _ in range(3):
+            writer.write("more")
+            writer.flush()
+            assert not files.has_changed()
+    assert files.has_changed()
+    assert not files.has_changed()
+
+
+def test_a_file_that_vanishes_is_no_change_and_one_that_appears_is(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("1")
+    files = watched(path)
+    path.unlink()
+    for _ in range(3):
+        assert not files.has_changed()
+    path.write_text("1")
+    assert files.has_changed()
+
+
+def test_a_file_that_was_never_there_appears(tmp_path: Path) -> None:
+    files = watched(tmp_path / "a")
+    assert not files.has_changed()
+    (tmp_path / "a").write_text("1")
+    assert files.has_changed()
+
+
+def test_one_of_several_is_enough(tmp_path: Path) -> None:
+    one, other, new = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    one.write_text("1")
+    other.write_text("1")
+    files = watched(one, other)
+    new.write_text("2")
+    new.replace(other)
+    assert files.has_changed()
