@@ -265,6 +265,15 @@ def lost(error: OSError | None, around: Circumstances) -> ConnectionFailedError:
     )
 
 
+def broke_mqtt(around: Circumstances) -> UnreachableError:
+    """Say that a connection that was up ended because the broker did not keep to MQTT."""
+    return UnreachableError(
+        f"could not stay connected to {around.broker}: it sent what MQTT 3.1.1 does not know",
+        "look at the broker: its version, and what stands between it and this machine",
+        Check.MQTT,
+    )
+
+
 def fell_silent(keepalive_s: int, around: Circumstances) -> UnreachableError:
     """Say that a connection that was up got no answer to its pings."""
     return UnreachableError(

@@ -63,6 +63,8 @@ class Ending:
     """The first bytes the broker sent."""
     fell_silent: bool
     """Whether the keepalive ran out."""
+    broke_mqtt: bool = False
+    """Whether the broker sent what MQTT does not know."""
 
     @property
     def connack_code(self) -> int | None:
@@ -100,6 +102,8 @@ class MqttLink:
         self._socket: DeviceSocket | None = None
         self._connected = False
         self._fell_silent = False
+        self._broke_mqtt = False
+        self._is_cut = False
         self._wake_reader: socket.socket | None = None
         self._wake_writer: socket.socket | None = None
         self._paho = client = paho.Client(
@@ -132,7 +136,7 @@ class MqttLink:
         Raises:
             OSError, UnicodeError: as the name resolution, the socket or TLS failed.
         """
-        self._connected = self._fell_silent = False
+        self._connected = self._fell_silent = self._broke_mqtt = self._is_cut = False
         self._socket = None
         if will is not None:
             self._paho.will_set(will.topic, will.payload, will.qos, will.retain)
@@ -152,7 +156,7 @@ class MqttLink:
             reading: whether to read what the broker sends; pings are sent and answers waited for in any case.
         """
         current, waker = self._socket, self._wake_reader
-        if current is None or waker is None or self._paho.socket() is None:
+        if current is None or waker is None or not self._is_open:
             return False
         poll = select.poll()
         poll.register(waker, select.POLLIN)
@@ -163,15 +167,18 @@ class MqttLink:
         ready = dict(poll.poll(longest_s * 1000))
         if waker.fileno() in ready:
             _drain(waker)
-        happened = ready.get(current.fileno(), 0)
-        if buffered or happened & ~select.POLLOUT:
+        if buffered or ready.get(current.fileno(), 0) & ~select.POLLOUT:
             self._read(current)
-        if self._paho.socket() is not None and self._paho.want_write():
+        if self._is_open and self._paho.want_write():
             self._paho.loop_write()
-        if self._paho.socket() is not None:
+        if self._is_open:
             self._paho.loop_misc()
-            self._fell_silent = self._paho.socket() is None
-        return self._paho.socket() is not None
+            self._fell_silent = not self._is_open
+        return self._is_open
+
+    @property
+    def _is_open(self) -> bool:
+        return not self._is_cut and self._paho.socket() is not None
 
     def wake(self) -> None:
         """End the wait of `turn`; from any thread."""
@@ -208,8 +215,7 @@ class MqttLink:
             if refused:
                 self._socket.forget_session()
             self._socket.close()
-        if self._paho.socket() is not None:
-            self._paho.loop_read()  # meets the closed socket, and lets go of it
+        self._is_cut = True  # paho lets go of the closed socket when it opens the next
 
     def ending(self) -> Ending:
         """Say how the last connection ended, once `turn` has returned False or `cut` was called."""
@@ -219,6 +225,7 @@ class MqttLink:
             failure=current.failure if current else None,
             answer=current.head if current else b"",
             fell_silent=self._fell_silent,
+            broke_mqtt=self._broke_mqtt,
         )
 
     def release(self) -> None:
@@ -229,11 +236,15 @@ class MqttLink:
                 end.close()
 
     def _read(self, current: DeviceSocket) -> None:
-        for _ in range(MAX_PACKETS_PER_TURN):
-            if self._paho.loop_read() != MQTTErrorCode.MQTT_ERR_SUCCESS or self._paho.socket() is None:
-                return
-            if current.pending() == 0:
-                return
+        try:
+            for _ in range(MAX_PACKETS_PER_TURN):
+                result = self._paho.loop_read()
+                self._broke_mqtt = result == MQTTErrorCode.MQTT_ERR_PROTOCOL
+                if self._paho.socket() is None or current.pending() == 0:
+                    return
+        except Exception:  # noqa: BLE001 - bytes that are no MQTT end in any exception inside paho
+            self._broke_mqtt = True
+            self.cut()
 
     def _on_connect(self, _client: Any, _data: Any, flags: paho.ConnectFlags, reason: Any, _more: Any) -> None:
         if not reason.is_failure:

@@ -147,11 +147,13 @@ class Worker:
                 self.wake()
         with self._changed:
             self._changed.wait_for(lambda: not self._online or self.publications.is_empty, timeout=timeout_s)
-            self._stop_at = max(deadline, time.monotonic() + SHORTEST_LEAVE_S)
+            self._stop_at = max(deadline if self._online else 0.0, time.monotonic() + SHORTEST_LEAVE_S)
             self._changed.notify_all()
         self._link.wake()
         if self._thread is not None:
-            self._thread.join()
+            # The thread may be in the middle of a name resolution or a TCP connect, which nothing can end; it is a
+            # daemon, and ends by itself after that.
+            self._thread.join(self._stop_at - time.monotonic() + SHORTEST_LEAVE_S)
         else:
             self._end()
 
@@ -209,7 +211,7 @@ class Worker:
         if ending.fell_silent:
             return say.fell_silent(self._credentials.keepalive_s, around)
         if ending.connected:
-            return say.lost(ending.failure, around)
+            return say.broke_mqtt(around) if ending.broke_mqtt else say.lost(ending.failure, around)
         self._link.cut(refused=True)
         if ending.connack_code:
             return say.refused_by_connack(ending.connack_code, around)

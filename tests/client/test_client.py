@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
+import socket
 import threading
 from typing import TYPE_CHECKING
 
@@ -306,6 +308,67 @@ def test_events_tell_the_story(state: Path, broker: BrokerStub) -> None:
         broker.drop()
         assert watching.wait_for(Connected, 3).tls_resumed
     assert broker.resumed[-1]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x30\x06\0\x02\xff\xfeab",  # a topic that is no UTF-8
+        b"\x30\x02\0\x09",  # a topic longer than its packet
+        b"\x32\x03\0\x01a",  # QoS 1 without a packet id
+        b"\x36\x05\0\x01a\0\x01",  # QoS 3
+        b"\x40\0",  # a PUBACK without a packet id
+        b"\x40\x01\0",
+        b"\x90\0",  # a SUBACK of nothing
+        b"\x90\x04\0\x01\x77\x77",  # of a QoS that is none
+        b"\x20\0",  # a CONNACK of nothing
+        b"\x20\x02\0\x05",  # a refusal after the acceptance
+        b"\xf0\0",
+        b"\0\0",
+        b"\x30\xff\xff\xff\xff\xff",  # a length without end
+    ],
+)
+def test_a_broker_that_does_not_keep_to_mqtt_is_left_and_tried_again(
+    state: Path, broker: BrokerStub, garbage: bytes
+) -> None:
+    watching = Watching()
+    with Client.from_folder(state, observe=watching, retry=impatient()) as client:
+        client.subscribe("#", lambda _: None, wait=DEADLINE_S)
+        broker.wait_for(PUBLISH)
+        broker.send_raw(garbage)
+        broker.drop()
+        watching.wait_for(Disconnected)
+        watching.wait_for(Connected, 2)
+        client.publish("still/there", b"", wait=DEADLINE_S)
+
+
+def test_any_bytes_from_a_broker_cost_one_connection_at_most(state: Path, broker: BrokerStub) -> None:
+    chance = random.Random(17)
+    watching = Watching()
+    with Client.from_folder(state, observe=watching, retry=impatient()) as client:
+        client.subscribe("#", lambda _: None, wait=DEADLINE_S)
+        for count in range(1, 21):
+            broker.send_raw(chance.randbytes(200))
+            broker.drop()
+            watching.wait_for(Connected, count + 1)
+        client.publish("still/there", b"", wait=DEADLINE_S)
+
+
+@pytest.mark.timeout(60)
+def test_stop_does_not_wait_for_a_connect_that_hangs(tmp_path: Path, pki: Pki) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        state = enrolled(tmp_path / "s", pki, port=listener.getsockname()[1])
+        client = Client.from_folder(state, connect_timeout_s=600)
+        client.start()
+        connection, _ = listener.accept()
+        connection.recv(1)  # the handshake has begun, and gets no answer
+        client.stop()
+        worker = client._worker._thread
+        assert worker is not None
+        assert worker.is_alive()
+        connection.close()
+        worker.join(DEADLINE_S)
+        assert not worker.is_alive()
 
 
 def test_a_service_has_no_presence_and_may_have_several_sessions(

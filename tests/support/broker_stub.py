@@ -142,6 +142,14 @@ class BrokerStub:
         for connection in receivers:
             self._send(connection, PUBLISH, body, flags=qos << 1 | retain)
 
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes to every client, whatever they are."""
+        with self._changed:
+            receivers = list(self._open)
+        for connection in receivers:
+            with self._writing, contextlib.suppress(OSError):
+                connection.sendall(data)
+
     def wait_for(self, kind: int, matching: Callable[[Packet], bool] = lambda _: True, count: int = 1) -> Packet:
         """Return the count-th packet of this kind, once it is here."""
         deadline = time.monotonic() + DEADLINE_S
