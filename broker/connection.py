@@ -282,7 +282,7 @@ class Connection:
             decision = self._exchange.policy.rights(peer.device_id, peer.role).publish(packet.will.topic)
             if not decision.allowed:
                 self._gateway.counters.wills_denied += 1
-                self._exchange.denials.denied(peer, "have its last will on", packet.will.topic, decision.rule)
+                self._exchange.denials.denied(peer, "will", packet.will.topic, decision.rule)
                 self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
                 return
         session, is_present = self._session(client_id, peer, clean=packet.clean)

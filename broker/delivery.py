@@ -95,7 +95,7 @@ class Exchange:
         lost = [f for f in session.subscriptions if not session.rights.subscribe(f).allowed]
         for topic_filter in lost:
             self._drop_subscription(session, topic_filter)
-            self.denials.denied(session.peer, "keep its subscription to", topic_filter, "the policy has changed")
+            self.denials.denied(session.peer, "subscription", topic_filter, "the policy has changed")
         kept = [item for item in session.queue if self._may_receive(session, item[0].topic)]
         if len(kept) < len(session.queue):
             session.queue.clear()
@@ -131,7 +131,7 @@ class Exchange:
         decision = session.rights.publish(will.topic)
         if not decision.allowed:
             self.counters.wills_denied += 1
-            self.denials.denied(session.peer, "have its last will on", will.topic, decision.rule)
+            self.denials.denied(session.peer, "will", will.topic, decision.rule)
             return
         self.accept(session, Publish(will.topic, will.payload, will.qos, retain=will.retain))
 
@@ -172,7 +172,7 @@ class Exchange:
         if decision.allowed:
             verdict = self._hook(topic) or True
         else:
-            self.denials.denied(session.peer, "publish to", topic, decision.rule)
+            self.denials.denied(session.peer, "publish", topic, decision.rule)
         if len(topic) <= MAX_REMEMBERED_TOPIC_CHARACTERS:
             if len(session.may_publish) >= MAX_REMEMBERED_DECISIONS:
                 session.may_publish.clear()
@@ -340,7 +340,7 @@ class Exchange:
         decision = session.rights.subscribe(topic_filter)
         if not decision.allowed:
             self.counters.subscribes_denied += 1
-            self.denials.denied(session.peer, "subscribe to", topic_filter, decision.rule)
+            self.denials.denied(session.peer, "subscribe", topic_filter, decision.rule)
             return False
         is_new = topic_filter not in session.subscriptions
         limit = self.limits.max_subscriptions
@@ -351,7 +351,7 @@ class Exchange:
         ):
             self.counters.subscribes_denied += 1
             rule = f"a session has at most {limit} filters, and each at most {MAX_FILTER_LEVELS} levels"
-            self.denials.denied(session.peer, "subscribe to", topic_filter, rule)
+            self.denials.denied(session.peer, "subscribe", topic_filter, rule)
             return False
         return True
 

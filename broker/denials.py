@@ -6,7 +6,7 @@ A denial that nobody can see costs a field engineer a day; one that fills the di
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from birthmark.device.escape import escaped
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 INTERVAL_S = 60.0
 MAX_REMEMBERED = 4_096
 MAX_REMEMBERED_CHARACTERS = 256
+
+Denied: TypeAlias = Literal["publish", "subscribe", "subscription", "will"]
+_WORDS: dict[Denied, str] = {
+    "publish": "publish to",
+    "subscribe": "subscribe to",
+    "subscription": "keep its subscription to",
+    "will": "have its last will on",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -33,17 +41,13 @@ class Denials:
         self._clock = clock
         self._said: dict[tuple[str, str, str], float] = {}
 
-    def denied(self, peer: Peer, action: str, topic: str, rule: str) -> None:
+    def denied(self, peer: Peer, action: Denied, topic: str, rule: str) -> None:
         """Log that the policy denies an action, with the rule that does."""
         if self._is_due(str(peer.device_id), action, topic):
-            shown = escaped(topic)
+            who, shown = str(peer.device_id), escaped(topic)
+            fields = {"event": "denied", "id": who, "action": action, "topic": shown, "rule": rule}
             _log.warning(
-                "denied: %s may not %s %s: %s",
-                peer.device_id,
-                action,
-                shown,
-                rule,
-                extra={"fields": {"event": "denied", "id": str(peer.device_id), "action": action, "topic": shown}},
+                "denied: %s may not %s %s: %s", who, _WORDS[action], shown, rule, extra={"fields": fields}
             )
 
     def dropped(self, peer: Peer, what: str, topic: str) -> None:

@@ -142,9 +142,19 @@ class RawClient:
 
     @classmethod
     def connect(
-        cls, port: int, context: ssl.SSLContext, *, session: ssl.SSLSession | None = None, host: str = "127.0.0.1"
+        cls,
+        port: int,
+        context: ssl.SSLContext,
+        *,
+        session: ssl.SSLSession | None = None,
+        host: str = "127.0.0.1",
+        receive_bytes: int = 0,
     ) -> RawClient:
-        plain = socket.create_connection((host, port), timeout=TIMEOUT_S)
+        plain = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        plain.settimeout(TIMEOUT_S)
+        if receive_bytes:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        plain.connect((host, port))
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             return cls(context.wrap_socket(plain, server_hostname=host, session=session))

@@ -173,7 +173,12 @@ def running_gateway(
     stop: list[asyncio.Event] = []
     failures: list[BaseException] = []
 
+    def report(_loop: asyncio.AbstractEventLoop, details: dict[str, Any]) -> None:
+        failures.append(details.get("exception") or AssertionError(details["message"]))
+
     async def serve() -> None:
+        # An exception in a callback is a defect, whatever the test was about.
+        asyncio.get_running_loop().set_exception_handler(report)
         context = server_context(folder / "server.pem", folder / "clients-ca.pem")
         broker = GatewayBroker(
             settings(folder, limits or Limits(), **changes),

@@ -40,6 +40,7 @@ class BrokerProcess:
     process: subprocess.Popen[str]
     out: list[dict[str, Any]] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
+    _ended: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     @property
@@ -51,12 +52,16 @@ class BrokerProcess:
         return self._wait(lambda: [record for record in self.out if record.get("event") == event], event)
 
     def wait_for_log(self, words: str) -> dict[str, Any]:
-        return self._wait(lambda: [record for record in self.log if words in record["message"]], words)
+        return self._wait(lambda: [record for record in self.log if words in record.get("message", "")], words)
+
+    def wait_for_failure(self) -> dict[str, Any]:
+        """The error that the command ended with."""
+        return self._wait(lambda: [record for record in self.log if "error" in record], "error")
 
     def _wait(self, look: Any, what: str) -> dict[str, Any]:
         with self._changed:
-            found = self._changed.wait_for(lambda: look() or self.process.poll() is not None, timeout=20)
-        assert look(), f"no {what!r}: {self.out} {self.log} {found}"
+            self._changed.wait_for(lambda: look() or self._ended == 2, timeout=20)
+        assert look(), f"no {what!r}: {self.out} {self.log}"
         return look()[0]  # type: ignore[no-any-return]
 
     def read(self, stream: IO[str], into: list[dict[str, Any]]) -> None:
@@ -65,6 +70,7 @@ class BrokerProcess:
                 into.append(json.loads(line))
                 self._changed.notify_all()
         with self._changed:
+            self._ended += 1
             self._changed.notify_all()
 
 

@@ -102,7 +102,9 @@ def attack(world: World, *, clean: bool) -> RawClient:
 def hijack(world: World, connected: Connected) -> list[Outcome]:
     victim = world.client("sensor-1", clean=False).subscribed(("devices/sensor-1/commands", 1))
     leave(victim, "sensor-1", connected)
+    watcher = world.client("free-2").subscribed(("devices/sensor-1/commands", 0))
     say(world.client("free-1"), "devices/sensor-1/commands", b"for sensor-1")
+    watcher.read_delivery()  # so that the message is queued by now
     thief = attack(world, clean=False)
     return [next_of(thief), next_of(thief)]
 
