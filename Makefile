@@ -63,7 +63,7 @@ demo: $(RUN)
 	@$(BIN)/python -m demo.run
 
 bench: $(RUN)
-	@$(BIN)/python bench/run.py
+	@$(BIN)/python -m bench.run
 
 clean:
 	@rm -rf .venv .venv-* build dist demo-run birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,11 @@ def prose(page: str) -> str:
     return re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+def links(page: str) -> list[str]:
+    """Where a page's links lead within the repository; a grammar in backquotes is no link."""
+    return LINK.findall(re.sub(r"`[^`\n]*`", "", prose(page)))
+
+
 def anchors(page: str) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -23,7 +28,7 @@ def anchors(page: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    for target in LINK.findall(prose(page)):
+    for target in links(page):
         path, _, anchor = target.partition("#")
         file = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert file.exists(), f"{page}: {target}"
@@ -55,7 +60,7 @@ def test_every_page_is_reachable_from_the_readme() -> None:
         if page in seen or not page.endswith(".md"):
             continue
         seen.add(page)
-        targets = (link.partition("#")[0] for link in LINK.findall(prose(page)))
+        targets = (link.partition("#")[0] for link in links(page))
         waiting += [
             str(((ROOT / page).parent / target).resolve().relative_to(ROOT)) for target in targets if target
         ]
