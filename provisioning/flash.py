@@ -88,6 +88,8 @@ def _flash(arguments: argparse.Namespace, console: Console) -> int:
     try:
         broker = _broker(arguments.broker, station.settings.broker)
         name = _port(arguments.port, wish)
+        if arguments.broker is None and broker.host == BrokerDefaults().host:
+            _warn_of_loopback(console, broker)
         _ = station.authority  # unlocked before the device is touched: nobody types a passphrase in between
         progress = Progress(console, wish.device_id.text)
         journal = Transitions(
@@ -234,6 +236,17 @@ def _broker(text: str | None, default: BrokerDefaults) -> BrokerAddress:
         )
     checked = BrokerDefaults(host.removeprefix("[").removesuffix("]"), int(port), default.keepalive_s)
     return BrokerAddress(checked.host, checked.port, checked.keepalive_s)
+
+
+def _warn_of_loopback(console: Console, broker: BrokerAddress) -> None:
+    text = (
+        f"the device will look for its broker at {broker.host}:{broker.port}, on itself: nobody said where it is;"
+        " give --broker HOST:PORT, or set [broker] in station.toml"
+    )
+    if console.as_json:
+        console.emit({"event": "warning", "text": text}, "")
+    else:
+        console.warn(text)
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:

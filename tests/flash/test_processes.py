@@ -113,7 +113,8 @@ def wait_until(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
 def test_flash_against_the_real_agent(station: Station, cable: Cable, tmp_path: Path, keys: KeyMode) -> None:
     name, state = f"real-{keys.value}", tmp_path / "state"
     with AgentProcess(state, cable.device_path):
-        done = flash(station, "--port", cable.station_path, "--id", name, "--keys", keys.value, "--role", "meter")
+        how = ("--keys", keys.value, "--role", "meter", "--broker", "gateway-1.example.com:8884")
+        done = flash(station, "--port", cable.station_path, "--id", name, *how)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         *steps, last = done.stdout.splitlines()
@@ -124,7 +125,8 @@ def test_flash_against_the_real_agent(station: Station, cable: Cable, tmp_path: 
         again = flash(station, "--port", cable.station_path, "--id", name, "--json")
         assert again.returncode == 3
         events = [json.loads(line) for line in again.stdout.splitlines()]
-        assert [event["event"] for event in events] == ["step", "result"]
+        assert [event["event"] for event in events] == ["warning", "step", "result"]
+        assert "at localhost:8883, on itself" in events[0]["text"]
         assert events[-1]["result"] == "FAIL"
         assert "DUPLICATE" in json.loads(again.stderr)["error"]
         last_entry = json.loads(station.registry.audit_path.read_text().splitlines()[-1])
@@ -134,7 +136,9 @@ def test_flash_against_the_real_agent(station: Station, cable: Cable, tmp_path: 
     active = (state / "active").read_bytes()
     assert (state / "active").stat().st_mode & 0o777 == 0o600
     blocks = dict(reversed(read_blocks(active)))
-    leaf = x509.load_der_x509_certificate(Bundle.from_bytes(blocks["BIRTHMARK BUNDLE"]).leaf_der)
+    bundle = Bundle.from_bytes(blocks["BIRTHMARK BUNDLE"])
+    assert (bundle.config.host, bundle.config.port) == ("gateway-1.example.com", 8884)
+    leaf = x509.load_der_x509_certificate(bundle.leaf_der)
     assert leaf.serial_number == row[1]
     assert leaf.subject.rfc4514_string() == f"CN={name},OU=meter,O=Acme"
 
@@ -290,7 +294,8 @@ def test_ctrl_c_says_how_to_go_on(station: Station, cable: Cable, tmp_path: Path
     cable.to_station = hush
     port = str(cable.link)
     with AgentThread(tmp_path / "state", os.urandom(8), cable.device_path):
-        command = flash_command("--port", port, "--id", "stopped", "--keys", "station")
+        where = ("--broker", "gateway-1.example.com:8883")
+        command = flash_command("--port", port, "--id", "stopped", "--keys", "station", *where)
         process = subprocess.Popen(
             command, env=environment(station), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -326,6 +331,7 @@ def test_a_certificate_that_never_reached_its_key_is_on_the_crl(
         session(station, cable.station_path, "wiped", KeyMode.ON_DEVICE, stop).run()
     with AgentThread(tmp_path / "after", hwid, cable.device_path):
         assert commanded("--port", cable.station_path, "--id", "wiped") == 0
+    assert "warning: the device will look for its broker at localhost:8883, on itself" in commanded.err
     (void, lost), (made, kept) = rows_of(station, "wiped")
     assert (void, made) == (State.VOID, State.ATTESTED)
     crl = x509.load_pem_x509_crl(station.crl_path.read_bytes())
@@ -368,7 +374,7 @@ def test_the_command_is_stopped_in_the_middle(
 
     cable.to_device = stop
     with AgentThread(tmp_path / "state", os.urandom(8), cable.device_path):
-        command = flash_command("--port", cable.station_path, "--id", name)
+        command = flash_command("--port", cable.station_path, "--id", name, "--broker", "[fd00::1]:8883")
         started = subprocess.Popen(
             command, env=environment(station), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
