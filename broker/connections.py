@@ -83,7 +83,11 @@ class Connections:
     def check(self, now_s: float, wall_s: float) -> None:
         """End what is overdue; `now_s` is the loop's clock, `wall_s` seconds since 1970."""
         for connection in list(self._all):
-            connection.check(now_s, wall_s)
+            try:
+                connection.check(now_s, wall_s)
+            except Exception:  # noqa: BLE001 - a defect in one check must not stop the watch over all others
+                _log.exception("a defect in a check of the connection from %s", connection.address)
+                self._gateway.counters.defects += 1
 
     async def close_all(self, timeout_s: float) -> None:
         """Publish every will, then end every connection in good order; cut what is left after `timeout_s`."""

@@ -38,6 +38,8 @@ class Counters:
     """QoS 1 and 2 messages that gave way in a full queue."""
     not_retained: int = 0
     """Messages that the full store of retained messages did not take."""
+    defects: int = 0
+    """Connections ended by an exception that nobody planned; please report it."""
     revoked_closed: int = 0
     """Sessions closed by a revocation."""
 

@@ -192,13 +192,10 @@ class GatewayBroker(Broker):
         ticks = 0
         while True:
             await asyncio.sleep(TICK_S)
-            try:
-                self._connections.check(self.now_s(), time.time())
-                ticks += 1
-                if ticks % EXPIRY_TICKS == 0:
-                    self.forget_expired_sessions()
-            except Exception:  # noqa: BLE001 - a defect in one check must not stop the watch over all others
-                _log.exception("a check of the connections failed")
+            self._connections.check(self.now_s(), time.time())
+            ticks += 1
+            if ticks % EXPIRY_TICKS == 0:
+                self.forget_expired_sessions()
 
     def forget_expired_sessions(self) -> None:
         """Forget the sessions whose clients have been gone for `session_expiry_s`."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_SESSIONS_PER_SERVICE = 100
 """Sessions `CN:anything` of one service identity."""
-MAX_REMEMBERED_DECISIONS = 512
+MAX_REMEMBERED_DECISIONS = 256
 """Of one session, by topic; then it starts afresh."""
 
 MESSAGE_OVERHEAD_BYTES = 128

@@ -194,6 +194,8 @@ def running_gateway(
         ready.set()
         await stop[0].wait()
         await broker.shutdown()
+        if broker.counters.defects:
+            failures.append(AssertionError("a defect ended a connection: see the log"))
 
     loops: list[asyncio.AbstractEventLoop] = []
 

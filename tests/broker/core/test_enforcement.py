@@ -11,6 +11,7 @@ from support.mqtt_client import Delivery, Packet
 from support.mqtt_gateway import POLICY_TOML, policy, running_gateway
 
 from birthmark.broker.config import Limits, OnDenied
+from birthmark.broker.session import MAX_REMEMBERED_DECISIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,6 +162,6 @@ def test_denials_and_decisions_remembered_are_bounded(gateway: RunningGateway) -
     session = gateway.call(gateway.broker.exchange.sessions.get, "sensor-1")
     assert session is not None
     assert gateway.broker.counters.publishes_denied == 6_001
-    assert len(session.may_publish) <= 512
+    assert len(session.may_publish) <= MAX_REMEMBERED_DECISIONS
     assert all(len(topic) <= 512 for topic in session.may_publish)
     assert len(gateway.broker.exchange.denials._said) <= 4_096
