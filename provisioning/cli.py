@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Parser
-from birthmark.provisioning import flash, revocation_commands, station_commands
+from birthmark.provisioning import audit_commands, flash, revocation_commands, station_commands
 
 if TYPE_CHECKING:
     import argparse
@@ -25,4 +25,5 @@ birthmark revoke sensor-17 --reason lost""",
     station_commands.add_to(commands)
     flash.add_to(commands)
     revocation_commands.add_to(commands)
+    audit_commands.add_to(commands)
     return top

@@ -1,4 +1,4 @@
-"""`birthmark init | issue-broker | issue-operator | list | show | audit`: their options and their answers."""
+"""`birthmark init | issue-broker | issue-operator | list | show`: their options and their answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
-from birthmark.provisioning import audit
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import OPERATOR, Issued, issue_broker, issue_operator
 from birthmark.provisioning.options import (
@@ -33,7 +32,6 @@ from birthmark.provisioning.station import KEYS_FOLDER, ROOT_KEY_FILE
 if TYPE_CHECKING:
     import argparse
 
-_AUDIT_FAILED = 6
 _USAGES = {ExtendedKeyUsageOID.CLIENT_AUTH: "clientAuth", ExtendedKeyUsageOID.SERVER_AUTH: "serverAuth"}
 
 
@@ -44,7 +42,6 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_issue_operator(commands)
     _add_list(commands)
     _add_show(commands)
-    _add_audit(commands)
 
 
 def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -293,74 +290,6 @@ def _certificate_facts(row: Row) -> dict[str, Any]:
 
 def _shown_name(name: x509.GeneralName) -> str:
     return name.value.rfc4514_string() if isinstance(name, x509.DirectoryName) else str(name.value)
-
-
-def _add_audit(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser(
-        "audit",
-        help="check or read the audit log",
-        description="check or read the audit log",
-        examples="birthmark audit verify\nbirthmark audit show --last 20",
-    )
-    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(required=True, metavar="ACTION")
-    verify = command(
-        actions,
-        "verify",
-        _audit_verify,
-        "check that nothing in the log was edited, cut or moved",
-        "birthmark audit verify\nbirthmark audit verify --json",
-    )
-    show = command(
-        actions,
-        "show",
-        _audit_show,
-        "print the log",
-        """\
-birthmark audit show --last 20
-birthmark audit show --subject sensor-17
-birthmark audit show --action revoke --json""",
-    )
-    for each in (verify, show):
-        add_station_option(each)
-    show.add_argument("--last", type=int, metavar="N", help="only the last N entries")
-    show.add_argument("--subject", metavar="ID", help="only entries about this identity or gateway")
-    show.add_argument("--action", metavar="ACTION", help="only entries of this kind, such as revoke")
-
-
-def _audit_verify(arguments: argparse.Namespace, console: Console) -> int:
-    station = open_station(arguments)
-    expected = station.registry.audit_head()
-    verdict = audit.verify(station.registry.audit_path, expected)
-    record = {
-        "sound": not verdict.problems,
-        "entries": verdict.entries,
-        "head": verdict.head.hash,
-        "problems": [
-            {"line": problem.line, "kind": problem.kind, "text": problem.text} for problem in verdict.problems
-        ],
-    }
-    if not verdict.problems:
-        console.emit(record, f"{verdict.entries} entries, all sound; the last one's hash is {verdict.head.hash}")
-        return 0
-    lines = [f"{station.registry.audit_path} is not what was written:"]
-    lines += [f"  {problem.text}" for problem in verdict.problems]
-    console.emit(record, "\n".join(lines))
-    return _AUDIT_FAILED
-
-
-def _audit_show(arguments: argparse.Namespace, console: Console) -> None:
-    station = open_station(arguments)
-    station.registry.audit_head()  # brings the log up to date
-    entries = [
-        entry
-        for entry in audit.read(station.registry.audit_path)
-        if (arguments.subject is None or entry["subject"].lower() == arguments.subject.lower())
-        and (arguments.action is None or entry["action"] == arguments.action)
-    ]
-    if arguments.last is not None:
-        entries = entries[-arguments.last :] if arguments.last > 0 else []
-    for entry in entries:
-        console.emit(entry, audit.described(entry))
 
 
 def _fingerprint(certificate: x509.Certificate) -> str:
