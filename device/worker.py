@@ -10,10 +10,10 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from birthmark.device import connection_errors as say
@@ -40,8 +40,16 @@ if TYPE_CHECKING:
 
 MAX_WAIT_S = 60.0
 """The longest wait for something to happen; the link looks at its keepalive more often than that."""
-SHORTEST_LEAVE_S = 0.5
-"""What a stop that was given no time still spends on writing DISCONNECT."""
+LEAVE_S = 0.5
+"""What a stop spends on writing DISCONNECT, after the time it was given."""
+
+
+class Departure(Enum):
+    """How far a stop has come."""
+
+    NOT_YET = auto()
+    GOODBYE_SAID = auto()
+    LEFT = auto()
 
 
 class Worker:
@@ -100,7 +108,9 @@ class Worker:
         self.subscriptions = Subscriptions(self._changed)
         self._handled: deque[tuple[int, int]] = deque()
         self._online = False
-        self._stop_at: float | None = None
+        self._farewell_by: float | None = None
+        self._is_opening = False
+        self._has_ended = False
         self._last_error: ConnectionFailedError | None = None
         # The worker's own.
         self._connection = 0
@@ -129,40 +139,42 @@ class Worker:
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            self._changed.wait_for(lambda: self._online or self._last_error or self._stop_at is not None)
+            self._changed.wait_for(lambda: self._online or self._last_error or self._farewell_by is not None)
             while not self._online:
                 error, left_s = self._last_error, deadline - time.monotonic()
-                if self._stop_at is not None or error is None:
+                if self._farewell_by is not None or error is None:
                     raise UnreachableError("could not connect: the client was stopped")
                 if left_s <= 0 or isinstance(error, RefusedError):
                     raise error
                 self._changed.wait(left_s)
 
     def stop(self, timeout_s: float) -> None:
-        """Say goodbye if there is a connection, and end the thread; what is unacknowledged by then is given up."""
-        deadline = time.monotonic() + timeout_s
-        if self._has_presence and self._online:
-            with contextlib.suppress(UnreachableError):
-                self.publications.add(presence.goodbye(self._credentials.device_id, self._now()))
-                self.wake()
+        """Send what waits, say goodbye, disconnect, and end the thread.
+
+        Args:
+            timeout_s: how long to wait for acknowledgements; what has none by then is given up.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._online or self.publications.is_empty, timeout=timeout_s)
-            self._stop_at = max(deadline if self._online else 0.0, time.monotonic() + SHORTEST_LEAVE_S)
-            self._changed.notify_all()
-        self._link.wake()
-        if self._thread is not None:
-            # The thread may be in the middle of a name resolution or a TCP connect, which nothing can end; it is a
-            # daemon, and ends by itself after that.
-            self._thread.join(self._stop_at - time.monotonic() + SHORTEST_LEAVE_S)
-        else:
+            if self._farewell_by is None:
+                self._farewell_by = time.monotonic() + timeout_s
+                self._changed.notify_all()
+        self.wake()
+        if self._thread is None:
             self._end()
+            return
+        with self._changed:
+            # A name resolution or a TCP connect can take long, and nothing can end it: the thread is a daemon, and
+            # ends by itself after that.
+            self._changed.wait_for(lambda: self._has_ended or self._is_opening, timeout=timeout_s + 2 * LEAVE_S)
+        if self._has_ended:
+            self._thread.join(LEAVE_S)
 
     # What follows runs on the worker's thread.
 
     def _run(self) -> None:
         try:
             self._link.prepare()
-            while self._stop_at is None:
+            while self._farewell_by is None:
                 error, held_s = self._connect_and_serve()
                 if error is not None:
                     self._wait_after(error, held_s)
@@ -174,37 +186,59 @@ class Worker:
         self._connection += 1
         will = presence.last_will(self._credentials.device_id, self._now()) if self._has_presence else None
         try:
+            self._set_opening(is_opening=True)
             opened = self._link.open(will)
         except (OSError, UnicodeError) as error:
             return say.explained(error, self._around(error)), 0.0
+        finally:
+            self._set_opening(is_opening=False)
         answer_by = time.monotonic() + self._connect_timeout_s
         began: float | None = None
-        leaving = False
+        departure = Departure.NOT_YET
         while self._link.turn(
             self._next_look_s(began, answer_by), reading=not (self._online and self._dispatcher.is_full)
         ):
             if began is None and self._link.ending().connected:
                 began = time.monotonic()
                 self._come_online(opened)
-            if self._online and not leaving:
+            if self._online and departure is Departure.NOT_YET:
                 self._send_what_waits()
-            if self._stop_at is not None:
-                if not leaving:
-                    leaving = True
-                    self._link.leave()
-                elif time.monotonic() >= self._stop_at:
-                    self._link.cut()
+            if self._farewell_by is not None:
+                departure = self._depart(departure, self._farewell_by)
             elif began is None and time.monotonic() >= answer_by:
                 self._link.cut(refused=True)
                 return say.no_connack(self._connect_timeout_s, self._around()), 0.0
         self._go_offline()
-        if self._stop_at is not None:
+        if self._farewell_by is not None:
             return None, 0.0
         return self._verdict(self._link.ending()), time.monotonic() - began if began is not None else 0.0
 
+    def _depart(self, departure: Departure, farewell_by: float) -> Departure:
+        """Take the next step of a stop, if it is time for it: what waits, goodbye, DISCONNECT, the end."""
+        has_time = self._online and time.monotonic() < farewell_by
+        if departure is Departure.NOT_YET and not (has_time and not self.publications.is_empty):
+            departure = Departure.GOODBYE_SAID
+            if self._online and self._has_presence:
+                said = presence.goodbye(self._credentials.device_id, self._now())
+                self.publications.send_now(said, self._link.publish)
+        if departure is Departure.GOODBYE_SAID and not (has_time and not self.publications.is_empty):
+            departure = Departure.LEFT
+            self._link.leave()
+        if departure is Departure.LEFT and time.monotonic() >= farewell_by + LEAVE_S:
+            self._link.cut()
+        return departure
+
     def _next_look_s(self, began: float | None, answer_by: float) -> float:
-        due = [self._stop_at] if self._stop_at is not None else [answer_by] if began is None else []
+        due = [answer_by] if began is None else []
+        if self._farewell_by is not None:
+            now = time.monotonic()
+            due = [self._farewell_by if now < self._farewell_by else self._farewell_by + LEAVE_S]
         return max(0.0, min((at - time.monotonic() for at in due), default=MAX_WAIT_S))
+
+    def _set_opening(self, *, is_opening: bool) -> None:
+        with self._changed:
+            self._is_opening = is_opening
+            self._changed.notify_all()
 
     def _verdict(self, ending: Ending) -> ConnectionFailedError:
         around = self._around()
@@ -239,7 +273,7 @@ class Worker:
         with self._changed:
             self._last_error = error
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._stop_at is not None, timeout=wait_s)
+            self._changed.wait_for(lambda: self._farewell_by is not None, timeout=wait_s)
 
     def _come_online(self, opened: DeviceSocket) -> None:
         with self._changed:
@@ -275,7 +309,8 @@ class Worker:
         self._link.release()
         with self._changed:
             self._online = False
-            self._stop_at = self._stop_at or time.monotonic()
+            self._farewell_by = self._farewell_by or time.monotonic()
+            self._has_ended = True
             self.publications.close()
             self.subscriptions.close()
             self._changed.notify_all()

@@ -94,6 +94,18 @@ def test_online_after_each_connect_and_goodbye_before_leaving(state: Path, broke
     assert last == [PUBLISH, DISCONNECT]
 
 
+def test_whoever_was_seen_online_says_goodbye_however_soon_it_stops(state: Path, broker: BrokerStub) -> None:
+    for number in range(10):
+        client = Client.from_folder(state)
+        client.start()
+        broker.wait_for(PUBLISH, lambda packet, n=number: packet.connection == n)  # type: ignore[misc]
+        client.stop()
+        broker.wait_for(DISCONNECT, count=number + 1)
+    for number in range(10):
+        said = [p.payload for p in broker.packets if p.kind == PUBLISH and p.connection == number]
+        assert [Presence.from_bytes(payload).reason for payload in said] == ["", "goodbye"]
+
+
 def test_whoever_sees_it_online_can_send_it_a_command(state: Path, broker: BrokerStub) -> None:
     client = Client.from_folder(state)
     client.publish(client.telemetry("early"), b"first")
