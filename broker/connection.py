@@ -19,7 +19,8 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from birthmark.broker import packets as mqtt
-from birthmark.broker.packets import MalformedPacketError, PacketReader, Publish
+from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
+from birthmark.broker.packets import Publish
 from birthmark.broker.peer import PeerRefusedError
 from birthmark.broker.session import Session
 from birthmark.broker.tls import handshake_failure
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
     from birthmark.broker.delivery import Exchange
-    from birthmark.broker.packets import Connect, Packet, Subscribe, TopicNames, Unsubscribe, Will
+    from birthmark.broker.packet_reader import TopicNames
+    from birthmark.broker.packets import Connect, Packet, Subscribe, Unsubscribe, Will
     from birthmark.broker.peer import Peer
     from birthmark.broker.stream import TlsStream
 

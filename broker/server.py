@@ -33,7 +33,7 @@ from birthmark.broker.delivery import Exchange
 from birthmark.broker.denials import Denials
 from birthmark.broker.eviction import close_identities
 from birthmark.broker.listener import Listener, bind
-from birthmark.broker.packets import TopicNames
+from birthmark.broker.packet_reader import TopicNames
 from birthmark.broker.retained import Retained
 
 if TYPE_CHECKING:

@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import mqtt_client as mqtt
 
-from birthmark.broker import packets
+from birthmark.broker import packet_reader, packets
+from birthmark.broker.packet_reader import MalformedPacketError, PacketReader, TopicNames
 from birthmark.broker.packets import (
     Connect,
     Disconnect,
-    MalformedPacketError,
     Packet,
-    PacketReader,
     PingReq,
     PubAck,
     PubComp,
@@ -21,7 +20,6 @@ from birthmark.broker.packets import (
     PubRec,
     PubRel,
     Subscribe,
-    TopicNames,
     Unsubscribe,
     UnsupportedConnect,
     Will,
@@ -212,11 +210,11 @@ def test_a_packet_too_long_is_refused_by_its_length_alone() -> None:
 
 def test_known_topics_are_bounded() -> None:
     topics = TopicNames()
-    for number in range(packets.KNOWN_TOPICS + 10):
+    for number in range(packet_reader.KNOWN_TOPICS + 10):
         topics.learn(b"%d" % number)
     topics.learn(b"x" * 60_000)
-    assert len(topics.known) <= packets.KNOWN_TOPICS
-    assert all(len(raw) <= packets.MAX_KNOWN_TOPIC_BYTES for raw in topics.known)
+    assert len(topics.known) <= packet_reader.KNOWN_TOPICS
+    assert all(len(raw) <= packet_reader.MAX_KNOWN_TOPIC_BYTES for raw in topics.known)
 
 
 @given(st.integers(0, packets.MAX_REMAINING_LENGTH))
