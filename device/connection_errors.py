@@ -2,7 +2,7 @@
 
 Whatever failed (a name, a port, a certificate, a TLS alert, a CONNACK) becomes a `RefusedError` or an
 `UnreachableError` whose message names the check that failed, whose hint says what to do, and whose `check` is one
-word of `Check` for a machine.
+word of `connection_checks.Check` for a machine.
 
 Rules:
 
@@ -20,9 +20,9 @@ import re
 import socket
 import ssl
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from birthmark.device.connection_checks import ALERTS, CONNACKS, Check
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.escape import escaped
 
@@ -32,40 +32,6 @@ if TYPE_CHECKING:
     from birthmark.device.certificate_facts import CertificateFacts
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.identity import DeviceId
-
-
-class Check(StrEnum):
-    """The check that failed."""
-
-    HOST_NAME = "host-name"
-    """The broker's name leads to no address."""
-    NETWORK = "network"
-    """No connection to the address: no route, no answer, nobody on the port."""
-    TLS = "tls"
-    """The handshake failed before any certificate mattered."""
-    CLOCK = "clock"
-    """The broker's certificate is not valid at the time that this machine believes it is."""
-    SERVER_EXPIRED = "server-expired"
-    SERVER_CA = "server-ca"
-    """The broker's certificate leads to none of our anchors."""
-    SERVER_NAME = "server-name"
-    """The broker's certificate is for other names."""
-    SERVER_CERTIFICATE = "server-certificate"
-    """The broker's certificate breaks another rule."""
-    REVOKED = "revoked"
-    EXPIRED = "expired"
-    UNKNOWN_CA = "unknown-ca"
-    CERTIFICATE = "certificate"
-    """Our certificate breaks another of the broker's rules."""
-    MQTT_VERSION = "mqtt-version"
-    CLIENT_ID = "client-id"
-    BROKER_UNAVAILABLE = "broker-unavailable"
-    NOT_AUTHORISED = "not-authorised"
-    MQTT = "mqtt"
-    """The other side does not keep to MQTT 3.1.1."""
-    CLOSED = "closed"
-    """Closed without a word."""
-    NO_ANSWER = "no-answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,77 +57,6 @@ class Circumstances:
 
 
 _ALERT = re.compile(r"(?:^|_)ALERT_([A-Z_]+)$")
-
-_ENROL_AGAIN = (
-    "a revoked identity does not come back: ask who revoked it (`birthmark show`), or enrol the board anew"
-)
-_ALERTS: dict[str, tuple[Check, str, str]] = {
-    "CERTIFICATE_REVOKED": (Check.REVOKED, "the broker says that our certificate is revoked", _ENROL_AGAIN),
-    "CERTIFICATE_EXPIRED": (
-        Check.EXPIRED,
-        "the broker says that our certificate is not valid now",
-        "renew it or enrol again; if it should be valid, check the broker's clock",
-    ),
-    "UNKNOWN_CA": (
-        Check.UNKNOWN_CA,
-        "the broker does not know the CA of our certificate",
-        "was the device enrolled at the station that this broker belongs to?",
-    ),
-    "BAD_CERTIFICATE": (
-        Check.CERTIFICATE,
-        "the broker found our certificate to be bad",
-        "the broker's log says which rule it breaks",
-    ),
-    "UNSUPPORTED_CERTIFICATE": (
-        Check.CERTIFICATE,
-        "the broker does not take our certificate for a client's",
-        "it needs clientAuth among its extended key usages: enrol again",
-    ),
-    "CERTIFICATE_UNKNOWN": (
-        Check.CERTIFICATE,
-        "the broker did not accept our certificate",
-        "the broker's log says which rule it breaks",
-    ),
-    "CERTIFICATE_REQUIRED": (
-        Check.CERTIFICATE,
-        "the broker got no certificate from us",
-        "give a file with both key and certificate",
-    ),
-    "ACCESS_DENIED": (
-        Check.NOT_AUTHORISED,
-        "the broker knows our certificate and does not let it in",
-        "`birthmark-broker policy explain` on the gateway says why",
-    ),
-    "HANDSHAKE_FAILURE": (
-        Check.TLS,
-        "the broker and we have no TLS parameters in common, or it wants another certificate",
-        "the broker's log says which; it must take TLS 1.2 or newer with ECDSA P-256",
-    ),
-    "PROTOCOL_VERSION": (
-        Check.TLS,
-        "the broker speaks no TLS version that we speak",
-        "it must take TLS 1.2 or newer",
-    ),
-}
-
-_CONNACKS: dict[int, tuple[Check, str, str]] = {
-    1: (Check.MQTT_VERSION, "the broker does not speak MQTT 3.1.1", "birthmark needs a broker with MQTT 3.1.1"),
-    2: (
-        Check.CLIENT_ID,
-        "the broker does not accept our client id",
-        "it must be the certificate's CN (a service may add `:anything`)",
-    ),
-    4: (
-        Check.NOT_AUTHORISED,
-        "the broker wants a user name and a password",
-        "is this a birthmark broker? One of those asks for a certificate only",
-    ),
-    5: (
-        Check.NOT_AUTHORISED,
-        "the broker saw our certificate and does not let us in",
-        "it is revoked, out of date, or of a CA that the gateway does not trust: the gateway's log says which",
-    ),
-}
 
 _EXPIRED_CODE, _NOT_YET_VALID_CODE = 10, 9
 _UNKNOWN_CA_CODES = frozenset({2, 18, 19, 20, 21, 27})
@@ -222,11 +117,11 @@ def refused_by_connack(code: int, around: Circumstances) -> ConnectionFailedErro
         return around.unreachable(
             Check.BROKER_UNAVAILABLE, "the broker is there and not ready (CONNACK 3)", "try again in a moment"
         )
-    if code not in _CONNACKS:
+    if code not in CONNACKS:
         return around.refused(
             Check.MQTT, f"the broker refused with the unknown CONNACK code {code}", "is this an MQTT 3.1.1 broker?"
         )
-    check, cause, hint = _CONNACKS[code]
+    check, cause, hint = CONNACKS[code]
     if code == 5 and (verdict := around.own.out_of_time_at(around.now)):
         check, cause = Check.EXPIRED, f"{cause}: it is {verdict}: {_validity(around)}"
     return around.refused(check, f"{cause} (CONNACK {code})", hint)
@@ -363,7 +258,7 @@ def _alert(error: ssl.SSLError) -> str:
 
 
 def _alerted(alert: str, around: Circumstances) -> RefusedError:
-    check, cause, hint = _ALERTS.get(
+    check, cause, hint = ALERTS.get(
         alert,
         (
             Check.TLS,

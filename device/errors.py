@@ -58,7 +58,7 @@ class ConnectionFailedError(BirthmarkError):
     Args:
         message: as for every error.
         hint: as for every error.
-        check: which check failed, one word for a machine (`device/connection_errors.py` lists them).
+        check: which check failed, one word for a machine (`device/connection_checks.py` lists them).
     """
 
     def __init__(self, message: str, hint: str = "", check: str = "") -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from birthmark.device import connection_errors as say
 from birthmark.device import presence
-from birthmark.device.connection_errors import Check, Circumstances
+from birthmark.device.connection_checks import Check
+from birthmark.device.connection_errors import Circumstances
 from birthmark.device.errors import RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, SubscriptionDenied
 from birthmark.device.mqtt import MqttLink

@@ -19,7 +19,7 @@ from support.watching import Watching
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
-from birthmark.device.connection_errors import Check
+from birthmark.device.connection_checks import Check
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.events import Connected, Disconnected
 
