@@ -14,6 +14,7 @@ from support.reference_station import (
     AUTH,
     KEYGEN,
     LOCKED,
+    STATE,
     TXN,
     UNLOCK,
     ReferenceEnrollment,
@@ -206,10 +207,10 @@ def test_a_ca_key_that_is_not_on_p256(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "state")
     ca, station, txn = reference_ca(), bench.station(), secrets.token_bytes(16)
     rsa_key = rsa.generate_private_key(65537, 2048)
-    p384_key = ec.generate_private_key(ec.SECP384R1())
+    other_curve_key = ec.generate_private_key(ec.SECP256K1())  # its signatures are as short
     anchors = [
         certificate(rsa_key.public_key(), "RSA", ca.root_key, "Reference Root", is_ca=True),
-        certificate(p384_key.public_key(), "P-384", ca.root_key, "Reference Root", is_ca=True),
+        certificate(other_curve_key.public_key(), "Other curve", ca.root_key, "Reference Root", is_ca=True),
     ]
     bundle = ca.bundle(station.keygen(txn).public_key(), "u", anchors=anchors)
     station.transfer(txn, bundle)
@@ -218,7 +219,7 @@ def test_a_ca_key_that_is_not_on_p256(tmp_path: Path) -> None:
     for signer in anchors:
         answer = station.ask(UNLOCK, {1: 1, 2: NEW})
         signed = transcript(b"BIRTHMARK-UNLOCK-1", answer[1], HWID, txn, NEW)
-        signature = p384_key.sign(signed, ec.ECDSA(hashes.SHA256()))[:72]
+        signature = other_curve_key.sign(signed, ec.ECDSA(hashes.SHA256()))
         with pytest.raises(RefusedError) as refusal:
             station.ask(UNLOCK, {1: 2, 2: NEW, 3: sha256(signer), 4: signature})
         assert refusal.value.code == AUTH
@@ -230,7 +231,11 @@ def test_unlocking_anew_drops_the_other_enrollment(rig: Rig) -> None:
     # The same transaction again (its answer was lost): its key stays.
     assert rig.code(rig.proof(rig.nonce())) is None
     assert rig.bench.files().keys() == {"active", "unlock", "pending"}
+    rig.station.begin(NEW, b"a bundle")
     rig.station.unlock(reference_ca(), HWID, OTHER)
+    with pytest.raises(RefusedError) as refusal:
+        rig.station.data(0, b"a")
+    assert refusal.value.code == STATE
     hello = rig.station.hello()
     assert (hello[4], hello[11], hello[12]) == (2, OTHER, b"")
     assert rig.bench.files().keys() == {"active", "unlock"}
