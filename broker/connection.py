@@ -15,15 +15,14 @@ Rules, in the order in which they bind:
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 from birthmark.broker import packets as mqtt
+from birthmark.broker.claim import bound_client_id, claim_session
+from birthmark.broker.connection_log import ConnectionLog
 from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
 from birthmark.broker.packets import Publish
 from birthmark.broker.peer import PeerRefusedError
-from birthmark.broker.session import Session
-from birthmark.broker.tls import handshake_failure
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
@@ -35,14 +34,13 @@ if TYPE_CHECKING:
     from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.packets import Connect, Packet, Subscribe, Unsubscribe, Will
     from birthmark.broker.peer import Peer
+    from birthmark.broker.session import Session
     from birthmark.broker.stream import TlsStream
 
 STALL_S = 30.0
 """A client whose socket takes nothing for this long, while something waits for it, is cut off."""
 HARD_BUFFER_FACTOR = 2
 """Beyond this times `max_queued_bytes` (and one packet) waiting, a client is cut off at once."""
-
-_log = logging.getLogger(__name__)
 
 
 class Gateway(Protocol):
@@ -93,6 +91,7 @@ class Connection:
         "_is_active",
         "_is_done",
         "_keepalive_s",
+        "_log",
         "_reader",
         "_stalled_since_s",
         "address",
@@ -113,6 +112,7 @@ class Connection:
         self._is_done = False
         self._stalled_since_s: float | None = None
         self.address = address
+        self._log = ConnectionLog(address, gateway.exchange.denials)
         self.stream: TlsStream
         self.peer: Peer | None = None
         self.expires_at_s = 0.0
@@ -122,20 +122,12 @@ class Connection:
 
     # --- the stream's side -------------------------------------------------------------------------------
 
-    def on_handshake_failed(self, stream: TlsStream, error: Exception) -> None:
+    def on_handshake_failed(self, error: Exception) -> None:
         """Say which check failed, for whom, and what to do."""
         self._is_done = True
         self._gateway.counters.handshakes_failed += 1
         self._gateway.secured(self)
-        reason, hint = handshake_failure(error)
-        if self._exchange.denials.due(f"handshake {self.address.rpartition(':')[0]} {reason}"):
-            _log.warning(
-                "handshake with %s failed: %s%s",
-                stream.address,
-                reason,
-                f" ({hint})" if hint else "",
-                extra={"fields": {"event": "handshake_failed", "address": stream.address, "reason": reason}},
-            )
+        self._log.handshake_failed(error)
 
     def on_secured(self, stream: TlsStream) -> None:
         """Judge the certificate, of a resumed session like that of a new one."""
@@ -144,14 +136,7 @@ class Connection:
             peer = self._gateway.admit(stream.peer_leaf_der() or b"")
         except PeerRefusedError as error:
             self._gateway.counters.peers_refused += 1
-            if self._exchange.denials.due(f"peer {error.message} {self.address.rpartition(':')[0]}"):
-                _log.warning(
-                    "refused the client at %s: %s%s",
-                    stream.address,
-                    error.message,
-                    f" ({error.hint})" if error.hint else "",
-                    extra={"fields": {"event": "peer_refused", "address": stream.address, "reason": error.reason}},
-                )
+            self._log.peer_refused(error)
             self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
             return
         self.peer = peer
@@ -170,7 +155,7 @@ class Connection:
                 self._violated(error.cause)
         except Exception:  # noqa: BLE001 - said and counted, never passed over
             # A defect of ours: this client must not go on in a state that nobody planned; all others do.
-            _log.exception("a defect ended the connection from %s", self.address)
+            self._log.defect()
             self._gateway.counters.defects += 1
             self.cut(with_will=True)
 
@@ -278,7 +263,7 @@ class Connection:
         peer = self.peer
         if peer is None:  # pragma: no cover - nothing is read before `admit`
             return
-        client_id = self._bound_client_id(packet, peer)
+        client_id = bound_client_id(packet, peer)
         if client_id is None:
             self._log_refusal(f"it asked for the client id {escaped(packet.client_id)!r}, not its own")
             self._refuse(mqtt.CONNACK_CLIENT_ID)
@@ -290,7 +275,9 @@ class Connection:
                 self._exchange.denials.denied(peer, "will", packet.will.topic, decision.rule)
                 self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
                 return
-        session, is_present = self._session(client_id, peer, clean=packet.clean)
+        session, is_present = claim_session(
+            self._exchange, client_id, peer, clean=packet.clean, address=self.address
+        )
         if session is None:
             self._log_refusal("there are too many sessions (limits.max_sessions)")
             self._refuse(mqtt.CONNACK_UNAVAILABLE)
@@ -300,52 +287,7 @@ class Connection:
         self._exchange.resume(session)
         self._gateway.counters.clients_connected += 1
         self._gateway.client_connected(session)
-        _log.info(
-            "%s connected from %s",
-            session.client_id,
-            self.address,
-            extra={
-                "fields": {
-                    "event": "connected",
-                    "id": str(peer.device_id),
-                    "client_id": escaped(session.client_id),
-                    "address": self.address,
-                    **self.stream.describe(),
-                }
-            },
-        )
-
-    def _bound_client_id(self, packet: Connect, peer: Peer) -> str | None:
-        own = str(peer.device_id)
-        if packet.client_id == own or (not packet.client_id and packet.clean):
-            return own
-        if peer.is_service and packet.client_id.startswith(f"{own}:"):
-            return packet.client_id
-        return None
-
-    def _session(self, client_id: str, peer: Peer, *, clean: bool) -> tuple[Session | None, bool]:
-        """Return the session to go on with, and whether it was there before (§3.1.2.4, §3.2.2.2)."""
-        exchange = self._exchange
-        old = exchange.sessions.get(client_id)
-        if old is not None and old.connection is not None:
-            self._gateway.counters.take_overs += 1
-            old.connection.taken_over(self.address)
-            old = exchange.sessions.get(client_id)
-        if old is not None and clean:
-            exchange.forget(old)
-            old = None
-        if old is not None:
-            has_changed = old.peer.role != peer.role or old.peer.device_id != peer.device_id
-            old.peer = peer
-            if has_changed:
-                exchange.renew_rights(old)
-                exchange.router.forget_routes()
-            return old, True
-        if not exchange.sessions.has_room(peer):
-            return None, False
-        session = Session(client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=clean)
-        exchange.sessions.add(session)
-        return session, False
+        self._log.connected(peer, client_id, self.stream.describe())
 
     def _attach(self, session: Session, packet: Connect) -> None:
         longest_s = self._gateway.limits.max_keepalive_s
@@ -433,7 +375,7 @@ class Connection:
             self.end(with_will=True)
             return
         what = "no CONNECT" if self.peer is not None else "no TLS handshake"
-        _log.info("closed the connection from %s: %s in time", self.address, what)
+        self._log.timed_out(what)
         self.cut(with_will=False)
 
     def _refuse(self, code: int) -> None:
@@ -448,25 +390,10 @@ class Connection:
         self.end(with_will=True)
 
     def _log_refusal(self, cause: str) -> None:
-        who = self.peer.device_id if self.peer else "a client"
-        if self._exchange.denials.due(f"refusal {who} {cause}"):
-            _log.warning(
-                "refused %s at %s: %s",
-                who,
-                self.address,
-                cause,
-                extra={"fields": {"event": "refused", "id": str(who), "address": self.address, "reason": cause}},
-            )
+        self._log.refused(self.peer, cause)
 
     def _say_closed(self, why: str) -> None:
-        who = escaped(self.session.client_id if self.session else str(self.peer.device_id) if self.peer else "-")
-        _log.info(
-            "closed the connection of %s at %s: %s",
-            who,
-            self.address,
-            why,
-            extra={"fields": {"event": "closed", "client_id": who, "address": self.address, "reason": why}},
-        )
+        self._log.closed(self.session.client_id if self.session else str(self.peer and self.peer.device_id), why)
 
 
 _HANDLERS: dict[type, Callable[[Connection, Session, Any], None]] = {

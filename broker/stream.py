@@ -43,7 +43,7 @@ class StreamOwner(Protocol):
     def on_secured(self, stream: TlsStream) -> None:
         """The handshake is done; the peer's leaf is `stream.peer_leaf_der()`."""
 
-    def on_handshake_failed(self, stream: TlsStream, error: Exception) -> None:
+    def on_handshake_failed(self, error: Exception) -> None:
         """The handshake failed; the stream is closing by itself."""
 
     def on_data(self, data: bytes) -> None:
@@ -243,7 +243,7 @@ class TlsStream:
             # The alert that says why is on its way out: give the client the time to read it.
             self._state = _State.LINGERING
             self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
-            self._owner.on_handshake_failed(self, error)
+            self._owner.on_handshake_failed(error)
             self._half_close()
             return
         self._state = _State.OPEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 import time
 from datetime import timedelta
@@ -297,3 +298,22 @@ def test_the_gateway_takes_its_own_messages(gateway: RunningGateway) -> None:
     device.send(mqtt.publish("gateway/localhost/crl", b"evil", qos=1, pid=1))
     device.read()
     assert len(taken) == 1, "the policy decides first"
+
+
+def test_what_a_client_calls_itself_is_escaped_in_the_log(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "birthmark")
+    client_id = "alice:\x1b[31m\nfake line\u202e"
+    client = gateway.client("alice", "operator", client_id=client_id)
+    client.send(mqtt.DISCONNECT)
+    client.read_end()
+    other = gateway.open(gateway.context("sensor-1"))
+    other.send(mqtt.connect("\x1b[31m\n"))
+    other.read_end()
+    gateway.wait_for(lambda: len(caplog.records) >= 3, "all is logged")
+    for record in caplog.records:
+        shown = record.getMessage() + str(getattr(record, "fields", ""))
+        assert shown.isascii()
+        assert shown.isprintable(), shown
+    assert "alice:\\x1b[31m\\x0afake line\\u202e" in caplog.text

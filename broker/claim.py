@@ -1,0 +1,60 @@
+"""Whose session a CONNECT may have, and taking it (MQTT 3.1.1 §3.1.2.4, §3.1.3.1, §3.1.4).
+
+Rules:
+
+- The client id is the certificate's CN, exactly; empty with a clean session it is taken as the CN; a service may
+  also use `CN:anything`. `bound_client_id` is asked first, and nobody else's session is ever looked up.
+- A session has one connection: `claim_session` has the old one closed, in good order and with its will, before
+  the new one gets anything. A clean session starts afresh.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from birthmark.broker.session import Session
+
+if TYPE_CHECKING:
+    from birthmark.broker.delivery import Exchange
+    from birthmark.broker.packets import Connect
+    from birthmark.broker.peer import Peer
+
+
+def bound_client_id(packet: Connect, peer: Peer) -> str | None:
+    """Return the client id that this peer has by this CONNECT; None: it asks for one that is not its own."""
+    own = str(peer.device_id)
+    if packet.client_id == own or (not packet.client_id and packet.clean):
+        return own
+    if peer.is_service and packet.client_id.startswith(f"{own}:"):
+        return packet.client_id
+    return None
+
+
+def claim_session(
+    exchange: Exchange, client_id: str, peer: Peer, *, clean: bool, address: str
+) -> tuple[Session | None, bool]:
+    """Return the session to go on with (None: there are too many), and whether it was there before.
+
+    `client_id` comes from `bound_client_id`. `address` is where the new connection is from, for the log.
+    """
+    old = exchange.sessions.get(client_id)
+    if old is not None and old.connection is not None:
+        exchange.counters.take_overs += 1
+        old.connection.taken_over(address)
+        old = exchange.sessions.get(client_id)
+    if old is not None and clean:
+        exchange.forget(old)
+        old = None
+    if old is not None:
+        has_changed = old.peer.role != peer.role or old.peer.device_id != peer.device_id
+        old.peer = peer
+        if has_changed:
+            # A new certificate may carry another role: what the old one was granted is asked again.
+            exchange.renew_rights(old)
+            exchange.router.forget_routes()
+        return old, True
+    if not exchange.sessions.has_room(peer):
+        return None, False
+    session = Session(client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=clean)
+    exchange.sessions.add(session)
+    return session, False
