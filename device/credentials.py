@@ -2,7 +2,8 @@
 
 On a device: one PEM file of mode 0600 in the state folder, written by the enrollment agent: the private key
 (PKCS#8), the leaf, the issuing certificates, and the bundle in a block of its own. `ssl` reads key and chain from
-it as it is, so the key is never copied. A renewal writes `renewed` beside `active`; the client prefers it.
+it as it is, so the key is never copied. A renewal writes `renewed` beside `active`, with the same transaction; the
+client prefers it. One of another transaction is left over from before an enrollment anew, and counts no more.
 
 For a service: a PEM file with key, leaf and chain, and the CA's file, as `birthmark issue-operator` writes them.
 
@@ -21,7 +22,7 @@ from birthmark.device.errors import BirthmarkError, ConfigurationError, Credenti
 from birthmark.device.escape import escaped
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.bundle import Bundle
-from birthmark.device.pem import BUNDLE, CERTIFICATE, read_blocks
+from birthmark.device.pem import BUNDLE, CERTIFICATE, TRANSACTION, read_blocks
 
 ACTIVE = "active"
 RENEWED = "renewed"
@@ -105,7 +106,7 @@ class Credentials:
 
     @classmethod
     def from_folder(cls, state_dir: Path | str, *, broker: BrokerAddress | None = None) -> Credentials:
-        """Read the credentials of an enrolled device: `renewed` if it is there, else `active`.
+        """Read the credentials of an enrolled device: `renewed` if it belongs to `active`, else `active`.
 
         Args:
             state_dir: the agent's state folder.
@@ -115,14 +116,15 @@ class Credentials:
             CredentialError: there are none, others may read the key, or the slot is damaged.
         """
         folder = Path(state_dir)
-        for name in (RENEWED, ACTIVE):
-            path = folder / name
-            if path.exists():
-                return _from_slot(path, broker)
-        raise CredentialError(
-            f"could not find credentials in {folder}: there is no `{ACTIVE}` slot",
-            hint="enrol the board first (`birthmark flash`), or give its state folder with --state",
-        )
+        active, renewed = folder / ACTIVE, folder / RENEWED
+        if not active.exists():
+            raise CredentialError(
+                f"could not find credentials in {folder}: there is no `{ACTIVE}` slot",
+                hint="enrol the board first (`birthmark flash`), or give its state folder with --state",
+            )
+        if not renewed.exists() or _transactions_of(renewed) not in ([], _transactions_of(active)):
+            return _from_slot(active, broker)
+        return _from_slot(renewed, broker)
 
     @classmethod
     def from_files(
@@ -198,6 +200,11 @@ def _from_slot(path: Path, broker: BrokerAddress | None) -> Credentials:
         raise
     except BirthmarkError as error:
         raise _damaged(path, error.message) from error
+
+
+def _transactions_of(path: Path) -> list[bytes]:
+    """Return the transactions that a slot names: one, unless it is damaged."""
+    return [content for label, content in _parse(path, private=True) if label == TRANSACTION]
 
 
 def _read_private(path: Path) -> list[tuple[str, bytes]]:

@@ -17,7 +17,7 @@ ARROWS = {"device": set(), "broker": {"device"}, "provisioning": {"device"}, "fi
 
 # The libraries that each part may use; `cryptography` and `paho` are the device's own, and so everybody's.
 LIBRARIES = {
-    "device": {"paho", "cryptography", "cbor2", "serial"},
+    "device": {"paho", "cryptography", "serial"},
     "broker": {"amqtt", "cryptography"},
     "provisioning": {"tinydb", "orjson", "cryptography", "paho", "serial"},
     "firmware_sim": set[str](),

@@ -52,6 +52,20 @@ def test_a_renewed_identity_is_preferred(tmp_path: Path, pki: Pki) -> None:
     assert Credentials.from_folder(state).leaf_der == newer.der
 
 
+def test_a_renewal_of_the_identity_before_counts_no_more(tmp_path: Path, pki: Pki) -> None:
+    # The power went between the rename that committed a new identity and the removal of what was renewed before.
+    newer = pki.device("sensor-1")
+    state = enrolled(tmp_path / "state", pki, newer, txn=bytes([1]) * 16)
+    enrolled(state, pki, slot="renewed")
+    assert Credentials.from_folder(state).leaf_der == newer.der
+
+
+def test_a_renewal_alone_is_no_identity(tmp_path: Path, pki: Pki) -> None:
+    state = enrolled(tmp_path / "state", pki, slot="renewed")
+    with pytest.raises(CredentialError, match="there is no `active` slot"):
+        Credentials.from_folder(state)
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o620, 0o666])
 def test_a_key_that_others_may_read(tmp_path: Path, pki: Pki, mode: int) -> None:
     state = enrolled(tmp_path / "state", pki)

@@ -26,6 +26,7 @@ def enrolled(
     name: str = "sensor-1",
     slot: str = "active",
     issued_at: int | None = None,
+    txn: bytes = bytes(16),
 ) -> Path:
     """Write the slot and return the folder."""
     leaf = issued or pki.device(name)
@@ -39,6 +40,6 @@ def enrolled(
     )
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / slot
-    path.write_bytes(leaf.pem + block(BUNDLE, bundle.to_bytes()) + block(TRANSACTION, bytes(16)))
+    path.write_bytes(leaf.pem + block(BUNDLE, bundle.to_bytes()) + block(TRANSACTION, txn))
     path.chmod(0o600)
     return folder
