@@ -7,7 +7,7 @@ import select
 import signal
 from typing import TYPE_CHECKING
 
-from birthmark.device.agent.stop import Stop
+from birthmark.device.agent.stop import Stop, stop_on_signals
 from birthmark.device.console import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 class Stopping:
     """Whether and why a command is to end; may be told from any thread and from a signal handler."""
 
-    def __init__(self) -> None:
-        self._stop = Stop()
-        self._interrupted = False
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
 
     @property
     def is_set(self) -> bool:
@@ -29,7 +28,7 @@ class Stopping:
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, else 0."""
-        return INTERRUPTED if self._interrupted else 0
+        return INTERRUPTED if signal.SIGINT in self._stop.signals else 0
 
     def set(self) -> None:
         """End the command."""
@@ -42,24 +41,9 @@ class Stopping:
         select.select([self._stop], [], [], timeout_s)
         return self.is_set
 
-    def heard(self, number: int, _frame: object) -> None:
-        """Take a signal."""
-        self._interrupted = self._interrupted or number == signal.SIGINT
-        self._stop.set()
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        self._stop.close()
-
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[Stopping]:
     """Yield what SIGTERM and SIGINT set during the block; a second Ctrl-C is no different from the first."""
-    stopping = Stopping()
-    before = {number: signal.signal(number, stopping.heard) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        stopping.close()
+    with stop_on_signals() as stop:
+        yield Stopping(stop)

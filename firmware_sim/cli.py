@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from birthmark.device.agent.stop import Stop
+from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import Console, Parser, command
 from birthmark.firmware_sim.board import Behaviour
 from birthmark.firmware_sim.fleet import run_boards
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 MAX_BOARDS = 100
 """What a process has descriptors for, with the usual limit of 1024; for more boards, start more simulators."""
@@ -59,13 +56,7 @@ def parser() -> Parser:
 
 def _board(arguments: argparse.Namespace, console: Console) -> None:
     behaviour = Behaviour(online=arguments.online, interval_s=arguments.interval)
-    stop = Stop()
-
-    def power_off(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    kept = {number: signal.signal(number, power_off) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with stop_on_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop:
         run_boards(
             arguments.state,
             arguments.count,
@@ -73,10 +64,6 @@ def _board(arguments: argparse.Namespace, console: Console) -> None:
             lambda record: console.emit(record, _in_words(record)),
             stop,
         )
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-        stop.close()
 
 
 def _in_words(record: dict[str, Any]) -> str:

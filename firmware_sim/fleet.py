@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,8 @@ def run_boards(folder: Path, count: int, behaviour: Behaviour, report: Report, s
     boards = [threading.Thread(target=power_on, args=(number,)) for number in range(1, count + 1)]
     for board in boards:
         board.start()
+    while not stop.is_set:
+        select.select([stop], [], [])  # and not in `join`: a signal may come just before that blocks
     for board in boards:
         board.join()
     if failures:

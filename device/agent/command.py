@@ -15,7 +15,7 @@ from birthmark.device.agent.enrollment import Board, Step, Surroundings
 from birthmark.device.agent.hwid import RANDOM_HWID_BYTES, hardware_id
 from birthmark.device.agent.machine import Agent
 from birthmark.device.agent.slots import Slots
-from birthmark.device.agent.stop import Stop
+from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import INTERRUPTED, Console, Parser, command
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import escaped
@@ -24,7 +24,6 @@ from birthmark.device.link.timers import DEFAULT_BAUD
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
 
 KEY_MODES: Final = {"on-device": KeyMode.ON_DEVICE, "station": KeyMode.STATION, "both": KeyMode.BOTH}
 FROM_HARDWARE: Final = "hardware"
@@ -63,7 +62,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     slots = Slots(arguments.state)
-    with slots.exclusive(), _stopping() as (stop, received):
+    with slots.exclusive(), stop_on_signals() as stop:
         board = Board(
             hwid=_hwid(arguments.hwid, slots),
             model=_text(arguments.model, "--model"),
@@ -85,7 +84,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
         tty.run(arguments.tty, agent, stop, baud=arguments.baud, notice=notice)
         console.emit({"event": "stopped"}, "stopped")
-        return INTERRUPTED if signal.SIGINT in received else 0
+        return INTERRUPTED if signal.SIGINT in stop.signals else 0
 
 
 def _started(console: Console, agent: Agent, path: str) -> None:
@@ -138,22 +137,3 @@ def _firmware() -> str:
         return f"birthmark {version('birthmark')}"[:MAX_TEXT_CHARACTERS]
     except PackageNotFoundError:
         return "birthmark"
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[tuple[Stop, set[int]]]:
-    """Turn SIGTERM and SIGINT into a wish to stop for the block; also yields which of them came."""
-    stop = Stop()
-    received: set[int] = set()
-
-    def handle(number: int, _frame: object) -> None:
-        received.add(number)
-        stop.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop, received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        stop.close()
