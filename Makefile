@@ -12,7 +12,7 @@ $(error VENV must be one path without spaces)
 endif
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 # An environment is stale when one of the inputs is newer than its stamp. `dev` is a superset of `run`.
 RUN := $(VENV)/.installed-run
