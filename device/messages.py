@@ -9,6 +9,7 @@ writer may add some); anything else is a `RemoteProtocolError`. Times are second
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -192,7 +193,13 @@ class _Fields:
         value = self._value.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(f"{key!r} is not a number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise self.error(f"{key!r} is out of range") from error
+        if not math.isfinite(number):  # Python's JSON knows NaN and Infinity; nobody's clock does
+            raise self.error(f"{key!r} is out of range")
+        return number
 
     def whole(self, key: str) -> int:
         value = self._value.get(key)

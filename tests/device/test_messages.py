@@ -85,3 +85,9 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.list
 def test_any_bytes_give_only_our_error(kind: type[Message], payload: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         kind.from_bytes(payload)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+def test_a_number_is_one_that_a_clock_can_show(number: str) -> None:
+    with pytest.raises(RemoteProtocolError, match="out of range"):
+        Presence.from_bytes(f'{{"online": true, "since": {number}}}'.encode())
