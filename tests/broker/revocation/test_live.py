@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
-import json
 import os
 import secrets
 import signal
@@ -14,19 +13,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography import x509
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
-from support.pki import SERVER, Authority, Issued, Pki, crl_pem, new_key, now, usage
+from support.pki import Authority, Issued, Pki, crl_pem, now
 
 from birthmark.device.messages import GatewayStatus, Receipt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
-
-DAY = dt.timedelta(days=1)
 
 
 @functools.cache
@@ -163,54 +159,6 @@ def receipts_and_acks(client: RawClient) -> Receipt:
             delivery = mqtt.delivery(found)
             if delivery.topic.endswith("/receipts"):
                 return Receipt.from_bytes(delivery.payload)
-
-
-_HOSTILE: dict[str, Callable[[Authority], Issued]] = {
-    "plus": lambda ca: ca.issue(cns=["+"]),
-    "hash": lambda ca: ca.issue(cns=["#"]),
-    "slash": lambda ca: ca.issue(cns=["a/b"]),
-    "dollar": lambda ca: ca.issue(cns=["$SYS"]),
-    "NUL": lambda ca: ca.issue(cns=["sensor-1\0"]),
-    "newline": lambda ca: ca.issue(cns=["sensor-1\n"]),
-    "empty": lambda ca: ca.issue(cns=[""]),
-    "64 characters": lambda ca: ca.issue(cns=["x" * 64]),
-    "65 characters": lambda ca: ca.issue(cns=["x" * 65]),
-    "right to left": lambda ca: ca.issue(cns=["\u202esensor-1"]),
-    "look-alike": lambda ca: ca.issue(cns=["s\u0435nsor-1"]),
-    "two CNs": lambda ca: ca.issue(cns=["sensor-1", "sensor-2"], san=None),
-    "no CN": lambda ca: ca.issue(
-        cns=[], san=[x509.DirectoryName(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "sensor-1")]))]
-    ),
-    "no role": lambda ca: ca.issue(ous=[]),
-    "two roles": lambda ca: ca.issue(ous=["device", "operator"]),
-    "expired": lambda ca: ca.issue(not_before=now() - 3 * DAY, not_after=now() - DAY),
-    "not yet valid": lambda ca: ca.issue(not_before=now() + DAY),
-    "server only": lambda ca: ca.issue(usages=[SERVER]),
-    "no extended key usage": lambda ca: ca.issue(usages=None),
-    "CA": lambda ca: ca.issue(is_ca=True),
-    "may sign certificates": lambda ca: ca.issue(key_usage=usage("digital_signature", "key_cert_sign")),
-    "RSA": lambda ca: ca.issue(key=new_key("rsa")),
-    "P-384": lambda ca: ca.issue(key=new_key("p384")),
-    "no key identifier": lambda ca: ca.issue(authority_key_id=None),
-    "forged signature": lambda ca: ca.issue(signer=new_key()),
-    "unknown critical extension": lambda ca: ca.issue(
-        extra=[(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.4.1.55555.1"), b"\5\0"), True)]
-    ),
-    "another CA of the same name": lambda _: pki().stranger.device(),
-    "another CA that claims our key": lambda ca: pki().stranger.issue(authority_key_id=ca.ski),
-    "the root": lambda _: pki().root.device(),
-    "another CA below the root": lambda _: Authority.create("Second", parent=pki().root).device(),
-}
-
-
-def test_no_hostile_certificate_gets_a_connack(tmp_path: Path) -> None:
-    with running(tmp_path) as broker:
-        for what, make in _HOSTILE.items():
-            issued = make(pki().issuing)
-            for client_id in ("sensor-1", ""):
-                assert not is_let_in(broker.port, context_of(tmp_path, issued), client_id), what
-        assert is_let_in(broker.port, context_of(tmp_path, pki().device()))
-        assert all(line.isascii() for line in map(json.dumps, broker.log))
 
 
 def test_killed_while_it_installs_a_large_crl(tmp_path: Path) -> None:
