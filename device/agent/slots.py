@@ -32,13 +32,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device import pem
-from birthmark.device.durable import (
-    private_folder,
-    remove_leftovers,
-    rename_durably,
-    sync_folder,
-    write_durably,
-)
+from birthmark.device.agent.storage import Storage
+from birthmark.device.durable import private_folder, remove_leftovers
 from birthmark.device.errors import BirthmarkError, CredentialError, SystemFailureError
 from birthmark.device.link.bundle import Bundle
 from birthmark.device.link.messages import MAX_HWID_BYTES, MIN_HWID_BYTES, TXN_BYTES
@@ -110,10 +105,12 @@ class Slots:
 
     Args:
         folder: the device's state folder.
+        storage: what they are written with: the file system, unless a simulator wants it to fail.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, storage: Storage | None = None) -> None:
         self.folder = folder
+        self._storage = storage or Storage()
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -151,7 +148,7 @@ class Slots:
             self._remove_unless(PENDING, self.pending)
             self._remove_unless(PREPARED, self.prepared)
             self._remove_unless(RENEWED, lambda: self._renewed_of(active))
-            sync_folder(self.folder)
+            self._storage.sync(self.folder)
 
     def kept_hwid(self, random_bytes: Callable[[int], bytes], length: int) -> bytes:
         """The hardware id in the folder, made from `random_bytes` the first time.
@@ -239,13 +236,13 @@ class Slots:
             StoreError: it could not be renamed; nothing changed.
         """
         with _storing("commit the prepared slot"):
-            rename_durably(self.folder / PREPARED, self.folder / ACTIVE)
+            self._storage.rename(self.folder / PREPARED, self.folder / ACTIVE)
         self._sweep(RENEWED, PENDING, UNLOCK)
 
     def confirm(self) -> None:
         """Make sure once more that what was renamed is durable; raises `StoreError`."""
         with _storing("confirm the active slot"):
-            sync_folder(self.folder)
+            self._storage.sync(self.folder)
 
     def drop_open(self) -> None:
         """Drop what an enrollment under way has stored, an unlocking included.
@@ -256,14 +253,14 @@ class Slots:
         with _storing("drop the open enrollment"):
             for name in (PREPARED, PENDING, UNLOCK):
                 self._remove(name)
-            sync_folder(self.folder)
+            self._storage.sync(self.folder)
 
     def _sweep(self, *names: str) -> None:
         """Remove records that count no more; if that fails, the next boot removes them."""
         with contextlib.suppress(OSError):
             for name in names:
                 self._remove(name)
-            sync_folder(self.folder)
+            self._storage.sync(self.folder)
 
     def _remove_unless(self, name: str, counts: Callable[[], object]) -> None:
         """Remove a record that is damaged, or that does not count beside the others."""
@@ -330,10 +327,10 @@ class Slots:
 
     def _write(self, name: str, content: bytes) -> None:
         with _storing(f"store the record {name}"):
-            write_durably(self.folder / name, content, mode=0o600)
+            self._storage.write(self.folder / name, content)
 
     def _remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        self._storage.remove(self.folder / name)
 
 
 @contextlib.contextmanager

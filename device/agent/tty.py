@@ -17,15 +17,14 @@ import select
 import termios
 import tty
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from birthmark.device.errors import ConfigurationError, PortError
 from birthmark.device.link.timers import BUSY_EVERY_S, DEFAULT_BAUD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
-    from birthmark.device.agent.machine import Agent
     from birthmark.device.agent.stop import Stop
 
 READ_BYTES: Final = 4096
@@ -34,6 +33,16 @@ REOPEN_EVERY_S: Final = 0.25
 
 _GONE = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV, errno.EBADF, errno.EPIPE, errno.ECONNRESET})
 _HANGUP = select.POLLHUP | select.POLLERR | select.POLLNVAL
+
+
+class Answering(Protocol):
+    """What is served on a port: `machine.Agent`, or whatever a simulator puts in its place."""
+
+    def receive(self, data: bytes) -> Generator[bytes, None, None]:
+        """Take bytes from the line and yield what to send."""
+
+    def busy(self) -> bytes:
+        """The BUSY for the work under way; empty where there is none."""
 
 
 class PortLostError(PortError):
@@ -63,7 +72,12 @@ def open_port(path: str, baud: int = DEFAULT_BAUD) -> int:
 
 
 def run(
-    path: str, agent: Agent, stop: Stop, *, baud: int = DEFAULT_BAUD, notice: Callable[[str], None] | None = None
+    path: str,
+    agent: Answering,
+    stop: Stop,
+    *,
+    baud: int = DEFAULT_BAUD,
+    notice: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the tty at `path` until `stop`, opening it again whenever it goes away.
 
@@ -91,7 +105,7 @@ def run(
         descriptor = _reopen(path, baud, stop)
 
 
-def serve(fd: int, agent: Agent, stop: Stop) -> None:
+def serve(fd: int, agent: Answering, stop: Stop) -> None:
     """Answer what arrives at a non-blocking descriptor until `stop`. The descriptor stays open.
 
     Raises:
@@ -112,7 +126,7 @@ def serve(fd: int, agent: Agent, stop: Stop) -> None:
                 raise PortLostError("could not read from the port: the other end is gone")
 
 
-def _answer(fd: int, agent: Agent, answers: Iterator[bytes], stop: Stop, worker: ThreadPoolExecutor) -> None:
+def _answer(fd: int, agent: Answering, answers: Iterator[bytes], stop: Stop, worker: ThreadPoolExecutor) -> None:
     """Send every answer, with a BUSY for every second that one takes."""
     while True:
         if agent.busy():
