@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Parser
-from birthmark.provisioning import audit_commands, flash, revocation_commands, station_commands
+from birthmark.provisioning import (
+    audit_commands,
+    flash,
+    quarantine_commands,
+    reflash,
+    revocation_commands,
+    station_commands,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -24,6 +31,8 @@ birthmark revoke sensor-17 --reason lost""",
     commands: argparse._SubParsersAction[Parser] = top.add_subparsers(required=True, metavar="COMMAND")
     station_commands.add_to(commands)
     flash.add_to(commands)
+    reflash.add_to(commands)
+    quarantine_commands.add_to(commands)
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)
     return top

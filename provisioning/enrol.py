@@ -32,7 +32,7 @@ from birthmark.device.link.frame import LINK_VERSION
 from birthmark.device.link.messages import ErrorCode, MessageType
 from birthmark.device.link.transcript import Label, transcript, verify
 from birthmark.provisioning.exchange import DeviceRefusalError, MalformedAnswerError, Read, Send
-from birthmark.provisioning.journal import Action, decide
+from birthmark.provisioning.journal import REPLACEABLE, Action, Decision, Wish, decide
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.signing_request import requested_key
 from birthmark.provisioning.transfer import Transfer
@@ -42,8 +42,11 @@ if TYPE_CHECKING:
 
     from birthmark.device.link.messages import HelloAnswer
     from birthmark.provisioning.exchange import Line
-    from birthmark.provisioning.journal import Decision, Journal, Wish
+    from birthmark.provisioning.journal import Journal
     from birthmark.provisioning.registry.model import Row
+
+    Choice = Callable[[HelloAnswer, Row | None], Wish]
+    Confirm = Callable[[HelloAnswer, Row], None]
 
 NONCE_BYTES: Final = 16
 SCALAR_BYTES: Final = 32
@@ -103,9 +106,10 @@ class ProofError(EnrollmentRefusedError):
 
 
 _HINTS: Final = {
-    Action.QUARANTINE: "put the device aside: a restored backup, a clone or a foreign station; a person decides",
-    Action.ERASED: "put the device aside: a supervisor decides whether it may be made again",
-    Action.DUPLICATE: "nothing is wrong with it: take the next device",
+    Action.QUARANTINE: "put the device aside: a restored backup, a clone or a foreign station; a person decides,"
+    " see `birthmark quarantine list`",
+    Action.ERASED: "put the device aside: a supervisor may have it made again with `birthmark reflash`",
+    Action.DUPLICATE: "nothing is wrong with it: take the next device; `birthmark reflash` would make it again",
     Action.MISMATCH: "check which board is on the port, and the id: `birthmark list` shows who is who",
 }
 
@@ -120,26 +124,31 @@ class Enrolment:
     Args:
         line: the port's session.
         journal: the registry and the CA.
-        wish: what the operator asked for.
+        wish: what the operator asked for; or what says so once the unit is known, and may refuse it
+            (EnrollmentRefusedError).
         random_bytes: a cryptographic source of nonces.
         is_local: whether the port is a local one; a private scalar goes over no other.
+        confirm: called before COMMIT, with the device's word and its row; may refuse (EnrollmentRefusedError).
     """
 
     def __init__(
         self,
         line: Line,
         journal: Journal,
-        wish: Wish,
+        wish: Wish | Choice,
         *,
         random_bytes: Callable[[int], bytes],
         is_local: bool,
+        confirm: Confirm | None = None,
     ) -> None:
         self._line = line
         self._journal = journal
-        self._wish = wish
+        self._choice = wish
+        self._confirm = confirm
         self._random_bytes = random_bytes
         self._is_local = is_local
         self._hello: HelloAnswer
+        self._wish: Wish
 
     def run(self) -> Generator[Effect, bytes, Row]:
         """Bring the unit to ATTESTED and return its row.
@@ -153,9 +162,19 @@ class Enrolment:
         self._hello = yield from self._say_hello()
         yield self._reached(Step.HELLO)
         row, replaced = self._journal.standing(self._hello.hwid)
-        decision = decide(row, self._hello, self._wish, replaced)
+        self._wish = self._choice if isinstance(self._choice, Wish) else self._choice(self._hello, row)
+        decision = self._decide(row, replaced)
+        if row is not None and self._wish.replaces_reason and decision.action in REPLACEABLE:
+            row = self._journal.replace(row, decision.action, self._wish)
+            yield Stored(row)
+            decision = self._decide(*self._journal.standing(self._hello.hwid))
         if decision.action.refuses:
             raise UnitRefusedError(decision.action, self._wish.device_id.text, decision.reason)
+        if row is None and self._wish.replaces_reason:
+            raise EnrollmentRefusedError(
+                f"could not make {self._wish.device_id} again: the device on this port was never made here",
+                hint="nothing was reserved; `birthmark flash` makes it",
+            )
         if decision.action in (Action.RESERVE, Action.KEYGEN):
             self._check_mode(self._wish.mode_for(row))
         if row is None:
@@ -167,6 +186,17 @@ class Enrolment:
         if decision.action is Action.CONFIRM:
             row = yield from self._advanced(row, State.COMMITTED)
         return (yield from self._attested(row))
+
+    def _decide(self, row: Row | None, replaced: Row | None) -> Decision:
+        """Ask the table; a unit that it sends to quarantine stays there until a person clears it."""
+        held = self._journal.quarantined(self._hello.hwid)
+        if held is not None:
+            return Decision(Action.QUARANTINE, reason=f"is in quarantine: it {held.reason}")
+        decision = decide(row, self._hello, self._wish, replaced)
+        if decision.action is Action.QUARANTINE:
+            name = row.name if row is not None else self._wish.device_id.text
+            self._journal.quarantine(self._hello, name, decision.reason)
+        return decision
 
     def _say_hello(self) -> Generator[Send | Read, bytes, HelloAnswer]:
         nonce = self._random_bytes(NONCE_BYTES)
@@ -261,6 +291,8 @@ class Enrolment:
         self._check_signature(Step.PREPARE, Label.PREPARE, row, nonce, answer.signature)
         yield self._reached(Step.PREPARE)
         row = yield from self._advanced(row, State.PREPARED)
+        if self._confirm is not None:
+            self._confirm(self._hello, row)
         yield from self._line.ask(
             messages.CommitRequest(_txn(row), row.bundle_sha256 or b""), messages.CommitAnswer
         )

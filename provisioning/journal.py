@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from birthmark.device.identity import DeviceId, Role
     from birthmark.device.link.messages import HelloAnswer
+    from birthmark.provisioning.registry.line import Quarantined
     from birthmark.provisioning.registry.model import Row
 
 
@@ -101,6 +102,9 @@ TABLE: Final[Mapping[tuple[State | None, Column], Action]] = MappingProxyType(
 )
 """A live row is never VOID; without a row no transaction of ours can be open or lock the device."""
 
+REPLACEABLE: Final = frozenset({Action.DUPLICATE, Action.ERASED})
+"""The refusals that a supervisor may turn into a new row: behind UNLOCK, or in the place of the lost identity."""
+
 UNLOCKABLE: Final = frozenset({State.RESERVED, State.KEYED, State.ISSUED, State.PREPARED})
 """The rows under footnote 1: another lock is opened by UNLOCK if it is that of the row being replaced."""
 
@@ -128,6 +132,12 @@ class Wish:
     """None: the role that the journal has for the unit, or the station's default for a new one."""
     key_mode: KeyMode | None = None
     """None: the mode that the journal has for the unit, or on-device for a new one."""
+
+    replaces_reason: str = ""
+    """Set by a supervisor who lets a made unit be made again: the RFC 5280 reason's name under which the
+    certificate that it has is revoked then."""
+    label: str = ""
+    """What its label says beside its id: lines `name: value`."""
 
     def mode_for(self, row: Row | None) -> KeyMode:
         """Return the key mode that holds for a unit with this row."""
@@ -176,6 +186,19 @@ class Journal(Protocol):
     def advance(self, row: Row, state: State) -> Row:
         """Move a row forward to PREPARED, COMMITTED or ATTESTED."""
 
+    def replace(self, row: Row, action: Action, wish: Wish) -> Row:
+        """Make a new row in RESERVED for a unit that is made already, as a supervisor wishes.
+
+        For DUPLICATE, it is to replace `row`, which stands until the new one is ATTESTED; for ERASED, `row` is
+        VOID and revoked at once.
+        """
+
+    def quarantined(self, hwid: bytes) -> Quarantined | None:
+        """Return the unit as it was put in quarantine, if it was and no person has cleared it."""
+
+    def quarantine(self, unit: HelloAnswer, name: str, reason: str) -> None:
+        """Put a unit in quarantine."""
+
     def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
         """Make a row VOID, and a new one in RESERVED in its place, with a fresh transaction."""
 
@@ -200,11 +223,13 @@ def decide(row: Row | None, hello: HelloAnswer, wish: Wish, replaced: Row | None
         wish: what the operator asked for.
         replaced: the row that `row` is to replace, if it is to replace one.
     """
+    where = column(row, hello)
     if row is not None:
-        mismatch = _mismatch(row, wish)
+        # The role is part of what a supervisor may change.
+        may_change = bool(wish.replaces_reason) and TABLE[row.state, where] in REPLACEABLE
+        mismatch = _mismatch(row, wish, with_role=not may_change)
         if mismatch:
             return Decision(Action.MISMATCH, reason=mismatch)
-    where = column(row, hello)
     unlock = where is Column.OTHER_LOCK and _may_unlock(row, hello, replaced)
     if unlock:
         where = _unlocked_column(row, hello)
@@ -236,10 +261,10 @@ def _may_unlock(row: Row | None, hello: HelloAnswer, replaced: Row | None) -> bo
     )
 
 
-def _mismatch(row: Row, wish: Wish) -> str:
+def _mismatch(row: Row, wish: Wish, *, with_role: bool) -> str:
     if row.name_folded != wish.device_id.folded:
         return f"is {row.name} in the journal, not {wish.device_id}"
-    if wish.role is not None and row.role != wish.role.name:
+    if with_role and wish.role is not None and row.role != wish.role.name:
         return f"is {row.name} in the role {row.role} in the journal, not {wish.role}"
     return ""
 

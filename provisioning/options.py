@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.provisioning.passphrase import ROOT_VARIABLE, VARIABLE, PassphraseSource
+from birthmark.provisioning.revocation import REASONS, parse_reason
 from birthmark.provisioning.station import FOLDER_VARIABLE, Station, default_folder
 
 if TYPE_CHECKING:
-    import argparse
-
     from birthmark.device.console import Parser
 
 
@@ -43,6 +43,13 @@ def add_root_passphrase_option(parser: Parser) -> None:
         metavar="N",
         help=f"read the root CA's passphrase from this descriptor (default: {ROOT_VARIABLE}, else the CA's)",
     )
+
+
+def revocation_reason(word: str) -> str:
+    """Check a reason for a revocation, as an argument's type."""
+    if parse_reason(word) is None:
+        raise argparse.ArgumentTypeError(f"unknown reason {word!r}; choose from {', '.join(REASONS)}")
+    return word
 
 
 def station_folder(arguments: argparse.Namespace) -> Path:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery, Outcome, deliver
+from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
+from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
     add_station_option,
     open_station,
+    revocation_reason,
     root_passphrase,
 )
 from birthmark.provisioning.revocation import (
     REASONS,
-    StoredCrl,
     parse_reason,
     revoke,
     sign_and_store_crl,
@@ -26,9 +26,6 @@ from birthmark.provisioning.revocation import (
 )
 from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
 from birthmark.provisioning.station import ROOT_FILE
-
-if TYPE_CHECKING:
-    from birthmark.provisioning.station import Station
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -52,14 +49,10 @@ birthmark revoke alice --reason keyCompromise --json""",
     add_station_option(parser)
     add_passphrase_option(parser)
     parser.add_argument("name", metavar="ID", help="a device, a service or a broker")
-    parser.add_argument("--reason", required=True, type=_reason, metavar="REASON", help=", ".join(REASONS))
+    parser.add_argument(
+        "--reason", required=True, type=revocation_reason, metavar="REASON", help=", ".join(REASONS)
+    )
     _add_timeout(parser)
-
-
-def _reason(word: str) -> str:
-    if parse_reason(word) is None:
-        raise argparse.ArgumentTypeError(f"unknown reason {word!r}; choose from {', '.join(REASONS)}")
-    return word
 
 
 def _revoke(arguments: argparse.Namespace, console: Console) -> int:
@@ -69,7 +62,7 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
         raise ValueError("the parser lets no other reason through")
     revocation = revoke(station, arguments.name, reason, word=arguments.reason)
     name, crl = revocation.rows[-1].name, revocation.crl
-    deliveries = _deliver(station, crl, arguments.timeout)
+    deliveries = deliver_crl(station, crl, arguments.timeout)
     record = {
         "revoked": name,
         "newly": revocation.newly,
@@ -115,7 +108,7 @@ def _crl(arguments: argparse.Namespace, console: Console) -> int:
         console.emit({"root_crl_path": str(path)}, f"the root's CRL is at {path}")
         return 0
     crl = sign_and_store_crl(station)
-    deliveries = _deliver(station, crl, arguments.timeout)
+    deliveries = deliver_crl(station, crl, arguments.timeout)
     record = {
         "crl_number": crl.number,
         "crl_path": str(crl.path),
@@ -144,22 +137,6 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _deliver(station: Station, crl: StoredCrl, timeout_s: float) -> list[Delivery]:
-    gateways = station.settings.gateways
-    deliveries = deliver(gateways, crl, anchors_path=station.folder / ROOT_FILE, timeout_s=timeout_s)
-    if deliveries:
-        with station.registry.transaction() as transaction:
-            for delivery in deliveries:
-                transaction.record(
-                    "deliver",
-                    delivery.gateway,
-                    number=crl.number,
-                    outcome=delivery.outcome.value,
-                    cause=delivery.cause or None,
-                )
-    return deliveries
-
-
 def _answer(console: Console, record: dict[str, object], head: str, deliveries: list[Delivery]) -> int:
     lines = [head, *(f"  {delivery.described()}" for delivery in deliveries)]
     console.emit(record, "\n".join(lines))
@@ -167,11 +144,7 @@ def _answer(console: Console, record: dict[str, object], head: str, deliveries: 
         console.warn(
             "no gateway is configured: bring the CRL to each yourself, or see `birthmark gateway add --help`"
         )
-    pending = [delivery for delivery in deliveries if delivery.outcome is not Outcome.DONE]
-    if pending:
-        names = ", ".join(delivery.gateway for delivery in pending)
-        console.warn(f"not every gateway has it ({names}): `birthmark crl` tries again")
-    return 1 if pending else 0
+    return 0 if warn_of_pending(console, deliveries) else 1
 
 
 def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.errors import PortError
+from birthmark.device.console import INTERRUPTED
+from birthmark.device.errors import BirthmarkError, PortError
 from birthmark.device.link import timers
 from birthmark.provisioning.enrol import Effect, Enrolment
 from birthmark.provisioning.exchange import Line, Read, Send
@@ -21,6 +22,7 @@ from birthmark.provisioning.port import SerialPort, held
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from birthmark.provisioning.enrol import Choice, Confirm
     from birthmark.provisioning.journal import Journal, Wish
     from birthmark.provisioning.port import PortName
     from birthmark.provisioning.registry.model import Row
@@ -29,6 +31,20 @@ MAX_REPLUGS: Final = 8
 """How often a cable may fall out before it is called broken."""
 _LOOK_EVERY_S: Final = 0.1
 _SID_BITS: Final = 32
+_STOP_WITHIN_S: Final = 0.25
+
+
+class StoppedError(BirthmarkError):
+    """A person stopped it; nothing is lost."""
+
+    exit_code = INTERRUPTED
+
+    def __init__(self) -> None:
+        super().__init__("stopped; nothing is lost", hint="`birthmark resume` goes on")
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +70,19 @@ class Session:
         name: the port.
         baud: its speed.
         journal: the registry and the CA.
-        wish: what the operator asked for.
+        wish: what the operator asked for, or what says so once the unit is known (`enrol.Enrolment`).
         watch: told of every step, every durable state, and of the port.
+        confirm: asked before COMMIT (`enrol.Enrolment`).
+        stopped: whether to stop; asked before every action, and a few times a second while nothing happens.
     """
 
     name: PortName
     baud: int
     journal: Journal
-    wish: Wish
+    wish: Wish | Choice
     watch: Callable[[Event], None]
+    confirm: Confirm | None = None
+    stopped: Callable[[], bool] = _never
 
     def run(self) -> Row:
         """Enrol the unit and return its row in ATTESTED.
@@ -72,6 +92,7 @@ class Session:
             LinkError: nothing on it answers.
             EnrollmentRefusedError: the unit is refused.
             RegistryError, AuthorityError: the station could not do its part.
+            StoppedError: `stopped` said so; the journal knows how far the unit got.
         """
         with held(self.name):
             port = SerialPort(self.name, self.baud)
@@ -88,10 +109,15 @@ class Session:
     def _attempt(self, port: SerialPort) -> Row:
         line = Line(clock=time.monotonic, sid=secrets.randbits(_SID_BITS), baud=self.baud)
         machine = Enrolment(
-            line, self.journal, self.wish, random_bytes=secrets.token_bytes, is_local=self.name.is_local
+            line,
+            self.journal,
+            self.wish,
+            random_bytes=secrets.token_bytes,
+            is_local=self.name.is_local,
+            confirm=self.confirm,
         )
         with port:
-            return drive(machine.run(), port, self.watch)
+            return drive(machine.run(), port, self.watch, self.stopped)
 
     def _replugged(self, error: PortError) -> SerialPort:
         deadline_s = time.monotonic() + timers.REPLUG_S
@@ -102,21 +128,35 @@ class Session:
                 # Also while udev is still at work on the new node's owner and mode.
                 if time.monotonic() >= deadline_s:
                     raise error from None
+            if self.stopped():
+                raise StoppedError
             time.sleep(_LOOK_EVERY_S)
 
 
-def drive(machine: Generator[Effect, bytes, Row], port: SerialPort, watch: Callable[[Effect], None]) -> Row:
-    """Do what the machine asks for, on a port and by the real clock, until it ends."""
+def drive(
+    machine: Generator[Effect, bytes, Row],
+    port: SerialPort,
+    watch: Callable[[Effect], None],
+    stopped: Callable[[], bool] = _never,
+) -> Row:
+    """Do what the machine asks for, on a port and by the real clock, until it ends or is to stop.
+
+    Raises:
+        StoppedError: `stopped` said so, between two actions.
+    """
     reply = b""
     try:
         effect = next(machine)
         while True:
+            if stopped():
+                raise StoppedError
             match effect:
                 case Send(data):
                     port.write(data)
                     reply = b""
                 case Read(until_s):
-                    reply = port.read(until_s - time.monotonic())
+                    # An empty read before its time is up only lets the machine look at the clock again.
+                    reply = port.read(min(until_s - time.monotonic(), _STOP_WITHIN_S))
                 case _:
                     watch(effect)
                     reply = b""

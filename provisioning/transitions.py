@@ -23,6 +23,8 @@ from cryptography import x509
 from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.device.link.bundle import Bundle, BundleConfig
+from birthmark.provisioning.journal import Action
+from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import mark_revoked
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from birthmark.device.identity import Role
+    from birthmark.device.link.messages import HelloAnswer
     from birthmark.provisioning.authority import Authority
     from birthmark.provisioning.journal import Wish
     from birthmark.provisioning.registry.interface import Registry, Transaction
@@ -97,9 +100,44 @@ class Transitions:
                 key_mode=wish.mode_for(None),
                 hwid=hwid,
                 txn=self._random_bytes(TXN_BYTES),
+                batch=_batch(transaction),
+                label=wish.label,
             )
             _record(transaction, "reserve", row)
         return row
+
+    def replace(self, row: Row, action: Action, wish: Wish) -> Row:
+        """Make a new row in RESERVED for a unit that is made already; see `journal.Journal`."""
+        with self._registry.transaction() as transaction:
+            _check_unchanged(transaction, row)
+            erased = action is Action.ERASED
+            if erased:
+                self._void(transaction, row.number, "erased, and made again", wish.replaces_reason)
+            fresh = transaction.insert(
+                kind=Kind.DEVICE,
+                name=row.name,
+                role=wish.role.name if wish.role else row.role,
+                key_mode=wish.mode_for(row),
+                hwid=row.hwid,
+                txn=self._random_bytes(TXN_BYTES),
+                replaces=None if erased else row.number,
+                replaces_reason="" if erased else wish.replaces_reason,
+                batch=_batch(transaction),
+                label=wish.label or row.label,
+            )
+            _record(transaction, "reflash", fresh, reason=wish.replaces_reason)
+        return fresh
+
+    def quarantined(self, hwid: bytes) -> Quarantined | None:
+        """Return the unit as it was put in quarantine; see `journal.Journal`."""
+        with self._registry.view() as view:
+            return next((unit for unit in view.quarantined() if unit.hwid == hwid), None)
+
+    def quarantine(self, unit: HelloAnswer, name: str, reason: str) -> None:
+        """Put a unit in quarantine; see `journal.Journal`."""
+        with self._registry.transaction() as transaction:
+            transaction.quarantine(Quarantined(unit.hwid, self._clock(), name, reason, unit.active_txn))
+            transaction.record("quarantine", name, hwid=unit.hwid.hex(), active_txn=unit.active_txn.hex())
 
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED; see `journal.Journal`."""
@@ -140,7 +178,9 @@ class Transitions:
             stored = transaction.update(dataclasses.replace(row, state=state))
             _record(transaction, _ADVANCES[state], stored)
             if state is State.ATTESTED and stored.replaces is not None:
-                self._void(transaction, stored.replaces, f"replaced by row {stored.number}")
+                self._void(
+                    transaction, stored.replaces, f"replaced by row {stored.number}", stored.replaces_reason
+                )
         return stored
 
     def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
@@ -156,6 +196,9 @@ class Transitions:
                 hwid=row.hwid,
                 txn=self._random_bytes(TXN_BYTES),
                 replaces=row.replaces,
+                replaces_reason=row.replaces_reason,
+                batch=row.batch,
+                label=row.label,
             )
             _record(transaction, "reserve", fresh)
         return fresh
@@ -192,12 +235,12 @@ class Transitions:
             issued_at=int(now.timestamp()),
         ).to_bytes()
 
-    def _void(self, transaction: Transaction, number: int, reason: str) -> None:
+    def _void(self, transaction: Transaction, number: int, reason: str, revocation_reason: str = "") -> None:
         row = transaction.row(number)
         if row is None or row.state is State.VOID:
             return
-        superseded = x509.ReasonFlags.superseded
-        self.revoked += mark_revoked(transaction, row, superseded, word=reason, now=self._clock())
+        flag = x509.ReasonFlags(revocation_reason or x509.ReasonFlags.superseded)
+        self.revoked += mark_revoked(transaction, row, flag, word=reason, now=self._clock())
         row = transaction.row(number) or row
         if row.state is not State.VOID:
             row = transaction.update(dataclasses.replace(row, state=State.VOID, void_reason=reason))
@@ -212,6 +255,11 @@ class Transitions:
 
 
 _ADVANCES: Final = {State.PREPARED: "prepare", State.COMMITTED: "commit", State.ATTESTED: "attest"}
+
+
+def _batch(transaction: Transaction) -> str:
+    batch = transaction.open_batch()
+    return batch.name if batch is not None else ""
 
 
 def _check_unchanged(transaction: Transaction, row: Row) -> None:

@@ -1,4 +1,4 @@
-"""A row as a JSON document, and back.
+"""A row, a batch, a unit in quarantine as a JSON document, and back.
 
 Binary fields are base64, times ISO 8601 in UTC, serial numbers hex (they exceed 64 bits). A field that is unset
 is left out. `name_folded` is stored for queries. Fields of a newer birthmark are ignored here, and kept by an
@@ -10,16 +10,26 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from dataclasses import fields
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.provisioning.registry.line import Batch, Quarantined
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 
-_BINARY: Final = frozenset({"hwid", "txn", "public_key_der", "certificate_der", "bundle", "bundle_sha256"})
-_TIMES: Final = frozenset({"created_at", "changed_at", "not_before", "not_after", "revoked_at"})
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_BINARY: Final = frozenset(
+    {"hwid", "txn", "public_key_der", "certificate_der", "bundle", "bundle_sha256", "active_txn"}
+)
+_TIMES: Final = frozenset(
+    {"created_at", "changed_at", "not_before", "not_after", "revoked_at", "opened_at", "closed_at", "since"}
+)
 _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
 _NUMBERS: Final = frozenset({"replaces", "replaced_by"})
 _NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
+_QUARANTINED: Final = tuple(field.name for field in fields(Quarantined))
+_T = TypeVar("_T")
 
 
 def binary(value: bytes) -> str:
@@ -41,12 +51,52 @@ def from_document(number: int, document: dict[str, Any]) -> Row:
     Raises:
         RegistryError: the document is damaged.
     """
+    return _read(f"row {number}", lambda: Row(number=number, **_values(document, _NAMES)))
+
+
+def batch_document(batch: Batch) -> dict[str, Any]:
+    """Return the batch's document."""
+    return {
+        "name": batch.name,
+        "name_folded": batch.name.lower(),
+        "opened_at": _encoded("opened_at", batch.opened_at),
+        "closed_at": _encoded("closed_at", batch.closed_at),
+    }
+
+
+def batch_from(document: dict[str, Any]) -> Batch:
+    """Return the batch of a document.
+
+    Raises:
+        RegistryError: the document is damaged.
+    """
+    return _read("a batch", lambda: Batch(**_values(document, ("name", "opened_at", "closed_at"))))
+
+
+def quarantined_document(unit: Quarantined) -> dict[str, Any]:
+    """Return the document of a unit in quarantine."""
+    return {name: _encoded(name, getattr(unit, name)) for name in _QUARANTINED}
+
+
+def quarantined_from(document: dict[str, Any]) -> Quarantined:
+    """Return the unit in quarantine of a document.
+
+    Raises:
+        RegistryError: the document is damaged.
+    """
+    return _read("a unit in quarantine", lambda: Quarantined(**_values(document, _QUARANTINED)))
+
+
+def _values(document: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: _decoded(name, document[name]) for name in names if document.get(name) is not None}
+
+
+def _read(what: str, make: Callable[[], _T]) -> _T:
     try:
-        values = {name: _decoded(name, document[name]) for name in _NAMES if document.get(name) is not None}
-        return Row(number=number, **values)
+        return make()
     except (TypeError, ValueError, BirthmarkError) as error:
         raise RegistryError(
-            f"could not read row {number} of the registry: {error}",
+            f"could not read {what} of the registry: {error}",
             hint="the file is damaged; restore it from a backup, together with the audit log",
         ) from error
 

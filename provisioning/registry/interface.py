@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from birthmark.provisioning.audit import Head
+    from birthmark.provisioning.registry.line import Batch, Quarantined
     from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 
 
@@ -79,6 +80,15 @@ class View(Protocol):
     def revoked(self) -> list[Row]:
         """Return every row whose certificate is revoked, by ascending number."""
 
+    def batches(self) -> list[Batch]:
+        """Return every batch, the oldest first."""
+
+    def open_batch(self) -> Batch | None:
+        """Return the batch that is open; None if there is none."""
+
+    def quarantined(self) -> list[Quarantined]:
+        """Return every unit in quarantine, the oldest first."""
+
     def counter(self, name: str) -> int:
         """Return a counter's value; 0 if it was never set."""
 
@@ -99,6 +109,9 @@ class Transaction(View, Protocol):
         public_key_der: bytes | None = None,
         cert_serial: int | None = None,
         replaces: int | None = None,
+        replaces_reason: str = "",
+        batch: str = "",
+        label: str = "",
     ) -> Row:
         """Add a row (RESERVED unless `state` says otherwise), numbered and dated by the registry.
 
@@ -122,6 +135,15 @@ class Transaction(View, Protocol):
 
     def set_counter(self, name: str, value: int) -> None:
         """Set a counter (never below its value: a `RegistryError` otherwise)."""
+
+    def put_batch(self, batch: Batch) -> None:
+        """Add a batch, or change the one of that name (without regard to case)."""
+
+    def quarantine(self, unit: Quarantined) -> None:
+        """Remember a unit in quarantine, in the place of what was remembered of it."""
+
+    def clear_quarantine(self, hwid: bytes) -> bool:
+        """Forget a unit in quarantine; return whether it was in it."""
 
     def record(self, action: str, subject: str, **details: str | int | bool | None) -> None:
         """Add an entry to the audit log, durable with this transaction."""

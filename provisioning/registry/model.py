@@ -94,6 +94,12 @@ class Row:
     """The number of the row that this one is to replace."""
     replaced_by: int | None = None
     """The number of the row that is replacing, or has replaced, this one."""
+    replaces_reason: str = ""
+    """The RFC 5280 reason's name under which the certificate of the replaced row is to be revoked."""
+    batch: str = ""
+    """The batch it is made in; empty for none."""
+    label: str = ""
+    """What its label says beside its id: lines `name: value`."""
     void_reason: str = ""
     not_before: datetime | None = None
     not_after: datetime | None = None
@@ -177,7 +183,7 @@ _ONCE_SET: Final = frozenset(
         "replaces",
     }
 )
-_FIXED: Final = frozenset({"number", "kind", "name", "role", "created_at"})
+_FIXED: Final = frozenset({"number", "kind", "name", "role", "created_at", "replaces_reason", "batch"})
 
 
 def check_change(old: Row, new: Row) -> None:
