@@ -63,9 +63,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that a crash left in `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that a crash left in `folder`, those of the file `name` or of all.
+
+    The caller keeps off everybody who may be writing there: a file that is being written looks the same.
+    """
+    for leftover in folder.glob(f".{name}.*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 
 

@@ -22,7 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from birthmark.device.durable import write_durably
+from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import AuthorityError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.device.pem import CRL, block
@@ -182,7 +182,7 @@ def sign_root_crl(station: Station, root: profile.Issuer) -> Path:
             root, number=number, this_update=this_update, next_update=now + profile.ROOT_CRL_LIFETIME, revoked=()
         )
         path = station.folder / ROOT_CRL_FILE
-        write_durably(path, crl.public_bytes(Encoding.PEM), mode=CRL_FILE_MODE)
+        _write(path, crl.public_bytes(Encoding.PEM))
         return path
 
 
@@ -299,5 +299,11 @@ def _sign_and_store(station: Station, plan: _Plan) -> StoredCrl:
         next_update=plan.next_update,
         cert_serials=frozenset(item.cert_serial for item in plan.revoked),
     )
-    write_durably(station.crl_path, crl.pem, mode=CRL_FILE_MODE)
+    _write(station.crl_path, crl.pem)
     return crl
+
+
+def _write(path: Path, crl_pem: bytes) -> None:
+    """Write a CRL of the station's. The caller holds its CRL lock."""
+    remove_leftovers(path.parent, path.name)
+    write_durably(path, crl_pem, mode=CRL_FILE_MODE)

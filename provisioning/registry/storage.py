@@ -128,9 +128,12 @@ class RegistryFile:
             self._descriptor, self._tables = descriptor, tables
 
     def remove_leftovers(self) -> None:
-        """Remove what a crash in the middle of a write left. The caller holds the registry's lock."""
+        """Remove what a crash in the middle of a write left. The caller holds the registry's lock.
+
+        Its own leftovers only: the folder's other files are written under other locks.
+        """
         with contextlib.suppress(OSError):
-            remove_leftovers(self.path.parent)
+            remove_leftovers(self.path.parent, self.path.name)
 
     def close(self) -> None:
         """Let go of the file."""

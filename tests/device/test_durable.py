@@ -37,6 +37,13 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
 
 
+def test_the_leftovers_of_one_file_are_removed_and_no_other_ones(tmp_path: Path) -> None:
+    for name in (".key.0a0b0c0d.part", ".key.pem.0a0b0c0d.part"):
+        (tmp_path / name).write_bytes(b"half")
+    durable.remove_leftovers(tmp_path, "key.pem")
+    assert [entry.name for entry in tmp_path.iterdir()] == [".key.0a0b0c0d.part"]
+
+
 def test_the_lock_is_exclusive_and_given_back(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with durable.exclusive_lock(path), pytest.raises(BlockingIOError), durable.exclusive_lock(path, wait=False):

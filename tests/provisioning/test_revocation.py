@@ -224,3 +224,10 @@ def test_the_roots_crl(station: Station, clock: Clock) -> None:
     assert crl.issuer == station.root.subject
     assert crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number == 2
     assert crl.next_update_utc == clock.now + timedelta(days=365)
+
+
+def test_leftovers_of_a_killed_signing_are_removed(station: Station) -> None:
+    leftover = station.folder / ".crl.pem.0badf00d.part"
+    leftover.write_bytes(b"half")
+    sign_and_store_crl(station)
+    assert not leftover.exists()

@@ -247,8 +247,11 @@ def test_an_unwritable_audit_log_stops_the_next_transaction_not_this_one(
 def test_temporary_files_of_a_crash_are_removed(registry: TinyRegistry, tmp_path: Path) -> None:
     leftover = tmp_path / ".registry.json.0badf00d.part"
     leftover.write_bytes(b"half")
+    other = tmp_path / ".crl.pem.0badf00d.part"
+    other.write_bytes(b"being written, under another lock")
     add(registry)
     assert not leftover.exists()
+    assert other.exists()
 
 
 def test_no_row_has_room_for_a_private_key() -> None:
