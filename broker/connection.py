@@ -334,6 +334,11 @@ class Connection:
         self.leave(with_will=with_will)
         self.stream.abort()
 
+    def end_because(self, why: str) -> None:
+        """End the connection in good order: what let it in holds no longer. Its session is kept if it is to be."""
+        self._say_closed(why)
+        self.end(with_will=True)
+
     def taken_over(self, by_address: str) -> None:
         """Give the session up to a newer connection of the same client (§3.1.4-2)."""
         self._say_closed(f"a new connection from {by_address} took over")

@@ -42,6 +42,10 @@ class Counters:
     """Connections ended by an exception that nobody planned; please report it."""
     revoked_closed: int = 0
     """Sessions closed by a revocation."""
+    unchecked_closed: int = 0
+    """Connections ended because the CRL of their CA had become too old to go by."""
+    crl_alarms: int = 0
+    """Alarms about the CRLs in force that have begun."""
 
     def as_dict(self) -> dict[str, int]:
         """All of them by name."""

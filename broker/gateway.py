@@ -5,6 +5,9 @@ Rules:
 - `admit` is asked after every handshake, full or resumed: the profile, the issuing CA, the CRL in force.
 - The CRL, the policy and the credentials are watched (and taken up again on SIGHUP). A new one applies without a
   restart; one that cannot be used changes nothing and is reported.
+- A CRL that has become too old to go by (its grace is over, or at once if it is to fail closed) ends the live
+  connections that it let in, as it refuses new ones. Their wills are published and their sessions kept: nothing is
+  known against them. The status that says why leaves first.
 - A CRL comes as a file or on `gateway/{name}/crl`. Either way it is judged by its signature alone, installed
   durably, then what it revokes is closed, and then a receipt says so: as a file beside the CRL file, and retained
   on `gateway/{name}/receipts`.
@@ -21,10 +24,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
+from birthmark.broker.alarms import Alarms
 from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.receipts import receipt_of, write_receipts
-from birthmark.broker.revocation import Installation, Revocations
+from birthmark.broker.revocation import Installation, Revocations, crl_sha256
 from birthmark.broker.tls import server_context
 from birthmark.broker.trust import Trust, read_trust
 from birthmark.broker.watch import Watch, WatchedFiles
@@ -37,19 +41,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from birthmark.broker.config import BrokerSettings
+    from birthmark.broker.counters import Counters
     from birthmark.broker.policy import Policy
 
 STATUS_INTERVAL_S = 30.0
-ALARM_REPEAT_S = 3_600.0
-"""An alarm that stays is repeated this often."""
+GUARD_INTERVAL_S = 1.0
+"""How often the age of the CRLs in force is looked at."""
 MAX_WAITING_CRLS = 8
-"""Brought by message and not judged yet; the next is refused."""
+"""Brought by message and not judged yet; the next is refused, with a receipt that says so."""
 
 _log = logging.getLogger(__name__)
 
 
 class Server(Protocol):
     """What the gateway asks of the broker; `server.GatewayBroker` is one."""
+
+    counters: Counters
 
     @property
     def connected_count(self) -> int:
@@ -71,6 +78,9 @@ class Server(Protocol):
         self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
     ) -> list[ClosedIdentity]:
         """Close everything of the identities that `is_revoked` names."""
+
+    def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
+        """End the connections of some peers in good order; return how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,7 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self._installing = asyncio.Lock()
         self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
-        self._alarms: dict[tuple[str, str], float] = {}
+        self._alarms = Alarms(time.monotonic)
         self._watch = Watch(
             (
                 WatchedFiles((settings.crl_path,), self._take_crl_file),
@@ -162,10 +172,12 @@ class Gateway:
     async def start(self, server: Server) -> None:
         """Take up work around a broker that has started."""
         self._server = server
+        self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
         self._publish_status(online=True)
         self._tasks = [
-            asyncio.create_task(work) for work in (self._watch.run(), self._take_brought(), self._tell_and_look())
+            asyncio.create_task(work)
+            for work in (self._watch.run(), self._take_brought(), self._tell(), self._guard())
         ]
 
     def reload(self) -> None:
@@ -197,7 +209,18 @@ class Gateway:
         try:
             self._brought.put_nowait(brought)
         except asyncio.QueueFull:
-            _log.warning("refused a CRL brought by %s: %s others wait", brought.by, MAX_WAITING_CRLS)
+            refusal = Installation(
+                outcome="refused",
+                issuer="",
+                number=0,
+                sha256=crl_sha256(payload),
+                revoked_count=0,
+                reason=f"busy: {MAX_WAITING_CRLS} others wait to be judged",
+                hint="bring it again",
+            )
+            receipt = self._receipt(refusal, brought.started_s, ())
+            _report(receipt, brought.by)
+            self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
 
     async def _take_brought(self) -> None:
         while True:
@@ -276,28 +299,42 @@ class Gateway:
 
     # --- what is said ------------------------------------------------------------------------------------
 
-    async def _tell_and_look(self) -> None:
+    async def _tell(self) -> None:
         while True:
             await asyncio.sleep(STATUS_INTERVAL_S)
             try:
                 self._publish_status(online=True)
-                self._look_for_alarms()
-            except Exception:  # noqa: BLE001 - a defect here must not silence the alarms to come
+            except Exception:  # noqa: BLE001 - a defect here must not silence what is to come
                 _log.exception("the gateway's status could not be said")
 
-    def _look_for_alarms(self) -> None:
-        """Log each alarm when it begins, and once in a while as long as it stays."""
-        found = self.revocations.alarms(now())
-        moment_s = time.monotonic()
-        said: dict[tuple[str, str], float] = {}
-        for alarm in found:
-            key = (alarm.code, alarm.message)
-            last_s = self._alarms.get(key)
-            if last_s is None or moment_s - last_s >= ALARM_REPEAT_S:
-                _log.warning("ALARM %s: %s (%s)", alarm.code, alarm.message, alarm.hint)
-                last_s = moment_s
-            said[key] = last_s
-        self._alarms = said
+    async def _guard(self) -> None:
+        while True:
+            await asyncio.sleep(GUARD_INTERVAL_S)
+            try:
+                if self._look_for_alarms():
+                    self._publish_status(online=True)
+                self._end_unchecked()
+            except Exception:  # noqa: BLE001 - a defect here must not silence the alarms to come
+                _log.exception("the age of the CRLs could not be looked at")
+
+    def _end_unchecked(self) -> None:
+        """End the connections that nobody would let in any more, because the CRL to check them by is too old."""
+        refusing = self.revocations.refusing(now())
+        if not refusing or self._server is None:
+            return
+        why = "the CRL of its CA is too old to go by"
+        ended = self._server.end_connections(lambda peer: peer.issuer in refusing, why)
+        if ended:
+            self._server.counters.unchecked_closed += ended
+            _log.error("ended %s connections: the CRL of their CA is too old to go by", ended)
+            self._publish_status(online=True)
+
+    def _look_for_alarms(self) -> bool:
+        """Look at the CRLs in force, log what is due; return whether what stands has changed."""
+        has_changed = self._alarms.look(self.revocations.alarms(now()))
+        if self._server:
+            self._server.counters.crl_alarms = self._alarms.raised
+        return has_changed
 
     def _publish_status(self, *, online: bool) -> None:
         crls = self.revocations.crls.values()
@@ -309,6 +346,8 @@ class Gateway:
             crl_next_update=min((crl.next_update.timestamp() for crl in crls), default=0.0),
             policy_sha256=self.policy.sha256,
             sessions=self._server.connected_count if self._server else 0,
+            alarms=self._alarms.codes,
+            counters=self._server.counters.as_dict() if self._server else {},
         )
         self._publish(gateway_status(self._settings.name), status.to_bytes())
 

@@ -10,7 +10,8 @@ Rules:
 - Nothing is loaded into OpenSSL; the look-up is one set per issuing CA, asked after every handshake, full or
   resumed. Taking effect is one assignment: a look-up sees the old CRLs or the new ones.
 - Past nextUpdate a CRL keeps refusing what it lists; the rest is let in for a stated grace and then refused, so
-  that a station that is down is an alarm first. `fail_closed` refuses everyone at once.
+  that a station that is down is an alarm first. `fail_closed` refuses everyone at once. Who is refused is not
+  kept either: `refusing` names the issuing CAs whose live connections are to end.
 - A broker without a CRL for each of its issuing CAs does not start.
 """
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from birthmark.broker.trust import Trust
 
 _CRL_HINT = "sign one with `birthmark crl` at the station and bring it to the `crl` of broker.toml, or over MQTT"
+_FILE_HINT = "sign one with `birthmark crl` at the station and bring it to the `crl` of broker.toml"
+"""For when nobody gets in who could bring it over MQTT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +166,22 @@ class Revocations:
         """
         crl = self._crls.get(peer.issuer)
         if crl is None:
-            raise PeerRefusedError("no-crl", f"no CRL of the CA of {peer.device_id} is in force", _CRL_HINT)
+            raise PeerRefusedError("no-crl", f"no CRL of the CA of {peer.device_id} is in force", _FILE_HINT)
         if peer.cert_serial in crl.serials:
             message = f"the certificate of {peer.device_id} is revoked (CRL {crl.number})"
             raise PeerRefusedError("revoked", message, "`birthmark show` at the station says when and why")
         if now > self._refuses_after(crl):
             message = f"the CRL to check {peer.device_id} against expired on {crl.next_update:%F %T} UTC"
-            raise PeerRefusedError("crl-expired", message, _CRL_HINT)
+            raise PeerRefusedError("crl-expired", message, _FILE_HINT)
+
+    def refusing(self, now: datetime) -> frozenset[str]:
+        """Return the trusted issuing CAs, by key identifier, of whose clients `check` now refuses every one."""
+        crls = self._crls
+        return frozenset(
+            issuer.key_id
+            for issuer in self._trust
+            if (crl := crls.get(issuer.key_id)) is None or now > self._refuses_after(crl)
+        )
 
     def alarms(self, now: datetime) -> list[Alarm]:
         """Return what about the CRLs in force needs a person: due at half life, expired, refusing everyone."""
@@ -179,7 +191,7 @@ class Revocations:
             until = self._refuses_after(crl)
             if now > until:
                 message = f"{shown} expired on {crl.next_update:%F %T} UTC: every client of that CA is refused"
-                alarms.append(Alarm("crl-refusing", message, _CRL_HINT))
+                alarms.append(Alarm("crl-refusing", message, _FILE_HINT))
             elif now > crl.next_update:
                 message = (
                     f"{shown} expired on {crl.next_update:%F %T} UTC: everyone is refused after {until:%F %T} UTC"
@@ -227,7 +239,7 @@ class Revocations:
             outcome="refused",
             issuer=error.issuer,
             number=in_force.number if in_force else 0,
-            sha256=_sha256(content),
+            sha256=crl_sha256(content),
             revoked_count=len(in_force.serials) if in_force else 0,
             reason=f"{error.reason}: {error.message}",
             hint=error.hint,
@@ -256,8 +268,11 @@ def _answer(outcome: Literal["installed", "current"], crl: Crl) -> Installation:
     return Installation(outcome, crl.issuer, crl.number, crl.sha256, len(crl.serials))
 
 
-def _sha256(content: bytes) -> str:
-    """Of the DER, if the content is one CRL in PEM; else of the bytes as they came."""
+def crl_sha256(content: bytes) -> str:
+    """Return what a receipt knows a CRL by, in hex.
+
+    Of the DER, if the content is one CRL in PEM; else of the bytes as they came.
+    """
     try:
         crls = split_crls(content)
     except CrlRefusedError:

@@ -148,6 +148,18 @@ class GatewayBroker(Broker):
         began_s = time.monotonic() if started_s is None else started_s
         return close_identities(self.exchange, self._connections, is_revoked, began_s)
 
+    def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
+        """End the connections of some peers in good order; return how many.
+
+        Not as a revocation does: nothing is known against these, so wills are published and sessions kept.
+        """
+        ended = 0
+        for connection in self._connections:
+            if connection.peer is not None and connection.stream.is_open and of(connection.peer):
+                connection.end_because(why)
+                ended += 1
+        return ended
+
     # --- life cycle --------------------------------------------------------------------------------------
 
     async def start(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from birthmark.device.errors import RemoteProtocolError
@@ -122,6 +122,10 @@ class GatewayStatus:
     policy_sha256: str
     sessions: int
     """Connected sessions."""
+    alarms: tuple[str, ...] = ()
+    """What needs a person: `crl-due` (past half its life), `crl-expired`, `crl-refusing` (nobody gets in)."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """What the gateway has counted since it started."""
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
@@ -139,6 +143,8 @@ class GatewayStatus:
             crl_next_update=fields.number("crl_next_update"),
             policy_sha256=fields.text("policy_sha256"),
             sessions=fields.whole("sessions"),
+            alarms=fields.texts("alarms"),
+            counters=fields.counts("counters", default={}),
         )
 
 
@@ -207,12 +213,18 @@ class _Fields:
             raise self.error(f"{key!r} is not a count")
         return value
 
-    def counts(self, key: str) -> dict[str, int]:
-        value = self._value.get(key)
+    def counts(self, key: str, default: dict[str, int] | None = None) -> dict[str, int]:
+        value = self._value.get(key, default)
         if not isinstance(value, dict):
             raise self.error(f"{key!r} is not an object")
         inner = _Fields(self._what, value)
         return {name: inner.whole(name) for name in value}
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self._value.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"{key!r} is not a list of texts")
+        return tuple(value)
 
     def objects(self, key: str) -> list[_Fields]:
         value = self._value.get(key, [])

@@ -44,6 +44,8 @@ MESSAGES: list[Message] = [
         crl_next_update=9.0,
         policy_sha256="cd",
         sessions=3,
+        alarms=("crl-due", "crl-refusing"),
+        counters={"messages_in": 4},
     ),
 ]
 
@@ -91,3 +93,17 @@ def test_any_bytes_give_only_our_error(kind: type[Message], payload: bytes) -> N
 def test_a_number_is_one_that_a_clock_can_show(number: str) -> None:
     with pytest.raises(RemoteProtocolError, match="out of range"):
         Presence.from_bytes(f'{{"online": true, "since": {number}}}'.encode())
+
+
+def test_a_gateway_status_of_an_older_gateway_has_no_alarms() -> None:
+    fields: dict[str, Any] = json.loads(MESSAGES[-1].to_bytes())
+    del fields["alarms"], fields["counters"]
+    status = GatewayStatus.from_bytes(json.dumps(fields).encode())
+    assert (status.sessions, status.alarms, status.counters) == (3, (), {})
+
+
+@pytest.mark.parametrize("alarms", ["crl-due", [1], {"crl-due": True}, None])
+def test_alarms_of_another_type_are_refused(alarms: Any) -> None:
+    fields: dict[str, Any] = json.loads(MESSAGES[-1].to_bytes())
+    with pytest.raises(RemoteProtocolError, match="'alarms' is not a list of texts"):
+        GatewayStatus.from_bytes(json.dumps({**fields, "alarms": alarms}).encode())

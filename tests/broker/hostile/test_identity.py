@@ -68,7 +68,7 @@ def test_the_persistent_session_of_another_stays_its_own(world: ProcessWorld) ->
 @pytest.mark.parametrize("flags", [USER_NAME, USER_NAME | PASSWORD])
 @pytest.mark.parametrize("name", ["victim", "alice", "operator", "root", "#"])
 def test_a_user_name_gives_nothing(world: ProcessWorld, name: str, flags: int) -> None:
-    """The certificate is who a client is; what it says in CONNECT beside that is read past (MQTT 3.1.1 §3.1.3.4)."""
+    """The certificate is who a client is; what it says beside that is read past (MQTT 3.1.1 §3.1.3.4)."""
     tail = text(name) + (text("password") if flags & PASSWORD else b"")
     watcher = world.operator("alice", ("devices/#", 0))
     client = world.open(world.context("sensor-1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime as dt
 import hashlib
 import logging
@@ -14,6 +15,7 @@ import pytest
 from support.pki import Authority, Pki, crl_pem, now
 
 from birthmark.broker.config import BrokerSettings, read_settings
+from birthmark.broker.counters import Counters
 from birthmark.broker.gateway import MAX_WAITING_CRLS, Gateway
 from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
 from birthmark.broker.trust import Trust
@@ -41,6 +43,7 @@ class Recorder:
     published: list[tuple[str, bytes, int, bool]] = field(default_factory=list)
     hooks: dict[str, Callable[[str, bytes, Peer], None]] = field(default_factory=dict)
     connected_count: int = 3
+    counters: Counters = field(default_factory=Counters)
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
         self.published.append((topic, payload, qos, retain))
@@ -62,6 +65,12 @@ class Recorder:
         self.peers = [peer for peer in self.peers if peer not in closed]
         assert started_s is None or started_s > 0
         return [_closed(peer) for peer in closed]
+
+    def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
+        assert why
+        ended = [peer for peer in self.peers if of(peer)]
+        self.peers = [peer for peer in self.peers if peer not in ended]
+        return len(ended)
 
     def receipts(self) -> list[Receipt]:
         return [
@@ -253,18 +262,81 @@ def test_a_crl_by_message(settings: BrokerSettings) -> None:
     asyncio.run(main())
 
 
-def test_messages_beyond_what_can_wait_are_dropped(
+def test_messages_beyond_what_can_wait_are_refused_with_a_receipt(
     settings: BrokerSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         async with running(settings) as (_, recorder):
             for _number in range(MAX_WAITING_CRLS + 5):
                 recorder.hooks["gateway/gw-1/crl"]("gateway/gw-1/crl", b"nonsense", peer_of("alice"))
-            await until(lambda: len(recorder.receipts()) >= MAX_WAITING_CRLS)
-            assert len(recorder.receipts()) == MAX_WAITING_CRLS
+            busy = recorder.receipts()
+            assert len(busy) == 5, "at once, before those that wait"
+            assert {receipt.outcome for receipt in busy} == {"refused"}
+            assert {receipt.crl_sha256 for receipt in busy} == {hashlib.sha256(b"nonsense").hexdigest()}
+            assert all(receipt.reason.startswith("busy: 8 others wait") for receipt in busy)
+            await until(lambda: len(recorder.receipts()) == MAX_WAITING_CRLS + 5)
+            assert not recorder.receipts()[-1].reason.startswith("busy")
 
     asyncio.run(main())
     assert "others wait" in caplog.text
+
+
+@pytest.mark.parametrize("fail_closed", [False, True])
+def test_a_crl_too_old_to_go_by_ends_what_it_let_in(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture, fail_closed: bool
+) -> None:
+    """The grace over, or none granted: live connections fare like new ones, and the status says so first."""
+    second = Authority.create("Second CA", parent=PKI.root)
+    settings.clients_ca_path.write_bytes(PKI.issuing.pem + second.pem)
+    soon = now() + dt.timedelta(seconds=1)
+    expiring = PKI.issuing.crl(number=4, next_update=soon)
+    settings.crl_path.write_bytes(crl_pem(expiring) + crl_pem(second.crl(number=1)))
+    rules = dataclasses.replace(settings.revocation, fail_closed=fail_closed, grace_days=0)
+    settings = dataclasses.replace(settings, revocation=rules)
+    mine, other = peer_of("sensor-1"), peer_of("sensor-2", second)
+
+    async def main() -> None:
+        async with running(settings, mine, other) as (gateway, recorder):
+            assert gateway.admit(PKI.device().der)
+            assert "crl-refusing" not in recorder.statuses()[-1].alarms
+            await until(lambda: mine not in recorder.peers)
+            assert recorder.peers == [other], "the other CA's CRL is good"
+            last = recorder.statuses()[-1]
+            assert "crl-refusing" in last.alarms
+            assert last.counters["unchecked_closed"] == 1
+            assert last.counters["crl_alarms"] >= 1
+            with pytest.raises(PeerRefusedError, match="expired"):
+                gateway.admit(PKI.device().der)
+            # A new one, by file: everything is as before.
+            recorder.peers.append(mine)
+            fresh = PKI.issuing.crl(number=5, this_update=now())
+            replace(settings.crl_path, crl_pem(fresh) + crl_pem(second.crl(number=1)))
+            await until(lambda: recorder.statuses()[-1].crl_numbers[PKI.issuing.issuer_id] == 5)
+            assert recorder.statuses()[-1].alarms == ()
+            assert recorder.peers == [other, mine]
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    assert "ALARM crl-refusing" in caplog.text
+    assert "ended 1 connections" in caplog.text
+    assert "alarm crl-refusing is over" in caplog.text
+
+
+def test_past_half_its_life_a_crl_is_an_alarm_in_log_counter_and_status(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, ends = now() - dt.timedelta(days=16), now() + dt.timedelta(days=14)
+    settings.crl_path.write_bytes(PKI.issuing.crl(number=3, this_update=began, next_update=ends))
+
+    async def main() -> None:
+        async with running(settings, peer_of()) as (_, recorder):
+            (status,) = recorder.statuses()
+            assert status.alarms == ("crl-due",)
+            assert status.counters["crl_alarms"] == 1
+            assert len(recorder.peers) == 1
+
+    asyncio.run(main())
+    assert "ALARM crl-due" in caplog.text
 
 
 def test_a_new_policy_applies_and_a_bad_one_does_not(

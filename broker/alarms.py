@@ -1,0 +1,60 @@
+"""What about a gateway needs a person: said when it begins, now and then while it stays, and when it is over."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from birthmark.broker.revocation import Alarm
+
+REPEAT_S = 3_600.0
+"""An alarm that stays is said again this often."""
+
+_log = logging.getLogger(__name__)
+
+
+class Alarms:
+    """The alarms that stand.
+
+    Args:
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._standing: dict[Alarm, float] = {}
+        self.raised = 0
+        """How many have begun since the start."""
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """What stands, each code once, in order."""
+        return tuple(sorted({alarm.code for alarm in self._standing}))
+
+    def look(self, found: Iterable[Alarm]) -> bool:
+        """Take note of what stands now, and log what is due; return whether the codes have changed."""
+        moment_s = self._clock()
+        before = self.codes
+        standing: dict[Alarm, float] = {}
+        for alarm in found:
+            last_s = self._standing.get(alarm)
+            if last_s is None:
+                self.raised += 1
+            if last_s is None or moment_s - last_s >= REPEAT_S:
+                _log.warning(
+                    "ALARM %s: %s (%s)",
+                    alarm.code,
+                    alarm.message,
+                    alarm.hint,
+                    extra={"fields": {"event": "alarm", "code": alarm.code}},
+                )
+                last_s = moment_s
+            standing[alarm] = last_s
+        self._standing = standing
+        for code in before:
+            if code not in self.codes:
+                _log.info("alarm %s is over", code, extra={"fields": {"event": "alarm_over", "code": code}})
+        return before != self.codes
