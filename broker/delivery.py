@@ -92,10 +92,11 @@ class Exchange:
     def renew_rights(self, session: Session) -> int:
         """Ask the policy anew about a session; return how many of its subscriptions were dropped."""
         session.set_rights(self.policy.rights(session.peer.device_id, session.peer.role))
-        lost = [f for f in session.subscriptions if not session.rights.subscribe(f).allowed]
-        for topic_filter in lost:
+        decisions = [(f, session.rights.subscribe(f)) for f in session.subscriptions]
+        lost = [(topic_filter, decision) for topic_filter, decision in decisions if not decision.allowed]
+        for topic_filter, decision in lost:
             self._drop_subscription(session, topic_filter)
-            self.denials.denied(session.peer, "subscription", topic_filter, "the policy has changed")
+            self.denials.denied(session.peer, "subscription", topic_filter, decision.rule)
         kept = [item for item in session.queue if self._may_receive(session, item[0].topic)]
         if len(kept) < len(session.queue):
             session.queue.clear()

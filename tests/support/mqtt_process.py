@@ -51,8 +51,11 @@ class BrokerProcess:
     def wait_for_event(self, event: str) -> dict[str, Any]:
         return self._wait(lambda: [record for record in self.out if record.get("event") == event], event)
 
-    def wait_for_log(self, words: str) -> dict[str, Any]:
-        return self._wait(lambda: [record for record in self.log if words in record.get("message", "")], words)
+    def wait_for_log(self, words: str, after: int = 0) -> dict[str, Any]:
+        """The first record with these words, of those behind the first `after`."""
+        return self._wait(
+            lambda: [record for record in self.log[after:] if words in record.get("message", "")], words
+        )
 
     def wait_for_failure(self) -> dict[str, Any]:
         """The error that the command ended with."""
