@@ -188,20 +188,38 @@ def sign_root_crl(station: Station, root: profile.Issuer) -> Path:
 
 def current_crl(station: Station) -> StoredCrl | None:
     """Return the CRL in the station's `crl.pem`; None if it is not there or damaged (sign a new one)."""
+    crl = _read(station.crl_path)
+    if crl is None or not crl.is_signature_valid(cast(EllipticCurvePublicKey, station.issuing.public_key())):
+        return None
+    return _stored(crl, station.crl_path)
+
+
+def successor(crl: StoredCrl) -> StoredCrl | None:
+    """Return the CRL that is in the file of `crl` by now, if another command has signed a newer one."""
+    found = _read(crl.path)
+    stored = None if found is None else _stored(found, crl.path)
+    return stored if stored is not None and stored.number > crl.number else None
+
+
+def _read(path: Path) -> x509.CertificateRevocationList | None:
     try:
-        crl = x509.load_pem_x509_crl(station.crl_path.read_bytes())
+        return x509.load_pem_x509_crl(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _stored(crl: x509.CertificateRevocationList, path: Path) -> StoredCrl | None:
+    try:
         number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-    except (OSError, ValueError, x509.ExtensionNotFound):
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
         return None
     next_update = crl.next_update_utc
-    if next_update is None or not crl.is_signature_valid(
-        cast(EllipticCurvePublicKey, station.issuing.public_key())
-    ):
+    if next_update is None:
         return None
     return StoredCrl(
         number=number,
         der=crl.public_bytes(Encoding.DER),
-        path=station.crl_path,
+        path=path,
         this_update=crl.last_update_utc,
         next_update=next_update,
         cert_serials=frozenset(entry.serial_number for entry in crl),

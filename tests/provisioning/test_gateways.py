@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
@@ -113,6 +115,79 @@ def test_by_path_a_receipt_for_another_crl_is_pending(living: Station, by_path: 
     assert "another CRL" in delivery.cause
 
 
+def test_by_path_a_pipe_in_place_of_the_receipt_is_pending(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    os.mkfifo(by_path.crl_path.with_name(by_path.crl_path.name + ".receipt"))
+    (delivery,) = deliver_all(living, by_path, timeout_s=SHORT_S)
+    assert delivery.outcome is Outcome.PENDING
+    assert "no regular file" in delivery.cause
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"gateway": "gateway-2"}, "gateway-2"),
+        ({"gateway": "\x1b[31mgateway-1"}, r"\x1b[31mgateway-1"),
+        ({"crl_number": 0}, "says that 0 is in force"),
+        ({"crl_number": 1 << 200}, "is in force"),
+    ],
+)
+def test_a_receipt_of_another_gateway_or_one_that_contradicts_itself_is_pending(
+    living: Station, by_path: Gateway, changes: dict[str, Any], cause: str
+) -> None:
+    assert by_path.crl_path is not None
+    with PathGateway(by_path.crl_path, lambda crl: replace(receipt_for(crl), **changes).to_bytes()):
+        (delivery,) = deliver_all(living, by_path)
+    assert delivery.outcome is Outcome.PENDING
+    assert cause in delivery.cause
+
+
+def test_by_path_an_older_crl_does_not_stay_in_the_place_of_a_newer_one(living: Station, by_path: Gateway) -> None:
+    """Two revocations at once: the one that signed first comes to write last."""
+    assert by_path.crl_path is not None
+    older = crl_of(living)
+    newer = sign_and_store_crl(living)
+    with PathGateway(by_path.crl_path, lambda crl: receipt_for(crl, outcome="current").to_bytes()):
+        (delivery,) = deliver([by_path], older, anchors_path=living.folder / "root.pem", timeout_s=LONG_S)
+    assert by_path.crl_path.read_bytes() == newer.pem
+    assert delivery.outcome is Outcome.DONE
+    assert delivery.receipt is not None
+    assert delivery.receipt.crl_sha256 == newer.sha256
+
+
+def test_by_path_a_newer_crl_that_another_command_brought_counts(living: Station, by_path: Gateway) -> None:
+    assert by_path.crl_path is not None
+    older = crl_of(living)
+
+    def answer(_crl: bytes) -> bytes:
+        return receipt_for(sign_and_store_crl(living).der).to_bytes()
+
+    with PathGateway(by_path.crl_path, answer):
+        (delivery,) = deliver([by_path], older, anchors_path=living.folder / "root.pem", timeout_s=LONG_S)
+    assert delivery.outcome is Outcome.DONE
+    assert delivery.receipt is not None
+    assert delivery.receipt.crl_number > older.number
+
+
+def test_by_mqtt_a_newer_crl_is_brought_when_the_gateway_has_it_already(
+    living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gateway]
+) -> None:
+    older = crl_of(living)
+    newer = sign_and_store_crl(living)
+
+    def answer(crl: bytes) -> list[bytes]:
+        outcome: Literal["refused", "current"] = "refused" if crl == older.der else "current"
+        return [receipt_for(crl, gateway="localhost", outcome=outcome).to_bytes()]
+
+    with mqtt_gateway(tmp_path, answer) as gateway:
+        (delivery,) = deliver(
+            [by_mqtt(gateway.port)], older, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+        )
+    assert delivery.outcome is Outcome.DONE, delivery
+    assert delivery.receipt is not None
+    assert delivery.receipt.crl_sha256 == newer.sha256
+
+
 def test_by_path_no_folder_is_pending(living: Station, tmp_path: Path) -> None:
     (delivery,) = deliver_all(living, Gateway("gateway-1", crl_path=tmp_path / "none" / "crl.pem"))
     assert delivery.outcome is Outcome.PENDING
@@ -126,7 +201,7 @@ def test_by_mqtt(living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gatew
 
     def answer(crl: bytes) -> list[bytes]:
         # Somebody else's receipt, and no receipt at all, come first.
-        return [older.to_bytes(), b"junk", receipt_for(crl, outcome="current").to_bytes()]
+        return [older.to_bytes(), b"junk", receipt_for(crl, gateway="localhost", outcome="current").to_bytes()]
 
     with mqtt_gateway(tmp_path, answer) as gateway:
         (delivery,) = deliver_all(living, by_mqtt(gateway.port))
@@ -181,10 +256,10 @@ def test_one_silent_gateway_delays_no_other(living: Station, tmp_path: Path) -> 
     paths = [tmp_path / f"crl-{number}.pem" for number in range(3)]
     gateways = [Gateway(f"g-{number}", crl_path=path) for number, path in enumerate(paths)]
     with (
-        PathGateway(paths[0], lambda crl: receipt_for(crl).to_bytes()),
-        PathGateway(paths[2], lambda crl: receipt_for(crl).to_bytes()),
+        PathGateway(paths[0], lambda crl: receipt_for(crl, gateway="g-0").to_bytes()),
+        PathGateway(paths[2], lambda crl: receipt_for(crl, gateway="G-2").to_bytes()),
     ):
-        deliveries = deliver_all(living, *gateways, timeout_s=3.0)
+        deliveries = deliver_all(living, *gateways, timeout_s=2.0)
     assert [delivery.outcome for delivery in deliveries] == [Outcome.DONE, Outcome.PENDING, Outcome.DONE]
 
 

@@ -34,12 +34,16 @@ CLOSED = ClosedIdentity(
 
 
 def receipt_for(
-    crl_der: bytes, *, outcome: Outcome = "installed", closed: tuple[ClosedIdentity, ...] = ()
+    crl_der: bytes,
+    *,
+    gateway: str = "gateway-1",
+    outcome: Outcome = "installed",
+    closed: tuple[ClosedIdentity, ...] = (),
 ) -> Receipt:
     """Return the receipt that a broker would give for this CRL."""
     crl = x509.load_der_x509_crl(crl_der)
     return Receipt(
-        gateway="gateway-1",
+        gateway=gateway,
         outcome=outcome,
         issuer="00",
         crl_number=crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number,
