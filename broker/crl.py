@@ -111,7 +111,7 @@ def read_crl(crl_der: bytes, trust: Trust, now: datetime | None) -> Crl:
     except MALFORMED as error:
         raise CrlRefusedError("malformed", "it is no CRL, or a damaged one", _RENEW) from error
     try:
-        _check_signature(found, issuer)
+        _check_signature(found, issuer, crl_der)
         _check_complete(extensions, issuer)
         return _crl(found, extensions, issuer, crl_der, now)
     except MALFORMED as error:
@@ -134,10 +134,13 @@ def _issuer(found: x509.CertificateRevocationList, extensions: _Extensions, trus
     return issuer
 
 
-def _check_signature(found: x509.CertificateRevocationList, issuer: Issuer) -> None:
+def _check_signature(found: x509.CertificateRevocationList, issuer: Issuer, crl_der: bytes) -> None:
     if found.signature_algorithm_oid != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
         message = "it is not signed with ecdsa-with-SHA256"
         raise CrlRefusedError("signature", message, _FOREIGN, issuer=issuer.key_id)
+    # The BIT STRING's count of unused bits is not signed, and the parser lets a wrong one pass.
+    if not crl_der.endswith(b"\0" + found.signature):
+        raise CrlRefusedError("malformed", "its signature is damaged", _RENEW, issuer=issuer.key_id)
     try:
         issuer.public_key.verify(found.signature, found.tbs_certlist_bytes, _SIGNATURE)
     except InvalidSignature as error:

@@ -429,6 +429,16 @@ def test_a_crl_cut_short_anywhere() -> None:
             read_crl(_small_crl()[:end], trust(), now())
 
 
+def test_a_signature_with_unused_bits_is_refused() -> None:
+    # One whose last bit is 0 could be said to be one bit shorter, which changes nothing that is signed.
+    crl = next(crl for _ in range(100) if not (crl := pki().issuing.crl([1], number=9))[-1] & 1)
+    signature = x509.load_der_x509_crl(crl).signature
+    shorter = crl[: -len(signature) - 1] + b"\1" + signature
+    assert x509.load_der_x509_crl(shorter).signature == signature
+    with pytest.raises(CrlRefusedError, match="damaged"):
+        read_crl(shorter, trust(), now())
+
+
 @given(st.integers(0, 2_000), st.integers(1, 255))
 def test_a_damaged_crl_is_refused(at: int, flip: int) -> None:
     damaged = bytearray(_small_crl())
