@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from birthmark.device.console import Parser
 from birthmark.provisioning import (
     audit_commands,
+    batch_commands,
     flash,
     quarantine_commands,
     reflash,
@@ -32,6 +33,7 @@ birthmark revoke sensor-17 --reason lost""",
     station_commands.add_to(commands)
     flash.add_to(commands)
     reflash.add_to(commands)
+    batch_commands.add_to(commands)
     quarantine_commands.add_to(commands)
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)

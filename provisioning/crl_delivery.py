@@ -59,6 +59,6 @@ def bring_new_crl(station: Station, console: Console, *, timeout_s: float = DEFA
         "entries": len(crl.cert_serials),
         "gateways": [delivery.record() for delivery in deliveries],
     }
-    head = f"what it replaces is revoked: CRL {crl.number}, {crl.path}"
+    head = f"revoked certificates are on CRL {crl.number}, {crl.path}"
     console.emit(record, "\n".join([head, *(f"  {delivery.described()}" for delivery in deliveries)]))
     return warn_of_pending(console, deliveries)

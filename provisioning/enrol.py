@@ -99,6 +99,7 @@ class ProofError(EnrollmentRefusedError):
     """The device did not prove what it should; the row stays where it is."""
 
     def __init__(self, step: Step, cause: str) -> None:
+        self.step = step
         super().__init__(
             f"could not enrol the device: its answer to {step.name} proves nothing: {cause}",
             hint="do not release this unit; see `birthmark list` for where it stopped",

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import INTERRUPTED
@@ -19,6 +20,7 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.outcomes import Outcome
 from birthmark.provisioning.port import PortName
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import BrokerDefaults
@@ -96,17 +98,22 @@ def enrol_one(
     except KeyboardInterrupt:
         if progress.row is not None and not progress.row.state.reached(State.ATTESTED):
             journal.interrupted(progress.row)
+        journal.attempted(progress.attempt(Outcome.STOPPED))
         progress.interrupted(resume)
         return INTERRUPTED
     except EnrollmentRefusedError as error:
         progress.failed(error)
         journal.refused(progress.device_id, error.message)
+        journal.attempted(progress.attempt(Outcome.FAIL, error))
         raise
     except BirthmarkError as error:
         progress.failed(error)
+        with suppress(BirthmarkError):  # what could not be written once is not counted either
+            journal.attempted(progress.attempt(Outcome.FAIL, error))
         raise
     finally:
         delivered = not journal.revoked or bring_new_crl(station, console)
+    journal.attempted(progress.attempt(Outcome.PASS))
     progress.passed(row)
     return 0 if delivered else 1
 

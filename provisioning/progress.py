@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from birthmark.device.escape import escaped
 from birthmark.device.link.timers import REPLUG_S
 from birthmark.provisioning.enrol import Reached, Step, Stored
+from birthmark.provisioning.outcomes import Attempt, Outcome, code_of, failed_step
 from birthmark.provisioning.session import Replugged, Unplugged
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ class Progress:
         self._begun_s = self._step_s = time.monotonic()
         self.row: Row | None = None
         """The last row that became durable."""
+        self.reached: Step | None = None
+        """The last step that was answered well."""
+        self.hwid = b""
 
     def watch(self, event: Event) -> None:
         """Show one step, or remember one state."""
         match event:
             case Reached(step, hello):
+                self.reached, self.hwid = step, hello.hwid
                 text = _DONE[step]
                 facts: dict[str, Any] = {"hwid": hello.hwid.hex()}
                 if step is Step.HELLO:
@@ -95,6 +100,17 @@ class Progress:
         }
         text = f"{self._console.paint('FAIL', 'red')} {self.device_id}  ({state})"
         self._console.emit(record, f"{text}  {_ms(self._begun_s) / 1000:.2f} s")
+
+    def attempt(self, outcome: Outcome, error: BirthmarkError | None = None) -> Attempt:
+        """Return what is counted of this attempt."""
+        return Attempt(
+            outcome,
+            self.device_id,
+            self.hwid,
+            failed_step(error, self.reached) if error is not None else "",
+            code_of(error) if error is not None else "",
+            _ms(self._begun_s),
+        )
 
     def interrupted(self, resume: str) -> None:
         """Say how to go on."""

@@ -23,6 +23,7 @@ from cryptography import x509
 from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.device.link.bundle import Bundle, BundleConfig
+from birthmark.provisioning.batches import ATTEMPT
 from birthmark.provisioning.journal import Action
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from birthmark.device.link.messages import HelloAnswer
     from birthmark.provisioning.authority import Authority
     from birthmark.provisioning.journal import Wish
+    from birthmark.provisioning.outcomes import Attempt
     from birthmark.provisioning.registry.interface import Registry, Transaction
     from birthmark.provisioning.registry.model import KeyMode, Row
 
@@ -217,6 +219,25 @@ class Transitions:
         """Leave word in the audit log that a unit was refused; no row changes."""
         with self._registry.transaction() as transaction:
             transaction.record("refuse", device_id, cause=cause)
+
+    def attempted(self, attempt: Attempt) -> None:
+        """Count an attempt at a unit, if a batch is open; no row changes."""
+        with self._registry.view() as view:
+            if view.open_batch() is None:
+                return
+        with self._registry.transaction() as transaction:
+            batch = _batch(transaction)
+            if batch:
+                transaction.record(
+                    ATTEMPT,
+                    attempt.device_id,
+                    batch=batch,
+                    outcome=attempt.outcome.value,
+                    hwid=attempt.hwid.hex() or None,
+                    step=attempt.step or None,
+                    code=attempt.code or None,
+                    elapsed_ms=round(attempt.elapsed_ms),
+                )
 
     def _bundle(self, row: Row, certificate_der: bytes, now: datetime) -> bytes:
         authority = self._authority()
