@@ -7,20 +7,27 @@ Rules:
 - The hardware id is random, made once and kept: every board on this machine is a board of its own.
 - The client starts when the agent says that it committed, not when somebody looks; a new enrollment ends the
   client of the old identity.
+- What is wrong with it, and with its line, is `faults.Faults`; a power cut or a reboot loses what is in RAM, and
+  after `BOOT_S` the agent starts anew on the same records.
 - What happens is told as records, `{"event": ..., "board": N, ...}`, from several threads: `report` bears that.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import secrets
+import select
+import shutil
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from enum import Enum
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from birthmark.device.agent import keys
 from birthmark.device.agent.enrollment import Board, Step, Surroundings
 from birthmark.device.agent.machine import Agent
 from birthmark.device.agent.slots import Slots
@@ -28,14 +35,21 @@ from birthmark.device.agent.tty import serve
 from birthmark.device.client import Client
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event, SubscriptionDenied
+from birthmark.device.link.frame import FROM_DEVICE, Frame
 from birthmark.device.link.messages import KeyMode
-from birthmark.firmware_sim.terminal import Terminal
+from birthmark.firmware_sim.cable import Cable
+from birthmark.firmware_sim.faults import Faults
+from birthmark.firmware_sim.foreign import lock_elsewhere
+from birthmark.firmware_sim.hostile import HostileBoard
+from birthmark.firmware_sim.impostors import ImpostorOnPort
+from birthmark.firmware_sim.storage import FailingStorage, PowerCutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
     from birthmark.device.agent.stop import Stop
+    from birthmark.device.agent.tty import Answering
 
     Report = Callable[[dict[str, Any]], None]
 
@@ -43,6 +57,8 @@ MODEL: Final = "birthmark-sim"
 FIRMWARE: Final = "1.0"
 HWID_BYTES: Final = 16
 LINK_NAME: Final = "tty"
+BOOT_S: Final = 0.3
+"""How long it takes to boot after a power cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +69,15 @@ class Behaviour:
         online: whether it connects to its broker once it is enrolled.
         interval_s: between two readings.
         key_modes: which it offers in HELLO.
+        faults: what is wrong with it.
+        seed: of the randomness of the faults; each board's own number is added.
     """
 
     online: bool = False
     interval_s: float = 1.0
     key_modes: KeyMode = KeyMode.BOTH
+    faults: Faults = field(default_factory=Faults)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.interval_s <= 86_400:
@@ -76,24 +96,30 @@ class _Wish(Enum):
 
 
 class SimulatedBoard:
-    """A board with a state folder of its own; `run` is its power-on time.
+    """A board with a state folder of its own; `run` is its time on the bench.
 
     Args:
         number: what it is called in reports.
-        folder: the agent's state folder, with a link `tty` to the pty in it.
-        behaviour: how it behaves.
+        folder: the agent's state folder.
+        behaviour: how it behaves, and what is wrong with it.
         report: is told what happens, from the board's own threads.
+        link_path: the stable name of its port; by default `tty` in the folder.
     """
 
-    def __init__(self, number: int, folder: Path, behaviour: Behaviour, report: Report) -> None:
+    def __init__(
+        self, number: int, folder: Path, behaviour: Behaviour, report: Report, link_path: Path | None = None
+    ) -> None:
         self._number = number
         self._behaviour = behaviour
+        self._faults = behaviour.faults
         self._report = report
-        self._slots = Slots(folder)
+        self._slots = Slots(folder, FailingStorage(cut_at=self._faults.cut_at, full_for=self._faults.full_for))
+        self._link_path = link_path or folder / LINK_NAME
+        self._reboot_at = self._faults.reboot_at
         self._wishes: SimpleQueue[_Wish] = SimpleQueue()
 
     def run(self, stop: Stop) -> None:
-        """Serve the port until `stop`.
+        """Be on the port until `stop`.
 
         Raises:
             SystemFailureError: another agent uses the folder, or it cannot be written.
@@ -101,22 +127,14 @@ class SimulatedBoard:
             OSError: there is no pty to be had.
         """
         with self._slots.exclusive():
-            board = Board(
-                hwid=self._slots.kept_hwid(secrets.token_bytes, HWID_BYTES),
-                model=MODEL,
-                firmware=FIRMWARE,
-                key_modes=self._behaviour.key_modes,
-            )
-            surroundings = Surroundings(
-                clock=time.monotonic, random_bytes=secrets.token_bytes, watch=self._stepped
-            )
-            agent = Agent(self._slots, board, surroundings)
+            board = self._made()
             active = self._slots.active()
-            with Terminal(self._slots.folder / LINK_NAME) as terminal:
+            chance = random.Random(f"{self._behaviour.seed}/{self._number}")
+            with Cable(self._link_path, self._faults.on_the_line, chance, self._tell) as cable:
                 self._tell(
                     "ready",
-                    path=str(terminal.path),
-                    link=str(terminal.link_path),
+                    path=str(cable.path),
+                    link=str(cable.link_path),
                     hwid=board.hwid.hex(),
                     id=None if active is None else str(active.bundle.config.device_id),
                 )
@@ -125,10 +143,58 @@ class SimulatedBoard:
                 try:
                     if active is not None:
                         self._wishes.put(_Wish.CONNECT)
-                    serve(terminal.board_fd, agent, stop)
+                    self._serve(cable, board, chance, stop)
                 finally:
                     self._wishes.put(_Wish.STOP)
                     client.join()
+
+    def _made(self) -> Board:
+        """Do what was done to the board before it came to the bench, and return who it is."""
+        if self._faults.copy_of is not None and self._slots.active() is None:
+            for record in self._faults.copy_of.iterdir():
+                if record.is_file() and (self._faults.copies_hwid or record.name != "hwid"):
+                    shutil.copy(record, self._slots.folder)
+        # Not by the failing storage: hardware ids and foreign locks are older than what fails here.
+        as_made = Slots(self._slots.folder)
+        hwid = as_made.kept_hwid(secrets.token_bytes, HWID_BYTES)
+        if self._faults.is_foreign:
+            lock_elsewhere(as_made, hwid)
+        return Board(hwid=hwid, model=MODEL, firmware=FIRMWARE, key_modes=self._behaviour.key_modes)
+
+    def _serve(self, cable: Cable, board: Board, chance: random.Random, stop: Stop) -> None:
+        """Answer on the port, boot after boot, until `stop`."""
+        if self._faults.impostor is not None:
+            serve(cable.board_fd, ImpostorOnPort(self._faults.impostor, chance), stop)
+            return
+        while not stop.is_set:
+            try:
+                serve(cable.board_fd, self._booted(board, stop), stop)
+            except PowerCutError:
+                self._tell("power_cut")
+                if _waits(stop, BOOT_S):
+                    cable.drain()
+
+    def _booted(self, board: Board, stop: Stop) -> Answering:
+        surroundings = Surroundings(
+            clock=time.monotonic, random_bytes=secrets.token_bytes, make_key=self._make_key, watch=self._stepped
+        )
+        agent = Agent(self._slots, board, surroundings)
+        lie, at = self._faults.lie, self._faults.lie_at
+        if lie is not None and at is not None:
+            return HostileBoard(agent, self._slots, lie, at, lambda seconds: _waits(stop, seconds))
+        return agent if self._reboot_at is None else _Rebooting(self, agent)
+
+    def answer_or_reboot(self, answer: bytes) -> bytes:
+        """Return an answer of the agent's, or lose the power instead of sending it."""
+        if self._reboot_at is not None and Frame.from_run(answer[1:-1]).type == self._reboot_at | FROM_DEVICE:
+            self._reboot_at = None
+            raise PowerCutError
+        return answer
+
+    def _make_key(self) -> keys.PrivateKey:
+        scalar = self._faults.key_scalar
+        always = None if scalar is None else keys.key_of_scalar(scalar)
+        return always or keys.make_key()
 
     def _stepped(self, step: Step) -> None:
         if step.name == "enrolled":
@@ -201,3 +267,26 @@ class SimulatedBoard:
 
     def _tell(self, event: str, **facts: object) -> None:
         self._report({"event": event, "board": self._number, **facts})
+
+
+class _Rebooting:
+    """An agent whose board reboots at one of its answers."""
+
+    def __init__(self, board: SimulatedBoard, agent: Agent) -> None:
+        self._board = board
+        self._agent = agent
+
+    def receive(self, data: bytes) -> Generator[bytes, None, None]:
+        with closing(self._agent.receive(data)) as answers:
+            for answer in answers:
+                yield self._board.answer_or_reboot(answer)
+
+    def busy(self) -> bytes:
+        return self._agent.busy()
+
+
+def _waits(stop: Stop, seconds: float) -> bool:
+    """Wait for so long; return whether nobody wished to stop meanwhile."""
+    poll = select.poll()
+    poll.register(stop.fileno(), select.POLLIN)
+    return not poll.poll(seconds * 1000)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import Console, Parser, command
 from birthmark.firmware_sim.board import Behaviour
+from birthmark.firmware_sim.faults import KINDS, Faults, parse
+from birthmark.firmware_sim.fixture import faults_of_slots, write_fixture
 from birthmark.firmware_sim.fleet import run_boards
+from birthmark.firmware_sim.lies import LIES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_BOARDS = 100
 """What a process has descriptors for, with the usual limit of 1024; for more boards, start more simulators."""
@@ -19,6 +25,17 @@ _BOARD_EXAMPLES = """
 birthmark-sim board
 birthmark-sim board --count 16 --state ./fixture
 birthmark-sim board --online --interval 0.5 --json
+birthmark-sim board --fault baud=115200 --fault latency=16 --fault loss=1e-3
+birthmark-sim board --fault hostile=prove-key@attest
+"""
+_FIXTURE_EXAMPLES = """
+birthmark-sim fixture --slots 16
+birthmark-sim fixture --slots 16 --faults baud=115200 latency=16 3:instead=login 7:unplug=1@900 12:foreign
+birthmark-sim fixture --slots 4 --state ./fixture --faults log=20 --seed 7 --json
+"""
+_FAULTS_EXAMPLES = """
+birthmark-sim faults
+birthmark-sim faults --json
 """
 
 
@@ -27,7 +44,7 @@ def parser() -> Parser:
     root = Parser(
         prog="birthmark-sim",
         description="Boards that do not exist: the device's own agent and client on pseudo-terminals.",
-        examples=_BOARD_EXAMPLES,
+        examples=_BOARD_EXAMPLES + _FIXTURE_EXAMPLES.lstrip("\n"),
     )
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     board = command(
@@ -38,32 +55,79 @@ def parser() -> Parser:
         _BOARD_EXAMPLES,
     )
     board.add_argument("--count", type=_count, default=1, metavar="N", help="how many boards (1)")
-    board.add_argument(
-        "--state",
-        type=Path,
-        default=Path("birthmark-boards"),
-        metavar="DIR",
-        help="where the boards keep their state, in DIR/board-1, ...; their ports are DIR/board-1/tty, ...",
+    _add_common(board, "birthmark-boards", "KIND[=VALUE]", "what is wrong with each board and its line")
+    fixture = command(
+        commands,
+        "fixture",
+        _fixture,
+        "run the boards of a whole fixture, and write the fixture.toml for `birthmark run --ports`",
+        _FIXTURE_EXAMPLES,
     )
-    board.add_argument(
-        "--online", action="store_true", help="connect to the broker once enrolled, and send readings"
-    )
-    board.add_argument(
-        "--interval", type=float, default=1.0, metavar="S", help="seconds between two readings (1.0)"
-    )
+    fixture.add_argument("--slots", type=_count, default=16, metavar="N", help="how many slots it has (16)")
+    _add_common(fixture, "birthmark-fixture", "[SLOT:]KIND[=VALUE]", "what is wrong with every slot, or with one")
+    command(commands, "faults", _list, "list what a simulated board can have wrong", _FAULTS_EXAMPLES)
     return root
 
 
+def _add_common(parser: Parser, folder: str, fault: str, meaning: str) -> None:
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path(folder),
+        metavar="DIR",
+        help="where the boards keep their state, in DIR/board-1, ...; their ports are DIR/board-1/tty, ... "
+        f"({folder})",
+    )
+    parser.add_argument(
+        "--online", action="store_true", help="connect to the broker once enrolled, and send readings"
+    )
+    parser.add_argument(
+        "--interval", type=float, default=1.0, metavar="S", help="seconds between two readings (1.0)"
+    )
+    parser.add_argument(
+        "--fault",
+        "--faults",
+        dest="faults",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar=fault,
+        help=f"{meaning}; `birthmark-sim faults` lists what there is",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the faults: the same seed, the same faults (0)",
+    )
+
+
 def _board(arguments: argparse.Namespace, console: Console) -> None:
-    behaviour = Behaviour(online=arguments.online, interval_s=arguments.interval)
+    _run(arguments, [parse(arguments.faults)] * arguments.count, console)
+
+
+def _fixture(arguments: argparse.Namespace, console: Console) -> None:
+    faults = faults_of_slots(arguments.faults, arguments.slots)
+    path = write_fixture(arguments.state, arguments.slots)
+    console.emit({"event": "fixture", "path": str(path), "slots": arguments.slots}, f"fixture     {path}")
+    _run(arguments, faults, console)
+
+
+def _run(arguments: argparse.Namespace, faults: Sequence[Faults], console: Console) -> None:
+    behaviours = [
+        Behaviour(online=arguments.online, interval_s=arguments.interval, faults=each, seed=arguments.seed)
+        for each in faults
+    ]
     with stop_on_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop:
-        run_boards(
-            arguments.state,
-            arguments.count,
-            behaviour,
-            lambda record: console.emit(record, _in_words(record)),
-            stop,
-        )
+        run_boards(arguments.state, behaviours, lambda record: console.emit(record, _in_words(record)), stop)
+
+
+def _list(_arguments: argparse.Namespace, console: Console) -> None:
+    rows = [(name, f"{name}={kind.value}" if kind.value else name, kind.meaning) for name, kind in KINDS.items()]
+    rows += [("hostile", f"hostile={name}", f"{lie.meaning}, at {lie.at.name}") for name, lie in LIES.items()]
+    for name, written, meaning in rows:
+        console.emit({"fault": name, "write": written, "meaning": meaning}, f"{written:<24} {meaning}")
 
 
 def _in_words(record: dict[str, Any]) -> str:

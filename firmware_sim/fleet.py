@@ -10,19 +10,24 @@ from birthmark.device.durable import private_folder
 from birthmark.firmware_sim.board import SimulatedBoard
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from birthmark.device.agent.stop import Stop
     from birthmark.firmware_sim.board import Behaviour, Report
 
 
-def run_boards(folder: Path, count: int, behaviour: Behaviour, report: Report, stop: Stop) -> None:
-    """Run boards 1 to `count`, with their state in `folder/board-1` and so on, until `stop`.
+def board_folder(folder: Path, number: int) -> Path:
+    """Return the state folder of a board."""
+    return folder / f"board-{number}"
+
+
+def run_boards(folder: Path, behaviours: Sequence[Behaviour], report: Report, stop: Stop) -> None:
+    """Run a board for each behaviour, with their state in `folder/board-1` and so on, until `stop`.
 
     Args:
         folder: made if needed (0700); boards that were enrolled in an earlier run still are.
-        count: of boards.
-        behaviour: of each.
+        behaviours: how each board behaves, from the first on.
         report: is told what happens, one record at a time.
         stop: ends all of them.
 
@@ -43,14 +48,14 @@ def run_boards(folder: Path, count: int, behaviour: Behaviour, report: Report, s
             failures.append(error)
             stop.set()
 
-    def power_on(number: int) -> None:
+    def power_on(number: int, behaviour: Behaviour) -> None:
         try:
-            SimulatedBoard(number, folder / f"board-{number}", behaviour, tell).run(stop)
+            SimulatedBoard(number, board_folder(folder, number), behaviour, tell).run(stop)
         except Exception as error:  # noqa: BLE001 - it is raised again below, in the caller's thread
             failures.append(error)
             stop.set()
 
-    boards = [threading.Thread(target=power_on, args=(number,)) for number in range(1, count + 1)]
+    boards = [threading.Thread(target=power_on, args=each) for each in enumerate(behaviours, 1)]
     for board in boards:
         board.start()
     while not stop.is_set:

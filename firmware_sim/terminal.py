@@ -45,9 +45,19 @@ class Terminal:
             raise
 
     def close(self) -> None:
-        """Hang up: whoever has the port open reads an error from now on."""
-        self.link_path.unlink(missing_ok=True)
-        os.close(self.board_fd)
+        """Hang up, and give the pty back."""
+        self.hang_up()
+        self.forget()
+
+    def hang_up(self) -> None:
+        """Take port and link away: whoever has it open reads an error from now on. Its number stays taken."""
+        if self.board_fd >= 0:
+            self.link_path.unlink(missing_ok=True)
+            os.close(self.board_fd)
+            self.board_fd = -1
+
+    def forget(self) -> None:
+        """Let the kernel give the number of a port that hung up to another one."""
         os.close(self._slave_fd)
 
     def __enter__(self) -> Self:

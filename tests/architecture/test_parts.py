@@ -20,7 +20,7 @@ LIBRARIES = {
     "device": {"paho", "cryptography", "serial"},
     "broker": {"amqtt", "cryptography"},
     "provisioning": {"tinydb", "orjson", "cryptography", "paho", "serial"},
-    "firmware_sim": set[str](),
+    "firmware_sim": {"cryptography"},
 }
 
 
