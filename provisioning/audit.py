@@ -2,9 +2,9 @@
 
 Rules:
 
-- One JSON object a line: `seq` (1, 2, 3, ...), `at`, `actor`, `action`, `subject`, `details`, `previous` (the hash
-  of the entry before) and `hash` (SHA-256 over the others, as JSON with sorted keys). Changing, removing or
-  moving an entry breaks the chain at that place.
+- One JSON object a line, written in one way only: `seq` (1, 2, 3, ...), `at`, `actor`, `action`, `subject`,
+  `details`, `previous` (the hash of the entry before) and `hash` (SHA-256 over the others, as JSON with sorted
+  keys). Changing, removing or moving an entry breaks the chain at that place.
 - The registry makes the entries: they are durable in it, with the transaction that they tell of, and it knows the
   last number and hash. Only then are they appended here and fsynced. After a kill in between, the next
   transaction appends what is missing; an entry that is here already is not appended again. So the two agree,
@@ -133,7 +133,7 @@ def verify(path: Path, expected: Head) -> Verdict:
             continue
         entries += 1
         seq = entry["seq"]
-        problem = _check(number, entry, head, seen)
+        problem = _check(number, raw, entry, head, seen)
         if problem:
             problems.append(problem)
         seen.setdefault(seq, number)
@@ -156,9 +156,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def _check(number: int, entry: dict[str, Any], head: Head, seen: Mapping[int, int]) -> Problem | None:
+def _check(number: int, raw: bytes, entry: dict[str, Any], head: Head, seen: Mapping[int, int]) -> Problem | None:
     seq = entry["seq"]
     where = f"line {number} (entry {seq})"
+    if raw != _dumped(entry).encode():
+        # Other readers of JSON may see something else in it: a key given twice, another encoding.
+        return Problem(number, "edited", f"{where} was edited: it is not written as this program writes")
     if _digest({key: value for key, value in entry.items() if key != "hash"}) != entry["hash"]:
         return Problem(number, "edited", f"{where} was edited: its content does not fit its hash")
     if seq in seen:
@@ -210,6 +213,7 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
         isinstance(entry["seq"], bool)
         or not isinstance(entry["seq"], int)
         or not isinstance(entry["details"], dict)
+        or not all(value is None or isinstance(value, str | int) for value in entry["details"].values())
     ):
         return None
     texts = _KEYS - {"seq", "details"}
@@ -219,7 +223,9 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
 def described(entry: Mapping[str, Any]) -> str:
     """Return an entry in one printable line."""
     details = " ".join(
-        f"{key}={escaped(str(value))}" for key, value in entry["details"].items() if value not in (None, "")
+        f"{escaped(key)}={escaped(str(value))}"
+        for key, value in entry["details"].items()
+        if value not in (None, "")
     )
     subject = escaped(entry["subject"])
     who = escaped(entry["actor"])

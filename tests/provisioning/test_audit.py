@@ -144,6 +144,27 @@ def test_lines_that_are_no_entries_are_found(log: Path, junk: str) -> None:
     assert [(problem.line, problem.kind) for problem in problems] == [(5, "edited")]
 
 
+@pytest.mark.parametrize(
+    "rewritten",
+    [
+        lambda line: line.replace(b'":', b'": ', 1),
+        lambda line: b'{"action":"nothing",' + line[1:],  # the last of two equal keys counts
+        lambda line: line + b"\r",
+        lambda line: line + b" ",
+        lambda line: b"\xef\xbb\xbf" + line,
+        lambda line: line.decode().encode("utf-16-be"),
+        lambda line: line.replace(b"sensor", rb"s\u0065nsor"),
+    ],
+)
+def test_the_same_content_written_otherwise_is_found(log: Path, rewritten: Callable[[bytes], bytes]) -> None:
+    lines = log.read_bytes().splitlines()
+    assert rewritten(lines[2]) != lines[2]
+    lines[2] = rewritten(lines[2])
+    log.write_bytes(b"".join(line + b"\n" for line in lines))
+    first = verify(log, HEAD).problems[0]
+    assert (first.line, first.kind) == (3, "edited")
+
+
 @given(position=st.integers(0, 10_000), octet=st.integers(0, 255))
 def test_any_changed_byte_is_found(tmp_path_factory: pytest.TempPathFactory, position: int, octet: int) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
@@ -193,7 +214,12 @@ def test_an_unreadable_log_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_an_entry_is_shown_in_printable_ascii() -> None:
     line, _ = chained(
-        Head(), at=NOON, actor="\x1b[31m", action="issue", subject="a\u202eb", details={"x": "\n", "empty": None}
+        Head(),
+        at=NOON,
+        actor="\x1b[31m",
+        action="issue",
+        subject="a\u202eb",
+        details={"x\x1b[2J": "\n", "empty": None},
     )
     shown = described(json.loads(line))
     assert shown.isascii()
