@@ -1,7 +1,7 @@
 """`station.toml`: what this station puts into certificates and bundles, and which gateways it feeds.
 
 Rules: unknown keys, wrong types and values out of range are refused with the file, the table and the key. A change
-by a command edits the text, so that a person's comments stay.
+by a command edits the text, so that a person's comments stay; two commands at once do it one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from birthmark.device.durable import write_durably
+from birthmark.device.credentials import BrokerAddress
+from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import BrokerName, device_role
@@ -117,6 +118,14 @@ class Gateway:
             raise ConfigurationError(
                 f"could not use the port {self.port} of gateway {self.name}: not in 1 to 65535"
             )
+        if by_mqtt:
+            BrokerAddress(self.host, self.port)
+        for path in filter(None, (self.crl_path, self.operator_path)):
+            # It is shown to people, and goes into the file: no control characters, no octets outside UTF-8.
+            if not str(path).isprintable():
+                raise ConfigurationError(
+                    f"could not use the path {escaped(str(path))!r} of gateway {self.name}: it is not printable"
+                )
 
     @property
     def reached_by(self) -> str:
@@ -216,7 +225,13 @@ def remove_gateway(path: Path, name: str) -> None:
                 f"could not remove the gateway {escaped(name)}: there is none of that name",
                 hint="list them with `birthmark gateway list`",
             )
-        start = [match.start() for match in _GATEWAY.finditer(text)][names.index(name.lower())]
+        starts = [match.start() for match in _GATEWAY.finditer(text)]
+        if len(starts) != len(names):
+            raise ConfigurationError(
+                f"could not remove the gateway {name} from {path}: not every one there begins with [[gateway]]",
+                hint="take it out by hand",
+            )
+        start = starts[names.index(name.lower())]
         after = _TABLE.search(text, text.index("]]", start))
         end = after.start() if after else len(text)
         return text[:start].rstrip("\n") + "\n\n" * bool(after) + text[end:] + "\n" * (not after)
@@ -230,10 +245,13 @@ def toml_text(text: str) -> str:
 
 
 def _edit(path: Path, change: Callable[[str, Settings], str]) -> None:
-    text = _text(path)
-    changed = change(text, _parsed(path, text))
-    _parsed(path, changed)
-    write_durably(path, changed.encode())
+    _text(path)  # says what is missing before a lock is made there
+    with exclusive_lock(path.with_suffix(".lock")):
+        remove_leftovers(path.parent, path.name)
+        text = _text(path)
+        changed = change(text, _parsed(path, text))
+        _parsed(path, changed)
+        write_durably(path, changed.encode())
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,32 @@ def test_a_gateway_in_the_middle_of_the_file_can_be_removed(path: Path) -> None:
     assert read_settings(path).organization == "Acme"
 
 
+@pytest.mark.parametrize(
+    "written", ["gateway = [{name = 'g', crl_path = '/x'}]", "[['gateway']]\nname='g'\ncrl_path='/x'"]
+)
+def test_a_gateway_written_otherwise_is_left_to_a_person(path: Path, written: str) -> None:
+    station = "[station]\norganization = 'Acme'\n"
+    path.write_text(f"{written}\n{station}" if written.startswith("gateway") else f"{station}{written}\n")
+    before = path.read_text()
+    with pytest.raises(ConfigurationError, match=r"\[\[gateway\]\]") as caught:
+        remove_gateway(path, "g")
+    assert "by hand" in caught.value.hint
+    assert path.read_text() == before
+
+
+def test_a_path_of_other_octets_than_text_is_refused(path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not printable"):
+        add_gateway(path, Gateway("g", crl_path=Path(os.fsdecode(b"/srv/\xff"))))
+
+
+def test_commands_at_once_lose_no_gateway(path: Path) -> None:
+    names = [f"gateway-{number}" for number in range(6)]
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        for _ in pool.map(lambda name: add_gateway(path, Gateway(name, crl_path=Path("/x"))), names):
+            pass
+    assert sorted(gateway.name for gateway in read_settings(path).gateways) == names
+
+
 def test_names_of_gateways_are_unique(path: Path) -> None:
     add_gateway(path, BY_PATH)
     before = path.read_text()
@@ -111,6 +139,10 @@ def test_names_of_gateways_are_unique(path: Path) -> None:
         ("[station]\norganization = 'A'\n[[gateway]]\ncrl_path = '/x'", "'name' in \\[gateway\\] is missing"),
         ("[station]\norganization = 'A'\n[[gateway]]\nname = 'g'\ncrl_path = '/x'\nx = 1", "'x' in \\[gateway\\]"),
         ("[station]\norganization = 'A'\n[[gateway]]\nname='g'\nhost='h'\noperator='o'\nport=0", "port"),
+        ('[station]\norganization = "A"\n[[gateway]]\nname="g"\ncrl_path="/x\\u0000"', "not printable"),
+        ('[station]\norganization = "A"\n[[gateway]]\nname="g"\ncrl_path="/\\u001b[2J"', "not printable"),
+        ('[station]\norganization = "A"\n[[gateway]]\nname="g"\nhost="h"\noperator="/\\n"', "not printable"),
+        ('[station]\norganization = "A"\n[[gateway]]\nname="g"\nhost="\\u001bh"\noperator="o"', "host"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_place(path: Path, text: str, cause: str) -> None:
