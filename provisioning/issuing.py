@@ -7,6 +7,7 @@ Rules:
 - A killed attempt leaves a row short of ATTESTED. The next attempt under that name finishes it if its file is
   there, and otherwise revokes its certificate and starts again: the key is gone with the process.
 - The key is in the written file, mode 0600, and nowhere else.
+- One at a time: of two attempts under one name, the later one would take the earlier one for killed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from birthmark.device.durable import write_durably
-from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError
+from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError, IdentityError
 from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
 from birthmark.provisioning import profile
@@ -120,6 +121,11 @@ def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERAT
     profile.check_service_role(Role(role))
     request = _Request(Kind.SERVICE, str(DeviceId(name)), role, (), renew)
     key_path, anchors = out / f"{name}.pem", out / SERVICE_ANCHORS_FILE
+    if key_path.name.lower() == anchors.name:
+        raise IdentityError(
+            f"could not name a service {name}: its key would be in {anchors.name}, the CA's place",
+            hint="choose another name",
+        )
     row, revoked = _issue(station, request, key_path)
     write_durably(anchors, certificate_pem(station.root), mode=PUBLIC_FILE_MODE)
     return Issued(row, key_path, (key_path, anchors), revoked)
@@ -128,6 +134,14 @@ def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERAT
 def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
     with station.registry.view() as view:
         _replaced(view, request)  # refuses a name that is taken, before anybody types a passphrase
+    _ = station.authority  # unlocked before anybody else has to wait
+    with station.issue_lock():
+        with station.registry.view() as view:
+            _replaced(view, request)  # somebody else may have had the lock before
+        return _issue_alone(station, request, key_path)
+
+
+def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
     authority = station.authority
     _make_folder(key_path.parent)
     finished = _finish_interrupted(station, request, key_path)

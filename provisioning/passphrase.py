@@ -75,9 +75,10 @@ def _first_line(descriptor: int) -> bytes:
             if not chunk:
                 break
             received += chunk
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "there is no such descriptor"
         raise AuthorityError(
-            f"could not read the passphrase from descriptor {descriptor}: {error.strerror}",
+            f"could not read the passphrase from descriptor {descriptor}: {cause}",
             hint="for example: --passphrase-fd 3 3< passphrase-file",
         ) from error
     if len(received) > _MAX_OCTETS:

@@ -1,10 +1,11 @@
 """A station's folder, opened: registry, settings and, once the passphrase is there, the authority.
 
-    station.toml                   settings
+    station.toml, station.lock     settings, and the lock for changing them
     registry.json, registry.lock   the registry and its lock
     audit.jsonl                    the audit log
     root.pem, issuing.pem          the CA certificates
     crl.pem, root-crl.pem          the current CRLs; crl.lock keeps them in order
+    issue.lock                     held while the station makes a key pair and its certificate
     keys/root.key.pem              may be moved to a safe place: needed for the root's CRL only
     keys/issuing.key.pem           needed to issue and to revoke
 
@@ -13,8 +14,8 @@ Rule: nothing here asks for the passphrase before `authority` is used.
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import socket
 from datetime import UTC, datetime
 from functools import cached_property
@@ -41,6 +42,7 @@ ISSUING_FILE: Final = "issuing.pem"
 CRL_FILE: Final = "crl.pem"
 ROOT_CRL_FILE: Final = "root-crl.pem"
 CRL_LOCK_FILE: Final = "crl.lock"
+ISSUE_LOCK_FILE: Final = "issue.lock"
 KEYS_FOLDER: Final = "keys"
 ROOT_KEY_FILE: Final = "root.key.pem"
 ISSUING_KEY_FILE: Final = "issuing.key.pem"
@@ -64,8 +66,8 @@ def default_folder() -> Path:
 def actor() -> str:
     """Return who is at work, for the audit log: `user@host`."""
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
+        user = pwd.getpwuid(os.getuid()).pw_name  # not from the environment, which anybody sets
+    except KeyError:  # a container's user may have no name
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
 
@@ -173,6 +175,10 @@ class Station:
     def crl_lock(self) -> AbstractContextManager[None]:
         """Hold this from the choice of a CRL's number until that CRL is in its file: CRLs appear in order."""
         return exclusive_lock(self.folder / CRL_LOCK_FILE)
+
+    def issue_lock(self) -> AbstractContextManager[None]:
+        """Hold this while a key pair is made and certified: nobody takes that attempt for a killed one."""
+        return exclusive_lock(self.folder / ISSUE_LOCK_FILE)
 
     def close(self) -> None:
         """Let go of the registry's file."""

@@ -59,6 +59,8 @@ def test_a_descriptor_that_is_not_open(pipe: tuple[int, int]) -> None:
     os.close(pipe[0])
     with pytest.raises(AuthorityError, match="Bad file descriptor"):
         PassphraseSource(descriptor=pipe[0]).read()
+    with pytest.raises(AuthorityError, match="no such descriptor"):
+        PassphraseSource(descriptor=1 << 64).read()
 
 
 @pytest.mark.parametrize(

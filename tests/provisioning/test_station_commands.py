@@ -192,6 +192,21 @@ def test_issue_operator_refuses_names_outside_the_grammar(birthmark: Command, na
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["ca", "CA"])
+def test_no_key_goes_where_the_ca_certificate_goes(birthmark: Command, name: str) -> None:
+    fails(birthmark("issue-operator", name), 1, "ca.pem")
+    assert list(Path().iterdir()) == []
+
+
+def test_the_audit_log_names_the_user_whatever_the_environment_says(
+    birthmark: Command, living: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    monkeypatch.setenv("USER", "somebody-else")
+    assert birthmark("crl").exit_code == 0
+    assert "somebody-else" not in living.registry.audit_path.read_text()
+
+
 def test_a_name_is_issued_once(birthmark: Command, living: Station) -> None:
     enrolled_row(living, "sensor-1")
     assert birthmark("issue-operator", "alice").exit_code == 0

@@ -1,0 +1,51 @@
+"""Two attempts under one name at once: one of them makes the identity, and the other one is told so."""
+
+from __future__ import annotations
+
+from threading import Event, Thread
+from typing import TYPE_CHECKING
+
+from support.station import PASSPHRASE
+
+from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError
+from birthmark.device.pem import CERTIFICATE, read_blocks
+from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.station import Station, utc_now
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
+
+def test_an_attempt_at_work_is_not_taken_for_a_killed_one(living: Station, tmp_path: Path) -> None:
+    signing, go_on = Event(), Event()
+    refusals: list[BirthmarkError] = []
+
+    def clock() -> datetime:
+        signing.set()  # its row is in KEYED by now
+        assert go_on.wait(60)
+        return utc_now()
+
+    def attempt(station: Station) -> None:
+        try:
+            issue_operator(station, "alice", tmp_path)
+        except BirthmarkError as error:
+            refusals.append(error)
+
+    slow = Station(living.folder, living.settings, living.registry, passphrase=PASSPHRASE, clock=clock)
+    first = Thread(target=attempt, args=[slow])
+    second = Thread(target=attempt, args=[Station.open(living.folder, passphrase=PASSPHRASE)])
+    first.start()
+    assert signing.wait(60)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive(), "it does not wait for the first"
+    go_on.set()
+    first.join(60)
+    second.join(60)
+    with living.registry.view() as view:
+        (row,) = view.named("alice")
+    assert not row.is_revoked
+    assert [type(refusal) for refusal in refusals] == [EnrollmentRefusedError]
+    blocks = read_blocks((tmp_path / "alice.pem").read_bytes())
+    assert next(der for label, der in blocks if label == CERTIFICATE) == row.certificate_der
