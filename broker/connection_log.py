@@ -1,7 +1,8 @@
 """What the log says of a connection: who, from where, and why it came or went.
 
 Whatever a client said is escaped here. What a stranger can cause at will (failed handshakes, refusals) is said
-once in a while for each address and reason, so that nobody fills a gateway's disk.
+once in a while for each address and reason, and of the comings and goings of one identity so many in a minute
+(`log_budget.py`), so that nobody fills a gateway's disk.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class ConnectionLog:
 
     def connected(self, peer: Peer, client_id: str, tls: dict[str, object]) -> None:
         """Say who is here; `tls` is the stream's description."""
+        if not self._denials.budget.grants(str(peer.device_id), "connections"):
+            return
         shown = escaped(client_id)
         fields = {"event": "connected", "id": str(peer.device_id), "client_id": shown, "address": self.address}
         _log.info("%s connected from %s", shown, self.address, extra={"fields": fields | tls})
@@ -77,6 +80,8 @@ class ConnectionLog:
     def closed(self, client_id: str, why: str) -> None:
         """Say who has gone, and why."""
         shown = escaped(client_id)
+        if not self._denials.budget.grants(shown.partition(":")[0], "connections"):
+            return
         _log.info(
             "closed the connection of %s at %s: %s",
             shown,
@@ -92,7 +97,8 @@ class ConnectionLog:
 
     def defect(self) -> None:
         """Say, within an exception's handler, that a defect of ours ended the connection."""
-        _log.exception("a defect ended the connection from %s", self.address)
+        if self._denials.budget.grants(self.address.rpartition(":")[0], "defects"):
+            _log.exception("a defect ended the connection from %s", self.address)
 
     def _is_due(self, what: str) -> bool:
         return self._denials.due(f"{self.address.rpartition(':')[0]} {what}")

@@ -1,4 +1,4 @@
-"""What the policy refused: counted always, logged once per client, action and topic in a while.
+"""What the policy refused: counted always, logged once per client, action and topic in a while; not without end.
 
 A denial that nobody can see costs a field engineer a day; one that fills the disk costs the gateway.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from birthmark.broker.log_budget import LogBudget
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
@@ -40,11 +41,14 @@ class Denials:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._said: dict[tuple[str, str, str], float] = {}
+        self.budget = LogBudget(clock)
+        """Of each identity's lines, those about its connections included."""
 
     def denied(self, peer: Peer, action: Denied, topic: str, rule: str) -> None:
         """Log that the policy denies an action, with the rule that does."""
-        if self._is_due(str(peer.device_id), action, topic):
-            who, shown = str(peer.device_id), escaped(topic)
+        who = str(peer.device_id)
+        if self._is_due(who, action, topic) and self.budget.grants(who, "denied"):
+            shown = escaped(topic)
             fields = {"event": "denied", "id": who, "action": action, "topic": shown, "rule": rule}
             _log.warning(
                 "denied: %s may not %s %s: %s", who, _WORDS[action], shown, rule, extra={"fields": fields}
