@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import secrets
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from birthmark.device.errors import AuthorityError
 from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.provisioning import profile
-from birthmark.provisioning.registry.interface import LAST_ISSUED_AT
+from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, State
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Authority:
     ) -> None:
         with self._registry.view() as view:
             row = view.by_cert_serial(cert_serial)
-            last_issued_at = datetime.fromtimestamp(view.counter(LAST_ISSUED_AT), UTC)
+            last_issued_at = moment(view, LAST_ISSUED_AT)
         recorded = row is not None and (row.kind, row.name, row.role) == (kind, name, role)
         if row is None or not recorded or row.public_key_der != public_key_der:
             raise AuthorityError(

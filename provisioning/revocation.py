@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, cast
 
 from cryptography import x509
@@ -27,10 +26,12 @@ from birthmark.device.errors import AuthorityError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.device.pem import CRL, block
 from birthmark.provisioning import profile
+from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.station import ROOT_CRL_FILE
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from pathlib import Path
 
     from birthmark.provisioning.registry.interface import Transaction
@@ -293,7 +294,7 @@ def _revocation_of(row: Row) -> tuple[int, datetime, x509.ReasonFlags]:
 
 def _next(transaction: Transaction, number_name: str, time_name: str, now: datetime) -> tuple[int, datetime]:
     number = transaction.counter(number_name) + 1
-    last = datetime.fromtimestamp(transaction.counter(time_name), UTC)
+    last = moment(transaction, time_name)
     this_update = max((now - profile.CRL_BACKDATED).replace(microsecond=0), last + profile.ONE_SECOND)
     if this_update > now:
         raise AuthorityError(

@@ -271,7 +271,13 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
 def _certificate_facts(row: Row) -> dict[str, Any]:
     if row.certificate_der is None:
         return {}
-    certificate = x509.load_der_x509_certificate(row.certificate_der)
+    try:
+        certificate = x509.load_der_x509_certificate(row.certificate_der)
+    except ValueError as error:
+        raise RegistryError(
+            f"could not read the certificate of row {row.number}: it is damaged",
+            hint="restore the registry from a backup, together with the audit log",
+        ) from error
     extensions = certificate.extensions
     names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     usage = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value

@@ -51,7 +51,14 @@ def from_document(number: int, document: dict[str, Any]) -> Row:
     Raises:
         RegistryError: the document is damaged.
     """
-    return _read(f"row {number}", lambda: Row(number=number, **_values(document, _NAMES)))
+
+    def read() -> Row:
+        row = Row(number=number, **_values(document, _NAMES))
+        if document.get("name_folded") != row.name_folded:
+            raise ValueError("its two names differ")
+        return row
+
+    return _read(f"row {number}", read)
 
 
 def batch_document(batch: Batch) -> dict[str, Any]:

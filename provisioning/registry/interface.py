@@ -16,9 +16,10 @@ Rules:
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
-from birthmark.device.errors import EnrollmentRefusedError
+from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -30,6 +31,21 @@ if TYPE_CHECKING:
 
 
 LAST_ISSUED_AT: Final = "last_issued_at"
+
+
+def moment(view: View, name: str) -> datetime:
+    """Return the time that a counter of seconds since 1970 stands for.
+
+    Raises:
+        RegistryError: there is no such time.
+    """
+    try:
+        return datetime.fromtimestamp(view.counter(name), UTC)
+    except (OverflowError, ValueError, OSError) as error:
+        raise RegistryError(
+            f"could not read the registry: its counter {name} is no time",
+            hint="restore it from a backup, together with the audit log",
+        ) from error
 
 
 class DuplicateError(EnrollmentRefusedError):

@@ -27,6 +27,22 @@ CERT_SERIAL_MAX: Final = 1 << 159
 """A serial number is a positive integer of at most 20 octets, the first bit clear (RFC 5280 section 4.1.2.2)."""
 
 
+REASON_NAMES: Final = frozenset(
+    {
+        "unspecified",
+        "keyCompromise",
+        "cACompromise",
+        "affiliationChanged",
+        "superseded",
+        "cessationOfOperation",
+        "certificateHold",
+        "privilegeWithdrawn",
+        "aACompromise",
+    }
+)
+"""What a CRL may give as the reason of a revocation (RFC 5280 section 5.3.1)."""
+
+
 class Kind(StrEnum):
     """Whose certificate a row is about."""
 
@@ -165,6 +181,9 @@ class Row:
             raise ValueError("a row has a void reason exactly when it is VOID")
         if self.is_revoked != bool(self.revocation_reason):
             raise ValueError("a revocation needs a time and a reason")
+        for reason in (self.revocation_reason, self.replaces_reason):
+            if reason and reason not in REASON_NAMES:
+                raise ValueError(f"{reason!r:.30} is no reason of RFC 5280")
         if self.is_revoked and self.cert_serial is None:
             raise ValueError("only a certificate with a serial number can be revoked")
 

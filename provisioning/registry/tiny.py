@@ -141,6 +141,12 @@ def _waiting(tables: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """Return the outbox's lines in their order."""
     outbox = tables[OUTBOX]
     try:
-        return [outbox[number]["line"] for number in sorted(outbox, key=int)]
-    except (KeyError, TypeError, ValueError, BirthmarkError) as error:
-        raise RegistryError("could not read the registry: its outbox is damaged") from error
+        lines = [outbox[number]["line"] for number in sorted(outbox, key=int)]
+    except (KeyError, TypeError, ValueError, BirthmarkError):
+        lines = [None]
+    if not all(isinstance(line, str) and line.isascii() and line.isprintable() for line in lines):
+        raise RegistryError(
+            "could not read the registry: its outbox is damaged",
+            hint="restore it from a backup, together with the audit log",
+        )
+    return lines

@@ -9,6 +9,7 @@ Rules:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.line import Batch, Quarantined
     from birthmark.provisioning.registry.storage import TransactionStorage
 
+_HEX = re.compile("[0-9a-f]{1,64}")
 _NO_BUNDLE = frozenset({State.ATTESTED, State.VOID})
 
 
@@ -100,8 +102,10 @@ class TinyView:
 
     def counter(self, name: str) -> int:
         """Return a counter's value; 0 if it was never set."""
-        value = self._facts().get(f"counter {name}", 0)
-        return int(value, 16) if isinstance(value, str) else int(value)
+        value = self._facts().get(f"counter {name}", "0")
+        if not isinstance(value, str) or not _HEX.fullmatch(value):
+            raise _damaged(f"its counter {name}")
+        return int(value, 16)
 
     def batches(self) -> list[Batch]:
         """Return every batch, the oldest first."""
@@ -332,4 +336,14 @@ def _table(database: TinyDB, name: str) -> Table:
 
 def audit_head_of(facts: dict[str, Any]) -> Head:
     """Return the head of the audit log that the registry remembers in its facts."""
-    return Head(int(facts.get("audit_seq", 0)), str(facts.get("audit_hash", GENESIS)))
+    seq, digest = facts.get("audit_seq", 0), facts.get("audit_hash", GENESIS)
+    if isinstance(seq, bool) or not isinstance(seq, int) or seq < 0 or not isinstance(digest, str):
+        raise _damaged("what it remembers of the audit log")
+    return Head(seq, digest)
+
+
+def _damaged(what: str) -> RegistryError:
+    return RegistryError(
+        f"could not read the registry: {what} is damaged",
+        hint="restore it from a backup, together with the audit log",
+    )

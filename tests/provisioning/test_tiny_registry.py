@@ -15,6 +15,7 @@ import pytest
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit
+from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.tiny import TinyRegistry
 
@@ -196,6 +197,8 @@ def test_a_file_that_cannot_be_trusted_is_refused_and_kept(
         ("cert_serial", "xyz"),
         ("txn", b64encode(bytes(3)).decode()),
         ("replaces", "first"),
+        ("name_folded", "another"),
+        ("replaces_reason", "\x1b[31m"),
     ],
 )
 def test_a_damaged_row_is_a_clear_error(
@@ -209,6 +212,44 @@ def test_a_damaged_row_is_a_clear_error(
     damaged = TinyRegistry(tmp_path, clock=clock, actor="test@host")
     with pytest.raises(RegistryError, match="row 1"), damaged.view() as view:
         view.rows()
+
+
+@pytest.mark.parametrize("value", [None, "", "zz", -1, 1.5, [], "-1", "9" * 100])
+@pytest.mark.parametrize("fact", ["counter rows", "audit_seq", "audit_hash"])
+def test_damaged_facts_are_a_clear_error(
+    registry: TinyRegistry, tmp_path: Path, clock: Clock, fact: str, value: object
+) -> None:
+    add(registry)
+    path = tmp_path / "registry.json"
+    tables = json.loads(path.read_text())
+    tables["meta"]["1"][fact] = value
+    path.write_text(json.dumps(tables))
+    damaged = TinyRegistry(tmp_path, clock=clock, actor="test@host")
+    if fact == "audit_hash" and isinstance(value, str):
+        assert damaged.audit_head().hash == value  # that no entry has it is for `verify` to say
+        return
+    with pytest.raises(RegistryError, match="damaged"):
+        add(damaged)
+
+
+@pytest.mark.parametrize("line", [None, 7, [], "two\nlines", "caf\u00e9"])
+def test_a_damaged_outbox_is_a_clear_error(
+    registry: TinyRegistry, tmp_path: Path, clock: Clock, line: object
+) -> None:
+    add(registry)
+    path = tmp_path / "registry.json"
+    tables = json.loads(path.read_text())
+    tables["outbox"]["1"]["line"] = line
+    path.write_text(json.dumps(tables))
+    with pytest.raises(RegistryError, match="outbox"):
+        TinyRegistry(tmp_path, clock=clock, actor="test@host").audit_head()
+
+
+def test_a_counter_that_is_no_time_is_a_clear_error(registry: TinyRegistry) -> None:
+    with registry.transaction() as transaction:
+        transaction.set_counter("last_issued_at", 1 << 200)
+    with registry.view() as view, pytest.raises(RegistryError, match="no time"):
+        moment(view, "last_issued_at")
 
 
 def test_what_a_newer_birthmark_adds_survives_an_update(
