@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from birthmark.device.agent.storage import Storage
 from birthmark.device.durable import TEMPORARY_SUFFIX
@@ -31,7 +31,7 @@ class FailingStorage(Storage):
     """
 
     def __init__(self, *, cut_at: int | None = None, full_for: int = 0) -> None:
-        self._cut_at: Final = cut_at
+        self._cut_at = cut_at
         self._full_for = full_for
         self.moments = 0
         """Moments so far at which a cut could happen."""
