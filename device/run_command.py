@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from birthmark.device import event_lines
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import UnreachableError
 from birthmark.device.escape import escaped
@@ -63,6 +64,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    forbid_core_dumps()
     broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
     credentials = Credentials.from_folder(arguments.state, broker=broker)
     # The observer prints failures; Python's last-resort handler would print them a second time.

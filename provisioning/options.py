@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.provisioning.passphrase import ROOT_VARIABLE, VARIABLE, PassphraseSource
 from birthmark.provisioning.revocation import REASONS, parse_reason
 from birthmark.provisioning.station import FOLDER_VARIABLE, Station, default_folder
@@ -73,8 +73,3 @@ def root_passphrase(arguments: argparse.Namespace) -> bytes | None:
     """Return the root's passphrase if one of its own was given."""
     source = PassphraseSource(descriptor=arguments.root_passphrase_fd, variable=ROOT_VARIABLE)
     return source.read() if source.is_given else None
-
-
-def forbid_core_dumps() -> None:
-    """Keep the keys of this process out of core files."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning.founding import found_station
@@ -19,7 +20,6 @@ from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
     add_station_option,
-    forbid_core_dumps,
     open_station,
     passphrase_source,
     root_passphrase,

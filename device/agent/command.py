@@ -17,6 +17,7 @@ from birthmark.device.agent.machine import Agent
 from birthmark.device.agent.slots import Slots
 from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import INTERRUPTED, Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import escaped
 from birthmark.device.link.messages import MAX_HWID_BYTES, MAX_TEXT_CHARACTERS, MIN_HWID_BYTES, KeyMode
@@ -61,6 +62,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
+    forbid_core_dumps()
     slots = Slots(arguments.state)
     with slots.exclusive(), stop_on_signals() as stop:
         board = Board(

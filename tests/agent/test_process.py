@@ -33,6 +33,7 @@ def test_enrolled_over_a_pty(tmp_path: Path, pty: Pty, mode: str) -> None:
         assert started["tty"] == pty.path
         assert started["state"] == "blank"
         assert len(started["hwid"]) == 32
+        assert agent.core_limit == "0 0"
         enrollment.run(station_on(pty))
         assert enrollment.hwid.hex() == started["hwid"]
         enrolled = agent.wait_for("enrolled")

@@ -11,12 +11,10 @@ import subprocess
 import sys
 import time
 import tty
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import Any, Self
 
 from support.reference_station import FdLine, ReferenceStation
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LIMIT_S = 30.0
 
@@ -84,6 +82,13 @@ class AgentProcess:
             came = os.read(stdout.fileno(), 4096)
             assert came, f"the agent ended before {event}: {self._stderr()}"
             self._unread += came
+
+    @property
+    def core_limit(self) -> str:
+        """How long a core file the process may leave, by the kernel's word: `soft hard`."""
+        limits = Path(f"/proc/{self._process.pid}/limits").read_text()
+        line = next(line for line in limits.splitlines() if line.startswith("Max core file size"))
+        return " ".join(line.split()[4:6])
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
