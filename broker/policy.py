@@ -13,6 +13,9 @@ Rules:
 - A subscription is allowed if *one* entry contains its filter (every topic that the filter can match is matched
   by that entry) and no deny entry overlaps it. A union of entries is not considered: `a/b` and `a/c` together
   allow neither `a/+` nor anything that only both cover. Ask for what the entry says, or for less.
+- `withhold` is for what lies within a wider subscription: such topics are never delivered, a subscription to
+  nothing else is refused, and a wider one is granted without them. It is the one way to a subscription of which
+  not every topic is allowed, and has to be asked for.
 - Each delivery is decided again, so that a policy that changes takes hold of old subscriptions too.
 - `$...` is the broker's alone: it is never published by a client, and of it only `$SYS` can be subscribed, if an
   entry says `$SYS`. `$share/...` is refused (MQTT 3.1.1 has no shared subscriptions).
@@ -72,11 +75,12 @@ class RoleRules:
     subscribe: tuple[str, ...] = ()
     deny_publish: tuple[str, ...] = ()
     deny_subscribe: tuple[str, ...] = ()
+    withhold: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for entry in (*self.publish, *self.deny_publish):
             check_entry(entry, Action.PUBLISH)
-        for entry in (*self.subscribe, *self.deny_subscribe):
+        for entry in (*self.subscribe, *self.deny_subscribe, *self.withhold):
             check_entry(entry, Action.SUBSCRIBE)
 
 
@@ -173,7 +177,17 @@ class Rights:
         because: the assignment that gave the role, in words.
     """
 
-    __slots__ = ("_because", "_deny_publish", "_deny_subscribe", "_id", "_name", "_publish", "_subscribe", "role")
+    __slots__ = (
+        "_because",
+        "_deny_publish",
+        "_deny_subscribe",
+        "_id",
+        "_name",
+        "_publish",
+        "_subscribe",
+        "_withhold",
+        "role",
+    )
 
     def __init__(self, device_id: DeviceId, rules: RoleRules | None, because: str) -> None:
         self.role = rules.name if rules else None
@@ -185,6 +199,7 @@ class Rights:
         self._subscribe = _levels(rules.subscribe if rules else (), own)
         self._deny_publish = _levels(rules.deny_publish if rules else (), own)
         self._deny_subscribe = _levels(rules.deny_subscribe if rules else (), own)
+        self._withhold = _levels(rules.withhold if rules else (), own)
 
     def publish(self, topic: str) -> Decision:
         """Decide about publishing to a topic name (a will is published too)."""
@@ -210,17 +225,30 @@ class Rights:
         for entry, levels in self._deny_subscribe:
             if levels_overlap(levels, asked):
                 return self._denied(f"deny_subscribe {entry!r} overlaps it")
+        withheld = next((entry for entry, levels in self._withhold if levels_contain(levels, asked)), None)
+        if withheld is not None:
+            return self._denied(f"withhold {withheld!r} contains it")
         for entry, levels in self._subscribe:
             if levels_contain(levels, asked):
-                return self._allowed(f"subscribe {entry!r} contains it")
+                return self._granted(entry, asked)
         if any(levels_overlap(levels, asked) for _, levels in self._subscribe):
             return self._denied("no one subscribe entry contains all that it can match")
         return self._denied("no subscribe entry matches")
+
+    def _granted(self, entry: str, asked: list[str]) -> Decision:
+        if any(levels_overlap(withheld, asked) for _, withheld in self._withhold):
+            return self._allowed(f"subscribe {entry!r} contains it, without what withhold lists")
+        return self._allowed(f"subscribe {entry!r} contains it")
 
     def receive(self, topic: str) -> Decision:
         """Decide about delivering a message on a topic name to this identity."""
         if topic.startswith("$") and not _is_sys(topic):
             return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
+        if self.role is not None:
+            levels = topic.split("/")
+            for entry, pattern in self._withhold:
+                if levels_match(pattern, levels):
+                    return self._denied(f"withhold {entry!r} matches")
         return self._topic(topic, self._subscribe, self._deny_subscribe, "subscribe")
 
     def _topic(self, topic: str, allow: _Entries, deny: _Entries, verb: str) -> Decision:

@@ -10,7 +10,7 @@ from birthmark.broker.policy import RoleRules
 if TYPE_CHECKING:
     from birthmark.broker.policy import Policy
 
-_LISTS = ("publish", "subscribe", "deny_publish", "deny_subscribe")
+_LISTS = ("publish", "subscribe", "deny_publish", "deny_subscribe", "withhold")
 
 
 @dataclass(frozen=True, slots=True)

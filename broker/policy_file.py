@@ -1,6 +1,6 @@
 """Reading `policy.toml`: TOML 1.0 into a `Policy`, or an error that names file, line and key.
 
-    [roles.NAME]                    publish, subscribe, deny_publish, deny_subscribe = [ "filter", ... ]
+    [roles.NAME]                    publish, subscribe, deny_publish, deny_subscribe, withhold = [ "filter", ... ]
     [[assignments]]                 role = "NAME", cn = "glob" and/or ou = "glob"
 
 Rules: an unknown key, a wrong type, a bad filter or glob, a role that is not there, and a file that says nothing
@@ -21,7 +21,7 @@ from birthmark.device.identity import Role
 if TYPE_CHECKING:
     from pathlib import Path
 
-_LISTS = ("publish", "subscribe", "deny_publish", "deny_subscribe")
+_LISTS = ("publish", "subscribe", "deny_publish", "deny_subscribe", "withhold")
 _INIT_HINT = "write one with `birthmark-broker init`"
 
 

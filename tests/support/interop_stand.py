@@ -1,7 +1,7 @@
 """A gateway with a shim in front, to run somebody else's MQTT 3.1.1 suite against.
 
 `python -m support.interop_stand` makes a PKI, starts `birthmark-broker run`, and listens without TLS on loopback
-until Ctrl-C. Every client id is a device of its own, allowed to do anything but subscribe to `nosubscribe`
+until Ctrl-C. Every client id is a device of its own, allowed to do anything but to subscribe to `test/nosubscribe`
 (docs/testing.md).
 """
 
@@ -26,7 +26,7 @@ POLICY = b"""
 [roles.anything]
 publish = ["#"]
 subscribe = ["#"]
-deny_subscribe = ["nosubscribe"]
+withhold = ["nosubscribe", "test/nosubscribe"]
 
 [roles.operator]
 publish = ["#"]

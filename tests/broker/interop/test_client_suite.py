@@ -204,9 +204,10 @@ def test_08_zero_length_client_id(suite: Suite) -> None:
 
 def test_09_subscribe_failure(suite: Suite) -> None:
     client = suite.client(A)
-    client.send(mqtt.subscribe(1, ("nosubscribe", 2)))
-    assert client.read() == mqtt.suback(1, 0x80)
-    client.ping()
+    client.send(mqtt.subscribe(1, ("test/nosubscribe", 2), ("+/+", 2)))
+    assert client.read() == mqtt.suback(1, 0x80, 2)
+    publish(client, "test/nosubscribe", b"", 1)
+    assert deliveries(client) == [], "nor by a wider filter"
 
 
 def test_10_dollar_topics(suite: Suite) -> None:

@@ -172,6 +172,37 @@ def test_a_subscription_that_overlaps_a_deny_is_refused_and_so_is_the_delivery()
     assert decide_delivery(one, A, DEVICE, "a/secret").allowed
 
 
+def test_what_is_withheld_is_never_delivered_and_a_wider_subscription_is_granted_without_it() -> None:
+    rules = policy(Assignment("r", cn="*"), subscribe=("#",), withhold=("devices/{id}/secret/#", "a/b"))
+    for refused in ("a/b", "devices/sensor-1/secret", "devices/sensor-1/secret/x", "devices/sensor-1/secret/+/#"):
+        assert not allowed("subscribe", refused, policy=rules)
+        assert "withhold" in decide(rules, A, DEVICE, Action.SUBSCRIBE, refused).rule
+    for wider in ("#", "+/+", "a/+", "devices/#", "devices/sensor-1/+/#"):
+        decision = decide(rules, A, DEVICE, Action.SUBSCRIBE, wider)
+        assert decision.allowed
+        assert decision.rule.endswith("subscribe '#' contains it, without what withhold lists")
+    assert decide(rules, A, DEVICE, Action.SUBSCRIBE, "a/c").rule.endswith("subscribe '#' contains it")
+    for hidden in ("a/b", "devices/sensor-1/secret", "devices/sensor-1/secret/x/y"):
+        assert not decide_delivery(rules, A, DEVICE, hidden).allowed
+    for seen in ("a/c", "a/b/c", "devices/sensor-2/secret/x"):
+        assert decide_delivery(rules, A, DEVICE, seen).allowed
+    assert allowed("publish", "a/b", policy=policy(Assignment("r", cn="*"), publish=("#",), withhold=("a/b",)))
+
+
+@given(st.lists(_level, min_size=1, max_size=4), st.lists(_level, min_size=1, max_size=4))
+def test_nothing_withheld_comes_through_any_subscription(hidden: list[str], f: list[str]) -> None:
+    """Whatever is granted, and granted means that something of it may come, unless all of it is withheld."""
+    entry, asked = "/".join(hidden), "/".join(f)
+    if not entry or not asked:
+        return
+    rules = policy(Assignment("r", cn="*"), subscribe=("#",), withhold=(entry,))
+    topic = asked.replace("+", "x")
+    may_receive = decide_delivery(rules, A, DEVICE, topic).allowed
+    assert may_receive is not matches(entry, topic)
+    if may_receive:
+        assert allowed("subscribe", asked, policy=rules)
+
+
 def test_a_union_of_entries_allows_no_more_than_each_of_them() -> None:
     one = policy(subscribe=("a", "a/+/#"))
     assert not allowed("subscribe", "a/#", policy=one)
