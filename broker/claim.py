@@ -52,9 +52,13 @@ def claim_session(
             # A new certificate may carry another role: what the old one was granted is asked again.
             exchange.renew_rights(old)
             exchange.router.forget_routes()
+        if old.key:
+            exchange.journal.note_session(old)
         return old, True
     if not exchange.sessions.has_room(peer):
         return None, False
     session = Session(client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=clean)
     exchange.sessions.add(session)
+    if not clean:
+        exchange.journal.open_session(session)
     return session, False

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from birthmark.broker.toml_file import Table, read_toml
 from birthmark.device.errors import ConfigurationError, IdentityError
@@ -18,6 +18,8 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import BrokerName
 
 DEFAULT_LISTEN = "0.0.0.0:8883"
+C = TypeVar("C", bound=StrEnum)
+
 INIT_HINT = "write one with `birthmark-broker init`"
 
 
@@ -28,6 +30,17 @@ class OnDenied(StrEnum):
     """The message is dropped and logged; with QoS 1 or 2 it is acknowledged (§3.3.5 allows both)."""
     DISCONNECT = "disconnect"
     """The connection is closed."""
+
+
+class Durability(StrEnum):
+    """What an acknowledgement promises about retained messages and persistent sessions."""
+
+    ACKNOWLEDGED = "acknowledged"
+    """It is on disk: it survives a crash and a power cut."""
+    PERIODIC = "periodic"
+    """It is in memory: a crash costs about the last second, a stop nothing."""
+    NONE = "none"
+    """It is in memory alone, and gone with the broker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +107,7 @@ class BrokerSettings:
     data_folder: Path
     """What the broker keeps over a restart: installed CRLs, sessions, retained messages."""
     on_denied: OnDenied = OnDenied.DROP
+    durability: Durability = Durability.ACKNOWLEDGED
     limits: Limits = field(default_factory=Limits)
     revocation: RevocationSettings = field(default_factory=RevocationSettings)
     path: Path | None = None
@@ -122,6 +136,7 @@ def read_settings(path: Path) -> BrokerSettings:
             "policy",
             "data_folder",
             "on_denied",
+            "durability",
             "limits",
             "revocation",
         )
@@ -141,7 +156,8 @@ def read_settings(path: Path) -> BrokerSettings:
         crl_path=_path(root, folder, "crl", "crl.pem"),
         policy_path=_path(root, folder, "policy", "policy.toml"),
         data_folder=_path(root, folder, "data_folder", "data"),
-        on_denied=_on_denied(root),
+        on_denied=_choice(root, "on_denied", OnDenied.DROP),
+        durability=_choice(root, "durability", Durability.ACKNOWLEDGED),
         limits=_limits(root.table("limits")),
         revocation=_revocation(root.table("revocation")),
         path=path.absolute(),
@@ -176,13 +192,13 @@ def _path(root: Table, folder: Path, key: str, default: str) -> Path:
     return folder / Path(text).expanduser()
 
 
-def _on_denied(root: Table) -> OnDenied:
-    text = root.text("on_denied", OnDenied.DROP)
+def _choice(table: Table, key: str, default: C) -> C:
+    text = table.text(key, default)
     try:
-        return OnDenied(text)
+        return type(default)(text)
     except ValueError as error:
-        cause = f"{escaped(text, 32)!r} is neither 'drop' nor 'disconnect'"
-        raise root.complain("on_denied", cause=cause) from error
+        choices = ", ".join(repr(str(choice)) for choice in type(default))
+        raise table.complain(key, cause=f"{escaped(text, 32)!r} is none of {choices}") from error
 
 
 # The least and the most of each limit: the least still lets a stock client work, the most still fits a gateway.

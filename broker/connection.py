@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from birthmark.broker import packets as mqtt
 from birthmark.broker.claim import bound_client_id, claim_session
 from birthmark.broker.connection_log import ConnectionLog
+from birthmark.broker.journal import HIGH_WATER_BYTES
 from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
 from birthmark.broker.packets import Publish
 from birthmark.broker.peer import PeerRefusedError
+from birthmark.broker.store import StoreError
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
@@ -58,6 +60,9 @@ class Gateway(Protocol):
 
     def now_s(self) -> float:
         """The loop's clock."""
+
+    def wall_s(self) -> float:
+        """Seconds since 1970."""
 
     def secured(self, connection: Connection) -> None:
         """A handshake is done, well or badly."""
@@ -168,7 +173,7 @@ class Connection:
     def on_closed(self, error: Exception | None) -> None:
         """The stream is gone."""
         if self.session is not None:
-            self._say_closed("the connection was lost" if error else "it closed without DISCONNECT")
+            self._say_closed(_cause(error))
         self.leave(with_will=True)
         self._is_done = True
         self._gateway.gone(self)
@@ -198,31 +203,43 @@ class Connection:
         if gateway.on_message is not None:
             gateway.on_message(session, packet)
         qos = packet.qos
-        if qos == 2:
-            # §4.3.3: a packet identifier not released yet is the same message again.
-            is_new = packet.packet_id not in session.incoming
-            if is_new:
-                session.incoming.add(packet.packet_id)
-                allowed = self._exchange.accept(session, packet)
-            else:
-                allowed = True
+        journal = self._exchange.journal
+        if qos and journal.is_failing and self._exchange.must_store(session, packet):
+            gateway.counters.unstored_closed += 1
+            self._say_closed("the store takes nothing: a message that it must keep cannot be taken")
+            self.cut(with_will=True)
+            return
+        recorded = journal.recorded
+        if qos == 2 and packet.packet_id in session.incoming:
+            # §4.3.3: a packet identifier not released yet is the same message again, which may not be on disk yet.
+            allowed, number = True, journal.recorded
         else:
+            if qos == 2:
+                session.incoming.add(packet.packet_id)
+                if session.key:
+                    journal.note_incoming(session, packet.packet_id)
             allowed = self._exchange.accept(session, packet)
+            number = journal.recorded if journal.recorded != recorded else 0
         if not allowed and gateway.disconnects_denied:
             self._say_closed("the policy denied a PUBLISH")
             self.end(with_will=True)
         elif qos == 1:
-            self._acknowledge(mqtt.puback(packet.packet_id))
+            self._acknowledge(mqtt.puback(packet.packet_id), number)
         elif qos == 2:
-            self._acknowledge(mqtt.pubrec(packet.packet_id))
+            self._acknowledge(mqtt.pubrec(packet.packet_id), number)
+        if journal.pending_bytes > HIGH_WATER_BYTES:
+            journal.slow_down(self.stream)
 
-    def _acknowledge(self, acknowledgement: bytes) -> None:
-        """Say that a message is in our hands now. The one place that does: a store on disk is awaited here."""
-        self.stream.write(acknowledgement)
+    def _acknowledge(self, acknowledgement: bytes, number: int) -> None:
+        """Say that what a client gave is in our hands now: at once, or when that change is on disk."""
+        if number:
+            self._exchange.journal.send_after(self.stream, number, acknowledgement)
+        else:
+            self.stream.write(acknowledgement)
 
     def _subscribe(self, session: Session, packet: Subscribe) -> None:
         codes = self._exchange.subscribe(session, packet.filters)
-        self.stream.write(mqtt.suback(packet.packet_id, codes))
+        self._acknowledge(mqtt.suback(packet.packet_id, codes), self._number(session))
         self._exchange.pump(session)
         for (topic_filter, qos), code in zip(packet.filters, codes, strict=True):
             if code != mqtt.SUBACK_FAILURE:
@@ -230,7 +247,7 @@ class Connection:
 
     def _unsubscribe(self, session: Session, packet: Unsubscribe) -> None:
         self._exchange.unsubscribe(session, packet.filters)
-        self.stream.write(mqtt.unsuback(packet.packet_id))
+        self._acknowledge(mqtt.unsuback(packet.packet_id), self._number(session))
         for topic_filter in packet.filters:
             self._gateway.unsubscribed(session, topic_filter)
 
@@ -242,7 +259,14 @@ class Connection:
 
     def _pubrel(self, session: Session, packet: mqtt.PubRel) -> None:
         session.incoming.discard(packet.packet_id)
-        self.stream.write(mqtt.pubcomp(packet.packet_id))
+        if session.key:
+            # On disk first: the client may use the same identifier for its next message.
+            self._exchange.journal.drop_incoming(session, packet.packet_id)
+        self._acknowledge(mqtt.pubcomp(packet.packet_id), self._number(session))
+
+    def _number(self, session: Session) -> int:
+        """The change that the present state of a session waits for; 0 if it is not kept."""
+        return self._exchange.journal.recorded if session.key else 0
 
     def _pubcomp(self, session: Session, packet: mqtt.PubComp) -> None:
         self._exchange.acknowledged(session, packet.packet_id, 2)
@@ -275,6 +299,7 @@ class Connection:
                 self._exchange.denials.denied(peer, "will", packet.will.topic, decision.rule)
                 self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
                 return
+        recorded = self._exchange.journal.recorded
         session, is_present = claim_session(
             self._exchange, client_id, peer, clean=packet.clean, address=self.address
         )
@@ -283,7 +308,10 @@ class Connection:
             self._refuse(mqtt.CONNACK_UNAVAILABLE)
             return
         self._attach(session, packet)
-        self.stream.write(mqtt.connack(mqtt.CONNACK_ACCEPTED, session_present=is_present))
+        now_recorded = self._exchange.journal.recorded
+        # A clean session promises that what there was before is gone (§3.1.2-6).
+        number = now_recorded if packet.clean and now_recorded != recorded else 0
+        self._acknowledge(mqtt.connack(mqtt.CONNACK_ACCEPTED, session_present=is_present), number)
         self._exchange.resume(session)
         self._gateway.counters.clients_connected += 1
         self._gateway.client_connected(session)
@@ -311,6 +339,8 @@ class Connection:
         session.left_at_s = self._gateway.now_s()
         if session.clean:
             self._exchange.forget(session)
+        elif session.key:
+            self._exchange.journal.note_session(session, left_at=self._gateway.wall_s())
         if will is not None and with_will:
             self._exchange.fire_will(session, will)
         self._gateway.client_disconnected(session)
@@ -355,7 +385,7 @@ class Connection:
             return
         waiting_bytes = self.stream.waiting_bytes
         if waiting_bytes:
-            if self.stream.progressed or self._stalled_since_s is None:
+            if self.stream.progressed or self.stream.is_holding or self._stalled_since_s is None:
                 self._stalled_since_s = now_s
             limits = self._gateway.limits
             hard_bytes = HARD_BUFFER_FACTOR * limits.max_queued_bytes + limits.max_packet_bytes
@@ -367,7 +397,7 @@ class Connection:
             self.stream.progressed = False
         else:
             self._stalled_since_s = None
-        if self.session is not None and self._is_active:
+        if self.session is not None and (self._is_active or self.stream.is_paused):
             self._is_active = False
             self._deadline_s = now_s + self._keepalive_s
         elif now_s >= self._deadline_s:
@@ -399,6 +429,12 @@ class Connection:
 
     def _say_closed(self, why: str) -> None:
         self._log.closed(self.session.client_id if self.session else str(self.peer and self.peer.device_id), why)
+
+
+def _cause(error: Exception | None) -> str:
+    if isinstance(error, StoreError):
+        return "what was promised to it could not be stored"
+    return "the connection was lost" if error else "it closed without DISCONNECT"
 
 
 _HANDLERS: dict[type, Callable[[Connection, Session, Any], None]] = {

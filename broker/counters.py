@@ -36,6 +36,14 @@ class Counters:
     """QoS 0 messages that a slow client did not get."""
     dropped_queue_full: int = 0
     """QoS 1 and 2 messages that gave way in a full queue."""
+    commits: int = 0
+    """Groups of changes put on disk."""
+    store_failures: int = 0
+    """Groups that could not be; each is tried again."""
+    unstored_closed: int = 0
+    """Connections ended because what they asked to be kept could not be stored."""
+    publishers_paused: int = 0
+    """Times that a client was not read from because the disk had fallen behind."""
     not_retained: int = 0
     """Messages that the full store of retained messages did not take."""
     defects: int = 0

@@ -11,6 +11,9 @@ Rules:
   the session's queue, in order, connected or not. A full queue drops its *oldest* message. What is
   unacknowledged is sent again, with DUP and in the first order, when the client is back (§4.4.0-1), and
   never before (§4.4 forbids nothing else, and a retransmission on a living TCP connection helps nobody).
+- What persistent sessions and the store of retained messages must keep over a crash is noted in the journal, and
+  what promises it to a client waits for the disk: here PUBLISH and PUBREL of QoS 2 to a persistent session, since
+  after a crash the same packet identifier must still mean the same message (§4.3.3, §4.4).
 - Retained messages for a new subscription are read from the store as the socket takes them, not copied.
 - The publisher's own messages come back to it if it subscribed to them.
 """
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
     from birthmark.broker.denials import Denials
+    from birthmark.broker.journal import Journal
     from birthmark.broker.packets import Will
     from birthmark.broker.peer import Peer
     from birthmark.broker.policy import Policy
@@ -58,13 +62,17 @@ class Exchange:
         limits: of sessions and stores.
         counters: counts.
         denials: says what was refused or dropped.
+        journal: is told what must survive.
     """
 
-    def __init__(self, policy: Policy, limits: Limits, counters: Counters, denials: Denials) -> None:
+    def __init__(
+        self, policy: Policy, limits: Limits, counters: Counters, denials: Denials, journal: Journal
+    ) -> None:
         self.policy = policy
         self.limits = limits
         self.counters = counters
         self.denials = denials
+        self.journal = journal
         self.sessions = Sessions(limits.max_sessions)
         self.retained = RetainedStore(limits.max_retained_messages, limits.max_retained_bytes)
         self.router: Router[Session] = Router(_may_receive)
@@ -97,12 +105,25 @@ class Exchange:
         for topic_filter, decision in lost:
             self._drop_subscription(session, topic_filter)
             self.denials.denied(session.peer, "subscription", topic_filter, decision.rule)
-        kept = [item for item in session.queue if self._may_receive(session, item[0].topic)]
-        if len(kept) < len(session.queue):
-            session.queue.clear()
-            session.queue.extend(kept)
-            session.queued_bytes = sum(message.size_bytes for message, _ in kept)
+        waiting = list(session.queue)
+        session.queue.clear()
+        for outgoing in waiting:
+            if self._may_receive(session, outgoing.message.topic):
+                session.queue.append(outgoing)
+            else:
+                self._unqueued(session, outgoing)
+                self.journal.drop_delivery(outgoing)
         return len(lost)
+
+    def take_up(self, session: Session) -> None:
+        """Route to a session that comes from the store, as far as the policy allows it now."""
+        for topic_filter, qos in session.subscriptions.items():
+            self.router.subscribe(session, topic_filter, qos)
+        for topic_filter in session.replaying:
+            qos = session.subscriptions[topic_filter]
+            for topic in self.retained.topics(topic_filter):
+                session.replay[topic] = max(qos, session.replay.get(topic, 0))
+        self.renew_rights(session)
 
     def take_for_gateway(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
         """Have what clients may publish on a topic (or below it, if it ends in `/`) given to the gateway alone."""
@@ -111,6 +132,12 @@ class Exchange:
             session.may_publish.clear()
 
     # --- publishing --------------------------------------------------------------------------------------
+
+    def must_store(self, session: Session, packet: Publish) -> bool:
+        """Whether a client's message may be acknowledged only with something about it on disk."""
+        if packet.retain or (packet.qos == 2 and session.key):
+            return True
+        return any(granted and target.key for target, granted in self.router.route(packet.topic).targets)
 
     def accept(self, session: Session, packet: Publish) -> bool:
         """Take a client's message and send it on; return whether the policy allowed it."""
@@ -139,9 +166,8 @@ class Exchange:
     def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None) -> None:
         """Retain and deliver a message that is allowed. `publisher` is None for the broker's own."""
         self.counters.messages_in += 1
-        if retain and not self.retained.put(Retained(topic, payload, qos, publisher)):
-            self.counters.not_retained += 1
-            self.denials.not_retained(topic)
+        if retain:
+            self.retain(Retained(topic, payload, qos, publisher))
         route = self.router.route(topic)
         if not route.targets:
             return
@@ -167,6 +193,14 @@ class Exchange:
                 self._send(session, message, min(granted, qos))
         self.counters.messages_out += sent
 
+    def retain(self, message: Retained) -> None:
+        """Retain a message in place of its topic's last one, as far as there is room."""
+        if self.retained.put(message):
+            self.journal.note_retained(message)
+        else:
+            self.counters.not_retained += 1
+            self.denials.not_retained(message.topic)
+
     def _decide_publish(self, session: Session, topic: str) -> bool | Callable[[str, bytes, Peer], None]:
         decision = session.rights.publish(topic)
         verdict: bool | Callable[[str, bytes, Peer], None] = decision.allowed
@@ -190,10 +224,11 @@ class Exchange:
 
     def _send(self, session: Session, message: Message, qos: int) -> None:
         """Deliver at QoS 1 or 2: at once if there is room and nothing older waits."""
+        outgoing = Outgoing(message, qos)
         if session.queue or not self._has_room(session):
-            self._enqueue(session, message, qos)
+            self._enqueue(session, outgoing)
         else:
-            self._transmit(session, message, qos)
+            self._transmit(session, outgoing)
 
     def _has_room(self, session: Session) -> bool:
         stream = session.stream
@@ -204,27 +239,42 @@ class Exchange:
             and stream.waiting_bytes <= self._max_waiting_bytes
         )
 
-    def _transmit(self, session: Session, message: Message, qos: int) -> None:
+    def _transmit(self, session: Session, outgoing: Outgoing) -> None:
         stream = session.stream
         if stream is None:
             return
+        message, qos = outgoing.message, outgoing.qos
         packet_id = session.take_packet_id()
-        session.inflight[packet_id] = Outgoing(message, qos)
+        session.inflight[packet_id] = outgoing
         session.inflight_bytes += message.size_bytes
         payload = message.payload
         head = publish_head(message.topic_bytes, len(payload), qos, retain=message.retain)
-        stream.write(head + packet_id.to_bytes(2, "big") + payload)
+        frame = head + packet_id.to_bytes(2, "big") + payload
+        if session.key:
+            self.journal.note_delivery(session, outgoing, packet_id)
+            if qos == 2:
+                self.journal.send_after(stream, self.journal.recorded, frame)
+            else:
+                stream.write(frame)
+        else:
+            stream.write(frame)
         self.counters.messages_out += 1
 
-    def _enqueue(self, session: Session, message: Message, qos: int) -> None:
+    def _enqueue(self, session: Session, outgoing: Outgoing) -> None:
         queue = session.queue
-        queue.append((message, qos))
-        session.queued_bytes += message.size_bytes
+        queue.append(outgoing)
+        session.queued_bytes += outgoing.message.size_bytes
+        if session.key:
+            self.journal.note_delivery(session, outgoing)
         while len(queue) > self.limits.max_queued_messages or session.queued_bytes > self._max_waiting_bytes:
-            oldest, _ = queue.popleft()
-            session.queued_bytes -= oldest.size_bytes
+            oldest = queue.popleft()
+            self._unqueued(session, oldest)
+            self.journal.drop_delivery(oldest)
             self.counters.dropped_queue_full += 1
-            self.denials.dropped(session.peer, "its queue is full, the oldest go", oldest.topic)
+            self.denials.dropped(session.peer, "its queue is full, the oldest go", oldest.message.topic)
+
+    def _unqueued(self, session: Session, outgoing: Outgoing) -> None:
+        session.queued_bytes -= outgoing.message.size_bytes
 
     def _drop_slow(self, session: Session, topic: str) -> None:
         self.counters.dropped_slow += 1
@@ -234,9 +284,9 @@ class Exchange:
         """Send what waits, as far as there is room: the queue first, then retained messages."""
         queue = session.queue
         while queue and self._has_room(session):
-            message, qos = queue.popleft()
-            session.queued_bytes -= message.size_bytes
-            self._transmit(session, message, qos)
+            outgoing = queue.popleft()
+            self._unqueued(session, outgoing)
+            self._transmit(session, outgoing)
         if session.replay:
             self._replay(session)
 
@@ -251,11 +301,22 @@ class Exchange:
                     return
                 topic_bytes = topic_field(topic)
                 if qos:
-                    self._transmit(session, Message(topic, topic_bytes, found.payload, qos, retain=True), qos)
+                    message = Message(topic, topic_bytes, found.payload, qos, retain=True)
+                    self._transmit(session, Outgoing(message, qos))
                 else:
                     stream.write(publish_head(topic_bytes, len(found.payload), 0, retain=True) + found.payload)
                     self.counters.messages_out += 1
             del session.replay[topic]
+        if session.replaying and not session.replay:
+            self._replayed(session)
+
+    def _replayed(self, session: Session) -> None:
+        """Every retained message that was asked for has been sent, or is among those unacknowledged."""
+        for topic_filter in session.replaying:
+            qos = session.subscriptions.get(topic_filter)
+            if qos is not None:
+                self.journal.note_subscription(session, topic_filter, qos, is_replaying=False)
+        session.replaying.clear()
 
     def _may_receive(self, session: Session, topic: str) -> bool:
         allowed = session.may_receive.get(topic)
@@ -274,6 +335,9 @@ class Exchange:
             return
         del session.inflight[packet_id]
         session.inflight_bytes -= outgoing.message.size_bytes
+        if outgoing.key:
+            # In no hurry: a crash before it is on disk only sends the message, or the PUBREL, once more.
+            self.journal.drop_delivery(outgoing)
         if session.queue or session.replay:
             self.pump(session)
 
@@ -283,9 +347,21 @@ class Exchange:
         if outgoing is not None:
             if outgoing.qos != 2:
                 return
-            outgoing.is_released = True
-        if session.stream is not None:
-            session.stream.write(pubrel(packet_id))
+            if not outgoing.is_released:
+                outgoing.is_released = True
+                if outgoing.key:
+                    self.journal.note_delivery(session, outgoing, packet_id)
+        self._send_in_state(session, pubrel(packet_id))
+
+    def _send_in_state(self, session: Session, data: bytes) -> None:
+        """Send what a persistent session may say only once its present state is on disk."""
+        stream = session.stream
+        if stream is None:
+            return
+        if session.key:
+            self.journal.send_after(stream, self.journal.recorded, data)
+        else:
+            stream.write(data)
 
     def resume(self, session: Session) -> None:
         """Send again what its client has not acknowledged, then what waits (§4.4.0-1)."""
@@ -294,11 +370,15 @@ class Exchange:
             return
         for packet_id, outgoing in session.inflight.items():
             if outgoing.is_released:
-                stream.write(pubrel(packet_id))
+                self._send_in_state(session, pubrel(packet_id))
                 continue
             message = outgoing.message
             head = publish_head(message.topic_bytes, len(message.payload), outgoing.qos, retain=message.retain)
-            stream.write(as_duplicate(head) + packet_id.to_bytes(2, "big") + message.payload)
+            frame = as_duplicate(head) + packet_id.to_bytes(2, "big") + message.payload
+            if outgoing.qos == 2:
+                self._send_in_state(session, frame)
+            else:
+                stream.write(frame)
             self.counters.messages_out += 1
         self.pump(session)
 
@@ -315,8 +395,13 @@ class Exchange:
                 session.filter_bytes += len(topic_filter)
             session.subscriptions[topic_filter] = qos
             self.router.subscribe(session, topic_filter, qos)
-            for topic in self.retained.topics(topic_filter):
+            found = self.retained.topics(topic_filter)
+            for topic in found:
                 session.replay[topic] = max(qos, session.replay.get(topic, 0))
+            if session.key:
+                self.journal.note_subscription(session, topic_filter, qos, is_replaying=bool(found and qos))
+                if found and qos:
+                    session.replaying.add(topic_filter)
             codes.append(qos)
         return bytes(codes)
 
@@ -328,12 +413,15 @@ class Exchange:
 
     def forget(self, session: Session) -> None:
         """End a session, with all that it holds."""
+        if session.key:
+            self.journal.drop_session(session)
         for topic_filter in list(session.subscriptions):
             self._drop_subscription(session, topic_filter)
         session.queue.clear()
         session.inflight.clear()
         session.incoming.clear()
         session.replay.clear()
+        session.replaying.clear()
         session.queued_bytes = session.inflight_bytes = 0
         self.sessions.remove(session)
 
@@ -359,6 +447,9 @@ class Exchange:
     def _drop_subscription(self, session: Session, topic_filter: str) -> None:
         del session.subscriptions[topic_filter]
         session.filter_bytes -= len(topic_filter)
+        if session.key:
+            session.replaying.discard(topic_filter)
+            self.journal.drop_subscription(session, topic_filter)
         self.router.unsubscribe(session, topic_filter)
 
 

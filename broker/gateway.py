@@ -79,6 +79,9 @@ class Server(Protocol):
     ) -> list[ClosedIdentity]:
         """Close everything of the identities that `is_revoked` names."""
 
+    async def settle(self) -> bool:
+        """Wait, for a bounded time, until all that has happened is on disk; return whether it is."""
+
     def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
         """End the connections of some peers in good order; return how many."""
 
@@ -172,6 +175,8 @@ class Gateway:
     async def start(self, server: Server) -> None:
         """Take up work around a broker that has started."""
         self._server = server
+        # What the store has brought back may have been revoked meanwhile, or just before a crash.
+        server.close_identities(lambda peer: not self._trust.has(peer.issuer) or self.revocations.is_revoked(peer))
         self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
         self._publish_status(online=True)
@@ -235,6 +240,9 @@ class Gateway:
             answers = await asyncio.to_thread(self.revocations.install, content, now())
             # Nothing is awaited between a CRL in force and the sessions it closes.
             receipts = [self._receipt(answer, started_s, self._close(answer, started_s)) for answer in answers]
+        if self._server and any(receipt.closed for receipt in receipts) and not await self._server.settle():
+            # They stay gone all the same: a broker that starts again closes first what its CRL revokes.
+            _log.error("the sessions that a CRL from %s closed are not yet off the disk", origin)
         for receipt in receipts:
             _report(receipt, origin)
             self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())

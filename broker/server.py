@@ -26,15 +26,20 @@ from amqtt.events import BrokerEvents
 from amqtt.session import IncomingApplicationMessage
 
 from birthmark.broker.amqtt_views import RetainedView, SessionsView, subscriptions_view
-from birthmark.broker.config import OnDenied
+from birthmark.broker.config import Durability, OnDenied
 from birthmark.broker.connections import TICK_S, Connections
 from birthmark.broker.counters import Counters
 from birthmark.broker.delivery import Exchange
 from birthmark.broker.denials import Denials
 from birthmark.broker.eviction import close_identities
+from birthmark.broker.journal import Journal
 from birthmark.broker.listener import Listener, bind
 from birthmark.broker.packet_reader import TopicNames
+from birthmark.broker.restore import restore
 from birthmark.broker.retained import Retained
+from birthmark.broker.store import FILE_NAME, Store
+from birthmark.device.durable import private_folder
+from birthmark.device.errors import SystemFailureError
 
 if TYPE_CHECKING:
     import socket
@@ -52,7 +57,10 @@ if TYPE_CHECKING:
     from birthmark.device.messages import ClosedIdentity
 
 DEFAULT_PLUGINS: Mapping[str, dict[str, Any]] = {"amqtt.plugins.sys.broker.BrokerSysPlugin": {"sys_interval": 20}}
-MAX_SHUTDOWN_S = 1.5
+MAX_SHUTDOWN_S = 1.0
+SETTLE_TIMEOUT_S = 0.3
+STORE_TIMEOUT_S = 2.0
+"""For a last write at a stop: on a disk in order it takes milliseconds."""
 PLUGIN_TIMEOUT_S = 0.2
 EXPIRY_TICKS = 240
 """Forgotten sessions are looked for once in this many ticks."""
@@ -87,7 +95,9 @@ class GatewayBroker(Broker):
         self.disconnects_denied = settings.on_denied is OnDenied.DISCONNECT
         loop = asyncio.get_running_loop()
         self.now_s = loop.time
-        self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time))
+        self.wall_s = time.time
+        self._journal = Journal(loop, settings.durability, self.counters)
+        self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
         self.on_message: Callable[[Session, Publish], None] | None = None
         self._tls_context = tls_context
         self._admit = admit
@@ -163,14 +173,42 @@ class GatewayBroker(Broker):
     # --- life cycle --------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Listen. Raises `SystemFailureError` (occupied port) before anything else has happened."""
+        """Take up the stored sessions and retained messages, then listen.
+
+        Raises:
+            SystemFailureError: an occupied port (before anything else has happened), a store that cannot be used.
+            ConfigurationError: a store of a newer version, or of something else.
+        """
         self._sockets = bind(self.settings.listen_host, self.settings.listen_port)
         try:
+            if self.settings.durability is not Durability.NONE:
+                self._open_store()
             await super().start()
         except BaseException:
             for sock in self._sockets:
                 sock.close()
+            await self._journal.close(STORE_TIMEOUT_S)
             raise
+
+    def _open_store(self) -> None:
+        folder = self.settings.data_folder
+        try:
+            private_folder(folder)
+        except OSError as error:
+            raise SystemFailureError(f"could not make the folder {folder}: {error.strerror}") from error
+        store = Store.open(folder / FILE_NAME)
+        try:
+            stored = store.load()
+        except BaseException:
+            store.close()
+            raise
+        self._journal.start(store, stored)
+        restore(self.exchange, stored, now_s=self.now_s(), wall_s=self.wall_s())
+        self.forget_expired_sessions()
+
+    async def settle(self) -> bool:
+        """Wait, for `STORE_TIMEOUT_S` at most, until all that has happened is on disk; return whether it is."""
+        return await self._journal.settle(STORE_TIMEOUT_S)
 
     async def _start_listeners(self) -> None:
         """Closes S16 and part of S15: our own TLS, its handshakes bounded in time and number, clients required."""
@@ -189,7 +227,9 @@ class GatewayBroker(Broker):
             if task is not None:
                 task.cancel()
         timeout_s = min(self.limits.shutdown_timeout_s, MAX_SHUTDOWN_S)
+        await self._journal.settle(SETTLE_TIMEOUT_S)  # who waits for an acknowledgement gets it before the end
         await self._connections.close_all(timeout_s)
+        await self._journal.close(STORE_TIMEOUT_S)
         await self._fire_and_wait(BrokerEvents.POST_SHUTDOWN)
         for fired in self._fired:
             fired.cancel()
@@ -231,7 +271,7 @@ class GatewayBroker(Broker):
         """Closes S15: retained messages of plug-ins go into the bounded store."""
         del source_session
         if topic_name:
-            self.exchange.retained.put(Retained(topic_name, bytes(data or b""), qos or 0, None))
+            self.exchange.retain(Retained(topic_name, bytes(data or b""), qos or 0, None))
 
     async def _client_connected(self, listener_name: str, reader: Any, writer: Any) -> None:
         """Closes S1, S2, S3, S6, S7: amqtt's own sessions, bound to no certificate, take no connection at all."""

@@ -5,8 +5,7 @@ Rules:
 - A session belongs to one client id, and that to one identity; whoever asks for a session by its client id has
   been checked for it before (`connection.py`).
 - A clean session ends with its connection; any other waits for its client, `session_expiry_s` at most.
-- `Sessions` is the whole of what a restart would lose: a store on disk takes its place, and is told through
-  the same calls.
+- A session that is kept in the store (`journal.py`) has a `key`; so has each message owed to it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ MESSAGE_OVERHEAD_BYTES = 128
 class Message:
     """A message on its way, shared by all its recipients."""
 
-    __slots__ = ("payload", "qos", "retain", "size_bytes", "topic", "topic_bytes")
+    __slots__ = ("key", "owed", "payload", "qos", "retain", "size_bytes", "topic", "topic_bytes")
 
     def __init__(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool = False) -> None:
         self.topic = topic
@@ -43,18 +42,24 @@ class Message:
         self.retain = retain
         """Whether its recipient is told that it was retained (§3.3.1-8): only right after a SUBSCRIBE."""
         self.size_bytes = len(topic_bytes) + len(payload) + MESSAGE_OVERHEAD_BYTES
+        self.key = 0
+        """In the store; 0: it is not in it."""
+        self.owed = 0
+        """To how many persistent sessions it is owed."""
 
 
 class Outgoing:
     """A message of QoS 1 or 2 that its recipient has not acknowledged yet."""
 
-    __slots__ = ("is_released", "message", "qos")
+    __slots__ = ("is_released", "key", "message", "qos")
 
     def __init__(self, message: Message, qos: int) -> None:
         self.message = message
         self.qos = qos
         self.is_released = False
-        """QoS 2: PUBREC has come, PUBREL has been sent (§4.3.3)."""
+        """QoS 2: PUBREC has come (§4.3.3)."""
+        self.key = 0
+        """In the store; 0: it is not in it."""
 
 
 class Session:
@@ -68,6 +73,7 @@ class Session:
         "incoming",
         "inflight",
         "inflight_bytes",
+        "key",
         "last_packet_id",
         "left_at_s",
         "may_publish",
@@ -76,6 +82,7 @@ class Session:
         "queue",
         "queued_bytes",
         "replay",
+        "replaying",
         "rights",
         "stream",
         "subscriptions",
@@ -87,6 +94,8 @@ class Session:
         """Whose it is, by the certificate of its last connection."""
         self.rights = rights
         self.clean = clean
+        self.key = 0
+        """In the store; 0: it is not in it, and ends with the broker if not before."""
         self.connection: Connection | None = None
         self.stream: TlsStream | None = None
         """The connection's stream: what a delivery needs, without a detour."""
@@ -95,13 +104,15 @@ class Session:
         self.inflight: dict[int, Outgoing] = {}
         """By packet identifier, in the order of sending, which is the order of sending again."""
         self.inflight_bytes = 0
-        self.queue: deque[tuple[Message, int]] = deque()
+        self.queue: deque[Outgoing] = deque()
         """Messages of QoS 1 and 2 that wait for room, or for the client."""
         self.queued_bytes = 0
         self.incoming: set[int] = set()
         """Packet identifiers of QoS 2 that the client has not released yet (§4.3.3)."""
         self.replay: dict[str, int] = {}
         """Topics whose retained message is still to be sent, with the QoS granted."""
+        self.replaying: set[str] = set()
+        """The filters, of those kept in the store, that asked for them."""
         self.last_packet_id = 0
         self.left_at_s = 0.0
         """When its client went, by the loop's clock."""

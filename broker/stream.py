@@ -11,6 +11,9 @@ Rules:
 - After `max_events_reads` records other connections have their turn; a whole record is always taken, so the
   loop's level-triggered readiness brings us back (and `pending()` is looked at all the same).
 - What waits to be sent is counted in `waiting_bytes`; bounding it is the owner's business.
+- Output keeps its order. What may not leave before something else has happened is held, and all that is written
+  after it waits behind it (`hold`, `release`); a `close` waits for it as well, within `LINGER_S`.
+- `pause` stops reading, and so, by TCP, the peer's sending; `resume` goes on.
 - `abort` closes at once. `close` sends what waits and a close_notify, then reads and drops what the peer still
   says for `LINGER_S`, since closing with unread data would destroy what we said last (TCP reset).
 - `closed` is told to the owner exactly once, from a callback of the loop, never from inside its own call.
@@ -22,6 +25,7 @@ import contextlib
 import socket
 import ssl
 import struct
+from collections import deque
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
@@ -101,7 +105,9 @@ class TlsStream:
 
     __slots__ = (
         "_flusher",
+        "_held",
         "_is_flush_due",
+        "_is_reader_armed",
         "_is_writer_armed",
         "_linger_bytes",
         "_linger_timer",
@@ -114,6 +120,7 @@ class TlsStream:
         "_waits_to_read",
         "_waits_to_write",
         "address",
+        "is_paused",
         "progressed",
         "waiting_bytes",
     )
@@ -133,6 +140,8 @@ class TlsStream:
         self._state = _State.HANDSHAKE
         self._out: list[bytes] = []
         self._pending: memoryview | None = None
+        self._held: deque[tuple[int, bytes]] = deque()
+        self._is_reader_armed = False
         self._is_flush_due = False
         self._is_writer_armed = False
         self._waits_to_read = False  # a send goes on once TLS has read something
@@ -140,6 +149,8 @@ class TlsStream:
         self._linger_bytes = 0
         self._linger_timer: asyncio.TimerHandle | None = None
         self.address = address
+        self.is_paused = False
+        """Nothing is read: `pause`."""
         self.waiting_bytes = 0
         """Written by the owner and not yet taken by the kernel."""
         self.progressed = False
@@ -157,7 +168,7 @@ class TlsStream:
 
     def start(self) -> None:
         """Begin the handshake."""
-        self._loop.add_reader(self._sock, self._on_readable)
+        self._arm_reader()
         self._on_readable()
 
     def peer_leaf_der(self) -> bytes | None:
@@ -177,11 +188,51 @@ class TlsStream:
         """Send data at the end of this turn of the loop; nothing once the stream is closing."""
         if self._state is not _State.OPEN:
             return
-        self._out.append(data)
         self.waiting_bytes += len(data)
+        if self._held:
+            self._held.append((0, data))
+            return
+        self._out.append(data)
         if not self._is_flush_due:
             self._is_flush_due = True
             self._flusher.add(self)
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether something is held."""
+        return bool(self._held)
+
+    def hold(self, number: int, data: bytes) -> None:
+        """Write data that must not leave before `release` is called with this number, or a higher one."""
+        if self._state is _State.OPEN:
+            self.waiting_bytes += len(data)
+            self._held.append((number, data))
+
+    def release(self, number: int) -> bool:
+        """Let go of what is held up to a number; return whether nothing is held any more."""
+        held = self._held
+        if held and held[0][0] <= number:
+            while held and held[0][0] <= number:
+                self._out.append(held.popleft()[1])
+            if not self._is_flush_due:
+                self._is_flush_due = True
+                self._flusher.add(self)
+        return not held
+
+    def pause(self) -> None:
+        """Read nothing more from the peer, whose sending then stops by itself."""
+        if self._state is _State.OPEN and not self.is_paused:
+            self.is_paused = True
+            self._disarm_reader()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self.is_paused:
+            self.is_paused = False
+            if self._state in (_State.OPEN, _State.FINISHING, _State.LINGERING):
+                self._arm_reader()
+                # What TLS has decrypted already makes no socket readable.
+                self._loop.call_soon(self._on_readable)
 
     def close(self) -> None:
         """End the connection in good order; what was written still goes out."""
@@ -189,6 +240,7 @@ class TlsStream:
             self.abort()
         elif self._state is _State.OPEN:
             self._state = _State.FINISHING
+            self.resume()
             self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
             self.flush()
 
@@ -218,8 +270,10 @@ class TlsStream:
             self._shake()
         elif self._state is _State.LINGERING:
             self._drop_input()
-        elif not self.is_closed:
+        elif not self.is_closed and not self.is_paused:
             self._receive()
+        elif self.is_paused and not self._waits_to_read:
+            self._disarm_reader()
 
     def _on_writable(self) -> None:
         self._disarm_writer()
@@ -229,7 +283,8 @@ class TlsStream:
             self._send()
             if self._waits_to_write and not self.is_closed:
                 self._waits_to_write = False
-                self._receive()
+                if not self.is_paused:
+                    self._receive()
 
     def _shake(self) -> None:
         try:
@@ -270,7 +325,7 @@ class TlsStream:
                 return
             if self._state is _State.OPEN:
                 owner.on_data(data)
-            if self._state not in (_State.OPEN, _State.FINISHING):
+            if self.is_paused or self._state not in (_State.OPEN, _State.FINISHING):
                 return
         if sock.pending():
             self._loop.call_soon(self._on_readable)
@@ -292,6 +347,7 @@ class TlsStream:
             except ssl.SSLWantReadError:
                 # OpenSSL wants the very same bytes again once it has read.
                 self._waits_to_read = True
+                self._arm_reader()
                 return
             except (OSError, ValueError) as error:
                 self._end(error)
@@ -310,6 +366,8 @@ class TlsStream:
     # --- the end -----------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
+        if self._held:
+            return
         self._state = _State.LINGERING
         # unwrap() sends our close_notify and then waits for the peer's, which we do not.
         with contextlib.suppress(OSError, ValueError):
@@ -339,16 +397,27 @@ class TlsStream:
         if self._state is _State.CLOSED:
             return
         self._state = _State.CLOSED
-        self._loop.remove_reader(self._sock)
+        self._disarm_reader()
         self._disarm_writer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
         self._out.clear()
+        self._held.clear()
         self._pending = None
         self.waiting_bytes = 0
         self._sock.close()
         self._loop.call_soon(self._owner.on_closed, error)
+
+    def _arm_reader(self) -> None:
+        if not self._is_reader_armed:
+            self._is_reader_armed = True
+            self._loop.add_reader(self._sock, self._on_readable)
+
+    def _disarm_reader(self) -> None:
+        if self._is_reader_armed:
+            self._is_reader_armed = False
+            self._loop.remove_reader(self._sock)
 
     def _arm_writer(self) -> None:
         if not self._is_writer_armed:

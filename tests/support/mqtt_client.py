@@ -154,9 +154,9 @@ class RawClient:
         plain.settimeout(TIMEOUT_S)
         if receive_bytes:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        plain.connect((host, port))
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
+            plain.connect((host, port))
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return cls(context.wrap_socket(plain, server_hostname=host, session=session))
         except BaseException:
             plain.close()

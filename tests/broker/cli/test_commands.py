@@ -157,7 +157,7 @@ def test_init_where_it_may_not_write_leaves_nothing(broker: Callable[..., Result
         ('name = "gw"\n[limits]\nmax_inflight = 0', 3, "limits.max_inflight: it must be a whole number"),
         ('name = "gw"\n[limits]\nmax_inflight = true', 3, "limits.max_inflight: it must be a whole number"),
         ('name = "gw"\n[limits]\nconnect_timeout_s = nan', 3, "limits.connect_timeout_s: it must be a number"),
-        ('name = "gw"\non_denied = "ignore"', 2, "on_denied: 'ignore' is neither"),
+        ('name = "gw"\non_denied = "ignore"', 2, "on_denied: 'ignore' is none of"),
         ('name = "gw"\n[revocation]\nfail_closed = "yes"', 3, "revocation.fail_closed: it must be true or false"),
         ('name = "gw"\ncrl = ""', 2, "crl: it must be the path"),
         ('name = "gw"\nlimits = 3', 2, "limits: it must be a table"),

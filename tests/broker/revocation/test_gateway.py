@@ -66,6 +66,9 @@ class Recorder:
         assert started_s is None or started_s > 0
         return [_closed(peer) for peer in closed]
 
+    async def settle(self) -> bool:
+        return True
+
     def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
         assert why
         ended = [peer for peer in self.peers if of(peer)]
@@ -398,7 +401,7 @@ def test_a_rollover_trusts_a_second_ca_and_then_drops_the_first(settings: Broker
 
     async def main() -> None:
         old, new = peer_of("old"), peer_of("new", second)
-        async with running(settings, old, new) as (gateway, recorder):
+        async with running(settings, old) as (gateway, recorder):
             with pytest.raises(PeerRefusedError, match="unknown CA"):
                 gateway.admit(second.device().der)
             replace(settings.crl_path, crl_pem(PKI.issuing.crl(number=2)) + crl_pem(second.crl(number=1)))
@@ -406,6 +409,7 @@ def test_a_rollover_trusts_a_second_ca_and_then_drops_the_first(settings: Broker
             replace(settings.clients_ca_path, PKI.issuing.pem + second.pem)
             await until(lambda: second.issuer_id in gateway.revocations.crls)
             gateway.admit(second.device().der)
+            recorder.peers.append(new)
             gateway.admit(PKI.device().der)
             await until(lambda: len(list(settings.crl_path.parent.glob("crl.pem.*.receipt"))) == 2)
             replace(settings.clients_ca_path, second.pem)

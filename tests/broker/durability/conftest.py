@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+import pytest
+from support.pki import Pki
+
+
+@pytest.fixture(scope="session")
+def pki() -> Pki:
+    return Pki.create()
