@@ -12,6 +12,7 @@ from birthmark.provisioning import (
     quarantine_commands,
     reflash,
     revocation_commands,
+    run_command,
     station_commands,
 )
 
@@ -32,6 +33,7 @@ birthmark revoke sensor-17 --reason lost""",
     commands: argparse._SubParsersAction[Parser] = top.add_subparsers(required=True, metavar="COMMAND")
     station_commands.add_to(commands)
     flash.add_to(commands)
+    run_command.add_to(commands)
     reflash.add_to(commands)
     batch_commands.add_to(commands)
     quarantine_commands.add_to(commands)

@@ -21,13 +21,14 @@ from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.outcomes import Outcome
-from birthmark.provisioning.port import PortName
+from birthmark.provisioning.port_choice import choose
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import BrokerDefaults
 from birthmark.provisioning.transitions import BrokerAddress, Transitions
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console, Parser
+    from birthmark.provisioning.port import PortName
     from birthmark.provisioning.progress import Progress
     from birthmark.provisioning.registry.interface import Registry
     from birthmark.provisioning.session import Session
@@ -125,7 +126,7 @@ def checked_port(text: str, key_mode: KeyMode | None) -> PortName:
         PortError: it is not there.
         EnrollmentRefusedError: a private key would have to go over the network.
     """
-    name = PortName.of(text)
+    name = choose(text)
     if not name.is_local and key_mode is KeyMode.STATION:
         raise EnrollmentRefusedError(
             f"could not enrol a device over {escaped(text)}: a private key goes over no network port",

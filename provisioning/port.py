@@ -44,7 +44,7 @@ _FAILURES: Final = (serial.SerialException, OSError, termios.error, TypeError)
 _URL_MARK: Final = "://"
 
 
-def _adapters() -> list[Any]:
+def adapters() -> list[Any]:
     """Return pyserial's description of every serial port that is there."""
     return list(list_ports.comports())  # type: ignore[attr-defined, no-untyped-call]
 
@@ -63,7 +63,7 @@ class PortName:
         if _URL_MARK in text:
             return cls(text)
         device = os.path.realpath(text)
-        for found in _adapters():
+        for found in adapters():
             if os.path.realpath(found.device) == device and found.location:
                 return cls(text, found.location)
         return cls(text)
@@ -83,14 +83,14 @@ class PortName:
         if not self.is_local:
             return self.text
         if self.usb_path:
-            here = [found.device for found in _adapters() if found.location == self.usb_path]
+            here = [found.device for found in adapters() if found.location == self.usb_path]
             return str(here[0]) if here else None
         return self.text if Path(self.text).exists() else None
 
     @staticmethod
     def others_hint() -> str:
         """Return a hint that names the ports that are there."""
-        names = sorted(found.device for found in _adapters())
+        names = sorted(found.device for found in adapters())
         return (
             f"ports of this machine: {', '.join(names)}" if names else "this machine has no serial port at present"
         )

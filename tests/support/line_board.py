@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class LineBoard:
     """One board; `port` leads to its pty, for as long as it is powered on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, link: Path | None = None) -> None:
         self.folder = folder
-        self.port = str(folder.with_suffix(".tty"))
+        self._link = link or folder.with_suffix(".tty")
+        self.port = str(self._link)
         self.hwid = os.urandom(8)
         self._terminal: Terminal | None = None
 
@@ -36,7 +37,7 @@ class LineBoard:
         self.power_off()
 
     def power_on(self) -> None:
-        self._terminal = Terminal(self.folder.with_suffix(".tty"))
+        self._terminal = Terminal(self._link)
         self._stop = Stop()
         agent = AgentBoard(self.folder, self.hwid).agent
         self._thread = threading.Thread(target=tty.serve, args=(self._terminal.board_fd, agent, self._stop))

@@ -1,0 +1,109 @@
+"""Several slots at once in one process: a thread each, one registry behind them, one person in front.
+
+Rules:
+
+- Slots share nothing but the journal and the source of ids; one that hangs or fails delays nobody.
+- SIGINT, SIGTERM and SIGHUP stop all of them, each between two actions; a second signal says the same again.
+- A defect in one slot's thread stops the line and is raised here: it is not a board's fault.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from birthmark.provisioning.slot import Ended, Report, Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
+
+    from birthmark.provisioning.line_view import Display, Tally
+
+_TICK_S: Final = 0.1
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def run_line(
+    make: Callable[[Callable[[Report], None]], Sequence[Slot]],
+    display: Display,
+    tally: Tally,
+    stop: threading.Event,
+) -> None:
+    """Run all slots until each is done, or until `stop`.
+
+    Args:
+        make: makes the slots, given what takes their reports.
+        display: is shown every report, in this thread.
+        tally: counts every attempt's end.
+        stop: set by a signal while this runs.
+    """
+    reports: SimpleQueue[Report | _Done] = SimpleQueue()
+    slots = make(reports.put)
+    threads = [
+        threading.Thread(target=_work, args=(slot, reports), name=f"slot-{slot.port.slot}") for slot in slots
+    ]
+    defects: list[BaseException] = []
+    with _stopping(stop):
+        for thread in threads:
+            thread.start()
+        running = len(threads)
+        while running:
+            try:
+                report = reports.get(timeout=_TICK_S)
+            except Empty:
+                display.tick()
+                continue
+            if isinstance(report, _Done):
+                running -= 1
+                if report.defect is not None:
+                    defects.append(report.defect)
+                    stop.set()
+                continue
+            if isinstance(report, Ended):
+                tally.add(report)
+            try:
+                display.show(report)
+                display.tick()
+            except OSError as error:  # nobody sees us any more: `birthmark run ... | head`
+                defects.append(error)
+                stop.set()
+        for thread in threads:
+            thread.join()
+    if defects:
+        raise defects[0]
+    display.close()
+
+
+class _Done:
+    """The last word of a slot's thread."""
+
+    def __init__(self, defect: BaseException | None) -> None:
+        self.defect = defect
+
+
+def _work(slot: Slot, reports: SimpleQueue[Report | _Done]) -> None:
+    defect: BaseException | None = None
+    try:
+        slot.run()
+    except BaseException as error:  # noqa: BLE001 - raised again in the line's own thread
+        defect = error
+    reports.put(_Done(defect))
+
+
+@contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """Let signals set `stop`, for the block."""
+
+    def set_stop(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    kept = {number: signal.signal(number, set_stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

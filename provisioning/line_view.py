@@ -1,0 +1,320 @@
+"""What the operator sees of a line: a live table on a terminal, plain lines off it, events with `--json`.
+
+Rules:
+
+- A slot is a row: slot, id, step, percent, seconds, retries. PASS is green and FAIL red over the whole row; a word
+  and a code say the same to whoever sees no colours.
+- The line's statistics stand below: yields, retries, failures by step, boards an hour.
+- Whatever came from a device or a scanner is escaped before it is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from birthmark.device.escape import escaped
+from birthmark.provisioning.enrol import Step
+from birthmark.provisioning.outcomes import Outcome
+from birthmark.provisioning.slot import Ended, Noted, Stepped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from birthmark.device.console import Console
+    from birthmark.provisioning.slot import Report
+
+PERCENT: Final = {
+    Step.HELLO: 10,
+    Step.UNLOCK: 20,
+    Step.KEYGEN: 35,
+    Step.BEGIN: 40,
+    Step.DATA: 70,
+    Step.PREPARE: 85,
+    Step.COMMIT: 95,
+    Step.ATTEST: 100,
+}
+_HEADING: Final = "SLOT     ID                        STEP       %   SECONDS  RETRIES"
+_COLOURS: Final = {Outcome.PASS: "7;32", Outcome.FAIL: "7;31", Outcome.STOPPED: "7;33"}
+_REDRAW_S: Final = 0.1
+
+
+@dataclass(slots=True)
+class Tally:
+    """A line's statistics, as far as this run has come."""
+
+    clock: Callable[[], float] = time.monotonic
+    passed: int = 0
+    failed: int = 0
+    passed_at_first: int = 0
+    retries: int = 0
+    failures_by_step: Counter[str] = field(default_factory=Counter)
+    worst_exit_code: int = 0
+    begun_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun_s = self.clock()
+
+    def add(self, ended: Ended) -> None:
+        """Count the end of an attempt."""
+        if ended.attempt.outcome is Outcome.FAIL:
+            self.failures_by_step[ended.attempt.step] += 1
+        if not ended.is_final:
+            self.retries += 1
+            return
+        if ended.attempt.outcome is Outcome.PASS:
+            self.passed += 1
+            self.passed_at_first += not ended.retries
+        elif ended.attempt.outcome is Outcome.FAIL and ended.error is not None:
+            self.failed += 1
+            self.worst_exit_code = max(self.worst_exit_code, ended.error.exit_code)
+
+    def record(self) -> dict[str, Any]:
+        """Return the statistics as a JSON object."""
+        units = self.passed + self.failed
+        elapsed_s = self.clock() - self.begun_s
+        return {
+            "event": "summary",
+            "units": units,
+            "passed": self.passed,
+            "failed": self.failed,
+            "first_pass_yield": round(self.passed_at_first / units, 4) if units else None,
+            "final_yield": round(self.passed / units, 4) if units else None,
+            "retries": self.retries,
+            "failures_by_step": dict(self.failures_by_step.most_common()),
+            "boards_an_hour": round(self.passed * 3600 / elapsed_s, 1) if self.passed and elapsed_s > 0 else None,
+        }
+
+    def described(self) -> list[str]:
+        """Return the statistics as lines for people."""
+        units = self.passed + self.failed
+        first = f"{self.passed_at_first / units:.1%}" if units else "-"
+        final = f"{self.passed / units:.1%}" if units else "-"
+        rate = self.record()["boards_an_hour"]
+        pace = "-" if rate is None else f"{rate:.0f}"
+        yields = f"first-pass yield {first}, final yield {final}"
+        lines = [
+            f"{self.passed} PASS, {self.failed} FAIL; {yields}; {self.retries} retries; {pace} boards an hour"
+        ]
+        if self.failures_by_step:
+            counts = self.failures_by_step.most_common()
+            lines.append("failures by step: " + ", ".join(f"{step} {count}" for step, count in counts))
+        return lines
+
+
+class Display(Protocol):
+    """Where reports go."""
+
+    def show(self, report: Report) -> None:
+        """Take a report."""
+
+    def tick(self) -> None:
+        """Called a few times a second."""
+
+    def close(self) -> None:
+        """Show everything for the last time."""
+
+
+class Lines:
+    """A line for each report, or an object with `--json`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def show(self, report: Report) -> None:
+        """Print it."""
+        match report:
+            case Stepped():
+                text = f"{report.slot:<8} {report.device_id or report.hwid.hex():<24}  {report.step.value}"
+            case Noted():
+                text = f"{report.slot:<8} {report.kind}: {escaped(report.text)}"
+            case Ended():
+                text = self._ended(report)
+        self._console.emit(record_of(report), text)
+
+    def tick(self) -> None:
+        """Nothing moves here."""
+
+    def close(self) -> None:
+        """Everything is printed already."""
+
+    def _ended(self, ended: Ended) -> str:
+        attempt = ended.attempt
+        words = [f"{ended.slot:<8} {_name(ended):<24}  {attempt.outcome.value}"]
+        if attempt.outcome is Outcome.PASS and ended.row is not None:
+            words.append(f"certificate {ended.row.cert_serial:x}")
+        elif ended.error is not None and attempt.outcome is Outcome.FAIL:
+            words.append(f"{attempt.code} at {attempt.step}: {ended.error.message}")
+            if not ended.is_final:
+                words.append("(trying again)")
+            elif ended.error.hint:
+                words.append(f"({ended.error.hint})")
+        words.append(f"{attempt.elapsed_ms / 1000:.2f} s")
+        return "  ".join(words)
+
+
+class LiveTable:
+    """A table on a terminal that is drawn over itself.
+
+    Args:
+        slots: their names, in the order of the rows.
+        tally: shown below.
+        width: of the terminal.
+        is_coloured: whether rows are painted.
+        write: puts text on the terminal.
+    """
+
+    def __init__(
+        self, slots: Sequence[str], tally: Tally, *, width: int, is_coloured: bool, write: Callable[[str], None]
+    ) -> None:
+        self._rows = {slot: _Row(slot) for slot in slots}
+        self._tally = tally
+        self._width = width
+        self._is_coloured = is_coloured
+        self._write = write
+        self._drawn = 0
+        self._next_s = 0.0
+
+    def show(self, report: Report) -> None:
+        """Take a report; it is on the terminal with the next drawing."""
+        self._rows[report.slot].take(report, self._tally.clock())
+
+    def tick(self) -> None:
+        """Draw, at most ten times a second."""
+        now_s = self._tally.clock()
+        if now_s >= self._next_s:
+            self._next_s = now_s + _REDRAW_S
+            self._draw(now_s)
+
+    def close(self) -> None:
+        """Draw for the last time."""
+        self._draw(self._tally.clock())
+
+    def lines(self, now_s: float) -> list[str]:
+        """Return the table's lines, painted, none longer than the terminal is wide."""
+        rows = [self._painted(row, row.text(now_s)) for row in self._rows.values()]
+        below = [line[: self._width - 1] for line in self._tally.described()]
+        return [_HEADING[: self._width - 1], *rows, *below]
+
+    def _painted(self, row: _Row, text: str) -> str:
+        text = text[: self._width - 1].ljust(self._width - 1)
+        colour = _COLOURS.get(row.outcome) if row.outcome is not None else None
+        return f"\033[{colour}m{text}\033[0m" if colour and self._is_coloured else text.rstrip()
+
+    def _draw(self, now_s: float) -> None:
+        lines = self.lines(now_s)
+        up = f"\033[{self._drawn}F" if self._drawn else ""
+        self._write(up + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
+        self._drawn = len(lines)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One slot's row."""
+
+    slot: str
+    name: str = "-"
+    step: str = "-"
+    percent: int = 0
+    begun_s: float | None = None
+    ended_s: float | None = None
+    retries: int = 0
+    note: str = ""
+    outcome: Outcome | None = None
+
+    def take(self, report: Report, now_s: float) -> None:
+        match report:
+            case Stepped():
+                if self.outcome is not None:
+                    self.outcome, self.retries = None, 0
+                self.name = report.device_id or report.hwid.hex()[:24]
+                self.step, self.percent, self.note = report.step.value, PERCENT[report.step], ""
+                self.begun_s, self.ended_s = now_s - report.elapsed_s, None
+            case Noted():
+                self.note = escaped(report.text)
+                if report.kind == "waiting" and self.outcome is None:
+                    self.step = "waiting"
+            case Ended():
+                self._end(report, now_s)
+
+    def _end(self, ended: Ended, now_s: float) -> None:
+        attempt = ended.attempt
+        self.name = _name(ended)
+        self.retries = ended.retries + (not ended.is_final)
+        if not ended.is_final:
+            self.note = f"{attempt.code} at {attempt.step}, trying again"
+            return
+        self.outcome = attempt.outcome
+        if attempt.outcome is Outcome.FAIL:
+            self.step = attempt.step
+        self.note = " ".join(word for word in (attempt.outcome.value, attempt.code) if word)
+        self.begun_s, self.ended_s = now_s - attempt.elapsed_ms / 1000, now_s
+
+    def text(self, now_s: float) -> str:
+        seconds = "" if self.begun_s is None else f"{(self.ended_s or now_s) - self.begun_s:.1f}"
+        unit = f"{self.slot:<8} {self.name[:24]:<24}  {self.step:<8} {self.percent:>3}"
+        return f"{unit}   {seconds:>7}  {self.retries:>7}  {self.note}"
+
+
+def display_for(console: Console, slots: Sequence[str], tally: Tally) -> Display:
+    """Return the table where there is room for one on a terminal; lines otherwise."""
+    size = shutil.get_terminal_size()
+    if console.as_json or not sys.stdout.isatty() or size.lines < len(slots) + 5:
+        return Lines(console)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return LiveTable(slots, tally, width=size.columns, is_coloured="NO_COLOR" not in os.environ, write=write)
+
+
+def record_of(report: Report) -> dict[str, Any]:
+    """Return a report as a JSON object."""
+    match report:
+        case Stepped():
+            return {
+                "event": "step",
+                "slot": report.slot,
+                "id": report.device_id or None,
+                "hwid": report.hwid.hex(),
+                "step": report.step.value,
+                "percent": PERCENT[report.step],
+                "elapsed_ms": round(report.elapsed_s * 1000, 1),
+            }
+        case Noted():
+            event = "scan" if report.kind in ("id", "confirm") else report.kind
+            return {"event": event, "slot": report.slot, "for": report.kind, "text": escaped(report.text)}
+        case Ended():
+            return _ended_record(report)
+
+
+def _ended_record(ended: Ended) -> dict[str, Any]:
+    attempt, row, error = ended.attempt, ended.row, ended.error
+    made = attempt.outcome is Outcome.PASS and row is not None
+    return {
+        "event": "result",
+        "slot": ended.slot,
+        "result": attempt.outcome.value,
+        "final": ended.is_final,
+        "id": attempt.device_id or None,
+        "hwid": attempt.hwid.hex() or None,
+        "state": row.state.value if row is not None else None,
+        "cert_serial": f"{row.cert_serial:x}" if made and row is not None else None,
+        "step": attempt.step or None,
+        "code": attempt.code or None,
+        "error": error.message if error is not None else None,
+        "hint": error.hint if error is not None else None,
+        "exit_code": error.exit_code if error is not None else 0,
+        "retries": ended.retries,
+        "elapsed_ms": round(attempt.elapsed_ms, 1),
+    }
+
+
+def _name(ended: Ended) -> str:
+    return ended.attempt.device_id or ended.attempt.hwid.hex()[:24] or "-"

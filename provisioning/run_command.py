@@ -1,0 +1,291 @@
+"""`birthmark run`: a whole fixture at once; `birthmark resume`: what is under way, finished.
+
+Rules:
+
+- The ports are named, by `--port` or in a fixture's file; nothing is sent to any other.
+- New units get ids from a list, a template or a scanner; units that are under way keep theirs.
+- The exit code is that of the worst unit; 130 after Ctrl-C, which prints the command that resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import select
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device.console import INTERRUPTED, command
+from birthmark.device.errors import ConfigurationError, EnrollmentRefusedError
+from birthmark.device.escape import escaped
+from birthmark.device.identity import device_role
+from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.provisioning.batches import moment
+from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.line_run import run_line
+from birthmark.provisioning.line_view import Tally, display_for
+from birthmark.provisioning.one_unit import add_unit_options, broker_address, journal_of, warn_of_loopback
+from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
+from birthmark.provisioning.port_choice import read_fixture, slots_of
+from birthmark.provisioning.registry.grouped import GroupedRegistry
+from birthmark.provisioning.registry.model import KeyMode, Kind, State
+from birthmark.provisioning.session import StoppedError
+from birthmark.provisioning.slot import DEFAULT_TRIES, Noted, Slot
+from birthmark.provisioning.unit_ids import Known, Listed, Scanned, from_template, read_list
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from birthmark.device.console import Console, Parser
+    from birthmark.provisioning.port_choice import SlotPort
+    from birthmark.provisioning.slot import Report
+    from birthmark.provisioning.station import Station
+    from birthmark.provisioning.unit_ids import IdSource
+
+UNFINISHED: Final = (State.RESERVED, State.KEYED, State.ISSUED, State.PREPARED, State.COMMITTED)
+_MAX_LINE_OCTETS: Final = 256
+_LOOK_EVERY_MS: Final = 100
+
+_RUN_EXAMPLES: Final = """
+birthmark run --ports fixture.toml --template 'sensor-{n:05}'
+birthmark run --port /dev/ttyUSB0 --port /dev/ttyUSB1 --list ids.csv --again
+birthmark run --ports fixture.toml --scan --pattern 'S[0-9]{6}'
+"""
+_RESUME_EXAMPLES: Final = """
+birthmark resume
+birthmark resume --port /dev/ttyUSB0 --port /dev/ttyUSB1
+birthmark resume --ports fixture.toml --json
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add these commands."""
+    run = command(commands, "run", _run, "give the devices in a whole fixture their identities", _RUN_EXAMPLES)
+    _add_ports(run)
+    source = run.add_mutually_exclusive_group(required=True)
+    source.add_argument("--list", type=Path, metavar="FILE", help="ids from CSV: id, role, what goes on the label")
+    source.add_argument("--template", metavar="TEXT", help="ids made as in sensor-{n:05}")
+    source.add_argument(
+        "--scan", action="store_true", help="ids typed or scanned at the board, and again before COMMIT"
+    )
+    run.add_argument(
+        "--start", type=_number, default=1, metavar="N", help="the template's first number (default: 1)"
+    )
+    run.add_argument("--pattern", type=_pattern, metavar="REGEX", help="what a scanned id must match as a whole")
+    run.add_argument("--again", action="store_true", help="wait for the next board when one is done, until Ctrl-C")
+    add_unit_options(run)
+    resume = command(
+        commands, "resume", _resume, "list what is under way, or finish it on the ports given", _RESUME_EXAMPLES
+    )
+    _add_ports(resume)
+    resume.add_argument(
+        "--broker", metavar="HOST:PORT", help="where devices find their broker (default: the station's)"
+    )
+    resume.add_argument("--baud", type=int, default=DEFAULT_BAUD, metavar="N", help="default: %(default)s")
+    for each in (run, resume):
+        each.add_argument(
+            "--tries", type=_number, default=DEFAULT_TRIES, metavar="N", help="at a unit (default: %(default)s)"
+        )
+        add_station_option(each)
+        add_passphrase_option(each)
+
+
+def _add_ports(parser: Parser) -> None:
+    ports = parser.add_mutually_exclusive_group()
+    ports.add_argument(
+        "--port",
+        action="append",
+        metavar="PORT",
+        help="a port, pty, pyserial URL, by-path:NAME or usb:VID:PID[:SERIAL]; may be given several times",
+    )
+    ports.add_argument("--ports", type=Path, metavar="FILE", help="a fixture: [[slot]] tables with name and port")
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.pattern is not None and not arguments.scan:
+        raise ConfigurationError("could not use --pattern: it is for --scan", hint="leave it out, or give --scan")
+    station = open_station(arguments)
+    try:
+        ports = _ports(arguments)
+        key_mode = KeyMode(arguments.keys) if arguments.keys is not None else None
+        _check_local(ports, key_mode)
+        line = _Line(station, console, arguments, ports)
+        return line.run(_ids(arguments, station, key_mode, line))
+    finally:
+        station.close()
+
+
+def _resume(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    try:
+        if arguments.port is None and arguments.ports is None:
+            _list(station, console)
+            return 0
+        return _Line(station, console, arguments, _ports(arguments)).run(Known())
+    finally:
+        station.close()
+
+
+def _list(station: Station, console: Console) -> None:
+    with station.registry.view() as view:
+        rows = view.rows(kind=Kind.DEVICE, states=UNFINISHED)
+    columns = ["name", "state", "hwid", "batch", "changed_at"]
+    records = [
+        {
+            "name": row.name,
+            "role": row.role,
+            "state": row.state.value,
+            "hwid": row.hwid.hex() if row.hwid else None,
+            "batch": row.batch or None,
+            "changed_at": moment(row.changed_at),
+        }
+        for row in rows
+    ]
+    console.table(records, columns, empty="nothing is under way")
+    if rows:
+        console.say("\nTo go on: birthmark resume --port PORT, with the boards on their ports")
+
+
+class _Line:
+    """What `run` and `resume` do alike.
+
+    Args:
+        station: whose line it is.
+        console: where it is shown.
+        arguments: of the command.
+        ports: the slots.
+    """
+
+    def __init__(
+        self, station: Station, console: Console, arguments: argparse.Namespace, ports: Sequence[SlotPort]
+    ) -> None:
+        self.stop = threading.Event()
+        self.tell: Callable[[Report], None]
+        self._station = station
+        self._console = console
+        self._arguments = arguments
+        self._ports = ports
+
+    def run(self, ids: IdSource) -> int:
+        """Run the slots, say how it went, and return the exit code."""
+        station, console, arguments = self._station, self._console, self._arguments
+        broker = broker_address(arguments.broker, station.settings.broker)
+        warn_of_loopback(console, arguments.broker, broker)
+        journal = journal_of(station, broker, GroupedRegistry(station.registry))
+        tally = Tally()
+        display = display_for(console, [port.slot for port in self._ports], tally)
+        again = getattr(arguments, "again", False)
+
+        def make(tell: Callable[[Report], None]) -> list[Slot]:
+            self.tell = tell
+            return [Slot(port, journal, ids, tell, self.stop, arguments.tries, again) for port in self._ports]
+
+        try:
+            run_line(make, display, tally, self.stop)
+        finally:
+            if journal.revoked:
+                bring_new_crl(station, console)
+        if console.as_json or not sys.stdout.isatty():
+            console.emit(tally.record(), "\n".join(tally.described()))
+        if self.stop.is_set():
+            resume = self._resume_command()
+            record = {"event": "interrupted", "resume": resume}
+            console.emit(record, f"interrupted; nothing is lost. To go on: {resume}")
+            return INTERRUPTED
+        return tally.worst_exit_code
+
+    def scanned_line(self) -> str | None:
+        """Return the next line of the standard input; None at its end.
+
+        Raises:
+            StoppedError: a person stopped the line.
+        """
+        poll = select.poll()
+        poll.register(sys.stdin.fileno(), select.POLLIN)
+        received = b""
+        while not received.endswith(b"\n"):
+            if self.stop.is_set():
+                raise StoppedError
+            if not poll.poll(_LOOK_EVERY_MS):
+                continue
+            # Octet by octet: what comes after the line belongs to whoever scans next.
+            octet = os.read(sys.stdin.fileno(), 1)
+            if not octet:
+                return received.decode("utf-8", "replace") if received else None
+            if len(received) < _MAX_LINE_OCTETS or octet == b"\n":
+                received += octet
+        return received.decode("utf-8", "replace")
+
+    def ask(self, slot: str, kind: str, text: str) -> None:
+        """Show what is to be scanned."""
+        self.tell(Noted(slot, kind, text))
+
+    def _resume_command(self) -> str:
+        arguments = self._arguments
+        words = ["birthmark", "resume"]
+        if arguments.ports is not None:
+            words += ["--ports", str(arguments.ports)]
+        for port in arguments.port or ():
+            words += ["--port", port]
+        for option in ("broker", "station"):
+            value = getattr(arguments, option)
+            if value is not None:
+                words += [f"--{option}", str(value)]
+        if arguments.baud != DEFAULT_BAUD:
+            words += ["--baud", str(arguments.baud)]
+        return shlex.join(words)
+
+
+def _ports(arguments: argparse.Namespace) -> list[SlotPort]:
+    if arguments.ports is not None:
+        return read_fixture(arguments.ports, arguments.baud)
+    if not arguments.port:
+        raise ConfigurationError(
+            "could not choose a port: none was given",
+            hint="give --port PORT, once for each slot, or --ports FILE; no port is ever guessed",
+        )
+    return slots_of(arguments.port, arguments.baud)
+
+
+def _check_local(ports: Sequence[SlotPort], key_mode: KeyMode | None) -> None:
+    for port in ports:
+        if key_mode is KeyMode.STATION and not port.name.is_local:
+            raise EnrollmentRefusedError(
+                f"could not use {escaped(port.port)}: a private key goes over no network port",
+                hint="use --keys on-device, or local serial ports",
+            )
+
+
+def _ids(arguments: argparse.Namespace, station: Station, key_mode: KeyMode | None, line: _Line) -> IdSource:
+    role = device_role(arguments.role) if arguments.role is not None else None
+    registry = station.registry
+    if arguments.scan:
+        return Scanned(
+            line.scanned_line,
+            line.ask,
+            registry,
+            pattern=arguments.pattern,
+            role=role,
+            key_mode=key_mode,
+            stopped=line.stop.is_set,
+        )
+    if arguments.list is not None:
+        return Listed(read_list(arguments.list, role), registry, key_mode)
+    return Listed(from_template(arguments.template, registry, role, start=arguments.start), registry, key_mode)
