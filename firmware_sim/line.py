@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PACKET_BYTES: Final = 62
 """What an adapter hands over without waiting for its timer: a full USB packet of 64 bytes less its status."""
-MAX_QUEUED_BYTES: Final = 1 << 20
+MAX_QUEUED_BYTES: Final = 1 << 16
 """Of one direction; what is said beyond is lost, as in a UART that nobody reads."""
 _PIECE_S = 0.002
 _LOG_TEXT = (

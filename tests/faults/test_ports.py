@@ -62,7 +62,7 @@ AT_ONCE = {name: MalformedAnswerError for name in LIES if name.startswith(("cbor
 BAD_REQUESTS = [name for name in LIES if name.startswith("csr-")]
 BAD_TRANSFERS = ["offset-past", "offset-back", "refuse"]
 BAD_PROOFS = ["prove-key", "prove-nonce", "prove-leaf", "prove-bundle", "prove-junk"]
-BAD_ATTESTS = [*(f"{name}@attest" for name in BAD_PROOFS), "prove-txn", "silent@attest"]
+BAD_ATTESTS = [*(f"{name}@attest" for name in BAD_PROOFS), "prove-txn", *(["silent@attest"] if WHOLE else [])]
 
 
 def _hostile(
