@@ -8,6 +8,7 @@ from birthmark.device.console import Parser
 from birthmark.provisioning import (
     audit_commands,
     batch_commands,
+    doctor_command,
     flash,
     quarantine_commands,
     reflash,
@@ -37,6 +38,7 @@ birthmark revoke sensor-17 --reason lost""",
     reflash.add_to(commands)
     batch_commands.add_to(commands)
     quarantine_commands.add_to(commands)
+    doctor_command.add_to(commands)
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)
     return top

@@ -1,0 +1,89 @@
+"""`birthmark doctor ports`: what may come between a station and its serial ports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from birthmark.device.console import Console, Parser, command
+from birthmark.device.errors import ConfigurationError, PortError
+from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.provisioning.doctor import Health, Machine, examine, ports_here
+from birthmark.provisioning.port_choice import choose, read_fixture
+
+if TYPE_CHECKING:
+    import argparse
+
+    from birthmark.provisioning.doctor import Finding
+
+_COLOURS = {Health.OK: "green", Health.WARN: "yellow", Health.FAIL: "red"}
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="look for what may come between a station and its devices",
+        description="look for what may come between a station and its devices",
+        examples="birthmark doctor ports\nbirthmark doctor ports --ports fixture.toml",
+    )
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", required=True, metavar="ACTION"
+    )
+    ports = command(
+        actions,
+        "ports",
+        _ports,
+        "look at serial ports, without opening one",
+        """\
+birthmark doctor ports
+birthmark doctor ports --port /dev/ttyUSB0
+birthmark doctor ports --ports fixture.toml --json""",
+    )
+    which = ports.add_mutually_exclusive_group()
+    which.add_argument("--port", action="append", metavar="PORT", help="only this one; may be given several times")
+    which.add_argument("--ports", type=Path, metavar="FILE", help="only those of a fixture")
+
+
+def _ports(arguments: argparse.Namespace, console: Console) -> int:
+    findings = examine(Machine.here(), _chosen(arguments))
+    for finding in findings:
+        console.emit(_record(finding), _line(finding, console))
+    return PortError.exit_code if any(finding.health is Health.FAIL for finding in findings) else 0
+
+
+def _chosen(arguments: argparse.Namespace) -> list[str]:
+    if arguments.ports is not None:
+        names = [slot.name for slot in read_fixture(arguments.ports, DEFAULT_BAUD)]
+    elif arguments.port:
+        names = [choose(port) for port in arguments.port]
+    else:
+        here = ports_here()
+        if not here:
+            raise PortError(
+                "could not look at the ports: this machine has no serial port at present",
+                hint="plug an adapter in, or name a port with --port",
+            )
+        return here
+    foreign = [name.text for name in names if not name.is_local]
+    if foreign:
+        raise ConfigurationError(
+            f"could not look at {foreign[0]}: it is not a port of this machine", hint="look at it over there"
+        )
+    return [name.text for name in names]
+
+
+def _record(finding: Finding) -> dict[str, object]:
+    return {
+        "port": finding.port,
+        "check": finding.check,
+        "health": finding.health.value,
+        "text": finding.text,
+        "hint": finding.hint or None,
+    }
+
+
+def _line(finding: Finding, console: Console) -> str:
+    word = console.paint(f"{finding.health.value:<4}", _COLOURS[finding.health])
+    line = f"{word}  {finding.port}  {finding.check}: {finding.text}"
+    return f"{line}\n      {console.paint('hint:', 'bold')} {finding.hint}" if finding.hint else line
