@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import IO, TYPE_CHECKING, Any
 
 from birthmark.device.errors import BirthmarkError, SystemFailureError
+from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +105,8 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value) or "-"
-    return str(value)
+    # Names are checked where they come in; should one get past that, it is still no escape sequence here.
+    return "".join(c if c.isprintable() else escaped(c) for c in str(value))
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -8,13 +8,15 @@ Temporary names end in `.part`; `remove_leftovers` clears those that a crash lef
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
+import stat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
 TEMPORARY_SUFFIX = ".part"
@@ -72,10 +74,25 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         leftover.unlink(missing_ok=True)
 
 
-def private_folder(path: Path) -> Path:
-    """Make `path` (and its parents) if needed, readable by its owner alone (0700), and return it."""
+def private_folder(path: Path, known: Collection[str] = ()) -> Path:
+    """Make `path` (and its parents) if needed, readable by its owner alone (0700), and return it.
+
+    Args:
+        path: the folder.
+        known: names of files that show it to be the caller's own.
+
+    Raises:
+        OSError: it cannot be made, or it is there, open to others, and what is in it is not the caller's: it may
+            be a folder of the system that a slip of the finger named, and nobody could use it any more.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    names = {entry.name for entry in path.iterdir()} if mode & 0o077 else set()
+    if names and names.isdisjoint(known):
+        cause = f"it has something in it and is open to others: name another folder, or chmod 700 {path}"
+        raise PermissionError(errno.EPERM, cause, str(path))
+    if mode != 0o700:
+        path.chmod(0o700)
     return path
 
 

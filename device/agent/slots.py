@@ -49,6 +49,7 @@ ACTIVE: Final = "active"
 UNLOCK: Final = "unlock"
 RENEWED: Final = "renewed"
 
+_RECORDS: Final = (HWID, PENDING, PREPARED, ACTIVE, UNLOCK, RENEWED)
 _MAX_RECORD_BYTES = 256 * 1024
 
 
@@ -119,7 +120,7 @@ class Slots:
         Raises:
             SystemFailureError: another agent holds it.
         """
-        private_folder(self.folder)
+        private_folder(self.folder, _RECORDS)
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
@@ -141,7 +142,7 @@ class Slots:
             StoreError: a leftover could not be removed.
         """
         with _storing("recover the records"):
-            private_folder(self.folder)
+            private_folder(self.folder, _RECORDS)
             remove_leftovers(self.folder)
             active = self.active()
             self._remove_unless(UNLOCK, self.unlocked_txn)
@@ -157,7 +158,7 @@ class Slots:
             CredentialError: the record is damaged.
             StoreError: it could not be stored.
         """
-        private_folder(self.folder)
+        private_folder(self.folder, _RECORDS)
         text = self._read(HWID)
         if text is None:
             hwid = random_bytes(length)

@@ -69,3 +69,9 @@ def test_untrusted_text_is_escaped() -> None:
     assert escaped("\x1b[2J\n\u202e\U0001f600\\") == "\\x1b[2J\\x0a\\u202e\\U0001f600\\\\"
     assert escaped(b"\xff\x00ok") == "\\xff\\x00ok"
     assert escaped("a" * 300) == "a" * 256 + "..."
+
+
+def test_what_a_table_or_a_fact_holds_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    console.Console().table([{"id": "a\x1b[2J", "who": "Söhne\u202e"}], ["id", "who"], empty="none")
+    console.Console().facts({"void_reason": "x\ny"})
+    assert capsys.readouterr().out.splitlines()[1:] == [r"a\x1b[2J  Söhne\u202e", r"void reason  x\x0ay"]

@@ -56,3 +56,16 @@ def test_a_private_folder_is_private(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True, mode=0o755)
     assert stat.S_IMODE(durable.private_folder(folder).stat().st_mode) == 0o700
+    (folder / "record").write_bytes(b"ours")
+    assert durable.private_folder(folder) == folder
+
+
+def test_a_folder_of_others_is_not_taken_from_them(tmp_path: Path) -> None:
+    """`--state /var/lib` is a slip of the finger, not a wish to lock everybody out of it."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "somebody's").write_bytes(b"")
+    with pytest.raises(PermissionError, match="open to others"):
+        durable.private_folder(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    (tmp_path / "active").write_bytes(b"")  # restored from a backup that forgot the mode
+    assert stat.S_IMODE(durable.private_folder(tmp_path, ("active", "hwid")).stat().st_mode) == 0o700
