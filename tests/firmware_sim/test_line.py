@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -29,8 +29,8 @@ BYTE_S = 10 / BAUD
 LOREM = bytes(range(256)) * 4
 
 
-def line(seed: int = 1, **faults: object) -> Line:
-    return Line(LineFaults(**faults), Random(seed))  # type: ignore[arg-type]
+def line(seed: int = 1, **faults: Any) -> Line:
+    return Line(LineFaults(**faults), Random(seed))
 
 
 def arrivals(line: Line, until_s: float) -> Iterator[tuple[float, bytes]]:
@@ -87,7 +87,8 @@ def test_the_latency_timer_holds_the_rest_of_a_packet() -> None:
 
 @pytest.mark.parametrize(("name", "rate"), [("loss", 1e-3), ("loss", 0.05), ("flips", 1e-4), ("flips", 0.01)])
 def test_damage_is_as_often_as_asked(name: str, rate: float) -> None:
-    bad = line(**{name: rate})
+    faults: dict[str, Any] = {name: rate}
+    bad = line(**faults)
     total, size = 200_000, 1000
     arrived = bytearray()
     for number in range(total // size):
@@ -169,6 +170,6 @@ def test_an_unplug_loses_what_follows_until_the_port_is_back() -> None:
         {"unplug": Interruption(math.inf)},
     ],
 )
-def test_what_no_line_has(faults: dict[str, object]) -> None:
+def test_what_no_line_has(faults: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="out of range"):
         line(**faults)
