@@ -21,6 +21,7 @@ import hashlib
 import math
 import os
 import select
+import stat
 import tempfile
 import termios
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 WRITE_TIMEOUT_S: Final = 1.0
+MAX_BAUD: Final = 50_000_000
+"""More than any adapter does; the system takes 31 bits."""
 _FAILURES: Final = (serial.SerialException, OSError, termios.error, TypeError)
 _URL_MARK: Final = "://"
 
@@ -104,10 +107,7 @@ def held(name: PortName) -> Iterator[None]:
         PortError: another station holds it; the port was not touched.
         SystemFailureError: the folder of the locks cannot be used.
     """
-    try:
-        folder = private_folder(_lock_folder())
-    except OSError as error:
-        raise SystemFailureError(f"could not make the folder {_lock_folder()}: {error.strerror}") from error
+    folder = _own_lock_folder()
     lock = folder / f"{hashlib.sha256(name.lock_key.encode()).hexdigest()[:32]}.lock"
     with contextlib.ExitStack() as stack:
         try:
@@ -118,6 +118,21 @@ def held(name: PortName) -> Iterator[None]:
                 hint="wait until it is done, or choose another port",
             ) from None
         yield
+
+
+def _own_lock_folder() -> Path:
+    folder = _lock_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
+            return private_folder(folder)
+    except OSError as error:
+        raise SystemFailureError(f"could not make the folder {folder}: {error.strerror}") from error
+    # In a place where everybody may put something, a link leads where somebody else wants.
+    raise SystemFailureError(
+        f"could not use the folder {folder}: it is not this user's own", hint="somebody else made it: remove it"
+    )
 
 
 def _lock_folder() -> Path:
@@ -142,6 +157,11 @@ class SerialPort:
         found = name.find()
         if found is None:
             raise PortError(f"could not open the port {name.text}: there is none", hint=name.others_hint())
+        if not 0 < baud <= MAX_BAUD:
+            raise PortError(
+                f"could not open the port {name.text}: {baud} baud is no speed of a port",
+                hint="try --baud 115200",
+            )
         try:
             self._port = serial.serial_for_url(found, baud, do_not_open=True)  # type: ignore[no-untyped-call]
             self._port.timeout = 0

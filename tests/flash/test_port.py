@@ -12,7 +12,7 @@ import pytest
 from support.board import Board
 from support.board_line import VirtualLine
 
-from birthmark.device.errors import EnrollmentRefusedError, PortError
+from birthmark.device.errors import EnrollmentRefusedError, PortError, SystemFailureError
 from birthmark.provisioning.exchange import MAX_READ_BYTES
 from birthmark.provisioning.port import PortName, SerialPort, held
 from birthmark.provisioning.registry.interface import DuplicateError
@@ -129,6 +129,23 @@ class TestNames:
             pass
         with held(PortName.of(str(link))):
             pass
+
+    def test_a_link_in_the_place_of_the_locks_is_not_followed(
+        self, ends: tuple[int, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir(mode=0o755)
+        (tmp_path / f"birthmark-ports-{os.getuid()}").symlink_to(elsewhere)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        with pytest.raises(SystemFailureError, match="own"), held(PortName.of(ends[1])):
+            pass
+        assert elsewhere.stat().st_mode & 0o777 == 0o755
+        assert list(elsewhere.iterdir()) == []
+
+    @pytest.mark.parametrize("baud", [0, -1, 1 << 40])
+    def test_a_speed_that_is_none(self, ends: tuple[int, str], baud: int) -> None:
+        with pytest.raises(PortError, match="no speed"):
+            SerialPort(PortName.of(ends[1]), baud)
 
 
 def test_one_id_on_two_ports_at_once(desk: Desk) -> None:
