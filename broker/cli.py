@@ -24,7 +24,9 @@ def parser() -> Parser:
         description="The gateway's broker: mutual TLS, policy by certificate, revocation that takes hold at once.",
         examples=_EXAMPLES,
     )
-    commands: argparse._SubParsersAction[Parser] = top.add_subparsers(required=True, metavar="COMMAND")
+    commands: argparse._SubParsersAction[Parser] = top.add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
     init_command.add_to(commands)
     run_command.add_to(commands)
     policy_command.add_to(commands)

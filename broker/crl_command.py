@@ -27,7 +27,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the `crl` commands."""
     summary = "look at the CRLs in force"
     group = commands.add_parser("crl", help=summary, description=summary, examples=_EXAMPLES)
-    actions: argparse._SubParsersAction[Parser] = group.add_subparsers(required=True, metavar="ACTION")
+    actions: argparse._SubParsersAction[Parser] = group.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     show = command(actions, "show", _show, "list the CRLs in force, one per issuing CA", _EXAMPLES)
     show.add_argument("--config", type=Path, default=Path("broker.toml"), metavar="FILE", help="broker.toml")
 

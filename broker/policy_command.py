@@ -54,7 +54,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the `policy` commands."""
     summary = "check, explain, compare or test a policy"
     group = commands.add_parser("policy", help=summary, description=summary, examples=_EXAMPLES)
-    actions: argparse._SubParsersAction[Parser] = group.add_subparsers(required=True, metavar="ACTION")
+    actions: argparse._SubParsersAction[Parser] = group.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
 
     check = command(actions, "check", _check, "read a policy as the broker would", _CHECK_EXAMPLES)
     check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="default: the broker's own")

@@ -21,7 +21,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         description="check or read the audit log",
         examples="birthmark audit verify\nbirthmark audit show --last 20",
     )
-    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(required=True, metavar="ACTION")
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     verify = command(
         actions,
         "verify",

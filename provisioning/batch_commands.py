@@ -25,7 +25,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         description="open, close and report on a batch of devices",
         examples="birthmark batch open 2026-W47\nbirthmark batch close\nbirthmark batch report 2026-W47 --csv",
     )
-    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(required=True, metavar="ACTION")
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     opening = command(
         actions, "open", _open, "open a batch: devices that are begun from now on are in it", _OPEN_EXAMPLES
     )

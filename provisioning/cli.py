@@ -10,6 +10,7 @@ from birthmark.provisioning import (
     batch_commands,
     doctor_command,
     flash,
+    label_command,
     quarantine_commands,
     reflash,
     revocation_commands,
@@ -25,18 +26,21 @@ def parser() -> Parser:
     """Return the parser of the whole command."""
     top = Parser(
         prog="birthmark",
-        description="the station: enrol devices, issue certificates, revoke them",
+        description="The station: enrol devices, issue certificates, revoke them.",
         examples="""\
 birthmark init --organization 'Acme Sensors'
 birthmark flash --port /dev/ttyUSB0 --id sensor-17
 birthmark revoke sensor-17 --reason lost""",
     )
-    commands: argparse._SubParsersAction[Parser] = top.add_subparsers(required=True, metavar="COMMAND")
+    commands: argparse._SubParsersAction[Parser] = top.add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
     station_commands.add_to(commands)
     flash.add_to(commands)
     run_command.add_to(commands)
     reflash.add_to(commands)
     batch_commands.add_to(commands)
+    label_command.add_to(commands)
     quarantine_commands.add_to(commands)
     doctor_command.add_to(commands)
     revocation_commands.add_to(commands)

@@ -31,7 +31,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         description="list or clear the units that a person has to decide about",
         examples="birthmark quarantine list\nbirthmark quarantine clear 0123456789abcdef --reason 'it was reset'",
     )
-    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(required=True, metavar="ACTION")
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     listing = command(
         actions,
         "list",

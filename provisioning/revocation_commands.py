@@ -154,7 +154,9 @@ def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:
         description="say which gateways are sent every CRL",
         examples="birthmark gateway add gateway-1 --path /etc/birthmark-broker/crl.pem\nbirthmark gateway list",
     )
-    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(required=True, metavar="ACTION")
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
     add = command(
         actions,
         "add",

@@ -27,6 +27,15 @@ def walk(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argp
         yield name, parser
 
 
+def groups(parser: argparse.ArgumentParser, title: str) -> Iterator[tuple[argparse.ArgumentParser, str]]:
+    """Yield every parser that has commands, or actions, below it, with what they are called."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in inner:
+        yield parser, title
+        for command in action.choices.values():
+            yield from groups(command, "actions")
+
+
 COMMANDS = {
     name: parser
     for command, cli in {
@@ -51,6 +60,23 @@ def test_a_command_s_help_ends_in_examples(name: str) -> None:
     text = COMMANDS[name].format_help()
     assert "examples:\n" in text
     assert f"  {name}" in text.split("examples:\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("cli", "title"),
+    [
+        (cli, title)
+        for top in (station_cli, broker_cli, device_cli, sim_cli)
+        for cli, title in groups(top.parser(), "commands")
+    ],
+    ids=lambda value: value.prog if isinstance(value, argparse.ArgumentParser) else value,
+)
+def test_commands_and_actions_stand_under_a_heading_of_their_own(cli: argparse.ArgumentParser, title: str) -> None:
+    text = cli.format_help()
+    assert f"\n{title}:\n" in text
+    assert "positional arguments:" not in text
+    assert cli.description
+    assert cli.description[0].isupper() == (title == "commands")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
