@@ -6,7 +6,7 @@ Rules:
   in place. Rewriting the same content counts: whoever brings a CRL twice wants a second receipt.
 - A file that was replaced is taken at once; one that is written in place, only when it has come to rest for one
   look, so that half of it is not taken for all.
-- A file that vanishes is no change; what was read from it stays in force.
+- A file that vanishes is no change; what was read from it stays in force, and the log says so, once.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class WatchedFiles:
         self._paths = paths
         self._taken = self._identities()
         self._resting = self._taken
+        self._missing = {path for path, found in zip(paths, self._taken, strict=True) if found is None}
         self._take = take
 
     def has_changed(self) -> bool:
         """Look; true once per change."""
         found = self._identities()
+        self._look_for_missing(found)
         if found == self._taken:
             return False
         moved = any(new and (not old or new[:2] != old[:2]) for new, old in zip(found, self._taken, strict=True))
@@ -57,9 +59,24 @@ class WatchedFiles:
         try:
             await self._take()
         except BirthmarkError as error:
-            _log.error("%s; what was in force stays (%s)", error.message, error.hint or "no hint")
+            self._refuse(error.message, error.hint)
         except OSError as error:
-            _log.error("could not read %s: %s; what was in force stays", self._paths[0], error.strerror)
+            self._refuse(f"could not read {self._paths[0]}: {error.strerror}", "")
+
+    def _refuse(self, cause: str, hint: str) -> None:
+        fields = {"event": "file_refused", "path": str(self._paths[0]), "reason": cause, "hint": hint}
+        because = f" ({hint})" if hint else ""
+        _log.error("%s; what was in force stays%s", cause, because, extra={"fields": fields})
+
+    def _look_for_missing(self, found: tuple[_Identity | None, ...]) -> None:
+        missing = {path for path, identity in zip(self._paths, found, strict=True) if identity is None}
+        for path in sorted(missing - self._missing):
+            _log.warning(
+                "%s is gone; what was in force stays, but a broker that starts without it may not start",
+                path,
+                extra={"fields": {"event": "file_gone", "path": str(path)}},
+            )
+        self._missing = missing
 
     def _identities(self) -> tuple[_Identity | None, ...]:
         return tuple(_identity(path) for path in self._paths)

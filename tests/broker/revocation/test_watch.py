@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
 
 from birthmark.broker.watch import WatchedFiles
+from birthmark.device.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 
 async def nothing() -> None:
@@ -58,6 +63,38 @@ def test_a_file_that_vanishes_is_no_change_and_one_that_appears_is(tmp_path: Pat
         assert not files.has_changed()
     path.write_text("1")
     assert files.has_changed()
+
+
+def test_a_file_that_vanishes_is_said_to_be_gone_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text("1")
+    files = watched(path)
+    path.unlink()
+    for _ in range(3):
+        files.has_changed()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert f"{path} is gone" in caplog.text
+    path.write_text("1")
+    files.has_changed()
+    path.unlink()
+    files.has_changed()
+    assert len(caplog.records) == 2
+
+
+def test_a_file_that_cannot_be_used_is_reported_with_its_hint_if_there_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for hint, end in (("do better", "stays (do better)"), ("", "stays")):
+
+        async def refuse(hint: str = hint) -> None:
+            raise ConfigurationError("could not use it: no", hint)
+
+        caplog.clear()
+        asyncio.run(WatchedFiles([tmp_path / "a"], refuse).take())
+        record: Any = caplog.records[0]
+        assert record.getMessage() == f"could not use it: no; what was in force {end}"
+        assert record.fields["event"] == "file_refused"
+        assert record.fields["path"] == str(tmp_path / "a")
 
 
 def test_a_file_that_was_never_there_appears(tmp_path: Path) -> None:
