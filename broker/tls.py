@@ -14,6 +14,9 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING
 
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import escaped
 
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TLS12_SUITES = "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
+
+
+_CREDENTIALS_HINT = "it holds the broker's key, certificate and chain: birthmark issue-broker HOST"
 
 
 def server_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLContext:
@@ -42,8 +48,9 @@ def server_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLCont
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"could not use {credentials_path} as the broker's credentials: {_cause(error)}",
-            hint="it holds the broker's key, certificate and chain: birthmark issue-broker HOST",
+            hint=_CREDENTIALS_HINT,
         ) from error
+    _check_purpose(credentials_path)
     try:
         context.load_verify_locations(cafile=clients_ca_path)
     except (OSError, ValueError) as error:
@@ -54,12 +61,29 @@ def server_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLCont
     return context
 
 
+def _check_purpose(credentials_path: Path) -> None:
+    """Refuse a certificate that no client would accept as a server's: it would listen, and let nobody in."""
+    try:
+        leaf = x509.load_pem_x509_certificates(credentials_path.read_bytes())[0]
+        found = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
+    except (x509.ExtensionNotFound, OSError, ValueError):
+        return  # OpenSSL has taken it; what it says about purposes, if anything, the clients will judge
+    if ExtendedKeyUsageOID.SERVER_AUTH not in found.value:
+        raise ConfigurationError(
+            f"could not use {credentials_path} as the broker's credentials: its certificate is not a server's"
+            " (extended key usage serverAuth)",
+            hint=_CREDENTIALS_HINT,
+        )
+
+
 def _no_passphrase() -> str:
     raise ValueError("its key is encrypted")
 
 
 def _cause(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
+        if error.reason is None:  # the file ended before all that is needed was found
+            return "it holds no PEM of a key and its certificate"
         return {
             "KEY_VALUES_MISMATCH": "the key is not the certificate's",
             "NO_START_LINE": "it holds no PEM of the kind expected",

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 KeyPath = tuple[str | int, ...]
 MAX_FILE_BYTES = 4 * 1024 * 1024
-"""Precedent: none needed; a policy of 10,000 assignments has 0.6 MB."""
+"""A policy of 10,000 assignments has 0.6 MB."""
+_TOML = "the file is TOML 1.0, which is UTF-8 text"
 
 
 class Table:
@@ -144,7 +145,9 @@ def read_toml(path: Path, error: type[BirthmarkError], *, missing_hint: str = ""
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as cause:
-        raise error(f"could not read {path}: {cause.strerror or cause}", hint=missing_hint) from cause
+        is_missing = isinstance(cause, FileNotFoundError)
+        hint = missing_hint if is_missing else "it must be a file that the broker's user may read"
+        raise error(f"could not read {path}: {cause.strerror or cause}", hint=hint) from cause
     return parse_toml(content, str(path), error), content
 
 
@@ -156,11 +159,11 @@ def parse_toml(content: bytes, where: str, error: type[BirthmarkError]) -> Table
         text = content.decode()
     except UnicodeDecodeError as cause:
         line = content[: cause.start].count(b"\n") + 1
-        raise error(f"could not use {where}, line {line}: it is not UTF-8") from cause
+        raise error(f"could not use {where}, line {line}: it is not UTF-8", hint=_TOML) from cause
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as cause:
-        raise error(f"could not use {where}: {_syntax(str(cause), text)}", hint="the file is TOML 1.0") from cause
+        raise error(f"could not use {where}: {_syntax(str(cause), text)}", hint=_TOML) from cause
     except RecursionError as cause:
         raise error(f"could not use {where}: it is nested too deeply") from cause
     return Table(where, values, key_lines(text), error=error)

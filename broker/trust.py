@@ -112,6 +112,8 @@ def read_trust(path: Path) -> Trust:
     """
     try:
         return Trust.from_pem(path.read_bytes())
+    except CredentialError as error:
+        raise CredentialError(f"{error.message} ({path})", error.hint) from error
     except OSError as error:
         raise ConfigurationError(
             f"could not read the clients' issuing CAs in {path}: {error.strerror or error}",

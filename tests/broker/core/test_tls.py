@@ -300,6 +300,20 @@ def test_a_key_that_is_not_the_certificates_or_is_encrypted_is_refused(tmp_path:
         server_context(tmp_path / "server.pem", tmp_path / "clients-ca.pem")
 
 
+def test_a_client_s_certificate_is_refused_as_the_broker_s(tmp_path: Path, pki: Pki) -> None:
+    pki.write_broker_files(tmp_path)
+    pki.device("sensor-1").write(tmp_path / "server.pem")
+    with pytest.raises(ConfigurationError, match="not a server's"):
+        server_context(tmp_path / "server.pem", tmp_path / "clients-ca.pem")
+
+
+def test_credentials_that_are_no_pem_are_said_to_be_none(tmp_path: Path, pki: Pki) -> None:
+    pki.write_broker_files(tmp_path)
+    (tmp_path / "server.pem").write_text("garbage")
+    with pytest.raises(ConfigurationError, match="no PEM of a key and its certificate"):
+        server_context(tmp_path / "server.pem", tmp_path / "clients-ca.pem")
+
+
 def test_large_data_both_ways_under_tls(gateway: RunningGateway) -> None:
     """More than the socket's buffers: writes that wait, reads that go on, and both at once."""
     free = gateway.client("free-1").subscribed(("echo", 1))

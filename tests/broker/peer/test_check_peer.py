@@ -30,10 +30,12 @@ from support.pki import (
 )
 
 from birthmark.broker.peer import PeerRefusedError, Trust, check_peer
+from birthmark.broker.trust import read_trust
 from birthmark.device.errors import BirthmarkError, CredentialError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 DAY = dt.timedelta(days=1)
 
@@ -316,6 +318,14 @@ def test_what_cannot_be_an_issuing_ca(make: Callable[[], bytes], expected: str) 
     with pytest.raises(CredentialError) as caught:
         Trust.from_pem(make())
     assert expected in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_file_without_issuing_cas_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "clients-ca.pem"
+    path.write_text("garbage")
+    with pytest.raises(CredentialError, match=r"clients-ca\.pem") as caught:
+        read_trust(path)
     assert caught.value.hint
 
 

@@ -77,6 +77,14 @@ def test_a_missing_file_has_a_hint(tmp_path: Path) -> None:
     assert "birthmark-broker init" in caught.value.hint
 
 
+def test_a_file_that_is_there_and_cannot_be_read_is_not_to_be_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").mkdir()
+    with pytest.raises(PolicyError, match="Is a directory") as caught:
+        read_policy(tmp_path / "policy.toml")
+    assert caught.value.hint
+    assert "init" not in caught.value.hint
+
+
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_any_bytes_are_a_policy_or_our_own_error(content: bytes) -> None:
     try:
