@@ -87,11 +87,11 @@ Effect = Send | Read | Reached | Stored
 class UnitRefusedError(EnrollmentRefusedError):
     """The table refuses the unit; nothing was sent to it after HELLO."""
 
-    def __init__(self, action: Action, device_id: str, reason: str) -> None:
+    def __init__(self, action: Action, device_id: str, reason: str, *, is_revoked: bool = False) -> None:
         self.action = action
         super().__init__(
             f"could not enrol {device_id}: {action.name}, the device on this port {reason}",
-            hint=_HINTS[action],
+            hint=_REVOKED_HINT if action is Action.DUPLICATE and is_revoked else _HINTS[action],
         )
 
 
@@ -113,6 +113,11 @@ _HINTS: Final = {
     Action.DUPLICATE: "nothing is wrong with it: take the next device; `birthmark reflash` would make it again",
     Action.MISMATCH: "check which board is on the port, and the id: `birthmark list` shows who is who",
 }
+
+
+_REVOKED_HINT: Final = (
+    "put the device aside: no gateway lets it in; a supervisor may have it made again with `birthmark reflash`"
+)
 
 
 class _KeyLostError(Exception):
@@ -170,7 +175,10 @@ class Enrolment:
             yield Stored(row)
             decision = self._decide(*self._journal.standing(self._hello.hwid))
         if decision.action.refuses:
-            raise UnitRefusedError(decision.action, self._wish.device_id.text, decision.reason)
+            is_revoked = row is not None and row.is_revoked
+            raise UnitRefusedError(
+                decision.action, self._wish.device_id.text, decision.reason, is_revoked=is_revoked
+            )
         if row is None and self._wish.replaces_reason:
             raise EnrollmentRefusedError(
                 f"could not make {self._wish.device_id} again: the device on this port was never made here",

@@ -274,7 +274,8 @@ def _reason(action: Action, row: Row | None, hello: HelloAnswer) -> str:
     if action is Action.ERASED and row is not None:
         return f"was made as {row.name} and has lost that identity since"
     if action is Action.DUPLICATE and row is not None:
-        return f"is {row.name} already, with the certificate {row.cert_serial:x}"
+        revoked = ", which is revoked" if row.is_revoked else ""
+        return f"is {row.name} already, with the certificate {row.cert_serial:x}{revoked}"
     if row is None:
         return f"is locked by a transaction that this station does not know ({lock})"
     return f"is locked by {lock}, but the journal has {row.name} in {row.state} with {_txn_text(row)}"

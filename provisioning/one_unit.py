@@ -160,8 +160,8 @@ def warn_of_loopback(console: Console, text: str | None, broker: BrokerAddress) 
     if text is not None or broker.host != BrokerDefaults().host:
         return
     warning = (
-        f"the device will look for its broker at {broker.host}:{broker.port}, on itself: nobody said where it is;"
-        " give --broker HOST:PORT, or set [broker] in station.toml"
+        f"the device will look for its broker at {broker.host}:{broker.port}, on itself;"
+        " to say where it is, give --broker HOST:PORT, or set [broker] in station.toml"
     )
     if console.as_json:
         console.emit({"event": "warning", "text": warning}, "")

@@ -263,7 +263,9 @@ def _text(path: Path) -> str:
             hint="make a station with `birthmark init`, or name its folder with --station",
         ) from error
     except OSError as error:
-        raise ConfigurationError(f"could not read {path}: {error.strerror}") from error
+        raise ConfigurationError(
+            f"could not read {path}: {error.strerror}", hint="run this as the station's user"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"could not read {path}: it is not UTF-8 text") from error
 

@@ -194,8 +194,10 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
         raise AuthorityError(
-            f"could not read the CA certificate {path}: {error.strerror}", hint="restore it from a backup"
+            f"could not read the CA certificate {path}: {error.strerror}",
+            hint="restore it from a backup" if is_missing else "run this as the station's user",
         ) from error
     except ValueError as error:
         raise AuthorityError(

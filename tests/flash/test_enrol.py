@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -204,6 +205,17 @@ class TestRefusals:
         board = Board()
         desk.enrol(VirtualLine(board))
         self.refused(desk, board, Action.DUPLICATE)
+
+    def test_a_made_unit_that_is_revoked_is_not_called_sound(self, desk: Desk) -> None:
+        board = Board()
+        row = desk.enrol(VirtualLine(board))
+        with desk.registry.transaction() as transaction:
+            transaction.update(replace(row, revoked_at=datetime.now(UTC), revocation_reason="keyCompromise"))
+        with pytest.raises(UnitRefusedError, match="which is revoked") as caught:
+            desk.enrol(VirtualLine(board))
+        assert caught.value.action is Action.DUPLICATE
+        assert "put the device aside" in caught.value.hint
+        assert "nothing is wrong" not in caught.value.hint
 
     def test_a_wiped_unit_is_erased(self, desk: Desk) -> None:
         board = Board()
