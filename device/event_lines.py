@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from birthmark.device.console import Console
 
 
-def show(console: Console, event: Event) -> None:
-    """Print one event."""
+def show(console: Console, event: Event, *, is_last: bool = False) -> None:
+    """Print one event; `is_last`: a failure ends the command, and no other attempt follows."""
     match event:
         case Connected():
             resumed = ", resumed" if event.tls_resumed else ""
@@ -36,10 +36,10 @@ def show(console: Console, event: Event) -> None:
                 session_present=event.session_present,
             )
         case Disconnected():
-            _failed(console, "disconnected", event.error, event.retry_in_s)
+            _failed(console, "disconnected", event.error, None if is_last else event.retry_in_s)
         case AttemptFailed():
             kind = "refused" if isinstance(event.error, RefusedError) else "unreachable"
-            _failed(console, kind, event.error, event.retry_in_s)
+            _failed(console, kind, event.error, None if is_last else event.retry_in_s)
         case SubscriptionDenied():
             shown = escaped(event.topic_filter)
             say(console, "denied", f"the broker does not let us subscribe to {shown}", filter=shown)
@@ -59,13 +59,14 @@ def say(console: Console, name: str, text: str, /, **facts: Any) -> None:
     console.emit({"event": name, "at": now.isoformat(timespec="milliseconds"), **facts}, f"{now:%H:%M:%S}  {text}")
 
 
-def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_s: float) -> None:
+def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_s: float | None) -> None:
+    then = "" if retry_in_s is None else f"\n          next attempt in {retry_in_s:.1f} s"
     say(
         console,
         name,
-        f"{error.message}\n          {error.hint}\n          next attempt in {retry_in_s:.1f} s",
+        f"{error.message}\n          {error.hint}{then}",
         check=error.check,
         reason=error.message,
         hint=error.hint,
-        retry_in_s=round(retry_in_s, 3),
+        retry_in_s=None if retry_in_s is None else round(retry_in_s, 3),
     )

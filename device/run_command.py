@@ -97,7 +97,7 @@ class _Running:
         self._offline_since: float | None = time.monotonic()
 
     def observe(self, event: Event) -> None:
-        event_lines.show(self._console, event)
+        event_lines.show(self._console, event, is_last=self._once)
         if isinstance(event, Connected):
             self._offline_since = None
         if isinstance(event, AttemptFailed | Disconnected):

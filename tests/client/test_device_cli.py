@@ -82,7 +82,7 @@ def test_run_for_a_person(state: Path, broker: BrokerStub) -> None:
     done = run("run", "--state", state, "--once")
     assert done.returncode == 3
     assert "could not connect to 127.0.0.1:" in done.stdout
-    assert "next attempt in" in done.stdout
+    assert "next attempt in" not in done.stdout, "with --once there is none"
     assert done.stderr.startswith(f"error: could not connect to 127.0.0.1:{broker.port} as sensor-1: ")
     assert "\nhint: " in done.stderr
 
@@ -108,6 +108,7 @@ def test_run_once(state: Path, broker: BrokerStub, connack: int, code: int) -> N
     done = run("run", "--state", state, "--once", "--json")
     assert done.returncode == code
     assert json.loads(done.stderr)["exit_code"] == code
+    assert json.loads(done.stdout.splitlines()[0])["retry_in_s"] is None
     assert len(broker.resumed) == 1
 
 
