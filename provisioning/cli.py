@@ -10,6 +10,7 @@ from birthmark.provisioning import (
     batch_commands,
     doctor_command,
     flash,
+    label_command,
     quarantine_commands,
     reflash,
     revocation_commands,
@@ -39,6 +40,7 @@ birthmark revoke sensor-17 --reason lost""",
     run_command.add_to(commands)
     reflash.add_to(commands)
     batch_commands.add_to(commands)
+    label_command.add_to(commands)
     quarantine_commands.add_to(commands)
     doctor_command.add_to(commands)
     revocation_commands.add_to(commands)
