@@ -4,7 +4,8 @@ Rules:
 
 - `--json` prints one JSON object a line on stdout; otherwise people read aligned text, coloured on a terminal
   only (and not if NO_COLOR is set).
-- A failure prints `error: ...` and `hint: ...` on stderr (`{"error", "hint", "exit_code"}` with `--json`).
+- A failure prints `error: ...` and `hint: ...` on stderr (`{"error", "hint", "exit_code"}` with `--json`),
+  a warning `warning: ...` (`{"warning"}`).
 - Exit codes: 0 done, 1 expected failure, 2 usage, 3 refused, duplicate or quarantined, 4 time-out or no device,
   5 port or system, 6 authority or registry, 130 interrupted. A batch returns its worst.
 - Every command's `--help` ends in examples.
@@ -13,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 INTERRUPTED = 130
+_REMEDIES = {
+    errno.EACCES: "check the path and its permissions, or run this as the user whom it belongs to",
+    errno.EPERM: "check the path and its permissions, or run this as the user whom it belongs to",
+    errno.EROFS: "this part of the file system is read-only: choose another path",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
+    errno.EISDIR: "check the path: it is a folder, not a file",
+    errno.ENOSPC: "make room, then try again",
+    errno.EDQUOT: "make room, then try again",
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+}
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1", "dim": "2"}
 
 
@@ -53,6 +66,9 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Say on stderr what does not stop the command."""
+        if self.as_json:
+            print(json.dumps({"warning": text}), file=sys.stderr, flush=True)
+            return
         print(f"{self._paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
@@ -171,7 +187,8 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        return console.fail(SystemFailureError(f"could not use{where}: {error.strerror or error}"))
+        hint = _REMEDIES.get(error.errno or 0, "see what the system says about it, then try again")
+        return console.fail(SystemFailureError(f"could not use{where}: {error.strerror or error}", hint))
 
 
 def main_of(cli_module: str, extra: str) -> int:

@@ -1,6 +1,7 @@
 """How the commands behave: exit codes, streams, JSON, escaping."""
 
 import argparse
+import errno
 import json
 
 import pytest
@@ -75,3 +76,23 @@ def test_what_a_table_or_a_fact_holds_moves_no_cursor(capsys: pytest.CaptureFixt
     console.Console().table([{"id": "a\x1b[2J", "who": "Söhne\u202e"}], ["id", "who"], empty="none")
     console.Console().facts({"void_reason": "x\ny"})
     assert capsys.readouterr().out.splitlines()[1:] == [r"a\x1b[2J  Söhne\u202e", r"void reason  x\x0ay"]
+
+
+def test_a_warning_is_an_object_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    console.Console().warn("mind it")
+    console.Console(as_json=True).warn("mind it")
+    plain, structured = capsys.readouterr().err.splitlines()
+    assert plain == "warning: mind it"
+    assert json.loads(structured) == {"warning": "mind it"}
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.EACCES, "permissions"), (errno.ENOSPC, "make room"), (errno.EIO, "try again")]
+)
+def test_what_the_system_refuses_has_a_hint(
+    number: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert console.run(_parser(OSError(number, "no", "/some/file")), ["go"]) == 5
+    assert capsys.readouterr().err.startswith("error: could not use /some/file: no\nhint: ")
+    assert console.run(_parser(OSError(number, "no", "/some/file")), ["go"]) == 5
+    assert expected in capsys.readouterr().err
