@@ -43,6 +43,17 @@ class Durability(StrEnum):
     """It is in memory alone, and gone with the broker."""
 
 
+class QueueFull(StrEnum):
+    """What gives way when a message of QoS 1 or 2 finds its session's queue full."""
+
+    DROP_OLDEST = "drop_oldest"
+    """The message that has waited longest."""
+    DROP_NEWEST = "drop_newest"
+    """The message that finds no room."""
+    DISCONNECT = "disconnect"
+    """The message that finds no room; and a client that is connected and does not keep up is disconnected."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one client, and all of them together, may use of the gateway."""
@@ -50,26 +61,41 @@ class Limits:
     max_packet_bytes: int = 1_048_576
     """The remaining length of one MQTT packet; a larger one closes its connection."""
     max_connections: int = 20_000
+    max_connections_per_address: int = 10_000
+    """From one IPv4 address, or one IPv6 network of 64 bits: half, so that nobody takes all from one place."""
     handshake_timeout_s: float = 10.0
     """From the TCP connection to the end of the TLS handshake."""
     connect_timeout_s: float = 10.0
     """From the end of the TLS handshake to the whole CONNECT packet."""
     max_keepalive_s: int = 3_600
     """A client that asks for a longer keepalive, or for none, is held to this one."""
+    stall_timeout_s: float = 30.0
+    """A client whose socket takes nothing for this long, while something waits for it, is cut off."""
+    max_messages_per_s: int = 0
+    """PUBLISHes of one identity; a faster one is read from more slowly. 0: any number."""
+    max_bytes_per_s: int = 0
+    """Bytes of one identity, likewise."""
     max_subscriptions: int = 200
     """Filters of one session."""
     max_inflight: int = 64
     """Messages of QoS 1 and 2 on their way to one client, not acknowledged yet."""
     max_queued_messages: int = 1_000
-    """Messages waiting for one session, connected or not; beyond it the oldest go."""
+    """Messages waiting for one session, connected or not."""
     max_queued_bytes: int = 4_194_304
-    """Their payloads together, and what is buffered for the socket of a slow client."""
+    """Those together, and what is buffered for the socket of a slow client."""
+    queue_full: QueueFull = QueueFull.DROP_OLDEST
+    """What gives way beyond either."""
+    max_queued_bytes_total: int = 268_435_456
+    """What waits for all sessions together; beyond it, every queue is full."""
     max_sessions: int = 100_000
     """Sessions kept, connected or not."""
     session_expiry_s: int = 604_800
     """A session whose client does not come back for this long is forgotten."""
     max_retained_messages: int = 100_000
     max_retained_bytes: int = 67_108_864
+    max_retained_messages_per_client: int = 10_000
+    """Of those, published by one identity."""
+    max_retained_bytes_per_client: int = 16_777_216
     shutdown_timeout_s: float = 5.0
     """What a stop grants clients to take what is on its way to them."""
 
@@ -205,25 +231,32 @@ def _choice(table: Table, key: str, default: C) -> C:
 _LIMIT_BOUNDS: dict[str, tuple[int, int]] = {
     "max_packet_bytes": (1_024, 268_435_455),
     "max_connections": (1, 1_000_000),
+    "max_connections_per_address": (1, 1_000_000),
+    "max_messages_per_s": (0, 10_000_000),
+    "max_bytes_per_s": (0, 2**40),
     "max_keepalive_s": (1, 65_535),
     "max_subscriptions": (1, 100_000),
     "max_inflight": (1, 65_535),
     "max_queued_messages": (1, 10_000_000),
     "max_queued_bytes": (1_024, 2**40),
+    "max_queued_bytes_total": (1_024, 2**40),
     "max_sessions": (1, 10_000_000),
     "session_expiry_s": (1, 10 * 365 * 86_400),
     "max_retained_messages": (1, 10_000_000),
     "max_retained_bytes": (1_024, 2**40),
+    "max_retained_messages_per_client": (1, 10_000_000),
+    "max_retained_bytes_per_client": (1_024, 2**40),
 }
 _TIMEOUT_BOUNDS: dict[str, tuple[float, float]] = {
     "handshake_timeout_s": (0.1, 300),
     "connect_timeout_s": (0.1, 300),
+    "stall_timeout_s": (0.1, 3_600),
     "shutdown_timeout_s": (0.0, 60),
 }
 
 
 def _limits(table: Table) -> Limits:
-    table.only((*_LIMIT_BOUNDS, *_TIMEOUT_BOUNDS))
+    table.only((*_LIMIT_BOUNDS, *_TIMEOUT_BOUNDS, "queue_full"))
     defaults = Limits()
     whole: dict[str, Any] = {
         key: table.whole(key, getattr(defaults, key), least=least, most=most)
@@ -233,7 +266,7 @@ def _limits(table: Table) -> Limits:
         key: table.number(key, getattr(defaults, key), least=least, most=most)
         for key, (least, most) in _TIMEOUT_BOUNDS.items()
     }
-    return Limits(**whole, **timeouts)
+    return Limits(**whole, **timeouts, queue_full=_choice(table, "queue_full", defaults.queue_full))
 
 
 def _revocation(table: Table) -> RevocationSettings:

@@ -10,6 +10,7 @@ Rules, in the order in which they bind:
 - A last will that the policy does not allow refuses the connection (CONNACK 5).
 - A session has one connection: a new one takes over, and the old one is closed, with its will (§3.1.4-2).
 - The will is published whenever the connection ends without DISCONNECT (§3.1.2-8), but for a revoked client.
+- A client that sends faster than its rates is not read from until it has made good (`rate.py`).
 - A connection lives no longer than its certificate, nor 1.5 keepalives without a packet (§3.1.2-24).
 """
 
@@ -36,11 +37,10 @@ if TYPE_CHECKING:
     from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.packets import Connect, Packet, Subscribe, Unsubscribe, Will
     from birthmark.broker.peer import Peer
+    from birthmark.broker.rate import Meter, Meters
     from birthmark.broker.session import Session
     from birthmark.broker.stream import TlsStream
 
-STALL_S = 30.0
-"""A client whose socket takes nothing for this long, while something waits for it, is cut off."""
 HARD_BUFFER_FACTOR = 2
 """Beyond this times `max_queued_bytes` (and one packet) waiting, a client is cut off at once."""
 
@@ -52,6 +52,7 @@ class Gateway(Protocol):
     limits: Limits
     counters: Counters
     topics: TopicNames
+    meters: Meters
     disconnects_denied: bool
     """Whether a denied PUBLISH ends its connection."""
 
@@ -63,6 +64,9 @@ class Gateway(Protocol):
 
     def wall_s(self) -> float:
         """Seconds since 1970."""
+
+    def later(self, delay_s: float, callback: Callable[[], object]) -> object:
+        """Have something called by the loop."""
 
     def secured(self, connection: Connection) -> None:
         """A handshake is done, well or badly."""
@@ -97,6 +101,7 @@ class Connection:
         "_is_done",
         "_keepalive_s",
         "_log",
+        "_meter",
         "_reader",
         "_stalled_since_s",
         "address",
@@ -116,6 +121,7 @@ class Connection:
         self._is_active = False
         self._is_done = False
         self._stalled_since_s: float | None = None
+        self._meter: Meter | None = None
         self.address = address
         self._log = ConnectionLog(address, gateway.exchange.denials)
         self.stream: TlsStream
@@ -145,6 +151,7 @@ class Connection:
             self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
             return
         self.peer = peer
+        self._meter = self._gateway.meters.of(peer.device_id.folded, self._gateway.now_s())
         self.expires_at_s = peer.not_after.timestamp()
         self._deadline_s = self._gateway.now_s() + self._gateway.limits.connect_timeout_s
 
@@ -152,7 +159,10 @@ class Connection:
         """Read packets, and act on them one by one until one ends the connection."""
         self._is_active = True
         try:
-            self._handle(self._reader.feed(data))
+            packets = self._reader.feed(data)
+            if self._meter is not None:
+                self._weigh(self._meter, packets, len(data))
+            self._handle(packets)
         except MalformedPacketError as error:
             self._handle(error.before)
             if not self._is_done:
@@ -163,6 +173,16 @@ class Connection:
             self._log.defect()
             self._gateway.counters.defects += 1
             self.cut(with_will=True)
+
+    def _weigh(self, meter: Meter, packets: list[Packet], size_bytes: int) -> None:
+        """Read no more for as long as the client has sent too fast. What is here already is dealt with."""
+        publishes = sum(1 for packet in packets if type(packet) is Publish)
+        delay_s = meter.take(publishes, size_bytes, self._gateway.now_s())
+        if delay_s and self.peer is not None:
+            self._gateway.counters.rate_limited += 1
+            self._exchange.denials.slowed(self.peer, delay_s)
+            self.stream.pause()
+            self._gateway.later(delay_s, self.stream.resume)
 
     def on_drained(self) -> None:
         """The socket has taken everything: there may be room for more."""
@@ -369,6 +389,15 @@ class Connection:
         self._say_closed(why)
         self.end(with_will=True)
 
+    def fall_behind(self) -> None:
+        """End the connection, soon: its session's queue is full. For a caller amid a delivery."""
+        self._gateway.later(0, self._fell_behind)
+
+    def _fell_behind(self) -> None:
+        if not self._is_done:
+            self._gateway.counters.fell_behind += 1
+            self.end_because("it did not keep up: its queue is full (limits.queue_full)")
+
     def taken_over(self, by_address: str) -> None:
         """Give the session up to a newer connection of the same client (§3.1.4-2)."""
         self._say_closed(f"a new connection from {by_address} took over")
@@ -389,7 +418,7 @@ class Connection:
                 self._stalled_since_s = now_s
             limits = self._gateway.limits
             hard_bytes = HARD_BUFFER_FACTOR * limits.max_queued_bytes + limits.max_packet_bytes
-            if waiting_bytes > hard_bytes or now_s - self._stalled_since_s > STALL_S:
+            if waiting_bytes > hard_bytes or now_s - self._stalled_since_s > limits.stall_timeout_s:
                 self._gateway.counters.slow_cut_off += 1
                 self._say_closed(f"it does not read: {waiting_bytes} bytes wait")
                 self.cut(with_will=True)

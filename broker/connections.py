@@ -2,15 +2,18 @@
 
 Rules:
 
-- Beyond `max_connections` a newcomer is closed at once. Of handshakes under way there are at most
-  `MAX_HANDSHAKES`, and the oldest makes room: somebody who opens sockets and says nothing keeps nobody out.
+- Beyond `max_connections`, and `max_connections_per_address`, a newcomer is closed at once. Of handshakes under
+  way there are at most `MAX_HANDSHAKES`, and the oldest makes room: somebody who opens sockets and says nothing
+  keeps nobody out.
 - One look at every connection a tick, instead of a timer each: at 10,000 connections a few milliseconds a second.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from birthmark.broker.connection import Connection
@@ -28,6 +31,18 @@ TICK_S = 0.25
 _log = logging.getLogger(__name__)
 
 
+def place_of(address: str) -> str:
+    """Where connections are counted together: an IPv4 address, or the 64 bits of an IPv6 network.
+
+    `address` is one as `listener.shown_address` gives it, with its port.
+    """
+    host = address.rpartition(":")[0]
+    if not host.startswith("["):
+        return host
+    network = ipaddress.IPv6Network((host[1:-1].partition("%")[0], 64), strict=False)
+    return str(network)
+
+
 class Connections:
     """Takes accepted sockets and keeps their connections.
 
@@ -42,6 +57,7 @@ class Connections:
         self._flusher = Flusher(loop)
         self._all: set[Connection] = set()
         self._shaking: dict[Connection, None] = {}
+        self._by_place: Counter[str] = Counter()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -62,6 +78,14 @@ class Connections:
             if gateway.exchange.denials.due("max_connections"):
                 _log.warning("closed the connection from %s: limits.max_connections is reached", address)
             return
+        place = place_of(address)
+        if self._by_place[place] >= gateway.limits.max_connections_per_address:
+            gateway.counters.address_refused += 1
+            sock.close()
+            if gateway.exchange.denials.due(f"max_connections_per_address {place}"):
+                _log.warning("closed a connection from %s: limits.max_connections_per_address is reached", place)
+            return
+        self._by_place[place] += 1
         connection = Connection(gateway, address)
         connection.stream = TlsStream(self._loop, sock, self._flusher, address, connection)
         self._all.add(connection)
@@ -76,7 +100,12 @@ class Connections:
     def gone(self, connection: Connection) -> None:
         """A connection is over."""
         self._shaking.pop(connection, None)
-        self._all.discard(connection)
+        if connection in self._all:
+            self._all.remove(connection)
+            place = place_of(connection.address)
+            self._by_place[place] -= 1
+            if not self._by_place[place]:
+                del self._by_place[place]
         if not self._all:
             self._empty.set()
 

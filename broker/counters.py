@@ -27,6 +27,10 @@ class Counters:
     """Connections ended because their certificate expired."""
     slow_cut_off: int = 0
     """Connections ended because their client did not read."""
+    rate_limited: int = 0
+    """Times that a client was not read from for a while, because it sent faster than it may."""
+    address_refused: int = 0
+    """Connections closed because their address had too many."""
     messages_in: int = 0
     messages_out: int = 0
     publishes_denied: int = 0
@@ -35,7 +39,9 @@ class Counters:
     dropped_slow: int = 0
     """QoS 0 messages that a slow client did not get."""
     dropped_queue_full: int = 0
-    """QoS 1 and 2 messages that gave way in a full queue."""
+    """QoS 1 and 2 messages that gave way, or found no room, in a full queue."""
+    fell_behind: int = 0
+    """Connections ended because their session's queue was full."""
     commits: int = 0
     """Groups of changes put on disk."""
     store_failures: int = 0

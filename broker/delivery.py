@@ -8,7 +8,7 @@ Rules:
   filters match; to a session of old with RETAIN 0 (§3.3.1-9).
 - QoS 0 goes to connected clients only, and is dropped for one whose socket has `max_queued_bytes` waiting.
 - QoS 1 and 2: at most `max_inflight` (and `max_queued_bytes`) unacknowledged at a client; what is more waits in
-  the session's queue, in order, connected or not. A full queue drops its *oldest* message. What is
+  the session's queue, in order, connected or not. What gives way in a full queue is `queue_full`'s to say. What is
   unacknowledged is sent again, with DUP and in the first order, when the client is back (§4.4.0-1), and
   never before (§4.4 forbids nothing else, and a retransmission on a living TCP connection helps nobody).
 - What persistent sessions and the store of retained messages must keep over a crash is noted in the journal, and
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from birthmark.broker.config import QueueFull
 from birthmark.broker.packets import (
     SUBACK_FAILURE,
     Publish,
@@ -74,7 +75,14 @@ class Exchange:
         self.denials = denials
         self.journal = journal
         self.sessions = Sessions(limits.max_sessions)
-        self.retained = RetainedStore(limits.max_retained_messages, limits.max_retained_bytes)
+        self.retained = RetainedStore(
+            limits.max_retained_messages,
+            limits.max_retained_bytes,
+            limits.max_retained_messages_per_client,
+            limits.max_retained_bytes_per_client,
+        )
+        self.queued_bytes = 0
+        """What waits in all queues together."""
         self.router: Router[Session] = Router(_may_receive)
         self._hooks: dict[str, Callable[[str, bytes, Peer], None]] = {}
         self._max_waiting_bytes = limits.max_queued_bytes
@@ -123,6 +131,7 @@ class Exchange:
             qos = session.subscriptions[topic_filter]
             for topic in self.retained.topics(topic_filter):
                 session.replay[topic] = max(qos, session.replay.get(topic, 0))
+        self.queued_bytes += session.queued_bytes
         self.renew_rights(session)
 
     def take_for_gateway(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
@@ -261,20 +270,40 @@ class Exchange:
         self.counters.messages_out += 1
 
     def _enqueue(self, session: Session, outgoing: Outgoing) -> None:
-        queue = session.queue
+        queue, message = session.queue, outgoing.message
+        if self.limits.queue_full is not QueueFull.DROP_OLDEST and self._is_full(session, 1, message.size_bytes):
+            self._find_no_room(session, message)
+            return
         queue.append(outgoing)
-        session.queued_bytes += outgoing.message.size_bytes
+        session.queued_bytes += message.size_bytes
+        self.queued_bytes += message.size_bytes
         if session.key:
             self.journal.note_delivery(session, outgoing)
-        while len(queue) > self.limits.max_queued_messages or session.queued_bytes > self._max_waiting_bytes:
+        while queue and self._is_full(session, 0, 0):
             oldest = queue.popleft()
             self._unqueued(session, oldest)
             self.journal.drop_delivery(oldest)
             self.counters.dropped_queue_full += 1
             self.denials.dropped(session.peer, "its queue is full, the oldest go", oldest.message.topic)
 
+    def _is_full(self, session: Session, messages: int, size_bytes: int) -> bool:
+        """Whether a session's queue would be over a limit with so much more."""
+        limits = self.limits
+        return (
+            len(session.queue) + messages > limits.max_queued_messages
+            or session.queued_bytes + size_bytes > self._max_waiting_bytes
+            or self.queued_bytes + size_bytes > limits.max_queued_bytes_total
+        )
+
+    def _find_no_room(self, session: Session, message: Message) -> None:
+        self.counters.dropped_queue_full += 1
+        self.denials.dropped(session.peer, "its queue is full, the newest go", message.topic)
+        if self.limits.queue_full is QueueFull.DISCONNECT and session.connection is not None:
+            session.connection.fall_behind()
+
     def _unqueued(self, session: Session, outgoing: Outgoing) -> None:
         session.queued_bytes -= outgoing.message.size_bytes
+        self.queued_bytes -= outgoing.message.size_bytes
 
     def _drop_slow(self, session: Session, topic: str) -> None:
         self.counters.dropped_slow += 1
@@ -417,6 +446,7 @@ class Exchange:
             self.journal.drop_session(session)
         for topic_filter in list(session.subscriptions):
             self._drop_subscription(session, topic_filter)
+        self.queued_bytes -= session.queued_bytes
         session.queue.clear()
         session.inflight.clear()
         session.incoming.clear()

@@ -65,11 +65,21 @@ class Denials:
                 extra={"fields": {"event": "dropped", "id": str(peer.device_id), "reason": what}},
             )
 
+    def slowed(self, peer: Peer, delay_s: float) -> None:
+        """Log that a client sends faster than it may."""
+        if self._is_due(str(peer.device_id), "slowed", ""):
+            _log.warning(
+                "%s sends faster than it may (limits.max_messages_per_s, _bytes_per_s): not read from for %.2f s",
+                peer.device_id,
+                delay_s,
+                extra={"fields": {"event": "slowed", "id": str(peer.device_id)}},
+            )
+
     def not_retained(self, topic: str) -> None:
         """Log that the store of retained messages is full."""
         if self._is_due("", "not retained", ""):
             _log.warning(
-                "the store of retained messages is full: not retaining %s (limits.max_retained_messages, _bytes)",
+                "the store of retained messages is full: not retaining %s (limits.max_retained_*)",
                 escaped(topic),
                 extra={"fields": {"event": "not_retained", "topic": escaped(topic)}},
             )

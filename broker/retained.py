@@ -3,8 +3,8 @@
 Rules:
 
 - An empty payload removes (§3.3.1-10, 11).
-- Bounded by messages and by bytes; what would exceed them is not retained (and the caller says so), what is
-  there stays.
+- Bounded by messages and by bytes, all together and for each identity that published them; what would exceed a
+  bound is not retained (and the caller says so), what is there stays.
 - A message remembers who published it, so that a revocation can take back the presence of its author.
 - `topics` walks a tree of levels, so a subscriber's own few topics are found without looking at all others.
 """
@@ -45,17 +45,38 @@ class _Node:
         self.message: Retained | None = None
 
 
+class _Share:
+    """What one identity has published of it."""
+
+    __slots__ = ("messages", "size_bytes")
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.size_bytes = 0
+
+
+def _identity(message: Retained) -> str | None:
+    return None if message.publisher is None else message.publisher.device_id.folded
+
+
 class RetainedStore:
     """All retained messages.
 
     Args:
         max_messages: how many are kept.
         max_bytes: how much they may be together.
+        max_messages_each: how many of them one identity may have published; by default, all.
+        max_bytes_each: how much those may be together; by default, everything.
     """
 
-    def __init__(self, max_messages: int, max_bytes: int) -> None:
+    def __init__(
+        self, max_messages: int, max_bytes: int, max_messages_each: int = 0, max_bytes_each: int = 0
+    ) -> None:
         self._max_messages = max_messages
         self._max_bytes = max_bytes
+        self._max_messages_each = max_messages_each or max_messages
+        self._max_bytes_each = max_bytes_each or max_bytes
+        self._shares: dict[str, _Share] = {}
         self._messages: dict[str, Retained] = {}
         self._root = _Node()
         self._bytes = 0
@@ -89,6 +110,11 @@ class RetainedStore:
         grown = self._bytes + message.size_bytes - (old.size_bytes if old else 0)
         if grown > self._max_bytes or (old is None and len(self._messages) >= self._max_messages):
             return False
+        if not self._has_share(message, old):
+            return False
+        if old is not None:
+            self._account(old, -1)
+        self._account(message, 1)
         node = self._root
         for level in message.topic.split("/"):
             node = node.children.setdefault(level, _Node())
@@ -120,6 +146,26 @@ class RetainedStore:
         found.extend(node.message.topic for node in nodes if node.message is not None)
         return found
 
+    def _has_share(self, message: Retained, old: Retained | None) -> bool:
+        identity = _identity(message)
+        if identity is None:
+            return True
+        share = self._shares.get(identity, _Share())
+        messages, size_bytes = share.messages + 1, share.size_bytes + message.size_bytes
+        if old is not None and _identity(old) == identity:
+            messages, size_bytes = messages - 1, size_bytes - old.size_bytes
+        return messages <= self._max_messages_each and size_bytes <= self._max_bytes_each
+
+    def _account(self, message: Retained, sign: int) -> None:
+        identity = _identity(message)
+        if identity is None:
+            return
+        share = self._shares.setdefault(identity, _Share())
+        share.messages += sign
+        share.size_bytes += sign * message.size_bytes
+        if not share.messages:
+            del self._shares[identity]
+
     def _all_below(self, nodes: list[_Node], found: list[str], *, root: bool) -> None:
         pending = nodes
         if root:
@@ -133,6 +179,7 @@ class RetainedStore:
     def _remove(self, old: Retained) -> None:
         del self._messages[old.topic]
         self._bytes -= old.size_bytes
+        self._account(old, -1)
         path = [("", self._root)]
         for level in old.topic.split("/"):
             path.append((level, path[-1][1].children[level]))

@@ -35,6 +35,7 @@ from birthmark.broker.eviction import close_identities
 from birthmark.broker.journal import Journal
 from birthmark.broker.listener import Listener, bind
 from birthmark.broker.packet_reader import TopicNames
+from birthmark.broker.rate import Meters
 from birthmark.broker.restore import restore
 from birthmark.broker.retained import Retained
 from birthmark.broker.store import FILE_NAME, Store
@@ -96,6 +97,8 @@ class GatewayBroker(Broker):
         loop = asyncio.get_running_loop()
         self.now_s = loop.time
         self.wall_s = time.time
+        self.later = loop.call_later
+        self.meters = Meters(settings.limits.max_messages_per_s, settings.limits.max_bytes_per_s)
         self._journal = Journal(loop, settings.durability, self.counters)
         self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
         self.on_message: Callable[[Session, Publish], None] | None = None

@@ -114,13 +114,13 @@ class TlsStream:
         "_loop",
         "_out",
         "_owner",
+        "_pauses",
         "_pending",
         "_sock",
         "_state",
         "_waits_to_read",
         "_waits_to_write",
         "address",
-        "is_paused",
         "progressed",
         "waiting_bytes",
     )
@@ -142,6 +142,7 @@ class TlsStream:
         self._pending: memoryview | None = None
         self._held: deque[tuple[int, bytes]] = deque()
         self._is_reader_armed = False
+        self._pauses = 0
         self._is_flush_due = False
         self._is_writer_armed = False
         self._waits_to_read = False  # a send goes on once TLS has read something
@@ -149,8 +150,6 @@ class TlsStream:
         self._linger_bytes = 0
         self._linger_timer: asyncio.TimerHandle | None = None
         self.address = address
-        self.is_paused = False
-        """Nothing is read: `pause`."""
         self.waiting_bytes = 0
         """Written by the owner and not yet taken by the kernel."""
         self.progressed = False
@@ -219,17 +218,22 @@ class TlsStream:
                 self._flusher.add(self)
         return not held
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is read."""
+        return self._pauses > 0
+
     def pause(self) -> None:
-        """Read nothing more from the peer, whose sending then stops by itself."""
-        if self._state is _State.OPEN and not self.is_paused:
-            self.is_paused = True
+        """Read nothing more from the peer, whose sending then stops by itself, until as many `resume`s."""
+        if self._state is _State.OPEN:
+            self._pauses += 1
             self._disarm_reader()
 
     def resume(self) -> None:
-        """Read again."""
-        if self.is_paused:
-            self.is_paused = False
-            if self._state in (_State.OPEN, _State.FINISHING, _State.LINGERING):
+        """Read again, if nobody else has paused it."""
+        if self._pauses:
+            self._pauses -= 1
+            if not self._pauses and self._state in (_State.OPEN, _State.FINISHING, _State.LINGERING):
                 self._arm_reader()
                 # What TLS has decrypted already makes no socket readable.
                 self._loop.call_soon(self._on_readable)
@@ -240,6 +244,7 @@ class TlsStream:
             self.abort()
         elif self._state is _State.OPEN:
             self._state = _State.FINISHING
+            self._pauses = min(self._pauses, 1)
             self.resume()
             self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
             self.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 import tomllib
@@ -12,7 +13,7 @@ import pytest
 from support.pki import Pki
 
 from birthmark.broker.cli import parser
-from birthmark.broker.config import BrokerSettings, read_settings
+from birthmark.broker.config import BrokerSettings, Limits, read_settings
 from birthmark.broker.gateway import Gateway
 from birthmark.broker.policy_file import read_policy
 from birthmark.device.console import run
@@ -86,7 +87,7 @@ def test_what_init_comments_out_is_the_default(broker: Callable[..., Result]) ->
     Path("all.toml").write_text("\n".join(active))
     keys = tomllib.loads("\n".join(active))
     assert {"grace_days", "fail_closed", "max_crl_bytes", "watch_interval_s"} == set(keys["revocation"])
-    assert len(keys["limits"]) == 14
+    assert set(keys["limits"]) == {field.name for field in dataclasses.fields(Limits)}
     after = read_settings(Path("all.toml"))
     assert (after.limits, after.revocation, after.on_denied) == (
         before.limits,
@@ -158,6 +159,7 @@ def test_init_where_it_may_not_write_leaves_nothing(broker: Callable[..., Result
         ('name = "gw"\n[limits]\nmax_inflight = true', 3, "limits.max_inflight: it must be a whole number"),
         ('name = "gw"\n[limits]\nconnect_timeout_s = nan', 3, "limits.connect_timeout_s: it must be a number"),
         ('name = "gw"\non_denied = "ignore"', 2, "on_denied: 'ignore' is none of"),
+        ('name = "gw"\n[limits]\nqueue_full = "grow"', 3, "limits.queue_full: 'grow' is none of 'drop_oldest'"),
         ('name = "gw"\n[revocation]\nfail_closed = "yes"', 3, "revocation.fail_closed: it must be true or false"),
         ('name = "gw"\ncrl = ""', 2, "crl: it must be the path"),
         ('name = "gw"\nlimits = 3', 2, "limits: it must be a table"),

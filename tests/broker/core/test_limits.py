@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 from support import mqtt_client as mqtt
 from support.mqtt_gateway import running_gateway
 
-from birthmark.broker import connection as connection_module
 from birthmark.broker.config import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
     from support.mqtt_gateway import RunningGateway
     from support.pki import Pki
 
@@ -72,15 +70,15 @@ def test_a_client_that_asks_and_never_reads_is_cut_off(tmp_path: Path, pki: Pki)
         gateway.wait_for(lambda: gateway.broker.counters.slow_cut_off == 1, "it is counted")
 
 
-def test_a_socket_that_takes_nothing_is_cut_off(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "STALL_S", 0.5)
-    gateway.client("free-1").subscribed(("load", 0))
-    publisher = gateway.client("free-2")
-    for _ in range(100):
-        publisher.send(mqtt.publish("load", bytes(100_000)))
-    publisher.ping()
-    gateway.wait_for(lambda: gateway.broker.counters.slow_cut_off == 1, "it is cut off")
-    publisher.ping()
+def test_a_socket_that_takes_nothing_is_cut_off(tmp_path: Path, pki: Pki) -> None:
+    with running_gateway(tmp_path, pki, limits=Limits(stall_timeout_s=0.5)) as gateway:
+        gateway.client("free-1").subscribed(("load", 0))
+        publisher = gateway.client("free-2")
+        for _ in range(100):
+            publisher.send(mqtt.publish("load", bytes(100_000)))
+        publisher.ping()
+        gateway.wait_for(lambda: gateway.broker.counters.slow_cut_off == 1, "it is cut off")
+        publisher.ping()
 
 
 def test_random_bytes_never_break_the_gateway(gateway: RunningGateway) -> None:

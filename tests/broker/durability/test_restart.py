@@ -14,6 +14,7 @@ from support.mqtt_gateway import POLICY_TOML, running_gateway
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
 from support.mqtt_world import ProcessWorld, process_world
 
+from birthmark.broker import connection as connection_module
 from birthmark.broker.config import Durability, Limits
 from birthmark.broker.records import Changes, Stored, peer_from_text
 from birthmark.broker.store import FILE_NAME, Store
@@ -238,6 +239,26 @@ def test_what_is_owed_to_nobody_durable_costs_no_commit(tmp_path: Path, pki: Pki
             say(publisher, "t", b"x", 1 + number % 2, pid=number + 1)
             subscriber.read_delivery()
         assert gateway.broker.exchange.journal.recorded == 0
+
+
+def test_publishers_that_outrun_the_disk_are_paused_and_lose_nothing(
+    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "HIGH_WATER_BYTES", 1_000)
+    with running_gateway(tmp_path, pki) as gateway:
+        away(gateway)
+        publisher = gateway.client("free-2")
+        for number in range(500):
+            publisher.send(mqtt.publish("t", b"%d" % number + bytes(200), qos=1, pid=number + 1))
+        for number in range(500):
+            assert publisher.read() == Packet(0x40, (number + 1).to_bytes(2, "big"))
+        assert gateway.broker.counters.publishers_paused > 10
+        assert gateway.broker.counters.commits < 500
+        back = gateway.client("free-1", clean=False, present=True)
+        for number in range(500):
+            message = back.read_delivery()
+            assert message.payload.rstrip(b"\0") == b"%d" % number
+            back.send(mqtt.puback(message.packet_id))
 
 
 def test_with_none_nothing_is_kept_and_nothing_written(tmp_path: Path, pki: Pki) -> None:
