@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+SECONDS ?= 600
 
 ifneq ($(words $(VENV)),1)
 $(error VENV must be one path without spaces)
@@ -19,7 +20,7 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check test demo bench proof clean
+.PHONY: help dev check test demo bench proof soak clean
 .SUFFIXES:
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make check   ruff, formatting and types"
 	@echo "make bench   what this machine does in a second"
 	@echo "make proof   the long proofs, whole"
+	@echo "make soak    a gateway under everything at once, ten minutes; SECONDS=60 make soak for less"
 	@echo "make dev     only the development environment, in $(VENV)"
 	@echo "make clean   remove the environment and everything generated"
 
@@ -59,6 +61,10 @@ test: $(DEV)
 proof: $(DEV)
 	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n auto -m proof --timeout 1200
 
+# Leaves soak.svg, a page of curves.
+soak: $(DEV)
+	@cd tests && $(abspath $(BIN))/python -m support.soak --seconds $(SECONDS) --report $(CURDIR)/soak.svg
+
 demo: $(RUN)
 	@$(BIN)/python -m demo.run
 
@@ -66,5 +72,5 @@ bench: $(RUN)
 	@$(BIN)/python -m bench.run
 
 clean:
-	@rm -rf .venv .venv-* build dist demo-run birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-* build dist demo-run soak.svg birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -154,8 +154,8 @@ class PacketFuzzer:
 def say(sock: ssl.SSLSocket, data: bytes) -> bool:
     """Say all of it, reading (and dropping) what comes; return whether the broker still listens.
 
-    A PINGREQ goes after it, and its answer is waited for a little: what a broker that has closed the connection never
-    read was not said to it. (There is no answer if it stands where the rest of a packet should.)
+    A PINGREQ goes after it, and its answer is waited for a little: what a broker that has closed the connection
+    never read was not said to it. (There is no answer if it stands where the rest of a packet should.)
     """
     view = memoryview(data + mqtt.PINGREQ)
     sock.setblocking(False)  # noqa: FBT003
