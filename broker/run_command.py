@@ -4,7 +4,7 @@ Rules:
 
 - Everything is read and judged before the port is opened: a wrong file is an error with exit code, not a broker
   that refuses everybody. Once it listens, one line says so, with the address (`{"event": "ready", ...}` with
-  `--json`), and systemd is told (sd_notify(3)).
+  `--json`), and systemd is told; its watchdog is fed from then on.
 - SIGTERM and SIGINT stop it in good order, exit code 0. SIGHUP reads policy, CRL and credentials again: what
   cannot be used changes nothing and is logged.
 - One broker a data folder: a lock is held while it runs.
@@ -15,10 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,7 @@ from birthmark.broker.gateway import Gateway
 from birthmark.broker.listener import shown_address
 from birthmark.broker.logs import log_to_stderr
 from birthmark.broker.server import GatewayBroker
+from birthmark.broker.systemd import feed_watchdog, notify, watchdog_interval_s
 from birthmark.device.console import command
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import SystemFailureError
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from birthmark.device.console import Console, Parser
-
-_log = logging.getLogger(__name__)
 
 EXAMPLES = """
 birthmark-broker run
@@ -91,14 +88,18 @@ async def serve(settings: BrokerSettings, console: Console) -> None:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload)
     await broker.start()
+    interval_s = watchdog_interval_s()
+    watchdog = loop.create_task(feed_watchdog(interval_s)) if interval_s else None
     try:
         await gateway.start(broker)
         _say_ready(settings, broker, console)
         await stop.wait()
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
         await gateway.stop()
     finally:
         await broker.shutdown()
+        if watchdog:
+            watchdog.cancel()
     record = {"event": "stopped", "gateway": str(settings.name), "counters": broker.counters.as_dict()}
     console.emit(record, f"stopped: gateway {settings.name}")
 
@@ -112,18 +113,4 @@ def _say_ready(settings: BrokerSettings, broker: GatewayBroker, console: Console
         "pid": os.getpid(),
     }
     console.emit(record, f"ready: gateway {settings.name} listens on {', '.join(shown)}, mutual TLS only")
-    _notify("READY=1")
-
-
-def _notify(state: str) -> None:
-    """Tell systemd, if it wants to know (sd_notify(3)); that it cannot be told stops nothing."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(address)
-            sock.sendall(state.encode())
-    except OSError as error:
-        _log.warning("could not tell systemd %s: %s", state, error.strerror)
+    notify("READY=1")

@@ -15,6 +15,8 @@ from support.mqtt_client import RawClient, client_context
 from support.mqtt_gateway import POLICY_TOML
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
 
+from birthmark.broker.systemd import watchdog_interval_s
+
 if TYPE_CHECKING:
     import ssl
     from pathlib import Path
@@ -47,6 +49,40 @@ def test_it_says_when_it_is_ready_and_stops_in_good_order(
         assert broker.process.wait(20) == 0
         assert broker.wait_for_event("stopped")["counters"]["clients_connected"] == 1
         assert [notified.recv(100), notified.recv(100)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_the_watchdog_of_systemd_is_fed_from_the_loop(tmp_path: Path, pki: Pki) -> None:
+    environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.settimeout(10)
+        notified.bind(str(tmp_path / "notify"))
+        with broker_process(write_files(tmp_path, pki), environment=environment) as broker:
+            told = [notified.recv(100) for _ in range(6)]
+            assert told.count(b"READY=1") == 1
+            assert told.count(b"WATCHDOG=1") == 5
+            broker.process.send_signal(signal.SIGTERM)
+            assert broker.process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "interval_s"),
+    [
+        ({}, None),
+        ({"WATCHDOG_USEC": "3000000"}, 3.0),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": str(os.getpid())}, 3.0),
+        ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "soon"}, None),
+    ],
+)
+def test_the_watchdog_is_for_the_process_that_systemd_means(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], interval_s: float | None
+) -> None:
+    for key in ("WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert watchdog_interval_s() == interval_s
 
 
 def test_a_second_broker_on_the_same_folder_is_refused(tmp_path: Path, pki: Pki) -> None:
