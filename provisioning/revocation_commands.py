@@ -152,7 +152,7 @@ def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:
         "gateway",
         help="say which gateways are sent every CRL",
         description="say which gateways are sent every CRL",
-        examples="birthmark gateway add gateway-1 --path /etc/birthmark-broker/crl.pem\nbirthmark gateway list",
+        examples="birthmark gateway add gateway-1 --path /etc/birthmark/crl.pem\nbirthmark gateway list",
     )
     actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
         title="actions", metavar="ACTION", required=True
@@ -163,7 +163,7 @@ def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:
         _gateway_add,
         "add a gateway, reached by a path or over MQTT",
         """\
-birthmark gateway add gateway-1 --path /etc/birthmark-broker/crl.pem
+birthmark gateway add gateway-1 --path /etc/birthmark/crl.pem
 birthmark gateway add gateway-1.example.com --host 192.0.2.7 --operator ~/birthmark/alice.pem""",
     )
     add.add_argument("name", metavar="NAME", help="the broker's own name (`name` in its broker.toml)")

@@ -112,9 +112,9 @@ def _add_issue_broker(commands: argparse._SubParsersAction[Parser]) -> None:
         _issue_broker,
         "make a gateway's key and certificate",
         """\
-birthmark issue-broker gateway-1.example.com 192.0.2.7 --out /etc/birthmark-broker
+birthmark issue-broker gateway-1.example.com 192.0.2.7 --out /etc/birthmark
 birthmark issue-broker localhost 127.0.0.1 ::1
-birthmark issue-broker gateway-1.example.com --renew --out /etc/birthmark-broker""",
+birthmark issue-broker gateway-1.example.com --renew --out /etc/birthmark""",
     )
     add_station_option(parser)
     add_passphrase_option(parser)
