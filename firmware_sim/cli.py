@@ -109,7 +109,7 @@ def _board(arguments: argparse.Namespace, console: Console) -> None:
 
 def _fixture(arguments: argparse.Namespace, console: Console) -> None:
     faults = faults_of_slots(arguments.faults, arguments.slots)
-    path = write_fixture(arguments.state, arguments.slots)
+    path = write_fixture(arguments.state, faults)
     console.emit({"event": "fixture", "path": str(path), "slots": arguments.slots}, f"fixture     {path}")
     _run(arguments, faults, console)
 

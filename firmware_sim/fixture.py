@@ -1,6 +1,7 @@
 """A fixture that does not exist: many slots, a board with faults of its own in each, and the file that names them.
 
-The file is what `birthmark run --ports` reads: a `[[slot]]` table for each slot with its `name` and its `port`.
+The file is what `birthmark run --ports` reads: a `[[slot]]` table for each slot, with its `name`, its `port`, and
+its `baud` if the line has a rate of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from birthmark.firmware_sim.faults import Faults, parse
 from birthmark.firmware_sim.fleet import board_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 FILE_NAME: Final = "fixture.toml"
@@ -45,7 +46,7 @@ def faults_of_slots(texts: Iterable[str], count: int) -> list[Faults]:
     return [parse(each) for each in of]
 
 
-def write_fixture(folder: Path, count: int) -> Path:
+def write_fixture(folder: Path, faults: Sequence[Faults]) -> Path:
     """Write the file that names the slots' ports, and return its path.
 
     Raises:
@@ -59,10 +60,11 @@ def write_fixture(folder: Path, count: int) -> Path:
             hint="choose another --state",
         )
     private_folder(base)
-    slots = [
-        f"[[slot]]\nname = '{number}'\nport = '{board_folder(base, number) / LINK_NAME}'\n"
-        for number in range(1, count + 1)
-    ]
     path = base / FILE_NAME
-    write_durably(path, "\n".join(slots).encode())
+    write_durably(path, "\n".join(_slot(base, *each) for each in enumerate(faults, 1)).encode())
     return path
+
+
+def _slot(base: Path, number: int, faults: Faults) -> str:
+    table = f"[[slot]]\nname = '{number}'\nport = '{board_folder(base, number) / LINK_NAME}'\n"
+    return table if faults.line.baud is None else f"{table}baud = {faults.line.baud}\n"

@@ -177,7 +177,7 @@ def test_a_reader_that_goes_away_ends_it(tmp_path: Path) -> None:
     with Simulator(tmp_path / "boards", "--count", "2") as simulator:
         assert simulator.process.stdout is not None
         simulator.process.stdout.close()
-        assert simulator.process.wait(timeout=20) == 0
+        assert simulator.process.wait(timeout=20) == 141
 
 
 @pytest.mark.parametrize(

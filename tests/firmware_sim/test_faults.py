@@ -89,12 +89,13 @@ def test_the_faults_of_a_fixture() -> None:
 
 
 def test_the_file_of_a_fixture(tmp_path: Path) -> None:
-    path = write_fixture(tmp_path / "with space" / "fixture", 16)
+    path = write_fixture(tmp_path / "with space" / "fixture", faults_of_slots(["3:baud=9600"], 16))
     slots = tomllib.loads(path.read_text())["slot"]
     assert [slot["name"] for slot in slots] == [str(number) for number in range(1, 17)]
     assert slots[2]["port"] == str(path.parent / "board-3" / "tty")
+    assert [slot.get("baud") for slot in slots] == [None, None, 9600, *[None] * 13]
     with pytest.raises(ConfigurationError, match="characters that quote"):
-        write_fixture(tmp_path / "it's", 1)
+        write_fixture(tmp_path / "it's", [Faults()])
 
 
 def test_every_fault_is_listed_and_documented(capsys: pytest.CaptureFixture[str]) -> None:
