@@ -1,4 +1,4 @@
-"""A whole line by hand, as the documentation shows it: `birthmark-sim fixture`, then `birthmark run` on its file."""
+"""A whole line as the documentation shows it: `birthmark-sim fixture`, then `birthmark run` on its file."""
 
 from __future__ import annotations
 
