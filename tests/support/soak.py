@@ -88,7 +88,8 @@ class Soak:
         self._stop = threading.Event()
         self._has_arrived = False
         self._up = threading.Lock()
-        """Held by whoever needs the gateway not to be killed just now."""
+        """Held by whoever needs the gateway to stay up; while it is down, by us."""
+        self._up.acquire()
         self._broker: BrokerProcess
         self._began_s = 0.0
         self.flows = [Flow(number) for number in range(FLOWS)]
@@ -141,11 +142,14 @@ class Soak:
     def _running(self) -> Iterator[None]:
         with broker_process(self._config, "--listen", f"127.0.0.1:{self._world.port}") as self._broker:
             self._world.port = self._broker.port
+            self._up.release()
             before = Vitals.of(self._broker.process.pid)
-            yield
-            self._grown(before)
-            with self._up:
-                self._end(self._broker)
+            try:
+                yield
+                self._grown(before)
+            finally:
+                self._up.acquire()
+            self._end(self._broker)
         self.failures += [
             f"the log: {record['exception']}" for record in self._broker.log if "exception" in record
         ]

@@ -329,7 +329,7 @@ def test_a_copy_under_another_cas_name_stops_the_start(tmp_path: Path) -> None:
     second = Authority.create("Second Issuing CA", parent=pki().root)
     both = Trust.from_pem(pki().issuing.pem + second.pem)
     folder = tmp_path / "crl"
-    folder.mkdir()
+    folder.mkdir(mode=0o700)
     (folder / f"{second.issuer_id}.crl").write_bytes(pki().issuing.crl())
     with pytest.raises(ConfigurationError, match="it is another CA's"):
         Revocations.open(both, tmp_path, RevocationSettings())
