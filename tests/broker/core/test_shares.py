@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, Packet
 from support.mqtt_gateway import running_gateway
+from support.repository import ROOT
 
 from birthmark.broker.config import Limits, QueueFull
 from birthmark.broker.connections import place_of
@@ -43,6 +46,17 @@ def peer(name: str) -> Peer:
 def say(client: RawClient, topic: str, payload: bytes, pid: int = 1, *, retain: bool = False) -> None:
     client.send(mqtt.publish(topic, payload, qos=1, retain=retain, pid=pid))
     assert client.read() == Packet(0x40, pid.to_bytes(2, "big"))
+
+
+def test_the_page_says_every_limit_and_its_default() -> None:
+    said: dict[str, str] = {}
+    for line in (ROOT / "docs/broker-delivery.md").read_text().partition("## Limits")[2].splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        names = re.findall(r"`([a-z_]+)`", cells[1]) if len(cells) > 3 else []
+        defaults = re.findall(r'"?([\w.]+)"?', re.sub(r"\(.*", "", cells[2]).replace("`", "")) if names else []
+        said.update(zip(names, defaults * len(names) if len(defaults) == 1 else defaults, strict=True))
+    actual = {field.name: getattr(Limits(), field.name) for field in dataclasses.fields(Limits)}
+    assert said == {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in actual.items()}
 
 
 # --- rates ---------------------------------------------------------------------------------------------------
