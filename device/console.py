@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 INTERRUPTED = 130
+UNHEARD = 141
+"""The reader of our output went away: 128 and SIGPIPE, as a shell has it. The command did not get to its end."""
 _REMEDIES = {
     errno.EACCES: "check the path and its permissions, or run this as the user whom it belongs to",
     errno.EPERM: "check the path and its permissions, or run this as the user whom it belongs to",
@@ -182,9 +184,10 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (`... | head`): nothing to say, and nobody to say it to.
+        # The reader of our output has gone (`... | head`): nothing to say, and nobody to say it to. But the command
+        # may not be done: `flash` ends here with a unit that is not made.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return UNHEARD
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         hint = _REMEDIES.get(error.errno or 0, "see what the system says about it, then try again")

@@ -3,6 +3,9 @@
 import argparse
 import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -37,6 +40,24 @@ def _parser(outcome: BaseException | int | None) -> console.Parser:
 )
 def test_exit_codes(outcome: BaseException | int | None, code: int) -> None:
     assert console.run(_parser(outcome), ["go"]) == code
+
+
+def test_a_command_whose_reader_went_away_is_not_done() -> None:
+    script = (
+        "import sys\n"
+        "from birthmark.device.console import Parser, command, run\n"
+        "parser = Parser(prog='tool')\n"
+        "go = lambda arguments, console: console.say('half of it') or console.say('made') or 0\n"
+        "command(parser.add_subparsers(required=True), 'go', go, 'Go.', 'tool go')\n"
+        "sys.exit(run(parser, ['go']))\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (console.UNHEARD, b"")
 
 
 def test_an_error_and_its_hint_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
