@@ -365,17 +365,23 @@ class Gateway:
 
 
 def _report(receipt: Receipt, origin: str) -> None:
+    fields: dict[str, object] = {"event": f"crl_{receipt.outcome}", "origin": origin}
     if receipt.outcome == "refused":
-        _log.error("refused a CRL from %s: %s; what was in force stays", origin, receipt.reason)
+        fields |= {"reason": receipt.reason}
+        _log.error(
+            "refused a CRL from %s: %s; what was in force stays", origin, receipt.reason, extra={"fields": fields}
+        )
         return
+    fields |= {"crl_number": receipt.crl_number, "revoked": receipt.revoked_count, "closed": len(receipt.closed)}
     _log.info(
-        "CRL %s from %s: %s, %s revoked, %s identities closed, %.1f ms",
+        "CRL %s from %s: %s; certificates revoked: %s, identities closed: %s, %.1f ms",
         receipt.crl_number,
         origin,
         receipt.outcome,
         receipt.revoked_count,
         len(receipt.closed),
         receipt.elapsed_ms,
+        extra={"fields": fields},
     )
 
 

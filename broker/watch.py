@@ -72,7 +72,7 @@ class WatchedFiles:
         missing = {path for path, identity in zip(self._paths, found, strict=True) if identity is None}
         for path in sorted(missing - self._missing):
             _log.warning(
-                "%s is gone; what was in force stays, but a broker that starts without it may not start",
+                "%s is gone; what was in force stays; put it back before the broker starts again",
                 path,
                 extra={"fields": {"event": "file_gone", "path": str(path)}},
             )

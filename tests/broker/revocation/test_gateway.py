@@ -238,6 +238,7 @@ def test_a_bad_file_changes_nothing_and_is_reported(
 
     asyncio.run(main())
     assert "refused a CRL from" in caplog.text
+    assert "crl_refused" in [getattr(record, "fields", {}).get("event") for record in caplog.records]
     assert "what was in force stays" in caplog.text
 
 
