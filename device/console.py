@@ -184,8 +184,8 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone (`... | head`): nothing to say, and nobody to say it to. But the command
-        # may not be done: `flash` ends here with a unit that is not made.
+        # The reader of our output has gone (`... | head`): nothing to say, and nobody to say it to. But the
+        # command may not be done: `flash` ends here with a unit that is not made.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNHEARD
     except OSError as error:
