@@ -70,6 +70,7 @@ demo: $(RUN)
 
 bench: $(RUN)
 	@$(BIN)/python -m bench.run
+	@$(BIN)/python -m bench.line
 
 clean:
 	@rm -rf .venv .venv-* build dist demo-run soak.svg birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

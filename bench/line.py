@@ -1,0 +1,219 @@
+"""The line's figures: one board, and sixteen at once, on simulated lines at 115,200 baud.
+
+Run as `python -m bench.line`; `BENCH=json` prints JSON lines. The boards run in a process of their own, so that
+the CPU is the station's alone. The floor of one board is the time that the bytes which crossed take on the wire; a
+figure is the median of `ROUNDS`. Registries of `AGES` rows show what a station's age costs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from birthmark.device.errors import BirthmarkError
+from birthmark.device.identity import DeviceId
+from birthmark.device.link.timers import BITS_PER_BYTE, DEFAULT_BAUD
+from birthmark.provisioning.enrol import Enrolment
+from birthmark.provisioning.exchange import Line
+from birthmark.provisioning.journal import Wish
+from birthmark.provisioning.line_run import run_line
+from birthmark.provisioning.line_view import Tally
+from birthmark.provisioning.one_unit import journal_of
+from birthmark.provisioning.port import PortName, SerialPort
+from birthmark.provisioning.port_choice import read_fixture
+from birthmark.provisioning.registry.document import to_document
+from birthmark.provisioning.registry.grouped import GroupedRegistry
+from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.storage import META, META_ID, ROWS, RegistryFile
+from birthmark.provisioning.registry.tiny import REGISTRY_FILE
+from birthmark.provisioning.session import drive
+from birthmark.provisioning.slot import Slot
+from birthmark.provisioning.station import Station
+from birthmark.provisioning.transitions import BrokerAddress
+from birthmark.provisioning.unit_ids import Listed, from_template
+from demo.processes import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from birthmark.provisioning.slot import Report
+
+SLOTS = 16
+ROUNDS = 5
+AGES = (100, 10_000)
+BROKER = BrokerAddress("gateway-1.example.com", 8883, 60)
+
+
+class CountingPort(SerialPort):
+    """A port that counts what crosses it."""
+
+    crossed = 0
+
+    def write(self, data: bytes) -> None:
+        """Count and write."""
+        self.crossed += len(data)
+        super().write(data)
+
+    def read(self, timeout_s: float) -> bytes:
+        """Read and count."""
+        data = super().read(timeout_s)
+        self.crossed += len(data)
+        return data
+
+
+def say(name: str, text: str, **figures: float) -> None:
+    """Print one figure."""
+    if os.environ.get("BENCH") == "json":
+        print(json.dumps({"bench": name, **{key: round(value, 4) for key, value in figures.items()}}), flush=True)
+    else:
+        print(f"{name:<58}{text}", flush=True)
+
+
+@contextmanager
+def fixture(stage: Stage, name: str, count: int) -> Iterator[Path]:
+    """Power on blank boards on lines of 115,200 baud, for the block; the fixture's file."""
+    command = f"birthmark-sim fixture --slots {count} --state {name} --faults baud={DEFAULT_BAUD} --json"
+    boards = stage.start(name, command)
+    seen: set[int] = set()
+
+    def all_ready(record: dict[str, Any]) -> bool:
+        if record.get("event") == "ready":
+            seen.add(record["board"])
+        return len(seen) == count
+
+    boards.wait_for("ready", all_ready, timeout_s=20)
+    try:
+        yield stage.folder / name / "fixture.toml"
+    finally:
+        boards.signal(signal.SIGTERM)
+        boards.finish(timeout_s=10)
+
+
+def one_board(station: Station, port: str, device_id: str) -> tuple[float, float]:
+    """Enrol a blank board; seconds from opening the port to ATTESTED, and what its bytes take on the wire."""
+    journal = journal_of(station, BROKER)
+    begun_s = time.perf_counter()
+    line = Line(clock=time.monotonic, sid=secrets.randbits(32), baud=DEFAULT_BAUD)
+    wish = Wish(DeviceId(device_id))
+    machine = Enrolment(line, journal, wish, random_bytes=secrets.token_bytes, is_local=True)
+    with CountingPort(PortName.of(port), DEFAULT_BAUD) as opened:
+        drive(machine.run(), opened, lambda _: None)
+        elapsed_s = time.perf_counter() - begun_s
+        return elapsed_s, opened.crossed * BITS_PER_BYTE / DEFAULT_BAUD
+
+
+class Quiet:
+    """Shows nothing, and remembers what failed."""
+
+    def __init__(self) -> None:
+        self.failures: list[BirthmarkError] = []
+
+    def show(self, report: Report) -> None:
+        """Take a report."""
+        error = getattr(report, "error", None)
+        if isinstance(error, BirthmarkError):
+            self.failures.append(error)
+
+    def tick(self) -> None:
+        """Nothing moves."""
+
+    def close(self) -> None:
+        """Nothing to show."""
+
+
+def sixteen(station: Station, path: Path, template: str) -> tuple[float, float]:
+    """Enrol all boards of a fixture at once; seconds on the wall, and of the station's CPU."""
+    registry = GroupedRegistry(station.registry)
+    journal = journal_of(station, BROKER, registry)
+    ids = Listed(from_template(template, station.registry, None), station.registry, None)
+    stop, quiet, tally = threading.Event(), Quiet(), Tally()
+    ports = read_fixture(path, DEFAULT_BAUD)
+
+    def make(tell: Callable[[Report], None]) -> list[Slot]:
+        return [Slot(port, journal, ids, tell, stop) for port in ports]
+
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
+    run_line(make, quiet, tally, stop)
+    elapsed_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
+    if quiet.failures:
+        raise quiet.failures[0]
+    return elapsed_s, cpu_s
+
+
+def fill(folder: Path, count: int) -> None:
+    """Bring a registry that nobody uses to `count` rows of devices, each with what a made one has."""
+    file = RegistryFile(folder / REGISTRY_FILE)
+    tables = file.load()
+    now = datetime.now(UTC)
+    for number in range(len(tables[ROWS]) + 1, count + 1):
+        row = Row(
+            number=number,
+            kind=Kind.DEVICE,
+            name=f"old-{number}",
+            role="sensor",
+            state=State.ATTESTED,
+            created_at=now,
+            changed_at=now,
+            hwid=secrets.token_bytes(8),
+            txn=secrets.token_bytes(16),
+            public_key_der=secrets.token_bytes(91),
+            cert_serial=secrets.randbits(150) + 1,
+            certificate_der=secrets.token_bytes(640),
+            bundle_sha256=secrets.token_bytes(32),
+        )
+        tables[ROWS][str(number)] = to_document(row)
+    tables[META][str(META_ID)]["counter rows"] = f"{max(count, len(tables[ROWS])):x}"
+    file.save(tables)
+    file.close()
+
+
+def measure(stage: Stage, station: Station, rows: int) -> None:
+    """Measure with a registry of so many rows."""
+    with fixture(stage, f"one-{rows}", ROUNDS) as path:
+        ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
+        runs = [one_board(station, port, f"one-{rows}-{number}") for number, port in enumerate(ports)]
+    elapsed_s, wire_s = (statistics.median(values) for values in zip(*runs, strict=True))
+    text = f"{elapsed_s * 1000:>7.0f} ms, wire {wire_s * 1000:.0f} ms: x {elapsed_s / wire_s:.2f}"
+    name = f"line: one board, port open to ATTESTED, {rows} rows"
+    say(name, text, elapsed_s=elapsed_s, wire_s=wire_s, of_wire=elapsed_s / wire_s)
+    runs = []
+    for number in range(ROUNDS):
+        with fixture(stage, f"many-{rows}-{number}", SLOTS) as path:
+            runs.append(sixteen(station, path, f"many-{rows}-{number}-{{n}}"))
+    wall_s, cpu_s = (statistics.median(values) for values in zip(*runs, strict=True))
+    text = f"{wall_s * 1000:>7.0f} ms, station CPU {cpu_s * 1000:.0f} ms"
+    say(f"line: {SLOTS} boards at once, one process, {rows} rows", text, wall_s=wall_s, cpu_s=cpu_s)
+
+
+def main() -> int:
+    """Measure everything."""
+    folder = Path(tempfile.mkdtemp(prefix="birthmark-bench-"))
+    passphrase = secrets.token_urlsafe(24)
+    stage = Stage(folder, {"BIRTHMARK_PASSPHRASE": passphrase, "BIRTHMARK_STATION": "station"})
+    try:
+        stage.run("init", "birthmark init --organization Bench --json")
+        station = Station.open(folder / "station", passphrase=passphrase.encode())
+        for rows in AGES:
+            fill(station.folder, rows)
+            measure(stage, station, rows)
+        station.close()
+    finally:
+        stage.stop()
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
