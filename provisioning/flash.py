@@ -43,7 +43,9 @@ birthmark flash --port /dev/pts/5 --id sensor-18 --keys station --json
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `flash` to the commands of `birthmark`."""
     parser = command(commands, "flash", _flash, "give the device on a serial port its identity", _EXAMPLES)
-    parser.add_argument("--port", required=True, help="the serial port, pty or pyserial URL that the device is on")
+    parser.add_argument(
+        "--port", required=True, help="the port: its name, a pyserial URL, by-path:NAME or usb:VID:PID[:SERIAL]"
+    )
     parser.add_argument("--id", required=True, help="the device id: the certificate's CN and the MQTT client id")
     add_unit_options(parser)
     add_station_option(parser)

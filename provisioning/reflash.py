@@ -59,7 +59,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="REASON",
         help="why its certificate is revoked: " + ", ".join(REASONS),
     )
-    parser.add_argument("--port", required=True, help="the serial port, pty or pyserial URL that the device is on")
+    parser.add_argument(
+        "--port", required=True, help="the port: its name, a pyserial URL, by-path:NAME or usb:VID:PID[:SERIAL]"
+    )
     add_unit_options(parser)
     add_station_option(parser)
     add_passphrase_option(parser)

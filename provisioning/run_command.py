@@ -27,7 +27,7 @@ from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.batches import moment
 from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.line_run import run_line
-from birthmark.provisioning.line_view import Tally, display_for
+from birthmark.provisioning.line_view import Lines, Tally, display_for
 from birthmark.provisioning.one_unit import add_unit_options, broker_address, journal_of, warn_of_loopback
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 from birthmark.provisioning.port_choice import read_fixture, slots_of
@@ -202,7 +202,7 @@ class _Line:
         finally:
             if journal.revoked:
                 bring_new_crl(station, console)
-        if console.as_json or not sys.stdout.isatty():
+        if isinstance(display, Lines):  # a table has it below
             console.emit(tally.record(), "\n".join(tally.described()))
         if self.stop.is_set():
             resume = self._resume_command()

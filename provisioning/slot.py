@@ -128,6 +128,8 @@ class Slot:
     _last: bytes | None = field(default=None, init=False)
     """The hwid of the board that is done, as long as it stays."""
     _waits: bool = field(default=False, init=False)
+    _said: str = field(default="", init=False)
+    """The code of what is on the port instead of a board, once that was reported."""
 
     def run(self) -> None:
         """Make the unit on the port, or one after the other; what becomes of them is in the reports."""
@@ -144,13 +146,13 @@ class Slot:
                 progress.row = self._session(progress).run()
             except _SameUnitError:
                 return self._wait("take the board out, and put in the next one")
-            except NoIdError as error:
-                self.tell(Noted(self.port.slot, "idle", error.message))
-                return False
             except StoppedError as error:
                 self._end(progress, Outcome.STOPPED, retries, error=error)
                 return False
             except BirthmarkError as error:
+                if isinstance(error, NoIdError) and progress.reached is Step.HELLO:
+                    self.tell(Noted(self.port.slot, "idle", error.message))
+                    return False
                 if self._is_empty(error, progress):
                     self._last = None
                     return self._wait("put in a board")
@@ -170,7 +172,7 @@ class Slot:
             progress.hwid = hello.hwid
             if self.again and hello.hwid == self._last:
                 raise _SameUnitError
-            self._waits = False
+            self._waits, self._said = False, ""
             progress.row = row
             progress.wish = self.ids.wish(self.port.slot, hello.hwid, row)
             self._step(progress, Step.HELLO)
@@ -222,6 +224,7 @@ class Slot:
             self._record(progress, attempt, error)
         if is_final:
             self._last = progress.hwid or None
+            self._said = attempt.code if not progress.hwid else ""
         self.tell(Ended(self.port.slot, attempt, retries, is_final, progress.row, error))
 
     def _record(self, progress: _Progress, attempt: Attempt, error: BirthmarkError | None) -> None:
@@ -238,9 +241,9 @@ class Slot:
         """Whether a slot that waits for boards has none at present."""
         if not self.again or progress.reached is not None:
             return False
-        return isinstance(error, PortError) or (
-            isinstance(error, NoAnswerError) and error.verdict is Verdict.SILENT
-        )
+        if isinstance(error, PortError) or (isinstance(error, NoAnswerError) and error.verdict is Verdict.SILENT):
+            return True
+        return isinstance(error, LinkError) and code_of(error) == self._said
 
     def _takes_another_id(self, error: BirthmarkError, progress: _Progress) -> bool:
         """Whether another process was faster with this id, and the source has others."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 HWID = b"12345678"
 STUCK = NoAnswerError(MessageType.DATA, Evidence(byte_count=12, sound_frames=1))
+LOGIN = NoAnswerError(MessageType.HELLO, Evidence(byte_count=12, noise=b"pi login: "))
 SILENT = NoAnswerError(MessageType.HELLO, Evidence())
 
 
@@ -40,8 +41,11 @@ class Acted(Slot):
 
     def _session(self, progress: Any) -> Any:
         ending = self.script.pop(0)
-        progress.hwid = b"" if ending is SILENT else HWID
-        progress.reached = None if ending is SILENT else Step.BEGIN
+        if not self.script and self.again:
+            self.stop.set()
+        nobody = ending in (SILENT, LOGIN)
+        progress.hwid = b"" if nobody else HWID
+        progress.reached = None if nobody else Step.BEGIN
         progress.wish = Wish(DeviceId("sensor-1"))
 
         class Ending:
@@ -57,11 +61,14 @@ class NoIds:
         pass
 
 
-def ends(tmp_path: Path, *script: BirthmarkError | None, tries: int = 4) -> list[tuple[str, str, int, bool]]:
+def ends(
+    tmp_path: Path, *script: BirthmarkError | None, tries: int = 4, again: bool = False
+) -> list[tuple[str, str, int, bool]]:
     reports: list[Report] = []
     port = SlotPort("1", "/dev/null", PortName("/dev/null"))
+    stop = threading.Event()
     journal = open_desk(tmp_path / "desk").journal
-    slot = Acted(port, journal, NoIds(), reports.append, threading.Event(), tries)  # type: ignore[arg-type]
+    slot = Acted(port, journal, NoIds(), reports.append, stop, tries, again)  # type: ignore[arg-type]
     slot.script = list(script)
     slot.run()
     assert slot.script == []
@@ -77,6 +84,13 @@ def test_a_line_that_fails_is_tried_again(tmp_path: Path) -> None:
         ("FAIL", "STUCK", 0, False),
         ("FAIL", "STUCK", 1, False),
         ("PASS", "", 2, True),
+    ]
+
+
+def test_what_is_on_a_port_instead_of_a_board_is_said_once(tmp_path: Path) -> None:
+    assert [end[1] for end in ends(tmp_path, SILENT, LOGIN, LOGIN, SILENT, LOGIN, None, again=True)] == [
+        "CONSOLE",
+        "",
     ]
 
 
