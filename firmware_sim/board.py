@@ -137,6 +137,7 @@ class SimulatedBoard:
                     link=str(cable.link_path),
                     hwid=board.hwid.hex(),
                     id=None if active is None else str(active.bundle.config.device_id),
+                    instead=None if self._faults.impostor is None else self._faults.impostor.meaning,
                 )
                 client = threading.Thread(target=self._live, name=f"board-{self._number}")
                 client.start()
@@ -182,9 +183,9 @@ class SimulatedBoard:
         lie, at = self._faults.lie, self._faults.lie_at
         if lie is not None and at is not None:
             return HostileBoard(agent, self._slots, lie, at, lambda seconds: _waits(stop, seconds))
-        return agent if self._reboot_at is None else _Rebooting(self, agent)
+        return agent if self._reboot_at is None else _Rebooting(agent, self._answer_or_reboot)
 
-    def answer_or_reboot(self, answer: bytes) -> bytes:
+    def _answer_or_reboot(self, answer: bytes) -> bytes:
         """Return an answer of the agent's, or lose the power instead of sending it."""
         if self._reboot_at is not None and Frame.from_run(answer[1:-1]).type == self._reboot_at | FROM_DEVICE:
             self._reboot_at = None
@@ -272,14 +273,14 @@ class SimulatedBoard:
 class _Rebooting:
     """An agent whose board reboots at one of its answers."""
 
-    def __init__(self, board: SimulatedBoard, agent: Agent) -> None:
-        self._board = board
+    def __init__(self, agent: Agent, answer_or_reboot: Callable[[bytes], bytes]) -> None:
         self._agent = agent
+        self._answer_or_reboot = answer_or_reboot
 
     def receive(self, data: bytes) -> Generator[bytes, None, None]:
         with closing(self._agent.receive(data)) as answers:
             for answer in answers:
-                yield self._board.answer_or_reboot(answer)
+                yield self._answer_or_reboot(answer)
 
     def busy(self) -> bytes:
         return self._agent.busy()

@@ -134,7 +134,7 @@ def _in_words(record: dict[str, Any]) -> str:
     facts = {name: value for name, value in record.items() if name not in ("event", "board") and value is not None}
     match record["event"]:
         case "ready":
-            is_whom = f"enrolled as {facts['id']}" if "id" in facts else "blank"
+            is_whom = facts.get("instead") or (f"enrolled as {facts['id']}" if "id" in facts else "blank")
             text = f"ready on {facts['path']} ({facts['link']}), {is_whom}"
         case "flashed":
             text = f"enrolled as {facts['id']}"
