@@ -87,6 +87,7 @@ def levels_contain(outer: list[str], inner: list[str]) -> bool:
     if inner == ["#"]:
         # Every topic has at least one level, so at the very start `+/#` says the same as `#`.
         return outer in (["#"], ["+", "#"])
+    inner = _spelt_out(inner)
     for position, level in enumerate(outer):
         if level == "#":
             return True
@@ -107,6 +108,7 @@ def levels_overlap(one: list[str], other: list[str]) -> bool:
     for first, second in ((one[0], other[0]), (other[0], one[0])):
         if first.startswith("$") and second in ("+", "#"):
             return False
+    one, other = _spelt_out(one), _spelt_out(other)
     for position in range(max(len(one), len(other))):
         # A `#` also matches its parent, hence the look one level past the shorter filter's end.
         mine = one[position] if position < len(one) else None
@@ -118,6 +120,11 @@ def levels_overlap(one: list[str], other: list[str]) -> bool:
         if mine != theirs and "+" not in (mine, theirs):
             return False
     return True
+
+
+def _spelt_out(levels: list[str]) -> list[str]:
+    """Say `/#` as `/+/#`: its parent would be the topic of no characters, which there is not (§4.7.3-1)."""
+    return ["", "+", "#"] if levels == ["", "#"] else levels
 
 
 def _check_text(text: str, what: str) -> None:

@@ -142,3 +142,15 @@ def test_any_text_is_allowed_or_a_topic_error(text: str) -> None:
             continue
         assert text
         assert "\0" not in text
+
+
+def test_the_topic_of_no_characters_is_none() -> None:
+    """`/#` matches its parent, which would be that."""
+    assert not overlaps("/#", "+")
+    assert overlaps("/#", "+/+")
+    assert overlaps("/#", "/#")
+    assert contains("/+/#", "/#")
+    assert contains("+/+/#", "/#")
+    assert contains("/#", "/#")
+    assert not contains("/+", "/#")
+    assert not contains("a/#", "/#")
