@@ -158,7 +158,7 @@ def _decision(policy: Policy, device_id: DeviceId, role: Role, action: str, topi
 def _diff(arguments: argparse.Namespace, console: Console) -> None:
     found = changes(read_policy(arguments.old), read_policy(arguments.new))
     for change in found:
-        record = {"sign": change.sign, "where": change.where, "what": change.what}
+        record = {"sign": change.sign, "where": change.where, "what": change.what, "effect": change.effect}
         console.emit(record, console.paint(str(change), "green" if change.sign == "+" else "red"))
     if not found:
         console.say("no difference in what anybody may do")

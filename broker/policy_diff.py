@@ -1,16 +1,20 @@
-"""What changes between two policies, in words: which entry, glob or role comes or goes. Pure."""
+"""What changes between two policies, in words: which role gains or loses what, and who gets another role. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from birthmark.broker.filters import contains
 from birthmark.broker.policy import RoleRules
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from birthmark.broker.policy import Policy
 
-_LISTS = ("publish", "subscribe", "deny_publish", "deny_subscribe", "withhold")
+_GRANTING = ("publish", "subscribe")
+_LISTS = (*_GRANTING, "deny_publish", "deny_subscribe", "withhold")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +24,12 @@ class Change:
     sign: str
     where: str
     what: str
+    effect: str = ""
+    """On whoever has the role: `gains`, `loses`, or `covered`: another entry says the same or more."""
 
     def __str__(self) -> str:
-        return f"{self.sign} {self.where}: {self.what}"
+        effect = f" ({self.effect})" if self.effect else ""
+        return f"{self.sign} {self.where}: {self.what}{effect}"
 
 
 def changes(old: Policy, new: Policy) -> list[Change]:
@@ -37,9 +44,8 @@ def changes(old: Policy, new: Policy) -> list[Change]:
             found.append(Change("-", "roles", name))
         one, other = before.get(name, RoleRules(name)), after.get(name, RoleRules(name))
         for key in _LISTS:
-            mine, theirs = set(getattr(one, key)), set(getattr(other, key))
-            found += [Change("-", f"roles.{name}.{key}", entry) for entry in sorted(mine - theirs)]
-            found += [Change("+", f"roles.{name}.{key}", entry) for entry in sorted(theirs - mine)]
+            found += _entries("-", name, key, getattr(one, key), getattr(other, key))
+            found += _entries("+", name, key, getattr(other, key), getattr(one, key))
     # The order of assignments decides, so they are compared as a sequence.
     if old.assignments != new.assignments:
         found += [
@@ -53,6 +59,17 @@ def changes(old: Policy, new: Policy) -> list[Change]:
             if number > len(old.assignments) or old.assignments[number - 1] != assignment
         ]
     return found
+
+
+def _entries(
+    sign: str, role: str, key: str, there: tuple[str, ...], elsewhere: tuple[str, ...]
+) -> Iterator[Change]:
+    """Yield what is on a role's list `there` and not on the one `elsewhere`."""
+    for entry in sorted({*there} - {*elsewhere}):
+        effect = "gains" if (key in _GRANTING) == (sign == "+") else "loses"
+        if any(contains(wider, entry) for wider in elsewhere):
+            effect = "covered"
+        yield Change(sign, f"roles.{role}.{key}", entry, effect)
 
 
 def warnings(policy: Policy) -> list[str]:

@@ -257,10 +257,12 @@ def test_policy_diff(broker: Callable[..., Result]) -> None:
     Path("new.toml").write_text(text.replace('"gateway/+/crl",', "").replace('cn = "*"', 'cn = "sensor-*"'))
     lines = broker("policy", "diff", "policy.toml", "new.toml").out.splitlines()
     assert lines == [
-        "- roles.operator.publish: gateway/+/crl",
+        "- roles.operator.publish: gateway/+/crl (loses)",
         "- assignments[3]: cn '*' -> device",
         "+ assignments[3]: cn 'sensor-*' -> device",
     ]
+    record = json.loads(broker("policy", "diff", "policy.toml", "new.toml", "--json").out.splitlines()[0])
+    assert (record["sign"], record["effect"]) == ("-", "loses")
     Path("same.toml").write_text("# a comment\n" + text)
     assert "no difference" in broker("policy", "diff", "policy.toml", "same.toml").out
 
