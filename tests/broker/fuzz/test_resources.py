@@ -37,7 +37,7 @@ WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 HALF_OPEN, SILENT, RAPID, REFUSED = (200, 50, 1_000, 300) if WHOLE else (200, 50, 200, 100)
 MAX_GROWTH_BYTES = 20 * 1_048_576
 CLAIMED_256_MB = b"\x30\xff\xff\xff\x7f" + mqtt.text("devices/sensor-1/telemetry/t")
-TIMEOUT_S = 2.0
+TIMEOUT_S = 1.0
 
 LIMITS_TOML = f"""{BROKER_TOML}
 [limits]
