@@ -203,8 +203,7 @@ class Enrolment:
             return Decision(Action.QUARANTINE, reason=f"is in quarantine: it {held.reason}")
         decision = decide(row, self._hello, self._wish, replaced)
         if decision.action is Action.QUARANTINE:
-            name = row.name if row is not None else self._wish.device_id.text
-            self._journal.quarantine(self._hello, name, decision.reason)
+            self._journal.quarantine(self._hello, row.name if row is not None else "", decision.reason)
         return decision
 
     def _say_hello(self) -> Generator[Send | Read, bytes, HelloAnswer]:

@@ -197,7 +197,7 @@ class Journal(Protocol):
         """Return the unit as it was put in quarantine, if it was and no person has cleared it."""
 
     def quarantine(self, unit: HelloAnswer, name: str, reason: str) -> None:
-        """Put a unit in quarantine."""
+        """Put a unit in quarantine, with the name that the journal has for it, if it has one."""
 
     def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
         """Make a row VOID, and a new one in RESERVED in its place, with a fresh transaction."""

@@ -74,16 +74,17 @@ def _clear(arguments: argparse.Namespace, console: Console) -> None:
     with station.registry.transaction() as transaction:
         unit = _chosen(transaction.quarantined(), arguments.unit)
         transaction.clear_quarantine(unit.hwid)
-        transaction.record("quarantine-clear", unit.name, hwid=unit.hwid.hex(), reason=reason)
+        transaction.record("quarantine-clear", unit.name or unit.hwid.hex(), hwid=unit.hwid.hex(), reason=reason)
+    known = f" ({unit.name})" if unit.name else ""
     console.emit(
-        {"cleared": unit.hwid.hex(), "name": unit.name},
-        f"{unit.hwid.hex()} ({unit.name}) is out of quarantine; the journal decides when it is on a port again",
+        {"cleared": unit.hwid.hex(), "name": unit.name or None},
+        f"{unit.hwid.hex()}{known} is out of quarantine; the journal decides when it is on a port again",
     )
 
 
 def _chosen(units: Sequence[Quarantined], text: str) -> Quarantined:
-    wanted = text.lower()
-    found = [unit for unit in units if wanted in (unit.hwid.hex(), unit.name.lower())]
+    wanted = text.strip().lower()
+    found = [unit for unit in units if wanted and wanted in (unit.hwid.hex(), unit.name.lower())]
     if len(found) == 1:
         return found[0]
     cause = "it is not in quarantine"
@@ -97,7 +98,7 @@ def _chosen(units: Sequence[Quarantined], text: str) -> Quarantined:
 def _record(unit: Quarantined) -> dict[str, Any]:
     return {
         "hwid": unit.hwid.hex(),
-        "name": unit.name,
+        "name": unit.name or None,
         "since": unit.since.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "reason": unit.reason,
         "active_txn": unit.active_txn.hex(),

@@ -139,7 +139,8 @@ class Transitions:
         """Put a unit in quarantine; see `journal.Journal`."""
         with self._registry.transaction() as transaction:
             transaction.quarantine(Quarantined(unit.hwid, self._clock(), name, reason, unit.active_txn))
-            transaction.record("quarantine", name, hwid=unit.hwid.hex(), active_txn=unit.active_txn.hex())
+            subject = name or unit.hwid.hex()
+            transaction.record("quarantine", subject, hwid=unit.hwid.hex(), active_txn=unit.active_txn.hex())
 
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED; see `journal.Journal`."""

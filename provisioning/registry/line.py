@@ -42,7 +42,7 @@ class Quarantined:
     hwid: bytes
     since: datetime
     name: str
-    """The device id that it stands under in the journal, or else the one that was asked for."""
+    """The device id that it stands under in the journal; empty if the journal does not know it."""
     reason: str
     """What the device is, to follow `the device on this port`."""
     active_txn: bytes

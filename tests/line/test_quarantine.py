@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from support.station import Command, new_station
 
+from birthmark.provisioning.registry.line import Quarantined
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import pytest
@@ -40,7 +41,7 @@ def test_a_foreign_unit_stays_refused_until_it_is_cleared(
     assert "QUARANTINE" in refused.stderr
     assert "birthmark quarantine list" in refused.stderr
     (unit,) = birthmark("quarantine", "list", "--json").records
-    assert (unit["hwid"], unit["name"]) == (board.hwid.hex(), "sensor-1")
+    assert (unit["hwid"], unit["name"]) == (board.hwid.hex(), None)
     assert unit["active_txn"] in unit["reason"]
 
     board.wipe()
@@ -65,27 +66,36 @@ def test_clearing_a_unit_that_is_still_ahead_puts_it_back(
 ) -> None:
     made_elsewhere(tmp_path, board, capsys)
     assert flash(birthmark, board, "sensor-1").exit_code == 3
-    assert birthmark("quarantine", "clear", "sensor-1", "--reason", "to try").exit_code == 0
+    assert birthmark("quarantine", "clear", board.hwid.hex(), "--reason", "to try").exit_code == 0
     assert flash(birthmark, board, "sensor-1").exit_code == 3
     assert [unit["hwid"] for unit in birthmark("quarantine", "list", "--json").records] == [board.hwid.hex()]
 
 
-def test_what_cannot_be_cleared(
-    birthmark: Command,
-    boards: Callable[[int], list[LineBoard]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_unit_that_the_journal_knows_stands_under_its_name(
+    birthmark: Command, station: Station, board: LineBoard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its storage was wiped, and another station has locked it since."""
+    assert flash(birthmark, board, "sensor-1").exit_code == 0
+    board.wipe()
+    made_elsewhere(tmp_path, board, capsys)
+    assert flash(birthmark, board, "sensor-1").exit_code == 3
+    (unit,) = birthmark("quarantine", "list", "--json").records
+    assert (unit["name"], unit["hwid"]) == ("sensor-1", board.hwid.hex())
+    done = birthmark("quarantine", "clear", "SENSOR-1", "--reason", "to try", "--json")
+    assert done.records == [{"cleared": board.hwid.hex(), "name": "sensor-1"}]
+
+
+def test_what_cannot_be_cleared(birthmark: Command, station: Station) -> None:
     unknown = birthmark("quarantine", "clear", "sensor-9", "--reason", "x")
     assert unknown.exit_code == 6
     assert "it is not in quarantine" in unknown.stderr
-    other = new_station(tmp_path / "elsewhere")
-    pair = boards(2)
-    for number, board in enumerate(pair):
-        assert flash(Command(other.folder, capsys), board, f"foreign-{number}").exit_code == 0
-        assert flash(birthmark, board, "sensor-1").exit_code == 3
+    with station.registry.transaction() as transaction:
+        for number in range(2):
+            hwid = bytes([number]) * 8
+            transaction.quarantine(Quarantined(hwid, station.clock(), "sensor-1", "is odd", bytes(16)))
     both = birthmark("quarantine", "clear", "sensor-1", "--reason", "x")
     assert both.exit_code == 6
-    assert all(board.hwid.hex() in both.stderr for board in pair)
-    assert birthmark("quarantine", "clear", "sensor-1", "--reason", " ").exit_code == 1
+    assert "0000000000000000, 0101010101010101" in both.stderr
+    assert birthmark("quarantine", "clear", "00" * 8, "--reason", " ").exit_code == 1
+    assert birthmark("quarantine", "clear", "", "--reason", "x").exit_code == 6
     assert len(birthmark("quarantine", "list", "--json").records) == 2
