@@ -60,7 +60,7 @@ class ConnectionLog:
     def refused(self, peer: Peer | None, cause: str) -> None:
         """Say why a CONNECT was refused; `cause` is escaped already."""
         who = str(peer.device_id) if peer else "a client"
-        if self._is_due(f"refusal {who} {cause}"):
+        if self._is_due(f"refusal {who} {cause}") and self._denials.budget.grants(who, "refusals"):
             _log.warning(
                 "refused %s at %s: %s",
                 who,

@@ -8,6 +8,8 @@ import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import text
 
+from birthmark.broker.log_budget import MAX_LINES
+
 if TYPE_CHECKING:
     from support.mqtt_world import ProcessWorld
 
@@ -44,6 +46,15 @@ def test_another_client_id_is_refused_and_touches_nothing(
     assert world.lets_in(context, "sensor-1"), "the control: by its own name it gets in"
     victim.close()
     operator.close()
+
+
+def test_no_one_fills_the_log_with_refusals(world: ProcessWorld) -> None:
+    """Each names what the client asked for, so no two are the same."""
+    context = world.context("chatty")
+    for number in range(2 * MAX_LINES):
+        assert world.answer(context, mqtt.connect(f"name-{number}")) == 2
+    said = [record for record in world.broker.log if record.get("event") == "refused" and record["id"] == "chatty"]
+    assert 0 < len(said) <= MAX_LINES
 
 
 def test_the_persistent_session_of_another_stays_its_own(world: ProcessWorld) -> None:
