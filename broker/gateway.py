@@ -118,6 +118,8 @@ class Gateway:
         self._installing = asyncio.Lock()
         self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
         self._alarms = Alarms(time.monotonic)
+        self._arrived: tuple[list[Installation], float] = ([], 0.0)
+        """What became of the CRL file at the start, and when it was read."""
         self._watch = Watch(
             (
                 WatchedFiles((settings.crl_path,), self._take_crl_file),
@@ -134,7 +136,8 @@ class Gateway:
     def open(cls, settings: BrokerSettings) -> Gateway:
         """Read everything that a start needs: issuing CAs, CRLs, policy, credentials.
 
-        The CRL file is installed if it is newer than the CRL kept, and a receipt is written beside it.
+        The CRL file is installed if it is newer than the CRL kept; the receipt is written beside it by `start`,
+        which closes the sessions that it revokes, or here if it is refused.
 
         Raises:
             BirthmarkError: something is missing or cannot be used; above all, there is no CRL of an issuing CA.
@@ -151,10 +154,10 @@ class Gateway:
             _log.warning("could not read the CRL file %s; going by the CRL kept, if any", reason)
         else:
             answers = revocations.install(content, now())
-            receipts = [gateway._receipt(answer, started_s, ()) for answer in answers]
-            for receipt in receipts:
-                _report(receipt, str(settings.crl_path))
-            gateway._write_receipts(receipts)
+            gateway._arrived = (answers, started_s)
+            if any(answer.outcome == "refused" for answer in answers):
+                # Said at once: the start may end here. The others' receipts wait for what `start` closes.
+                gateway._give_receipts([gateway._receipt(answer, started_s, ()) for answer in answers])
             reason = "; ".join(f"{settings.crl_path}: {answer.reason}" for answer in answers if answer.reason)
         try:
             revocations.require_complete()
@@ -176,7 +179,13 @@ class Gateway:
         """Take up work around a broker that has started."""
         self._server = server
         # What the store has brought back may have been revoked meanwhile, or just before a crash.
+        answers, started_s = self._arrived
+        closed = [(answer, self._close_revoked(answer.issuer, started_s)) for answer in answers]
         server.close_identities(lambda peer: not self._trust.has(peer.issuer) or self.revocations.is_revoked(peer))
+        if any(some for _answer, some in closed):
+            await self._settle(str(self._settings.crl_path))
+        if all(answer.outcome != "refused" for answer in answers):
+            self._give_receipts([self._receipt(answer, started_s, some) for answer, some in closed])
         self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
         self._publish_status(online=True)
@@ -240,9 +249,8 @@ class Gateway:
             answers = await asyncio.to_thread(self.revocations.install, content, now())
             # Nothing is awaited between a CRL in force and the sessions it closes.
             receipts = [self._receipt(answer, started_s, self._close(answer, started_s)) for answer in answers]
-        if self._server and any(receipt.closed for receipt in receipts) and not await self._server.settle():
-            # They stay gone all the same: a broker that starts again closes first what its CRL revokes.
-            _log.error("the sessions that a CRL from %s closed are not yet off the disk", origin)
+        if any(receipt.closed for receipt in receipts):
+            await self._settle(origin)
         for receipt in receipts:
             _report(receipt, origin)
             self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
@@ -251,13 +259,27 @@ class Gateway:
         return receipts
 
     def _close(self, answer: Installation, started_s: float) -> tuple[ClosedIdentity, ...]:
-        if answer.outcome != "installed" or self._server is None:
+        return self._close_revoked(answer.issuer, started_s) if answer.outcome == "installed" else ()
+
+    def _close_revoked(self, issuer: str, started_s: float) -> tuple[ClosedIdentity, ...]:
+        if self._server is None:
             return ()
 
         def is_revoked(peer: Peer) -> bool:
-            return peer.issuer == answer.issuer and self.revocations.is_revoked(peer)
+            return peer.issuer == issuer and self.revocations.is_revoked(peer)
 
         return tuple(self._server.close_identities(is_revoked, started_s=started_s))
+
+    async def _settle(self, origin: str) -> None:
+        if self._server and not await self._server.settle():
+            # They stay gone all the same: a broker that starts again closes first what its CRL revokes.
+            _log.error("the sessions that a CRL from %s closed are not yet off the disk", origin)
+
+    def _give_receipts(self, receipts: list[Receipt]) -> None:
+        """Log and write what became of the CRL file at the start."""
+        for receipt in receipts:
+            _report(receipt, str(self._settings.crl_path))
+        self._write_receipts(receipts)
 
     def _receipt(self, answer: Installation, started_s: float, closed: tuple[ClosedIdentity, ...]) -> Receipt:
         return receipt_of(

@@ -139,17 +139,34 @@ def replace(path: Path, content: bytes) -> None:
     part.replace(path)
 
 
-def test_the_start_installs_the_file_and_gives_a_receipt(settings: BrokerSettings) -> None:
-    gateway = Gateway.open(settings)
+def started(settings: BrokerSettings, *peers: Peer) -> Receipt:
+    """The receipt beside the file once a gateway has started, whose store brought these peers back."""
+
+    async def main() -> None:
+        async with running(settings, *peers) as (gateway, _recorder):
+            assert gateway.admit(PKI.device().der).device_id.text == "sensor-1"
+
+    asyncio.run(main())
     receipt = receipt_in(settings)
     assert receipt is not None
+    return receipt
+
+
+def test_the_start_installs_the_file_and_gives_a_receipt(settings: BrokerSettings) -> None:
+    receipt = started(settings)
     assert (receipt.gateway, receipt.outcome, receipt.crl_number) == ("gw-1", "installed", 1)
     assert receipt.issuer == PKI.issuing.issuer_id
-    assert gateway.admit(PKI.device().der).device_id.text == "sensor-1"
+    assert started(settings).outcome == "current"
+
+
+def test_the_receipt_of_a_start_tells_whose_stored_sessions_it_purged(settings: BrokerSettings) -> None:
+    lost, kept = PKI.device("lost"), PKI.device("kept")
+    peers = [check_peer(issued.der, Trust.from_pem(PKI.issuing.pem), now()) for issued in (lost, kept)]
+    settings.crl_path.write_bytes(PKI.issuing.crl([lost.cert_serial], number=2))
     Gateway.open(settings)
-    again = receipt_in(settings)
-    assert again is not None
-    assert again.outcome == "current"
+    assert receipt_in(settings) is None, "nothing is purged before the broker runs"
+    receipt = started(settings, *peers)
+    assert [closed.id for closed in receipt.closed] == ["lost"]
 
 
 def test_a_newer_file_closes_and_is_answered(settings: BrokerSettings) -> None:
@@ -448,8 +465,12 @@ def test_a_receipt_that_cannot_be_written_is_logged(
     settings: BrokerSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings.receipt_path.mkdir()
-    gateway = Gateway.open(settings)
-    assert gateway.admit(PKI.device().der)
+
+    async def main() -> None:
+        async with running(settings) as (gateway, _recorder):
+            assert gateway.admit(PKI.device().der)
+
+    asyncio.run(main())
     assert "could not write the receipt" in caplog.text
 
 
