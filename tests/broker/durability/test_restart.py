@@ -280,7 +280,7 @@ def test_periodic_keeps_everything_over_a_stop(tmp_path: Path, pki: Pki) -> None
 
 def test_a_store_that_cannot_be_used_is_said_and_left_as_it_is(tmp_path: Path, pki: Pki) -> None:
     config = write_files(tmp_path, pki)
-    (tmp_path / "data").mkdir()
+    (tmp_path / "data").mkdir(mode=0o700)
     path = tmp_path / "data" / FILE_NAME
     path.write_bytes(b"something else\n" * 1_000)
     with broker_process(config) as broker:
