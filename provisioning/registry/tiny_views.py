@@ -227,7 +227,8 @@ class TinyTransaction(TinyView):
             raise RegistryError(
                 f"could not change the registry: {error}", hint="it was changed meanwhile: start this unit again"
             ) from error
-        self._check_unique(row)
+        if _claims(row) != _claims(old):
+            self._check_unique(row)
         self._store(row)
         if row.certificate_der is not None and old.certificate_der is None:
             self.set_counter(LAST_ISSUED_AT, max(int(row.changed_at.timestamp()), self.counter(LAST_ISSUED_AT)))
@@ -328,6 +329,11 @@ class TinyTransaction(TinyView):
                 raise DuplicateError("name", other)
             if row.hwid is not None and other.hwid == row.hwid:
                 raise DuplicateError("hwid", other)
+
+
+def _claims(row: Row) -> tuple[object, ...]:
+    """Return what a row wants to itself; while that stays, nobody else can have come by it."""
+    return row.is_live, row.name_folded, row.hwid, row.public_key_der, row.cert_serial
 
 
 def _table(database: TinyDB, name: str) -> Table:
