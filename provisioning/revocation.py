@@ -4,8 +4,10 @@ Rules:
 
 - A revocation is durable in the registry before the CRL that carries it is signed. After a kill in between, the
   next CRL, of whatever command, carries it.
-- The CRL's number and thisUpdate are durable before it is signed, and rise strictly: two CRLs never share them.
-  thisUpdate is backdated by an hour for gateways whose clock is late.
+- The CRL's number is durable before it is signed, and rises strictly: two CRLs never share one. thisUpdate never
+  falls; it is backdated by an hour for gateways whose clock is late.
+- A clock that went back stops no revocation. If a CRL was signed at a later time than now, the next one goes by
+  the clock as it is, and `clock_trouble` says so: a gateway that installed the later one refuses it, visibly.
 - The CRL lists every certificate ever revoked. Entries of expired certificates stay: a gateway whose clock is
   wrong would let them in again.
 - Revoking again changes nothing and delivers again.
@@ -22,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from birthmark.device.durable import remove_leftovers, write_durably
-from birthmark.device.errors import AuthorityError, RegistryError
+from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
 from birthmark.device.pem import CRL, block
 from birthmark.provisioning import profile
@@ -140,11 +142,26 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         with station.registry.transaction() as transaction:
             for row in transaction.named(name):
                 newly += mark_revoked(transaction, row, reason, word=word, now=station.clock())
+        # A transaction of its own: whatever stops the CRL, the revocation stands, and the next CRL carries it.
+        with station.registry.transaction() as transaction:
             plan = _plan(transaction, station.clock())
         crl = _sign_and_store(station, plan)
         with station.registry.view() as view:
             rows = [row for row in view.named(name) if row.is_revoked]
     return Revocation(tuple(rows), newly, crl)
+
+
+def clock_trouble(station: Station) -> str:
+    """Say that the clock contradicts the CRLs signed so far; empty if it does not."""
+    with station.registry.view() as view:
+        last = moment(view, CRL_THIS_UPDATE)
+    now = station.clock()
+    if last <= now:
+        return ""
+    return (
+        f"this station's clock says {now:%Y-%m-%d %H:%M}, but it signed a CRL dated {last:%Y-%m-%d %H:%M}: "
+        "it is wrong now, or was then; a gateway that holds that CRL refuses this one, and says so"
+    )
 
 
 def up_to_date_crl(station: Station) -> StoredCrl:
@@ -160,7 +177,7 @@ def sign_and_store_crl(station: Station) -> StoredCrl:
     """Sign a new CRL with everything that is revoked, and put it in the station's `crl.pem`.
 
     Raises:
-        AuthorityError: the CA cannot be unlocked, or the clock is before the last CRL.
+        AuthorityError: the CA cannot be unlocked.
     """
     with station.crl_lock():
         _ = station.authority  # a wrong passphrase must stop this before a number is taken
@@ -295,14 +312,11 @@ def _revocation_of(row: Row) -> tuple[int, datetime, x509.ReasonFlags]:
 def _next(transaction: Transaction, number_name: str, time_name: str, now: datetime) -> tuple[int, datetime]:
     number = transaction.counter(number_name) + 1
     last = moment(transaction, time_name)
-    this_update = max((now - profile.CRL_BACKDATED).replace(microsecond=0), last + profile.ONE_SECOND)
-    if this_update > now:
-        raise AuthorityError(
-            f"could not sign a CRL: the station's clock says {now:%Y-%m-%d %H:%M}, before the last one ({last})",
-            hint="set the station's clock right, then try again",
-        )
+    this_update = (now - profile.CRL_BACKDATED).replace(microsecond=0)
+    if last <= now:
+        this_update = max(this_update, min(last + profile.ONE_SECOND, now.replace(microsecond=0)))
+        transaction.set_counter(time_name, int(this_update.timestamp()))
     transaction.set_counter(number_name, number)
-    transaction.set_counter(time_name, int(this_update.timestamp()))
     return number, this_update
 
 

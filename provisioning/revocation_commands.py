@@ -19,13 +19,14 @@ from birthmark.provisioning.options import (
 )
 from birthmark.provisioning.revocation import (
     REASONS,
+    clock_trouble,
     parse_reason,
     revoke,
     sign_and_store_crl,
     sign_root_crl,
 )
 from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
-from birthmark.provisioning.station import ROOT_FILE
+from birthmark.provisioning.station import ROOT_FILE, Station
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -76,6 +77,7 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
     count = "1 certificate" if len(revocation.rows) == 1 else f"{len(revocation.rows)} certificates"
     again = "" if revocation.newly else " (it was before)"
     head = f"{name} is revoked{again}: {count} on CRL {crl.number}, {crl.path}"
+    _warn_of_clock(console, station)
     return _answer(console, record, head, deliveries)
 
 
@@ -117,7 +119,13 @@ def _crl(arguments: argparse.Namespace, console: Console) -> int:
         "gateways": [delivery.record() for delivery in deliveries],
     }
     count = "1 certificate" if len(crl.cert_serials) == 1 else f"{len(crl.cert_serials)} certificates"
+    _warn_of_clock(console, station)
     return _answer(console, record, f"CRL {crl.number} lists {count}: {crl.path}", deliveries)
+
+
+def _warn_of_clock(console: Console, station: Station) -> None:
+    if trouble := clock_trouble(station):
+        console.warn(trouble)
 
 
 def _add_timeout(parser: Parser) -> None:

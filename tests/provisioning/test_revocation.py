@@ -15,6 +15,7 @@ from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import (
     REASONS,
+    clock_trouble,
     current_crl,
     parse_reason,
     revoke,
@@ -112,14 +113,30 @@ def test_crls_rise_strictly_even_within_a_second(station: Station) -> None:
     assert updates[0] == NOON - timedelta(hours=1) + timedelta(seconds=1)
 
 
-def test_a_clock_that_went_far_back_signs_no_crl(station: Station, clock: Clock) -> None:
+def test_a_clock_that_went_far_back_stops_no_revocation(station: Station, clock: Clock) -> None:
+    enrolled_row(station, "sensor-1")
     clock.advance(days=10)
     number = sign_and_store_crl(station).number
+    assert clock_trouble(station) == ""
     clock.advance(days=-9)
-    with pytest.raises(AuthorityError, match="clock"):
-        sign_and_store_crl(station)
+    done = revoke(station, "sensor-1", LOST)
+    assert done.newly == 1
+    assert done.crl.number == number + 1
+    assert done.crl.this_update == clock.now - timedelta(hours=1)
+    assert "clock" in clock_trouble(station)
     clock.advance(days=9)
-    assert sign_and_store_crl(station).number == number + 1
+    assert sign_and_store_crl(station).number == number + 2
+    assert clock_trouble(station) == ""
+
+
+def test_more_crls_in_an_hour_than_it_has_seconds(station: Station, clock: Clock) -> None:
+    sign_and_store_crl(station)
+    with station.registry.transaction() as transaction:
+        transaction.set_counter("crl_this_update", int(clock.now.timestamp()))
+    one, two = sign_and_store_crl(station), sign_and_store_crl(station)
+    assert (one.this_update, two.this_update) == (clock.now, clock.now)
+    assert two.number == one.number + 1
+    assert clock_trouble(station) == ""
 
 
 def test_every_certificate_of_a_name_is_revoked(station: Station) -> None:
