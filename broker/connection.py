@@ -188,7 +188,7 @@ class Connection:
         """The socket has taken everything: there may be room for more."""
         session = self.session
         if session is not None and (session.queue or session.replay):
-            self._exchange.pump(session)
+            self._exchange.outbound.pump(session)
 
     def on_closed(self, error: Exception | None) -> None:
         """The stream is gone."""
@@ -260,7 +260,7 @@ class Connection:
     def _subscribe(self, session: Session, packet: Subscribe) -> None:
         codes = self._exchange.subscribe(session, packet.filters)
         self._acknowledge(mqtt.suback(packet.packet_id, codes), self._number(session))
-        self._exchange.pump(session)
+        self._exchange.outbound.pump(session)
         for (topic_filter, qos), code in zip(packet.filters, codes, strict=True):
             if code != mqtt.SUBACK_FAILURE:
                 self._gateway.subscribed(session, topic_filter, qos)
@@ -272,10 +272,10 @@ class Connection:
             self._gateway.unsubscribed(session, topic_filter)
 
     def _puback(self, session: Session, packet: mqtt.PubAck) -> None:
-        self._exchange.acknowledged(session, packet.packet_id, 1)
+        self._exchange.outbound.acknowledged(session, packet.packet_id, 1)
 
     def _pubrec(self, session: Session, packet: mqtt.PubRec) -> None:
-        self._exchange.received(session, packet.packet_id)
+        self._exchange.outbound.received(session, packet.packet_id)
 
     def _pubrel(self, session: Session, packet: mqtt.PubRel) -> None:
         session.incoming.discard(packet.packet_id)
@@ -289,7 +289,7 @@ class Connection:
         return self._exchange.journal.recorded if session.key else 0
 
     def _pubcomp(self, session: Session, packet: mqtt.PubComp) -> None:
-        self._exchange.acknowledged(session, packet.packet_id, 2)
+        self._exchange.outbound.acknowledged(session, packet.packet_id, 2)
 
     def _ping(self, _session: Session, _packet: mqtt.PingReq) -> None:
         self.stream.write(mqtt.PINGRESP)
@@ -332,7 +332,7 @@ class Connection:
         # A clean session promises that what there was before is gone (§3.1.2-6).
         number = now_recorded if packet.clean and now_recorded != recorded else 0
         self._acknowledge(mqtt.connack(mqtt.CONNACK_ACCEPTED, session_present=is_present), number)
-        self._exchange.resume(session)
+        self._exchange.outbound.resume(session)
         self._gateway.counters.clients_connected += 1
         self._gateway.client_connected(session)
         self._log.connected(peer, client_id, self.stream.describe())

@@ -151,7 +151,7 @@ def test_what_gives_way_in_a_full_queue(tmp_path: Path, pki: Pki, policy: QueueF
         back = gateway.client("free-1", clean=False, present=True)
         assert [back.read_delivery().payload for _ in range(3)] == kept
         back.ping()
-        assert gateway.broker.exchange.queued_bytes == 0
+        assert gateway.broker.exchange.outbound.queued_bytes == 0
 
 
 def test_a_client_that_does_not_keep_up_is_disconnected_if_so_wished(tmp_path: Path, pki: Pki) -> None:
@@ -181,11 +181,11 @@ def test_all_queues_together_are_bounded(tmp_path: Path, pki: Pki) -> None:
         for _ in range(10):
             say(publisher, "t", bytes(10_000))
         exchange = gateway.broker.exchange
-        assert exchange.queued_bytes <= 50_000
-        assert exchange.queued_bytes == sum(session.queued_bytes for session in exchange.sessions)
+        assert exchange.outbound.queued_bytes <= 50_000
+        assert exchange.outbound.queued_bytes == sum(session.queued_bytes for session in exchange.sessions)
         for number in range(3):
             gateway.client(f"free-{number}", clean=True)
-        assert exchange.queued_bytes == 0
+        assert exchange.outbound.queued_bytes == 0
 
 
 # --- retained messages ---------------------------------------------------------------------------------------

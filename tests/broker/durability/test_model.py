@@ -138,7 +138,7 @@ class World:
         assert session is not None
         stream: Any = Stream(lambda: self.leave(name))
         session.stream = session.connection = stream
-        self.exchange.resume(session)
+        self.exchange.outbound.resume(session)
 
     def leave(self, name: str) -> None:
         session = self.exchange.sessions.get(name)
@@ -153,7 +153,7 @@ class World:
     def subscribe(self, name: str, topic_filter: str, qos: int) -> None:
         if (session := self._connected(name)) is not None:
             self.exchange.subscribe(session, ((topic_filter, qos),))
-            self.exchange.pump(session)
+            self.exchange.outbound.pump(session)
 
     def unsubscribe(self, name: str, topic_filter: str) -> None:
         if (session := self._connected(name)) is not None:
@@ -166,12 +166,12 @@ class World:
         session = self._connected(name)
         if session is not None and index < len(session.inflight):
             packet_id = list(session.inflight)[index]
-            self.exchange.acknowledged(session, packet_id, session.inflight[packet_id].qos)
+            self.exchange.outbound.acknowledged(session, packet_id, session.inflight[packet_id].qos)
 
     def received(self, name: str, index: int) -> None:
         session = self._connected(name)
         if session is not None and index < len(session.inflight):
-            self.exchange.received(session, list(session.inflight)[index])
+            self.exchange.outbound.received(session, list(session.inflight)[index])
 
     def policy(self, policy: Any) -> None:
         self.exchange.set_policy(policy)
