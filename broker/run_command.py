@@ -27,6 +27,7 @@ from birthmark.broker.logs import log_to_stderr
 from birthmark.broker.server import GatewayBroker
 from birthmark.broker.systemd import feed_watchdog, notify, watchdog_interval_s
 from birthmark.device.console import command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import SystemFailureError
 
@@ -54,6 +55,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
+    forbid_core_dumps()  # the gateway's key, and the TLS secrets of every session
     log_to_stderr(as_json=console.as_json, is_verbose=arguments.verbose)
     settings = read_settings(arguments.config)
     if arguments.listen:

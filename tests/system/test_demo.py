@@ -70,8 +70,10 @@ class Demo:
             if not folder.name.isdecimal():
                 continue
             try:
-                if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                # What forbids core dumps shows its environment to root alone, and its command line to anybody.
+                if str(self.folder) in line or wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(line)
             except OSError:
                 continue  # gone in the meantime, or another user's
         return found

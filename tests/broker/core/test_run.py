@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import threading
@@ -49,6 +50,12 @@ def test_it_says_when_it_is_ready_and_stops_in_good_order(
         assert broker.process.wait(20) == 0
         assert broker.wait_for_event("stopped")["counters"]["clients_connected"] == 1
         assert [notified.recv(100), notified.recv(100)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_its_keys_stay_out_of_core_files(tmp_path: Path, pki: Pki) -> None:
+    with broker_process(write_files(tmp_path, pki)) as broker:
+        assert broker.port
+        assert resource.prlimit(broker.process.pid, resource.RLIMIT_CORE) == (0, 0)
 
 
 def test_the_watchdog_of_systemd_is_fed_from_the_loop(tmp_path: Path, pki: Pki) -> None:
