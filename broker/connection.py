@@ -319,7 +319,6 @@ class Connection:
                 self._exchange.denials.denied(peer, "will", packet.will.topic, decision.rule)
                 self._refuse(mqtt.CONNACK_NOT_AUTHORIZED)
                 return
-        recorded = self._exchange.journal.recorded
         session, is_present = claim_session(
             self._exchange, client_id, peer, clean=packet.clean, address=self.address
         )
@@ -328,9 +327,8 @@ class Connection:
             self._refuse(mqtt.CONNACK_UNAVAILABLE)
             return
         self._attach(session, packet)
-        now_recorded = self._exchange.journal.recorded
-        # A clean session promises that what there was before is gone (§3.1.2-6).
-        number = now_recorded if packet.clean and now_recorded != recorded else 0
+        # To say that there is no session is to promise that a former one is gone (§3.1.2-6).
+        number = 0 if is_present else self._exchange.journal.wiped(client_id)
         self._acknowledge(mqtt.connack(mqtt.CONNACK_ACCEPTED, session_present=is_present), number)
         self._exchange.outbound.resume(session)
         self._gateway.counters.clients_connected += 1

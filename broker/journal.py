@@ -125,6 +125,7 @@ class Journal:
         self._due: asyncio.Handle | None = None
         self._waiting: dict[Waiting, None] = {}
         self._paused: dict[Waiting, None] = {}
+        self._wiped: dict[str, int] = {}
         self._settled = asyncio.Event()
         self._settled.set()
         self._last_session = 0
@@ -177,6 +178,10 @@ class Journal:
             stream.hold(number, data)
             self._waiting[stream] = None
 
+    def wiped(self, client_id: str) -> int:
+        """The change that takes a client's former session off the disk; 0 if there is nothing to wait for."""
+        return self._wiped.get(client_id, 0)
+
     def slow_down(self, stream: Waiting) -> None:
         """Read no more from a stream until the writer has caught up."""
         if stream not in self._paused:
@@ -209,6 +214,7 @@ class Journal:
             self.drop_delivery(outgoing)
         self._changes.sessions[session.key] = None
         self._noted(ROW_BYTES)
+        self._wiped[session.client_id] = self.recorded
         session.key = 0
 
     def note_subscription(self, session: Session, topic_filter: str, qos: int, *, is_replaying: bool) -> None:
@@ -334,6 +340,8 @@ class Journal:
     def _succeeded(self, group: _Group) -> None:
         self.durable = group.number
         self._counters.commits += 1
+        if self._wiped:
+            self._wiped = {key: number for key, number in self._wiped.items() if number > group.number}
         if self.is_failing:
             self.is_failing = False
             _log.warning("the store takes changes again", extra={"fields": {"event": "store_recovered"}})

@@ -123,6 +123,21 @@ def test_connack_of_a_clean_session_waits_for_the_end_of_the_former(gateway: Run
     check_waits(disk, again, mqtt.connect("free-1", clean=True), lambda found: found == mqtt.connack(0))
 
 
+def test_connack_waits_as_well_for_an_end_that_another_connection_began(
+    gateway: RunningGateway, disk: Disk
+) -> None:
+    away(gateway)
+    with disk.held():
+        gateway.open(gateway.context("free-1")).send(mqtt.connect("free-1", clean=True))
+        gateway.wait_for(lambda: gateway.broker.connected_count == 1, "it has ended the former session")
+        again = gateway.open(gateway.context("free-1"))
+        again.send(mqtt.connect("free-1", clean=False))
+        with pytest.raises(TimeoutError):
+            again.read(SILENCE_S)
+        gateway.client("free-2", clean=True).ping()
+    assert again.read() == mqtt.connack(0)
+
+
 def test_qos_2_to_a_persistent_session_waits_at_each_step(gateway: RunningGateway, disk: Disk) -> None:
     device = gateway.client("free-1", clean=False).subscribed(("t", 2))
     publisher = gateway.client("free-2")
