@@ -5,6 +5,7 @@ Rules (draft-ietf-uta-tls13-iot-profile, RFC 9325):
 - A client certificate is required, by a chain that ends in one of the trusted *issuing* CAs: they are the only
   anchors (`VERIFY_X509_PARTIAL_CHAIN`), since trusting the root would admit every CA below it.
 - TLS 1.2 or newer; for 1.2, ECDHE with ECDSA and AEAD suites only. No compression, no renegotiation.
+- The broker's key is in a file of its owner alone; one that group or others may read is not used.
 - One session ticket, so that a device resumes cheaply. OpenSSL does not look at the certificate of a resumed
   session again, and has no CRL here: the broker itself judges the leaf after every handshake (`peer.py`).
 """
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TLS12_SUITES = "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
-
-
+_OTHERS = 0o077
 _CREDENTIALS_HINT = "it holds the broker's key, certificate and chain: birthmark issue-broker HOST"
 
 
@@ -50,6 +50,7 @@ def server_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLCont
             f"could not use {credentials_path} as the broker's credentials: {_cause(error)}",
             hint=_CREDENTIALS_HINT,
         ) from error
+    _check_mode(credentials_path)
     _check_purpose(credentials_path)
     try:
         context.load_verify_locations(cafile=clients_ca_path)
@@ -59,6 +60,22 @@ def server_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLCont
             hint="it holds the issuing CAs' certificates in PEM; `birthmark issue-broker` writes it",
         ) from error
     return context
+
+
+def _check_mode(credentials_path: Path) -> None:
+    """Refuse a private key that others than the broker's user may read: whoever has it can stand in its place."""
+    try:
+        mode = credentials_path.stat().st_mode
+    except OSError as error:  # it was there a moment ago
+        raise ConfigurationError(
+            f"could not use {credentials_path} as the broker's credentials: {_cause(error)}",
+            hint=_CREDENTIALS_HINT,
+        ) from error
+    if mode & _OTHERS:
+        raise ConfigurationError(
+            f"could not use the key in {credentials_path}: others than its owner may read it",
+            hint=f"chmod 600 {credentials_path}",
+        )
 
 
 def _check_purpose(credentials_path: Path) -> None:

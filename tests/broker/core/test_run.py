@@ -165,6 +165,15 @@ def test_it_stops_under_load(tmp_path: Path, pki: Pki) -> None:
             client.close()
 
 
+def test_a_key_that_others_may_read_is_said_before_anything_listens(tmp_path: Path, pki: Pki) -> None:
+    config = write_files(tmp_path, pki)
+    (tmp_path / "server.pem").chmod(0o640)
+    with broker_process(config) as broker:
+        assert broker.process.wait(20) == 1
+        assert broker.wait_for_failure()["hint"] == f"chmod 600 {tmp_path / 'server.pem'}"
+        assert not broker.out
+
+
 def test_a_missing_file_is_said_before_anything_listens(tmp_path: Path, pki: Pki) -> None:
     config = write_files(tmp_path, pki)
     (tmp_path / "server.pem").unlink()

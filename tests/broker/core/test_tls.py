@@ -300,6 +300,17 @@ def test_a_key_that_is_not_the_certificates_or_is_encrypted_is_refused(tmp_path:
         server_context(tmp_path / "server.pem", tmp_path / "clients-ca.pem")
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
+def test_a_key_that_others_may_read_is_refused(tmp_path: Path, pki: Pki, mode: int) -> None:
+    pki.write_broker_files(tmp_path)
+    (tmp_path / "server.pem").chmod(mode)
+    with pytest.raises(ConfigurationError, match="others than its owner may read it") as caught:
+        server_context(tmp_path / "server.pem", tmp_path / "clients-ca.pem")
+    assert caught.value.hint == f"chmod 600 {tmp_path / 'server.pem'}"
+    (tmp_path / "server.pem").chmod(0o400)
+    assert server_context(tmp_path / "server.pem", tmp_path / "clients-ca.pem")
+
+
 def test_a_client_s_certificate_is_refused_as_the_broker_s(tmp_path: Path, pki: Pki) -> None:
     pki.write_broker_files(tmp_path)
     pki.device("sensor-1").write(tmp_path / "server.pem")

@@ -133,9 +133,10 @@ def receipt_in(settings: BrokerSettings) -> Receipt | None:
         return None
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     part = path.with_name(path.name + ".new")
     part.write_bytes(content)
+    part.chmod(mode)
     part.replace(path)
 
 
@@ -447,6 +448,21 @@ def test_bad_credentials_change_nothing(settings: BrokerSettings, caplog: pytest
             gateway.admit(PKI.device().der)
 
     asyncio.run(main())
+
+
+def test_new_credentials_that_others_may_read_change_nothing(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with running(settings) as (_, recorder):
+            replace(settings.credentials_path, PKI.issuing.server("localhost").pem, mode=0o644)
+            await until(lambda: f"chmod 600 {settings.credentials_path}" in caplog.text)
+            assert recorder.contexts == []
+            settings.credentials_path.chmod(0o600)
+            await until(lambda: recorder.contexts)
+
+    asyncio.run(main())
+    assert "others than its owner may read it; what was in force stays" in caplog.text
 
 
 def test_the_status_says_when_the_gateway_goes(settings: BrokerSettings) -> None:
