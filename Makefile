@@ -55,7 +55,7 @@ check: $(DEV)
 	@$(BIN)/mypy --no-error-summary
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -q -n auto
+	@$(BIN)/python -m pytest -q -n 4
 
 # The proofs are in the suite too, at a quick count; here each runs whole.
 proof: $(DEV)

@@ -1,6 +1,31 @@
-"""For every test: properties are about results, never about how fast a busy machine is."""
+"""For every test: a property is about results, not about the speed of a machine; port locks are one worker's."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 settings.register_profile("birthmark", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("birthmark")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the locks of ports apart from those of other workers.
+
+    The number of a pty that is gone is given to the next one at once, whichever worker asks for it, while a
+    station of the first may still hold its lock, as it should.
+    """
+    before = os.environ.get("XDG_RUNTIME_DIR")
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("runtime"))
+    yield
+    if before is None:
+        del os.environ["XDG_RUNTIME_DIR"]
+    else:
+        os.environ["XDG_RUNTIME_DIR"] = before
