@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from birthmark.broker.revocation import Alarm
 
 REPEAT_S = 3_600.0
 """An alarm that stays is said again this often."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """Something about the gateway that a person should look at. The same thing later is an equal one."""
+
+    code: Literal[
+        "crl-due",
+        "crl-expired",
+        "crl-refusing",
+        "certificate-due",
+        "certificate-expired",
+        "certificate-not-yet-valid",
+    ]
+    message: str
+    hint: str
+    level: int = logging.WARNING
 
 
 class Alarms:
@@ -44,7 +60,8 @@ class Alarms:
             if last_s is None:
                 self.raised += 1
             if last_s is None or moment_s - last_s >= REPEAT_S:
-                _log.warning(
+                _log.log(
+                    alarm.level,
                     "ALARM %s: %s (%s)",
                     alarm.code,
                     alarm.message,

@@ -58,8 +58,8 @@ class Counters:
     """Sessions closed by a revocation."""
     unchecked_closed: int = 0
     """Connections ended because the CRL of their CA had become too old to go by."""
-    crl_alarms: int = 0
-    """Alarms about the CRLs in force that have begun."""
+    alarms: int = 0
+    """Alarms that have begun: about the CRLs in force, and the gateway's own certificate."""
 
     def as_dict(self) -> dict[str, int]:
         """All of them by name."""

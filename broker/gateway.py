@@ -8,6 +8,7 @@ Rules:
 - A CRL that has become too old to go by (its grace is over, or at once if it is to fail closed) ends the live
   connections that it let in, as it refuses new ones. Their wills are published and their sessions kept: nothing is
   known against them. The status that says why leaves first.
+- The gateway's own certificate is an alarm before it expires, and no obstacle afterwards: its clients judge it.
 - A CRL comes as a file or on `gateway/{name}/crl`. Either way it is judged by its signature alone, installed
   durably, then what it revokes is closed, and then a receipt says so: as a file beside the CRL file, and retained
   on `gateway/{name}/receipts`.
@@ -25,6 +26,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
 from birthmark.broker.alarms import Alarms
+from birthmark.broker.own_certificate import read_own_certificate
 from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.receipts import receipt_of, write_receipts
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 STATUS_INTERVAL_S = 30.0
 GUARD_INTERVAL_S = 1.0
-"""How often the age of the CRLs in force is looked at."""
+"""How often the age of the CRLs and of the certificate in force is looked at."""
 MAX_WAITING_CRLS = 8
 """Brought by message and not judged yet; the next is refused, with a receipt that says so."""
 
@@ -131,6 +133,7 @@ class Gateway:
         # After the watch has taken its first look: what changes from here on is seen.
         self.policy = read_policy(settings.policy_path)
         self.tls_context = server_context(settings.credentials_path, settings.clients_ca_path)
+        self._own_certificate = read_own_certificate(settings.credentials_path)
 
     @classmethod
     def open(cls, settings: BrokerSettings) -> Gateway:
@@ -311,6 +314,7 @@ class Gateway:
     async def _take_credentials(self) -> None:
         """Take up new credentials or issuing CAs; connections of a CA that is no longer trusted are closed."""
         context = server_context(self._settings.credentials_path, self._settings.clients_ca_path)
+        own_certificate = read_own_certificate(self._settings.credentials_path)
         trust = read_trust(self._settings.clients_ca_path)
         async with self._installing:
             # First, so that nothing changes if a kept CRL of a CA that is trusted anew cannot be used.
@@ -318,6 +322,7 @@ class Gateway:
                 Revocations.open, trust, self._settings.data_folder, self._settings.revocation
             )
             self.revocations, self._trust, self.tls_context = revocations, trust, context
+            self._own_certificate = own_certificate
             if self._server:
                 self._server.set_tls_context(context)
                 self._server.close_identities(lambda peer: not trust.has(peer.issuer))
@@ -345,7 +350,7 @@ class Gateway:
                     self._publish_status(online=True)
                 self._end_unchecked()
             except Exception:  # noqa: BLE001 - a defect here must not silence the alarms to come
-                _log.exception("the age of the CRLs could not be looked at")
+                _log.exception("the age of the CRLs and of the certificate could not be looked at")
 
     def _end_unchecked(self) -> None:
         """End the connections that nobody would let in any more, because the CRL to check them by is too old."""
@@ -360,10 +365,12 @@ class Gateway:
             self._publish_status(online=True)
 
     def _look_for_alarms(self) -> bool:
-        """Look at the CRLs in force, log what is due; return whether what stands has changed."""
-        has_changed = self._alarms.look(self.revocations.alarms(now()))
+        """Look at CRLs and certificate in force, log what is due; return whether what stands has changed."""
+        moment = now()
+        own = self._own_certificate.alarms(moment) if self._own_certificate else []
+        has_changed = self._alarms.look(self.revocations.alarms(moment) + own)
         if self._server:
-            self._server.counters.crl_alarms = self._alarms.raised
+            self._server.counters.alarms = self._alarms.raised
         return has_changed
 
     def _publish_status(self, *, online: bool) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
+from birthmark.broker.alarms import Alarm
 from birthmark.broker.crl import Crl, CrlRefusedError, read_crl, split_crls
 from birthmark.broker.peer import PeerRefusedError
 from birthmark.device.durable import private_folder, remove_leftovers, write_durably
@@ -57,15 +58,6 @@ class Installation:
     reason: str = ""
     """Why it was refused: `code: message`."""
     hint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """Something about the CRLs in force that a person should look at."""
-
-    code: Literal["crl-due", "crl-expired", "crl-refusing"]
-    message: str
-    hint: str
 
 
 class Revocations:

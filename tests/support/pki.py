@@ -213,10 +213,18 @@ class Authority:
     def device(self, name: str = "sensor-1", role: str = "device") -> Issued:
         return self.issue(cns=[name], ous=[role])
 
-    def server(self, *hosts: str) -> Issued:
+    def server(
+        self, *hosts: str, not_before: dt.datetime | None = None, not_after: dt.datetime | None = None
+    ) -> Issued:
         """A broker's certificate for these DNS names and addresses."""
         return self.issue(
-            cns=[hosts[0]], ous=[], usages=[SERVER], san=[_host(host) for host in hosts], key_usage=None
+            cns=[hosts[0]],
+            ous=[],
+            usages=[SERVER],
+            san=[_host(host) for host in hosts],
+            key_usage=None,
+            not_before=not_before,
+            not_after=not_after,
         )
 
     def crl(

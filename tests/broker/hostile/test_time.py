@@ -211,5 +211,5 @@ def test_past_half_its_life_a_crl_is_an_alarm_on_the_status(tmp_path: Path, pki:
         assert status.alarms == ("crl-due",)
         late = world.operator("bob", (STATUS, 0)).read_delivery()
         assert late.retain
-        assert GatewayStatus.from_bytes(late.payload).counters["crl_alarms"] == 1
+        assert GatewayStatus.from_bytes(late.payload).counters["alarms"] == 1
         world.broker.wait_for_log("ALARM crl-due")

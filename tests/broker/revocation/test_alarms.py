@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from birthmark.broker.alarms import REPEAT_S, Alarms
-from birthmark.broker.revocation import Alarm
+from birthmark.broker.alarms import REPEAT_S, Alarm, Alarms
 
 if TYPE_CHECKING:
     import pytest

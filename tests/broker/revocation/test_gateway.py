@@ -326,7 +326,7 @@ def test_a_crl_too_old_to_go_by_ends_what_it_let_in(
             last = recorder.statuses()[-1]
             assert "crl-refusing" in last.alarms
             assert last.counters["unchecked_closed"] == 1
-            assert last.counters["crl_alarms"] >= 1
+            assert last.counters["alarms"] >= 1
             with pytest.raises(PeerRefusedError, match="expired"):
                 gateway.admit(PKI.device().der)
             # A new one, by file: everything is as before.
@@ -354,7 +354,7 @@ def test_past_half_its_life_a_crl_is_an_alarm_in_log_counter_and_status(
         async with running(settings, peer_of()) as (_, recorder):
             (status,) = recorder.statuses()
             assert status.alarms == ("crl-due",)
-            assert status.counters["crl_alarms"] == 1
+            assert status.counters["alarms"] == 1
             assert len(recorder.peers) == 1
 
     asyncio.run(main())
@@ -463,6 +463,34 @@ def test_new_credentials_that_others_may_read_change_nothing(
 
     asyncio.run(main())
     assert "others than its owner may read it; what was in force stays" in caplog.text
+
+
+def test_its_own_certificate_is_an_alarm_as_it_expires_and_no_obstacle(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, ends = now() - dt.timedelta(days=200), now() + dt.timedelta(seconds=2)
+    PKI.issuing.server("gw-1", not_before=began, not_after=ends).write(settings.credentials_path)
+
+    async def main() -> None:
+        async with running(settings, peer_of()) as (gateway, recorder):
+            assert recorder.statuses()[-1].alarms == ("certificate-due",)
+            await until(lambda: recorder.statuses()[-1].alarms == ("certificate-expired",))
+            assert recorder.statuses()[-1].counters["alarms"] == 2
+            gateway.admit(PKI.device().der)
+            assert len(recorder.peers) == 1
+        async with running(settings) as (gateway, recorder):  # and it starts with it, too
+            assert recorder.statuses()[-1].alarms == ("certificate-expired",)
+            replace(settings.credentials_path, PKI.issuing.server("gw-1").pem)
+            await until(lambda: recorder.statuses()[-1].alarms == ())
+            assert recorder.contexts == [gateway.tls_context]
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    levels = [(record.levelname, record.getMessage().split(":")[0]) for record in caplog.records]
+    assert levels.count(("WARNING", "ALARM certificate-due")) == 1
+    assert levels.count(("ERROR", "ALARM certificate-expired")) == 2
+    assert "`birthmark issue-broker gw-1 --renew`" in caplog.text
+    assert "alarm certificate-expired is over" in caplog.text
 
 
 def test_the_status_says_when_the_gateway_goes(settings: BrokerSettings) -> None:
