@@ -225,6 +225,7 @@ class Outbound:
         stream = session.stream
         if stream is None:
             return
+        self._withdraw_forbidden(session)
         for packet_id, outgoing in session.inflight.items():
             if outgoing.is_released:
                 self._send_in_state(session, pubrel(packet_id))
@@ -239,8 +240,28 @@ class Outbound:
             self.counters.messages_out += 1
         self.pump(session)
 
+    def _withdraw_forbidden(self, session: Session) -> None:
+        """Do not send again what its client may no longer receive.
+
+        Only for a client that is just back: on a living connection the acknowledgement may be on its way, and
+        would be taken for that of the next message under the same packet identifier.
+        """
+        for packet_id, outgoing in list(session.inflight.items()):
+            if outgoing.is_released or self.may_receive(session, outgoing.message.topic):
+                continue
+            if outgoing.qos == 1:
+                del session.inflight[packet_id]
+                session.inflight_bytes -= outgoing.message.size_bytes
+                self.journal.drop_delivery(outgoing)
+            else:
+                # The client may hold the packet identifier, and would pass over the next message under it: PUBREL
+                # has it let go, and is answered even where it is unknown (§4.3.3).
+                outgoing.is_released = True
+                if outgoing.key:
+                    self.journal.note_delivery(session, outgoing, packet_id)
+
     def drop_forbidden(self, session: Session) -> None:
-        """Drop what is queued and may no longer be received."""
+        """Drop what is queued and may no longer be received; of what is unacknowledged, see `resume`."""
         waiting = list(session.queue)
         session.queue.clear()
         for outgoing in waiting:

@@ -128,6 +128,36 @@ def test_a_new_policy_takes_hold_of_everything(gateway: RunningGateway) -> None:
     assert watcher.read_delivery().payload == b"again"
 
 
+@pytest.mark.parametrize("qos", [1, 2])
+def test_what_was_on_its_way_and_is_no_longer_allowed_is_not_sent_again(gateway: RunningGateway, qos: int) -> None:
+    """Sent to a socket that nobody read any more, it has not been seen yet."""
+    device = gateway.client("sensor-1", clean=False).subscribed(("devices/sensor-1/#", 2))
+    free = gateway.client("free-1")
+    topics = [f"devices/sensor-1/{leaf}" for leaf in ("private/y", "commands/x")]
+    for pid, topic in enumerate(topics, start=1):
+        free.send(mqtt.publish(topic, b"1", qos=qos, pid=pid))
+        free.read()
+    assert [device.read_delivery().topic for _ in topics] == topics
+    device.close()
+    gateway.wait_for(lambda: gateway.broker.connected_count == 1, "it has gone")
+    denied = POLICY_TOML.replace(b"[roles.free]", b'deny_subscribe = ["devices/{id}/private/#"]\n[roles.free]', 1)
+    gateway.call(gateway.broker.set_policy, policy(denied))
+
+    back = gateway.client("sensor-1", clean=False, present=True)
+    if qos == 2:
+        assert back.read() == mqtt.Packet(0x62, b"\x00\x01"), "it lets go of the identifier, and gets no message"
+        back.send(mqtt.pubcomp(1))
+    again = back.read_delivery()
+    assert (again.topic, again.packet_id, again.dup) == (topics[1], 2, True), "what is allowed comes again"
+    back.send(mqtt.puback(2) if qos == 1 else mqtt.pubrec(2))
+    if qos == 2:
+        assert back.read() == mqtt.Packet(0x62, b"\x00\x02")
+        back.send(mqtt.pubcomp(2))
+    back.ping()
+    (session,) = [found for found in gateway.broker.exchange.sessions if found.client_id == "sensor-1"]
+    assert (session.waiting_count, session.inflight_bytes) == (0, 0)
+
+
 def test_what_is_queued_and_no_longer_allowed_is_dropped(gateway: RunningGateway) -> None:
     gateway.client("sensor-1", clean=False).subscribed(("devices/sensor-1/#", 1)).close()
     gateway.wait_for(lambda: gateway.broker.connected_count == 0, "it has gone")
