@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from birthmark.broker.toml_file import Table, read_toml
 from birthmark.device.errors import ConfigurationError, IdentityError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName
 
 DEFAULT_LISTEN = "0.0.0.0:8883"
@@ -224,7 +224,7 @@ def _choice(table: Table, key: str, default: C) -> C:
         return type(default)(text)
     except ValueError as error:
         choices = ", ".join(repr(str(choice)) for choice in type(default))
-        raise table.complain(key, cause=f"{escaped(text, 32)!r} is none of {choices}") from error
+        raise table.complain(key, cause=f"{quoted(text, 32)} is none of {choices}") from error
 
 
 # The least and the most of each limit: the least still lets a stock client work, the most still fits a gateway.
@@ -289,4 +289,4 @@ def override_listen(text: str) -> tuple[str, int]:
     try:
         return parse_listen(text)
     except ValueError as error:
-        raise ConfigurationError(f"could not use --listen {escaped(text, 80)!r}: {error}") from error
+        raise ConfigurationError(f"could not use --listen {quoted(text, 80)}: {error}") from error

@@ -26,7 +26,7 @@ from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
 from birthmark.broker.packets import Publish
 from birthmark.broker.peer import PeerRefusedError
 from birthmark.broker.store import StoreError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -309,7 +309,7 @@ class Connection:
             return
         client_id = bound_client_id(packet, peer)
         if client_id is None:
-            self._log_refusal(f"it asked for the client id {escaped(packet.client_id)!r}, not its own")
+            self._log_refusal(f"it asked for the client id {quoted(packet.client_id)}, not its own")
             self._refuse(mqtt.CONNACK_CLIENT_ID)
             return
         if packet.will is not None:

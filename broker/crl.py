@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import SignatureAlgorithmOID
 
-from birthmark.broker.trust import MALFORMED, Issuer, Trust, name_text
+from birthmark.broker.trust import MALFORMED, Issuer, Trust, quoted_name
 from birthmark.device.errors import CredentialError
 from birthmark.device.pem import CRL as CRL_LABEL
 from birthmark.device.pem import read_blocks
@@ -129,8 +129,8 @@ def _issuer(found: x509.CertificateRevocationList, extensions: _Extensions, trus
         raise CrlRefusedError("issuer", "it does not say by which key it was signed (AKI)", _RENEW)
     issuer = trust.get(key_id)
     if issuer is None or found.issuer.public_bytes() != issuer.subject_der:
-        shown = name_text(found.issuer)
-        raise CrlRefusedError("issuer", f"it comes from {shown!r}, which is no trusted issuing CA", _FOREIGN)
+        shown = quoted_name(found.issuer)
+        raise CrlRefusedError("issuer", f"it comes from {shown}, which is no trusted issuing CA", _FOREIGN)
     return issuer
 
 
@@ -144,7 +144,7 @@ def _check_signature(found: x509.CertificateRevocationList, issuer: Issuer, crl_
     try:
         issuer.public_key.verify(found.signature, found.tbs_certlist_bytes, _SIGNATURE)
     except InvalidSignature as error:
-        message = f"it is not signed by {issuer.name!r}, which it names"
+        message = f"it is not signed by '{issuer.name}', which it names"
         raise CrlRefusedError("signature", message, _FOREIGN, issuer=issuer.key_id) from error
 
 

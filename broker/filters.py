@@ -13,7 +13,7 @@ Pure. Rules:
 from __future__ import annotations
 
 from birthmark.device.errors import ProtocolError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 
 MAX_TOPIC_BYTES = 65_535
 """The length field of an MQTT string has 16 bits (§1.5.3)."""
@@ -141,4 +141,4 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _refused(text: str, what: str, cause: str) -> TopicError:
-    return TopicError(f"could not use {escaped(text, 80)!r} as a {what}: {cause}")
+    return TopicError(f"could not use {quoted(text, 80)} as a {what}: {cause}")

@@ -27,9 +27,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorithmOID
 
-from birthmark.broker.trust import MALFORMED, Issuer, Trust, name_text
+from birthmark.broker.trust import MALFORMED, Issuer, Trust, quoted_name
 from birthmark.device.errors import IdentityError, RefusedError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.device.identity import DeviceId, Role
 
 if TYPE_CHECKING:
@@ -151,11 +151,11 @@ def _issuer(certificate: x509.Certificate, extensions: _Extensions, trust: Trust
         raise PeerRefusedError("issuer", "its certificate does not say by which key it was signed (AKI)", _REISSUE)
     issuer = trust.get(key_id)
     if issuer is None:
-        shown = name_text(certificate.issuer)
-        raise PeerRefusedError("issuer", f"its certificate comes from an unknown CA, {shown!r}", _STRANGER)
+        shown = quoted_name(certificate.issuer)
+        raise PeerRefusedError("issuer", f"its certificate comes from an unknown CA, {shown}", _STRANGER)
     if certificate.issuer.public_bytes() != issuer.subject_der:
-        shown = name_text(certificate.issuer)
-        raise PeerRefusedError("issuer", f"its certificate names {shown!r} with another CA's key", _STRANGER)
+        shown = quoted_name(certificate.issuer)
+        raise PeerRefusedError("issuer", f"its certificate names {shown} with another CA's key", _STRANGER)
     return issuer
 
 
@@ -166,8 +166,8 @@ def _names(certificate: x509.Certificate) -> tuple[DeviceId, Role]:
     try:
         device_id = DeviceId(_text(names[0].value))
     except IdentityError as error:
-        shown = escaped(names[0].value, 80)
-        raise PeerRefusedError("name", f"its CN {shown!r} is outside the grammar", error.hint) from error
+        shown = quoted(names[0].value, 80)
+        raise PeerRefusedError("name", f"its CN {shown} is outside the grammar", error.hint) from error
     roles = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
     if len(roles) != 1:
         message = f"the certificate of {device_id} has {len(roles)} roles (OU) instead of one"
@@ -175,9 +175,9 @@ def _names(certificate: x509.Certificate) -> tuple[DeviceId, Role]:
     try:
         return device_id, Role(_text(roles[0].value))
     except IdentityError as error:
-        shown = escaped(roles[0].value, 80)
+        shown = quoted(roles[0].value, 80)
         raise PeerRefusedError(
-            "role", f"the role {shown!r} of {device_id} is outside the grammar", _REISSUE
+            "role", f"the role {shown} of {device_id} is outside the grammar", _REISSUE
         ) from error
 
 
@@ -192,7 +192,7 @@ def _check_signature(certificate: x509.Certificate, issuer: Issuer, device_id: D
     try:
         issuer.public_key.verify(certificate.signature, certificate.tbs_certificate_bytes, _SIGNATURE)
     except InvalidSignature as error:
-        message = f"the certificate of {device_id} is not signed by {issuer.name!r}, which it names"
+        message = f"the certificate of {device_id} is not signed by '{issuer.name}', which it names"
         raise PeerRefusedError("signature", message, _STRANGER) from error
 
 
@@ -239,7 +239,7 @@ def _check_clock(certificate: x509.Certificate, issuer: Issuer, device_id: Devic
         raise PeerRefusedError("expired", message, f"if this gateway's clock is right, {_REISSUE}")
     if not issuer.not_before <= now <= issuer.not_after:
         message = (
-            f"CLOCK: the issuing CA {issuer.name!r} of {device_id} is valid from {_at(issuer.not_before)} "
+            f"CLOCK: the issuing CA '{issuer.name}' of {device_id} is valid from {_at(issuer.not_before)} "
             f"until {_at(issuer.not_after)}; here it is {_at(now)}"
         )
         raise PeerRefusedError("issuer-validity", message, "check this gateway's clock, then roll the CA over")

@@ -38,7 +38,7 @@ from birthmark.broker.filters import (
     levels_overlap,
 )
 from birthmark.device.errors import PolicyError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 
 if TYPE_CHECKING:
     from birthmark.device.identity import DeviceId, Role
@@ -104,8 +104,8 @@ class Assignment:
                 check_glob(glob)
         if is_reserved(self.role) and not self.for_services:
             raise PolicyError(
-                f"could not assign the role {escaped(self.role)!r}: it is reserved for services",
-                hint=f"assign it by the signed role: ou = {escaped(self.role)!r}",
+                f"could not assign the role {quoted(self.role)}: it is reserved for services",
+                hint=f"assign it by the signed role: ou = {quoted(self.role)}",
             )
 
     @property
@@ -138,11 +138,11 @@ def check_entry(entry: str, action: Action) -> None:
     Raises:
         PolicyError: it is no topic filter, `{id}` is not a level of its own, or it speaks of `$...`.
     """
-    shown = escaped(entry, 80)
+    shown = quoted(entry, 80)
     for level in entry.split("/"):
         if level != ID and ("{" in level or "}" in level):
             raise PolicyError(
-                f"could not use the entry {shown!r}: braces only as {ID}, a whole level between slashes",
+                f"could not use the entry {shown}: braces only as {ID}, a whole level between slashes",
                 hint=f"for example devices/{ID}/telemetry/#",
             )
     try:
@@ -151,7 +151,7 @@ def check_entry(entry: str, action: Action) -> None:
         raise PolicyError(error.message, hint="MQTT 3.1.1 section 4.7 has the grammar of topic filters") from error
     if entry.startswith("$") and (action is Action.PUBLISH or not _is_sys(entry)):
         raise PolicyError(
-            f"could not use the entry {shown!r}: topics that begin with $ are the broker's alone",
+            f"could not use the entry {shown}: topics that begin with $ are the broker's alone",
             hint="only $SYS/... can be named, under subscribe",
         )
 
@@ -160,7 +160,7 @@ def check_glob(glob: str) -> None:
     """Accept a glob on a CN or an OU. Raises `PolicyError`."""
     if not _GLOB.fullmatch(glob):
         raise PolicyError(
-            f"could not use the glob {escaped(glob, 80)!r}: it can match no name",
+            f"could not use the glob {quoted(glob, 80)}: it can match no name",
             hint="1 to 64 letters, digits, hyphens, dots and underscores; * for any run, ? for any one character",
         )
 
@@ -288,7 +288,7 @@ class Policy:
             raise PolicyError("could not use the policy: two roles have one name")
         for assignment in self.assignments:
             if assignment.role not in self._by_name:
-                raise PolicyError(f"could not use the policy: there is no role {escaped(assignment.role)!r}")
+                raise PolicyError(f"could not use the policy: there is no role {quoted(assignment.role)}")
 
     def rights(self, device_id: DeviceId, role: Role) -> Rights:
         """Return what this identity may do; `role` is the one in its certificate."""

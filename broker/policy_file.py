@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from birthmark.broker.policy import ID, Action, Assignment, Policy, RoleRules, check_entry, check_glob
 from birthmark.broker.toml_file import Table, parse_toml, read_toml
 from birthmark.device.errors import IdentityError, PolicyError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.device.identity import Role
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _assignment(table: Table, roles: set[str]) -> Assignment:
     table.only(("role", "cn", "ou"))
     role = table.text("role")
     if role not in roles:
-        cause = f"there is no role {escaped(role, 64)!r}"
+        cause = f"there is no role {quoted(role, 64)}"
         raise table.complain("role", cause=cause, hint=f"roles here: {', '.join(sorted(roles))}")
     globs: dict[str, str | None] = {"cn": None, "ou": None}
     for key in globs:

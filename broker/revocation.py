@@ -110,7 +110,7 @@ class Revocations:
         """Refuse to start without a CRL for each trusted issuing CA. Raises `ConfigurationError`."""
         for issuer in self._trust:
             if issuer.key_id not in self._crls:
-                raise ConfigurationError(f"could not start without a CRL of {issuer.name!r}", hint=_CRL_HINT)
+                raise ConfigurationError(f"could not start without a CRL of '{issuer.name}'", hint=_CRL_HINT)
 
     def install(self, content: bytes, now: datetime) -> list[Installation]:
         """Judge every CRL in `content` (DER or PEM) and put those that are newer in force.

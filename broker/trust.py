@@ -20,7 +20,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from birthmark.device.errors import ConfigurationError, CredentialError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,6 +126,11 @@ def name_text(name: x509.Name) -> str:
     return escaped(name.rfc4514_string())
 
 
+def quoted_name(name: x509.Name) -> str:
+    """Return a distinguished name in printable ASCII, between quotes."""
+    return quoted(name.rfc4514_string())
+
+
 def _issuer(certificate: x509.Certificate) -> Issuer:
     try:
         with warnings.catch_warnings():
@@ -160,6 +165,6 @@ def _issuer(certificate: x509.Certificate) -> Issuer:
 
 def _unfit(name: str, cause: str) -> CredentialError:
     return CredentialError(
-        f"could not trust {name!r} as an issuing CA of the clients: {cause}",
+        f"could not trust '{name}' as an issuing CA of the clients: {cause}",
         hint="clients-ca.pem holds issuing CAs only; `birthmark issue-broker` writes it",
     )

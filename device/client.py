@@ -30,7 +30,7 @@ from birthmark.device.backoff import RetryTimer
 from birthmark.device.credentials import Credentials
 from birthmark.device.dispatch import Dispatcher
 from birthmark.device.errors import IdentityError, LocalProtocolError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 from birthmark.device.events import Event, HandlerFailed
 from birthmark.device.mqtt import topic_matches
 from birthmark.device.publication import MAX_TOPIC_BYTES, Acknowledgement, Outgoing, Payload, as_bytes, is_utf8
@@ -336,6 +336,6 @@ def _check_filter(topic_filter: str) -> None:
         wrong |= "#" in level and (level != "#" or position != len(levels) - 1)
     if wrong:
         raise LocalProtocolError(
-            f"could not subscribe to {escaped(topic_filter)!r}: it is no MQTT filter",
+            f"could not subscribe to {quoted(topic_filter)}: it is no MQTT filter",
             hint="+ stands for a whole level, # for the rest, at the end",
         )

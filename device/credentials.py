@@ -19,7 +19,7 @@ from pathlib import Path
 
 from birthmark.device.certificate_facts import CertificateFacts, certificate_facts
 from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.bundle import Bundle
 from birthmark.device.pem import BUNDLE, CERTIFICATE, TRANSACTION, read_blocks
@@ -46,9 +46,7 @@ class BrokerAddress:
 
     def __post_init__(self) -> None:
         if not self.host or not self.host.isascii() or not self.host.isprintable() or " " in self.host:
-            raise ConfigurationError(
-                f"could not use {escaped(self.host)!r} as a broker's host: it is no host name"
-            )
+            raise ConfigurationError(f"could not use {quoted(self.host)} as a broker's host: it is no host name")
         if not 1 <= self.port <= 65535:
             raise ConfigurationError(f"could not use {self.port} as a broker's port: it is not from 1 to 65535")
 
@@ -67,7 +65,7 @@ class BrokerAddress:
             host, bracket, rest = text[1:].partition("]")
             if not bracket or (rest and not rest.startswith(":")):
                 raise ConfigurationError(
-                    f"could not use {escaped(text)!r} as a broker's address: the bracket has no partner",
+                    f"could not use {quoted(text)} as a broker's address: the bracket has no partner",
                     hint="write HOST:PORT, or [ADDRESS]:PORT for IPv6",
                 )
             port = rest[1:] or port
@@ -75,7 +73,7 @@ class BrokerAddress:
             host, port = text.split(":")
         if not port.isascii() or not port.isdecimal() or len(port) > 5:
             raise ConfigurationError(
-                f"could not use {escaped(text)!r} as a broker's address: {escaped(port)!r} is no port",
+                f"could not use {quoted(text)} as a broker's address: {quoted(port)} is no port",
                 hint="write HOST:PORT, for example gateway-1.example.com:8883",
             )
         return cls(host, int(port))

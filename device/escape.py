@@ -20,6 +20,15 @@ def escaped(text: str | bytes, limit: int = 256) -> str:
     return shown + "..." if cut else shown
 
 
+def quoted(text: str | bytes, limit: int = 256) -> str:
+    """Return `text` as `escaped` does, between single quotes; a quote within is escaped, too. A cut shows behind.
+
+    This, and not the `repr` of what is escaped already, which would double its backslashes.
+    """
+    within = escaped(text[:limit], limit).replace("'", "\\'")
+    return f"'{within}'..." if len(text) > limit else f"'{within}'"
+
+
 def _shown(character: str) -> str:
     if character == "\\":
         return "\\\\"

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 
 from birthmark.device.errors import IdentityError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 
 _ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _ROLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
@@ -35,9 +35,9 @@ class DeviceId:
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.text):
-            shown = escaped(self.text[: MAX_ID_CHARACTERS + 1])
+            shown = quoted(self.text[: MAX_ID_CHARACTERS + 1])
             raise IdentityError(
-                f"could not use {shown!r} as a device id: it is outside the grammar",
+                f"could not use {shown} as a device id: it is outside the grammar",
                 hint="1 to 63 letters, digits and hyphens, with no hyphen at either end",
             )
 
@@ -63,7 +63,7 @@ class Role:
     def __post_init__(self) -> None:
         if not _ROLE.fullmatch(self.name):
             raise IdentityError(
-                f"could not use {escaped(self.name[:33])!r} as a role: it is outside the grammar",
+                f"could not use {quoted(self.name[:33])} as a role: it is outside the grammar",
                 hint="1 to 32 letters, digits, dots, underscores and hyphens, starting with a letter or digit",
             )
 
@@ -107,7 +107,7 @@ class BrokerName:
     def __post_init__(self) -> None:
         if not _HOST.fullmatch(self.text):
             raise IdentityError(
-                f"could not use {escaped(self.text[:65])!r} as a broker name: it is no host name or address",
+                f"could not use {quoted(self.text[:65])} as a broker name: it is no host name or address",
                 hint="give a DNS name such as gateway-1.example.com, or an IP address",
             )
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from birthmark.device.errors import RemoteProtocolError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 
 Outcome = Literal["installed", "current", "refused"]
 
@@ -92,7 +92,7 @@ class Receipt:
         told = fields.text("outcome")
         outcome = next((known for known in get_args(Outcome) if known == told), None)
         if outcome is None:
-            raise fields.error(f"unknown outcome {escaped(told)!r}")
+            raise fields.error(f"unknown outcome {quoted(told)}")
         return cls(
             gateway=fields.text("gateway"),
             outcome=outcome,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from birthmark.device.errors import BirthmarkError, LocalProtocolError, UnreachableError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 
 MAX_TOPIC_BYTES = 65_535
 """MQTT 3.1.1 §1.5.3."""
@@ -34,17 +34,17 @@ class Outgoing:
     retain: bool = False
 
     def __post_init__(self) -> None:
-        what = escaped(self.topic)
+        what = quoted(self.topic)
         if not self.topic or len(self.topic.encode("utf-8", "surrogatepass")) > MAX_TOPIC_BYTES:
-            raise LocalProtocolError(f"could not publish to {what!r}: a topic has 1 to {MAX_TOPIC_BYTES} bytes")
+            raise LocalProtocolError(f"could not publish to {what}: a topic has 1 to {MAX_TOPIC_BYTES} bytes")
         if any(c in self.topic for c in "+#\0") or not is_utf8(self.topic):
             raise LocalProtocolError(
-                f"could not publish to {what!r}: it is a filter, no topic", hint="leave out + and # and NUL"
+                f"could not publish to {what}: it is a filter, no topic", hint="leave out + and # and NUL"
             )
         if self.qos not in (0, 1):
-            raise LocalProtocolError(f"could not publish to {what!r}: the quality of service is 0 or 1")
+            raise LocalProtocolError(f"could not publish to {what}: the quality of service is 0 or 1")
         if len(self.payload) > MAX_PAYLOAD_BYTES:
-            raise LocalProtocolError(f"could not publish to {what!r}: {len(self.payload)} bytes are too many")
+            raise LocalProtocolError(f"could not publish to {what}: {len(self.payload)} bytes are too many")
 
 
 def as_bytes(payload: Payload) -> bytes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.agent import keys
 from birthmark.device.errors import ConfigurationError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.device.link.messages import MessageType
 from birthmark.firmware_sim.impostors import IMPOSTORS, Impostor
 from birthmark.firmware_sim.lies import LIES
@@ -183,14 +183,14 @@ def parse(texts: Iterable[str]) -> Faults:
         kind = KINDS.get(name)
         if kind is None:
             raise ConfigurationError(
-                f"could not simulate {escaped(text)!r}: there is no such fault",
+                f"could not simulate {quoted(text)}: there is no such fault",
                 hint="there are: " + ", ".join(KINDS),
             )
         try:
             faults = kind.apply(faults, value if bool(kind.value) == bool(equals) else _none(text))
         except (ValueError, OverflowError):
             raise ConfigurationError(
-                f"could not simulate {escaped(text)!r}: that is no value for it",
+                f"could not simulate {quoted(text)}: that is no value for it",
                 hint=f"write {name}={kind.value}: {kind.meaning}" if kind.value else f"write {name} alone",
             ) from None
     return faults

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.durable import private_folder, write_durably
 from birthmark.device.errors import ConfigurationError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.firmware_sim.board import LINK_NAME
 from birthmark.firmware_sim.faults import Faults, parse
 from birthmark.firmware_sim.fleet import board_folder
@@ -40,7 +40,7 @@ def faults_of_slots(texts: Iterable[str], count: int) -> list[Faults]:
             of[int(found[1]) - 1].append(found[2])
         else:
             raise ConfigurationError(
-                f"could not simulate {escaped(text)!r}: there is no slot {found[1]}",
+                f"could not simulate {quoted(text)}: there is no slot {found[1]}",
                 hint=f"the slots are 1 to {count}; more with --slots",
             )
     return [parse(each) for each in of]
@@ -56,7 +56,7 @@ def write_fixture(folder: Path, faults: Sequence[Faults]) -> Path:
     base = folder.resolve()
     if not str(base).isprintable() or any(character in str(base) for character in "'\\"):
         raise ConfigurationError(
-            f"could not name the ports in {escaped(str(base))!r}: the path has characters that quote",
+            f"could not name the ports in {quoted(str(base))}: the path has characters that quote",
             hint="choose another --state",
         )
     private_folder(base)

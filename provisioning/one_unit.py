@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import INTERRUPTED
 from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError, PortError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.crl_delivery import bring_new_crl
@@ -148,7 +148,7 @@ def broker_address(text: str | None, default: BrokerDefaults) -> BrokerAddress:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
         raise ConfigurationError(
-            f"could not use {escaped(text)!r} as a broker's address: it is not HOST:PORT",
+            f"could not use {quoted(text)} as a broker's address: it is not HOST:PORT",
             hint="for example: --broker gateway-1.example.com:8883, or --broker [fd00::1]:8883",
         )
     checked = BrokerDefaults(host.removeprefix("[").removesuffix("]"), int(port), default.keepalive_s)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.errors import ConfigurationError, PortError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.port import PortName, adapters
 
@@ -56,7 +56,7 @@ def choose(text: str) -> PortName:
         found = _BY_PATH.fullmatch(text)
         if found is None:
             raise PortError(
-                f"could not use {escaped(text)!r} as a port: that is no name of a place",
+                f"could not use {quoted(text)} as a port: that is no name of a place",
                 hint=f"the names are those in {BY_PATH_FOLDER}",
             )
         return PortName.of(str(BY_PATH_FOLDER / found[1]))
@@ -124,7 +124,7 @@ def _by_adapter(text: str) -> PortName:
     wanted = _USB.fullmatch(text)
     if wanted is None:
         raise PortError(
-            f"could not use {escaped(text)!r} as a port: it is not usb:VID:PID[:SERIAL]",
+            f"could not use {quoted(text)} as a port: it is not usb:VID:PID[:SERIAL]",
             hint="for example: usb:0403:6001, or usb:0403:6001:A50285BI",
         )
     vid, pid, number = int(wanted[1], 16), int(wanted[2], 16), wanted[3]

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from birthmark.device.errors import AuthorityError, IdentityError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName, DeviceId, Role, device_role
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def general_name(host: str) -> x509.GeneralName:
         pass
     if not _DNS_NAME.fullmatch(host):
         raise IdentityError(
-            f"could not use {escaped(host, 64)!r} as a broker's host: it is neither a DNS name nor an address",
+            f"could not use {quoted(host, 64)} as a broker's host: it is neither a DNS name nor an address",
             hint="give names such as gateway-1.example.com and addresses such as 192.0.2.7 or 2001:db8::7",
         )
     return x509.DNSName(host)

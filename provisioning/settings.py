@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from birthmark.device.credentials import BrokerAddress
 from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import BrokerName, device_role
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Gateway:
             # It is shown to people, and goes into the file: no control characters, no octets outside UTF-8.
             if not str(path).isprintable():
                 raise ConfigurationError(
-                    f"could not use the path {escaped(str(path))!r} of gateway {self.name}: it is not printable"
+                    f"could not use the path {quoted(str(path))} of gateway {self.name}: it is not printable"
                 )
 
     @property
@@ -160,7 +160,7 @@ class Settings:
         organization = self.organization
         if not organization.strip() or not organization.isprintable():
             raise ConfigurationError(
-                f"could not use {escaped(organization)!r} as the organization: it is empty or not printable"
+                f"could not use {quoted(organization)} as the organization: it is empty or not printable"
             )
         if len(organization) > MAX_ORGANIZATION_CHARACTERS:  # RFC 5280 appendix A.1: ub-organization-name
             raise ConfigurationError("could not use the organization: it is longer than 64 characters")
@@ -346,4 +346,4 @@ class _Table:
             raise ConfigurationError(f"{self._where(next(iter(self._values)))} is unknown", hint="is it misspelt?")
 
     def _where(self, key: str) -> str:
-        return f"key {escaped(key)!r}" + (f" in [{self._name}]" if self._name else "")
+        return f"key {quoted(key)}" + (f" in [{self._name}]" if self._name else "")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
 from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.provisioning.journal import Wish
 from birthmark.provisioning.registry.model import State
@@ -225,7 +225,7 @@ def from_template(template: str, registry: Registry, role: Role | None, *, start
     found = _NUMBERED.fullmatch(template)
     if found is None:
         raise ConfigurationError(
-            f"could not use the template {escaped(template, 80)!r}: it needs {{n}} once",
+            f"could not use the template {quoted(template, 80)}: it needs {{n}} once",
             hint="as in sensor-{n:05}",
         )
     before, width, after = found[1], int(found[2] or 0), found[3]

@@ -19,7 +19,7 @@ from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import INTERRUPTED, Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import ConfigurationError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 from birthmark.device.link.messages import MAX_HWID_BYTES, MAX_TEXT_CHARACTERS, MIN_HWID_BYTES, KeyMode
 from birthmark.device.link.timers import DEFAULT_BAUD
 
@@ -121,7 +121,7 @@ def _hwid(wanted: str, slots: Slots) -> bytes:
         if MIN_HWID_BYTES <= len(hwid) <= MAX_HWID_BYTES:
             return hwid
     raise ConfigurationError(
-        f"could not use {escaped(wanted)!r} as a hardware id: it is not 8 to 64 hex digits",
+        f"could not use {quoted(wanted)} as a hardware id: it is not 8 to 64 hex digits",
         hint="leave --hwid out to take the board's own",
     )
 
@@ -130,7 +130,7 @@ def _text(text: str, option: str) -> str:
     if 1 <= len(text) <= MAX_TEXT_CHARACTERS and all(" " <= character <= "~" for character in text):
         return text
     raise ConfigurationError(
-        f"could not use {escaped(text)!r} for {option}: it is not 1 to {MAX_TEXT_CHARACTERS} printable characters"
+        f"could not use {quoted(text)} for {option}: it is not 1 to {MAX_TEXT_CHARACTERS} printable characters"
     )
 
 

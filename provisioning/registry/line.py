@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import ConfigurationError
-from birthmark.device.escape import escaped
+from birthmark.device.escape import quoted
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -30,7 +30,7 @@ class Batch:
     def __post_init__(self) -> None:
         if not _BATCH_NAME.fullmatch(self.name):
             raise ConfigurationError(
-                f"could not use {escaped(self.name, 80)!r} as a batch's name",
+                f"could not use {quoted(self.name, 80)} as a batch's name",
                 hint="1 to 64 letters, digits, '.', '-' and '_', beginning with a letter or a digit",
             )
 

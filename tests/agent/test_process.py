@@ -126,7 +126,7 @@ def test_one_agent_a_state_folder(tmp_path: Path, pty: Pty) -> None:
         ("pty", ("--baud", "12345"), (1, "could not use 12345 baud")),
         ("pty", ("--hwid", "abc"), (1, "'abc' as a hardware id")),
         ("pty", ("--hwid", "abcdef"), (1, "'abcdef' as a hardware id")),
-        ("pty", ("--model", "\x1b[2J"), (1, r"\\x1b[2J")),
+        ("pty", ("--model", "\x1b[2J"), (1, r"use '\x1b[2J' for")),
         ("pty", ("--model", ""), (1, "--model")),
     ],
 )

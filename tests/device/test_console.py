@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from birthmark.device import console, errors
-from birthmark.device.escape import escaped
+from birthmark.device.escape import escaped, quoted
 
 
 def _parser(outcome: BaseException | int | None) -> console.Parser:
@@ -91,6 +91,22 @@ def test_untrusted_text_is_escaped() -> None:
     assert escaped("\x1b[2J\n\u202e\U0001f600\\") == "\\x1b[2J\\x0a\\u202e\\U0001f600\\\\"
     assert escaped(b"\xff\x00ok") == "\\xff\\x00ok"
     assert escaped("a" * 300) == "a" * 256 + "..."
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s\u0435nsor-1", r"'s\u0435nsor-1'"),
+        ("it's \\ here", r"'it\'s \\ here'"),
+        (r"\'", r"'\\\''"),
+        (b"\xff", r"'\xff'"),
+        ("", "''"),
+        ("abcdef", "'abcd'..."),
+        ("a''b", r"'a\'\'b'"),
+    ],
+)
+def test_quoted_text_is_escaped_once_and_its_end_is_plain(text: str | bytes, shown: str) -> None:
+    assert quoted(text, 4 if text == "abcdef" else 256) == shown
 
 
 def test_what_a_table_or_a_fact_holds_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
