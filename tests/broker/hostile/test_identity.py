@@ -53,6 +53,8 @@ def test_no_one_fills_the_log_with_refusals(world: ProcessWorld) -> None:
     context = world.context("chatty")
     for number in range(2 * MAX_LINES):
         assert world.answer(context, mqtt.connect(f"name-{number}")) == 2
+    world.client("last").close()
+    world.broker.wait_for_log("last connected")  # so that all lines before it are there
     said = [record for record in world.broker.log if record.get("event") == "refused" and record["id"] == "chatty"]
     assert 0 < len(said) <= MAX_LINES
 

@@ -65,6 +65,8 @@ def test_a_will_is_held_to_the_policy_of_the_moment_it_fires(tmp_path: Path, pki
     with process_world(tmp_path, pki) as world:
         assert play(world, narrowed=False) == {b"cut", b"silent"}, "the control: they do fire"
         assert play(world, narrowed=True) == set()
+        for name in ("cut", "silent"):
+            world.broker.wait_for_log(f"{name} may not have its last will on")
         said = [record for record in world.broker.log if record.get("action") == "will"]
         assert {record["id"] for record in said} == {"cut", "silent"}
         assert all("no publish entry matches" in record["rule"] for record in said)
