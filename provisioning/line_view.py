@@ -5,6 +5,7 @@ Rules:
 - A slot is a row: slot, id, step, percent, seconds, retries. PASS is green and FAIL red over the whole row; a word
   and a code say the same to whoever sees no colours.
 - The line's statistics stand below: yields, retries, failures by step, boards an hour.
+- All of that fits 80 columns; a prompt stands below in full, and at the end each failure with its hint.
 - Whatever came from a device or a scanner is escaped before it is shown.
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from birthmark.device.console import Console
+    from birthmark.device.errors import BirthmarkError
     from birthmark.provisioning.slot import Report
 
 PERCENT: Final = {
@@ -39,7 +41,11 @@ PERCENT: Final = {
     Step.COMMIT: 95,
     Step.ATTEST: 100,
 }
-_HEADING: Final = "SLOT     ID                        STEP       %   SECONDS  RETRIES"
+_COLUMNS: Final = "{:<8} {:<{id_width}}  {:<7} {:>3} {:>8} {:>8}  "
+_RESULT_WIDTH: Final = 20
+_ID_WIDTHS: Final = (8, 24)
+_LINES_BESIDE_SLOTS: Final = 7
+"""Heading, three of statistics, two for the scanner, and the one that the cursor is in."""
 _COLOURS: Final = {Outcome.PASS: "7;32", Outcome.FAIL: "7;31", Outcome.STOPPED: "7;33"}
 _REDRAW_S: Final = 0.1
 
@@ -97,9 +103,9 @@ class Tally:
         final = f"{self.passed / units:.1%}" if units else "-"
         rate = self.record()["boards_an_hour"]
         pace = "-" if rate is None else f"{rate:.0f}"
-        yields = f"first-pass yield {first}, final yield {final}"
         lines = [
-            f"{self.passed} PASS, {self.failed} FAIL; {yields}; {self.retries} retries; {pace} boards an hour"
+            f"{self.passed} PASS, {self.failed} FAIL; first-pass yield {first}, final yield {final}",
+            f"{self.retries} retries; {pace} boards an hour",
         ]
         if self.failures_by_step:
             counts = self.failures_by_step.most_common()
@@ -179,9 +185,27 @@ class LiveTable:
         self._write = write
         self._drawn = 0
         self._next_s = 0.0
+        self._prompt: Noted | None = None
+        self._typed = ""
+        self._failures: dict[str, BirthmarkError] = {}
+        narrowest, widest = _ID_WIDTHS
+        others = len(_COLUMNS.format(*[""] * 6, id_width=0)) + _RESULT_WIDTH
+        self._id_width = max(narrowest, min(widest, width - 1 - others))
+
+    def typed(self, text: str) -> None:
+        """Show what a person has typed so far; may be called from any thread."""
+        self._typed = text
 
     def show(self, report: Report) -> None:
         """Take a report; it is on the terminal with the next drawing."""
+        if isinstance(report, Noted) and report.kind in ("id", "confirm"):
+            self._prompt = report
+        elif self._prompt is not None and report.slot == self._prompt.slot:
+            self._prompt = None
+        if isinstance(report, Ended):
+            self._failures.pop(report.slot, None)
+            if report.is_final and report.attempt.outcome is Outcome.FAIL and report.error is not None:
+                self._failures[report.slot] = report.error
         self._rows[report.slot].take(report, self._tally.clock())
 
     def tick(self) -> None:
@@ -192,14 +216,21 @@ class LiveTable:
             self._draw(now_s)
 
     def close(self) -> None:
-        """Draw for the last time."""
+        """Draw for the last time, and say what each failure was."""
+        self._prompt = None
         self._draw(self._tally.clock())
+        for slot, error in self._failures.items():
+            hint = f" ({error.hint})" if error.hint else ""
+            self._write(f"{slot}: {error.message}{hint}\n")
 
     def lines(self, now_s: float) -> list[str]:
         """Return the table's lines, painted, none longer than the terminal is wide."""
-        rows = [self._painted(row, row.text(now_s)) for row in self._rows.values()]
-        below = [line[: self._width - 1] for line in self._tally.described()]
-        return [_HEADING[: self._width - 1], *rows, *below]
+        heading = _COLUMNS.format("SLOT", "ID", "STEP", "%", "SECONDS", "RETRIES", id_width=self._id_width)
+        rows = [self._painted(row, row.text(now_s, self._id_width)) for row in self._rows.values()]
+        below = self._tally.described()
+        if self._prompt is not None:
+            below += [f"slot {self._prompt.slot}: {escaped(self._prompt.text)}", f"> {escaped(self._typed)}"]
+        return [heading[: self._width - 1].rstrip(), *rows, *(line[: self._width - 1] for line in below)]
 
     def _painted(self, row: _Row, text: str) -> str:
         text = text[: self._width - 1].ljust(self._width - 1)
@@ -255,16 +286,17 @@ class _Row:
         self.note = " ".join(word for word in (attempt.outcome.value, attempt.code) if word)
         self.begun_s, self.ended_s = now_s - attempt.elapsed_ms / 1000, now_s
 
-    def text(self, now_s: float) -> str:
+    def text(self, now_s: float, id_width: int) -> str:
         seconds = "" if self.begun_s is None else f"{(self.ended_s or now_s) - self.begun_s:.1f}"
-        unit = f"{self.slot:<8} {self.name[:24]:<24}  {self.step:<8} {self.percent:>3}"
-        return f"{unit}   {seconds:>7}  {self.retries:>7}  {self.note}"
+        name = self.name if len(self.name) <= id_width else self.name[: id_width - 1] + "…"
+        columns = (self.slot, name, self.step, self.percent, seconds, self.retries)
+        return _COLUMNS.format(*columns, id_width=id_width) + self.note
 
 
 def display_for(console: Console, slots: Sequence[str], tally: Tally) -> Display:
     """Return the table where there is room for one on a terminal; lines otherwise."""
     size = shutil.get_terminal_size()
-    if console.as_json or not sys.stdout.isatty() or size.lines < len(slots) + 5:
+    if console.as_json or not sys.stdout.isatty() or size.lines < len(slots) + _LINES_BESIDE_SLOTS:
         return Lines(console)
 
     def write(text: str) -> None:

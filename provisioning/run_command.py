@@ -10,12 +10,11 @@ Rules:
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import select
 import shlex
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -27,13 +26,13 @@ from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.batches import moment
 from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.line_run import run_line
-from birthmark.provisioning.line_view import Lines, Tally, display_for
+from birthmark.provisioning.line_view import Lines, LiveTable, Tally, display_for
 from birthmark.provisioning.one_unit import add_unit_options, broker_address, journal_of, warn_of_loopback
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 from birthmark.provisioning.port_choice import read_fixture, slots_of
 from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.registry.model import KeyMode, Kind, State
-from birthmark.provisioning.session import StoppedError
+from birthmark.provisioning.scanner import Scanner
 from birthmark.provisioning.slot import DEFAULT_TRIES, Noted, Slot
 from birthmark.provisioning.unit_ids import Known, Listed, Scanned, from_template, read_list
 
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.unit_ids import IdSource
 
 UNFINISHED: Final = (State.RESERVED, State.KEYED, State.ISSUED, State.PREPARED, State.COMMITTED)
-_MAX_LINE_OCTETS: Final = 256
-_LOOK_EVERY_MS: Final = 100
 
 _RUN_EXAMPLES: Final = """
 birthmark run --ports fixture.toml --template 'sensor-{n:05}'
@@ -178,6 +175,7 @@ class _Line:
     ) -> None:
         self.stop = threading.Event()
         self.tell: Callable[[Report], None]
+        self.scanner = Scanner(sys.stdin.fileno(), self.stop.is_set) if getattr(arguments, "scan", False) else None
         self._station = station
         self._console = console
         self._arguments = arguments
@@ -198,7 +196,10 @@ class _Line:
             return [Slot(port, journal, ids, tell, self.stop, arguments.tries, again) for port in self._ports]
 
         try:
-            run_line(make, display, tally, self.stop)
+            with ExitStack() as terminal:
+                if self.scanner is not None and isinstance(display, LiveTable):
+                    terminal.enter_context(self.scanner.key_by_key(display.typed))
+                run_line(make, display, tally, self.stop)
         finally:
             if journal.revoked:
                 bring_new_crl(station, console)
@@ -210,28 +211,6 @@ class _Line:
             console.emit(record, f"interrupted; nothing is lost. To go on: {resume}")
             return INTERRUPTED
         return tally.worst_exit_code
-
-    def scanned_line(self) -> str | None:
-        """Return the next line of the standard input; None at its end.
-
-        Raises:
-            StoppedError: a person stopped the line.
-        """
-        poll = select.poll()
-        poll.register(sys.stdin.fileno(), select.POLLIN)
-        received = b""
-        while not received.endswith(b"\n"):
-            if self.stop.is_set():
-                raise StoppedError
-            if not poll.poll(_LOOK_EVERY_MS):
-                continue
-            # Octet by octet: what comes after the line belongs to whoever scans next.
-            octet = os.read(sys.stdin.fileno(), 1)
-            if not octet:
-                return received.decode("utf-8", "replace") if received else None
-            if len(received) < _MAX_LINE_OCTETS or octet == b"\n":
-                received += octet
-        return received.decode("utf-8", "replace")
 
     def ask(self, slot: str, kind: str, text: str) -> None:
         """Show what is to be scanned."""
@@ -276,9 +255,9 @@ def _check_local(ports: Sequence[SlotPort], key_mode: KeyMode | None) -> None:
 def _ids(arguments: argparse.Namespace, station: Station, key_mode: KeyMode | None, line: _Line) -> IdSource:
     role = device_role(arguments.role) if arguments.role is not None else None
     registry = station.registry
-    if arguments.scan:
+    if line.scanner is not None:
         return Scanned(
-            line.scanned_line,
+            line.scanner.line,
             line.ask,
             registry,
             pattern=arguments.pattern,

@@ -369,4 +369,5 @@ def test_the_table_on_a_terminal(
     assert "PASS" in lines[1]
     assert "FAIL PORT" in lines[3]
     assert "2 PASS, 1 FAIL; first-pass yield 66.7%" in lines[4]
-    assert "failures by step: port 1" in lines[5]
+    assert "0 retries; " in lines[5]
+    assert "failures by step: port 1" in lines[6]

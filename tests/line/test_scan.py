@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+import termios
+import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.station import PASSPHRASE
 
 from birthmark.provisioning.registry.model import State
 
@@ -92,3 +98,53 @@ def test_a_pattern_is_for_a_scanner(birthmark: Command, board: LineBoard) -> Non
     assert done.exit_code == 1
     assert "--scan" in done.stderr
     assert birthmark("run", "--port", board.port, "--scan", "--pattern", "(", *WHERE).exit_code == 2
+
+
+def test_typed_on_a_terminal_under_the_table(station: Station, board: LineBoard) -> None:
+    """Nothing is on the screen but the table, drawn over itself; the terminal is left as it was."""
+    master, slave = os.openpty()
+    environment = {
+        **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
+        "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(),
+        "BIRTHMARK_STATION": str(station.folder),
+        "COLUMNS": "80",
+        "LINES": "24",
+    }
+    before = termios.tcgetattr(slave)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "birthmark.provisioning", "run", "--port", board.port, "--scan", *WHERE],
+        env=environment,
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+    )
+    shown = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal shown
+        deadline_s = time.monotonic() + 60
+        while text not in shown and time.monotonic() < deadline_s:
+            shown += os.read(master, 65536)
+        assert text in shown
+
+    wait_for(b"slot 1: scan the id of the board")
+    os.write(master, b"a/b\r")
+    wait_for(b"not a/b: it is no device id; scan another")
+    os.write(master, b"sensor-18\x7f7")
+    wait_for(b"> sensor-17")
+    os.write(master, b"\r")
+    wait_for(b"scan sensor-17 again, on the board")
+    os.write(master, b"sensor-17\r")
+    wait_for(b"PASS ")
+    assert process.wait(60) == 0
+    assert process.stderr is not None
+    process.stderr.close()
+    assert termios.tcgetattr(slave) == before
+    os.close(slave)
+    os.close(master)
+    assert board.bundle.config.device_id.text == "sensor-17"
+    up = ""
+    for drawing in shown.decode().split("\x1b[J")[:-1]:
+        assert re.match(r"(\x1b\[\d+F)?SLOT ", drawing)
+        assert drawing.startswith(up)
+        up = f"\x1b[{drawing.count(chr(10))}F"

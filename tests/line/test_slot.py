@@ -159,8 +159,9 @@ def test_a_row_goes_from_step_to_word_and_colour() -> None:
     assert row.startswith("\x1b[7;32m")
     assert row.endswith("\x1b[0m")
     assert "PASS" in row
-    assert "1 PASS, 0 FAIL; first-pass yield 0.0%, final yield 100.0%; 1 retries" in screen.lines()[3]
-    assert screen.lines()[4] == "failures by step: data 1"
+    assert screen.lines()[3] == "1 PASS, 0 FAIL; first-pass yield 0.0%, final yield 100.0%"
+    assert screen.lines()[4].startswith("1 retries; ")
+    assert screen.lines()[5] == "failures by step: data 1"
     screen.table.show(ended(Outcome.FAIL, "STUCK"))
     assert screen.lines()[1].startswith("\x1b[7;31m")
     assert "FAIL STUCK" in screen.lines()[1]
@@ -171,6 +172,30 @@ def test_without_colours_the_word_says_it() -> None:
     screen.table.show(ended(Outcome.FAIL, "STUCK"))
     assert "\x1b" not in "".join(screen.lines())
     assert "FAIL STUCK" in screen.lines()[1]
+
+
+def test_80_columns_cut_neither_a_code_nor_a_figure_nor_a_prompt() -> None:
+    screen = Screen(80, is_coloured=False)
+    for report in (ended(Outcome.PASS), ended(Outcome.FAIL, "QUARANTINE")):
+        screen.tally.add(report)
+        screen.table.show(report)
+    asked = f"scan the id of the board {'0f' * 16}"
+    screen.table.show(Noted("B", "id", asked))
+    screen.table.typed("S0001\x1b")
+    lines = screen.lines()
+    assert all(len(line) < 80 for line in lines)
+    assert lines[1].rstrip().endswith("  FAIL QUARANTINE")
+    assert any(line.endswith(" boards an hour") for line in lines)
+    assert lines[-2:] == [f"slot B: {asked}", "> S0001\\x1b"]
+    screen.table.show(Stepped("B", "S0001", HWID, Step.HELLO, 0.5))
+    assert lines[-1] not in screen.lines()
+
+
+def test_what_was_wrong_is_said_in_full_below_the_table() -> None:
+    screen = Screen(80, is_coloured=False)
+    screen.table.show(ended(Outcome.FAIL, "STUCK"))
+    screen.table.close()
+    assert screen.written[-1] == f"A: {STUCK.message} ({STUCK.hint})\n"
 
 
 def test_nothing_raw_and_nothing_longer_than_the_terminal() -> None:
