@@ -134,7 +134,7 @@ def ports_here() -> list[str]:
 
 
 def _examine(machine: Machine, port: str, processes: Sequence[Process]) -> Iterator[Finding]:
-    device = os.path.realpath(machine.root / port.lstrip("/"))
+    device = os.path.realpath(machine.root / str(Path(port).absolute()).lstrip("/"))
     name = Path(device).name
     try:
         status = Path(device).stat()

@@ -156,7 +156,7 @@ def test_the_command_looks_at_real_ports_and_leaves_them_alone(
         done = run_doctor("--port", board.port, "--json")
     assert '"check":"station","health":"FAIL"' in done.stdout
     assert done.returncode == 5
-    done = run_doctor("--port", board.port)
+    done = run_doctor("--port", os.path.relpath(board.port))
     assert "permission: you may read and write it" in done.stdout
     assert "no other station is at work on it" in done.stdout
     assert birthmark("flash", "--port", board.port, "--id", "x", "--broker", "h:1").exit_code == 0
