@@ -8,6 +8,7 @@ Each line that a client sends comes back reversed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -120,6 +121,7 @@ def openssl_client(port: int, *arguments: str | Path, steps: Sequence[tuple[byte
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        bufsize=0,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -130,8 +132,8 @@ def openssl_client(port: int, *arguments: str | Path, steps: Sequence[tuple[byte
         while data := os.read(process.stdout.fileno(), 65_536):
             printed += data
             while waiting and waiting[0][0] in printed:
-                process.stdin.write(waiting.pop(0)[1])
-                process.stdin.flush()
+                with contextlib.suppress(BrokenPipeError):  # a refused client ends as soon as it knows
+                    process.stdin.write(waiting.pop(0)[1])
             if not waiting and until in printed:
                 break
         return printed
