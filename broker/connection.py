@@ -247,7 +247,7 @@ class Connection:
             self._acknowledge(mqtt.puback(packet.packet_id), number)
         elif qos == 2:
             self._acknowledge(mqtt.pubrec(packet.packet_id), number)
-        if journal.pending_bytes > HIGH_WATER_BYTES:
+        if journal.pending_bytes > HIGH_WATER_BYTES and journal.recorded != recorded:
             journal.slow_down(self.stream)
 
     def _acknowledge(self, acknowledgement: bytes, number: int) -> None:

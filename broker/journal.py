@@ -12,7 +12,7 @@ Rules:
 - With "periodic" the changes of a second are a group and nobody waits; with "none" nothing is noted.
 - A group that cannot be written stays, joined by what changes meanwhile, and is tried again. Until then nothing
   is promised: who waits for a promise is disconnected, and `is_failing` tells others not to ask for one.
-- When the writer falls behind, those who publish are not read from until it has caught up.
+- When the writer falls behind, those who publish what must be kept are not read from until it has caught up.
 
 Everything here but `_write` runs in the loop's thread.
 """

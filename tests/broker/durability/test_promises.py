@@ -11,6 +11,7 @@ from support import mqtt_client as mqtt
 from support.mqtt_client import Packet
 from support.mqtt_gateway import running_gateway
 
+from birthmark.broker import connection as connection_module
 from birthmark.broker.store import Store
 
 if TYPE_CHECKING:
@@ -166,6 +167,28 @@ def test_what_promises_nothing_waits_for_nothing(gateway: RunningGateway, disk: 
         with pytest.raises(TimeoutError):
             waiting.read(SILENCE_S)
     assert [waiting.read().body for _ in range(2)] == [b"\x00\x01", b"\x00\x02"]
+
+
+def test_a_disk_that_falls_behind_slows_nobody_down_who_needs_none(
+    gateway: RunningGateway, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "HIGH_WATER_BYTES", 1_000)
+    greedy, free = gateway.client("free-1"), gateway.client("free-2")
+    counters = gateway.broker.counters
+    with disk.held():
+        greedy.send(mqtt.publish("t/1", bytes(2_000), retain=True))
+        journal = gateway.broker.exchange.journal
+        gateway.wait_for(
+            lambda: journal.recorded > 0 and not journal.pending_bytes, "the disk has it, and keeps it"
+        )
+        greedy.send(mqtt.publish("t/2", bytes(2_000), retain=True))
+        gateway.wait_for(lambda: journal.pending_bytes > 1_000, "the second one waits behind it")
+        paused = counters.publishers_paused
+        for number in range(1, 4):
+            free.send(mqtt.publish("u", b"owed to nobody durable", qos=1, pid=number))
+            assert free.read() == Packet(0x40, number.to_bytes(2, "big"))
+        assert counters.publishers_paused == paused
+    greedy.ping()
 
 
 def test_a_stop_says_what_it_has_promised(gateway: RunningGateway, disk: Disk) -> None:
