@@ -23,13 +23,13 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
 from birthmark.broker.own_certificate import read_own_certificate
 from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
-from birthmark.broker.receipts import receipt_of, write_receipts
+from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_receipts
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
 from birthmark.broker.tls import server_context
 from birthmark.broker.trust import Trust, read_trust
@@ -39,12 +39,8 @@ from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
 from birthmark.device.topics import gateway_crl, gateway_receipts, gateway_status
 
 if TYPE_CHECKING:
-    import ssl
-    from collections.abc import Callable
-
     from birthmark.broker.config import BrokerSettings
-    from birthmark.broker.counters import Counters
-    from birthmark.broker.policy import Policy
+    from birthmark.broker.server_protocol import Server
 
 STATUS_INTERVAL_S = 30.0
 GUARD_INTERVAL_S = 1.0
@@ -53,39 +49,6 @@ MAX_WAITING_CRLS = 8
 """Brought by message and not judged yet; the next is refused, with a receipt that says so."""
 
 _log = logging.getLogger(__name__)
-
-
-class Server(Protocol):
-    """What the gateway asks of the broker; `server.GatewayBroker` is one."""
-
-    counters: Counters
-
-    @property
-    def connected_count(self) -> int:
-        """Sessions with a connection."""
-
-    def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
-        """Publish a message of the broker's own."""
-
-    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
-        """Have messages on a topic given to `callback`, and to nobody else."""
-
-    def set_policy(self, policy: Policy) -> int:
-        """Go by another policy; return how many subscriptions it ended."""
-
-    def set_tls_context(self, context: ssl.SSLContext) -> None:
-        """Use other credentials from the next connection on."""
-
-    def close_identities(
-        self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
-    ) -> list[ClosedIdentity]:
-        """Close everything of the identities that `is_revoked` names."""
-
-    async def settle(self) -> bool:
-        """Wait, for a bounded time, until all that has happened is on disk; return whether it is."""
-
-    def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
-        """End the connections of some peers in good order; return how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +181,7 @@ class Gateway:
         started_s = time.monotonic()
         content = await asyncio.to_thread(_read_crl_file, self._settings)
         receipts = await self._install(content, started_s, str(self._settings.crl_path))
-        await asyncio.to_thread(self._write_receipts, receipts)
+        await asyncio.to_thread(try_to_write_receipts, self._settings.receipt_path, receipts)
 
     def _bring(self, topic: str, payload: bytes, peer: Peer) -> None:
         del topic
@@ -236,7 +199,7 @@ class Gateway:
                 hint="bring it again",
             )
             receipt = self._receipt(refusal, brought.started_s, ())
-            _report(receipt, brought.by)
+            log_receipt(receipt, brought.by)
             self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
 
     async def _take_brought(self) -> None:
@@ -255,7 +218,7 @@ class Gateway:
         if any(receipt.closed for receipt in receipts):
             await self._settle(origin)
         for receipt in receipts:
-            _report(receipt, origin)
+            log_receipt(receipt, origin)
             self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
         self._look_for_alarms()
         self._publish_status(online=True)
@@ -281,8 +244,8 @@ class Gateway:
     def _give_receipts(self, receipts: list[Receipt]) -> None:
         """Log and write what became of the CRL file at the start."""
         for receipt in receipts:
-            _report(receipt, str(self._settings.crl_path))
-        self._write_receipts(receipts)
+            log_receipt(receipt, str(self._settings.crl_path))
+        try_to_write_receipts(self._settings.receipt_path, receipts)
 
     def _receipt(self, answer: Installation, started_s: float, closed: tuple[ClosedIdentity, ...]) -> Receipt:
         return receipt_of(
@@ -292,13 +255,6 @@ class Gateway:
             elapsed_ms=(time.monotonic() - started_s) * 1_000,
             closed=closed,
         )
-
-    def _write_receipts(self, receipts: list[Receipt]) -> None:
-        try:
-            write_receipts(self._settings.receipt_path, receipts)
-        except OSError as error:
-            where, cause = self._settings.receipt_path, error.strerror or error
-            _log.error("could not write the receipt %s: %s; the station will call it pending", where, cause)
 
     # --- policy and credentials --------------------------------------------------------------------------
 
@@ -391,27 +347,6 @@ class Gateway:
     def _publish(self, topic: str, payload: bytes) -> None:
         if self._server:
             self._server.publish(topic, payload, 1, retain=True)
-
-
-def _report(receipt: Receipt, origin: str) -> None:
-    fields: dict[str, object] = {"event": f"crl_{receipt.outcome}", "origin": origin}
-    if receipt.outcome == "refused":
-        fields |= {"reason": receipt.reason}
-        _log.error(
-            "refused a CRL from %s: %s; what was in force stays", origin, receipt.reason, extra={"fields": fields}
-        )
-        return
-    fields |= {"crl_number": receipt.crl_number, "revoked": receipt.revoked_count, "closed": len(receipt.closed)}
-    _log.info(
-        "CRL %s from %s: %s; certificates revoked: %s, identities closed: %s, %.1f ms",
-        receipt.crl_number,
-        origin,
-        receipt.outcome,
-        receipt.revoked_count,
-        len(receipt.closed),
-        receipt.elapsed_ms,
-        extra={"fields": fields},
-    )
 
 
 def _read_crl_file(settings: BrokerSettings) -> bytes:

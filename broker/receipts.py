@@ -7,6 +7,7 @@ one without is the worst of them: refused, then installed, then current.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from birthmark.device.durable import write_durably
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 FILE_MODE = 0o644
 """The station may read it as another user; nothing in it is secret."""
 _SEVERITY = ("refused", "installed", "current")
+
+_log = logging.getLogger(__name__)
 
 
 def receipt_of(
@@ -61,3 +64,34 @@ def write_receipts(receipt_path: Path, receipts: Sequence[Receipt]) -> None:
             write_durably(beside, receipt.to_bytes(), mode=FILE_MODE)
     worst = min(receipts, key=lambda receipt: _SEVERITY.index(receipt.outcome))
     write_durably(receipt_path, worst.to_bytes(), mode=FILE_MODE)
+
+
+def try_to_write_receipts(receipt_path: Path, receipts: Sequence[Receipt]) -> None:
+    """As `write_receipts`, but what cannot be written is logged: the CRL was judged all the same."""
+    try:
+        write_receipts(receipt_path, receipts)
+    except OSError as error:
+        cause = error.strerror or error
+        _log.error("could not write the receipt %s: %s; the station will call it pending", receipt_path, cause)
+
+
+def log_receipt(receipt: Receipt, origin: str) -> None:
+    """Log what became of a CRL that came from `origin`."""
+    fields: dict[str, object] = {"event": f"crl_{receipt.outcome}", "origin": origin}
+    if receipt.outcome == "refused":
+        fields |= {"reason": receipt.reason}
+        _log.error(
+            "refused a CRL from %s: %s; what was in force stays", origin, receipt.reason, extra={"fields": fields}
+        )
+        return
+    fields |= {"crl_number": receipt.crl_number, "revoked": receipt.revoked_count, "closed": len(receipt.closed)}
+    _log.info(
+        "CRL %s from %s: %s; certificates revoked: %s, identities closed: %s, %.1f ms",
+        receipt.crl_number,
+        origin,
+        receipt.outcome,
+        receipt.revoked_count,
+        len(receipt.closed),
+        receipt.elapsed_ms,
+        extra={"fields": fields},
+    )

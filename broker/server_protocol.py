@@ -1,0 +1,47 @@
+"""The broker, as the gateway around it sees it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable
+
+    from birthmark.broker.counters import Counters
+    from birthmark.broker.peer import Peer
+    from birthmark.broker.policy import Policy
+    from birthmark.device.messages import ClosedIdentity
+
+
+class Server(Protocol):
+    """What the gateway asks of the broker; `server.GatewayBroker` is one."""
+
+    counters: Counters
+
+    @property
+    def connected_count(self) -> int:
+        """Sessions with a connection."""
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
+        """Publish a message of the broker's own."""
+
+    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        """Have messages on a topic given to `callback`, and to nobody else."""
+
+    def set_policy(self, policy: Policy) -> int:
+        """Go by another policy; return how many subscriptions it ended."""
+
+    def set_tls_context(self, context: ssl.SSLContext) -> None:
+        """Use other credentials from the next connection on."""
+
+    def close_identities(
+        self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
+    ) -> list[ClosedIdentity]:
+        """Close everything of the identities that `is_revoked` names."""
+
+    async def settle(self) -> bool:
+        """Wait, for a bounded time, until all that has happened is on disk; return whether it is."""
+
+    def end_connections(self, of: Callable[[Peer], bool], why: str) -> int:
+        """End the connections of some peers in good order; return how many."""
