@@ -7,6 +7,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -163,6 +165,33 @@ def test_it_stops_under_load(tmp_path: Path, pki: Pki) -> None:
         assert not thread.is_alive()
         for client in (deaf, reader, publisher):
             client.close()
+
+
+FROZEN = """
+import atexit, gc, sys
+from birthmark.broker.__main__ import main
+atexit.register(lambda: print("frozen", gc.get_freeze_count(), flush=True))
+main()
+"""
+
+
+def test_the_interpreter_ends_without_a_look_through_all_that_was_kept(tmp_path: Path, pki: Pki) -> None:
+    """With two million messages in queues, looking for cycles among them kept the process for eight seconds."""
+    config = write_files(tmp_path, pki)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FROZEN, "run", "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready: ")
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read().split()
+    assert process.returncode == 0
+    assert said[-2] == "frozen"
+    assert int(said[-1]) > 10_000, "all that there is, the modules' own objects among it"
 
 
 def test_a_key_that_others_may_read_is_said_before_anything_listens(tmp_path: Path, pki: Pki) -> None:
