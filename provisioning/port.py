@@ -45,6 +45,9 @@ MAX_BAUD: Final = 50_000_000
 """More than any adapter does; the system takes 31 bits."""
 _FAILURES: Final = (serial.SerialException, OSError, termios.error, TypeError)
 _URL_MARK: Final = "://"
+_RFC2217: Final = "rfc2217"
+_SCHEMES: Final = (_RFC2217, "socket")
+"""URLs that name one port; others of pyserial's choose among several (hwgrep), or write down what passes (spy)."""
 
 
 def adapters() -> list[Any]:
@@ -162,10 +165,17 @@ class SerialPort:
                 f"could not open the port {name.text}: {baud} baud is no speed of a port",
                 hint="try --baud 115200",
             )
+        scheme = "" if name.is_local else name.text.partition(_URL_MARK)[0].lower()
+        if scheme and scheme not in _SCHEMES:
+            raise PortError(
+                f"could not open the port {escaped(name.text)}: it is no URL of a port on a network",
+                hint="use rfc2217://HOST:PORT or socket://HOST:PORT",
+            )
         try:
             self._port = serial.serial_for_url(found, baud, do_not_open=True)  # type: ignore[no-untyped-call]
             self._port.timeout = 0
-            self._port.write_timeout = WRITE_TIMEOUT_S
+            if scheme != _RFC2217:  # it has none but the one of its socket, 5 s
+                self._port.write_timeout = WRITE_TIMEOUT_S
             self._port.exclusive = True if name.is_local else None
             # Before open(), or the board resets. A pty has neither line, and takes it only before open() too.
             self._port.dtr = False

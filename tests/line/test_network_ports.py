@@ -6,7 +6,11 @@ import os
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+import serial
+from serial import rfc2217
 
 if TYPE_CHECKING:
     from support.line_board import LineBoard
@@ -61,8 +65,47 @@ class PortServer:
                 client.sendall(os.read(descriptor, 4096))
 
 
-def test_a_board_behind_a_terminal_server(birthmark: Command, board: LineBoard) -> None:
-    with PortServer(board.port) as server:
+class PtyPort(serial.Serial):  # type: ignore[misc, name-defined]
+    """pyserial's port on a pty, which has no modem lines."""
+
+    cts = dsr = ri = cd = False
+
+    def _update_dtr_state(self) -> None:
+        """Nothing to set."""
+
+    _update_rts_state = _update_break_state = _update_dtr_state
+
+
+class Rfc2217Server(PortServer):
+    """The same with pyserial's own server of RFC 2217, which escapes, and takes speed and modem lines."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.url = self.url.replace("socket://", "rfc2217://")
+
+    def _carry(self, client: socket.socket, descriptor: int) -> None:  # noqa: ARG002 - it opens the port itself
+        class Connection:
+            write = staticmethod(client.sendall)
+
+        with PtyPort(self._path, timeout=0) as port:
+            manager: Any = rfc2217.PortManager(port, Connection())  # type: ignore[no-untyped-call]
+            while True:
+                ready, _, _ = select.select([client.fileno(), port.fileno(), self._stop_read], [], [], 30)
+                if self._stop_read in ready or not ready:
+                    return
+                if client.fileno() in ready:
+                    data = client.recv(4096)
+                    if not data:
+                        return
+                    port.write(b"".join(manager.filter(data)))
+                if port.fileno() in ready:
+                    client.sendall(b"".join(manager.escape(port.read(4096))))
+
+
+@pytest.mark.filterwarnings("ignore:set(Daemon|Name):DeprecationWarning")  # pyserial's own
+@pytest.mark.parametrize("kind", [PortServer, Rfc2217Server])
+def test_a_board_behind_a_terminal_server(birthmark: Command, board: LineBoard, kind: type[PortServer]) -> None:
+    with kind(board.port) as server:
         refused = birthmark("flash", "--port", server.url, "--id", "far-1", "--keys", "station", *WHERE)
         assert refused.exit_code == 3
         assert not board.is_made
@@ -71,3 +114,10 @@ def test_a_board_behind_a_terminal_server(birthmark: Command, board: LineBoard) 
         assert board.bundle.config.device_id.text == "far-1"
         again = birthmark("flash", "--port", server.url, "--id", "far-1", *WHERE)
         assert "DUPLICATE" in again.stderr
+
+
+@pytest.mark.parametrize("url", ["hwgrep://.", "spy:///dev/ttyS0?file=/dev/null", "loop://", "x:///dev/ttyS0"])
+def test_no_other_url_is_a_port(birthmark: Command, url: str) -> None:
+    refused = birthmark("flash", "--port", url, "--id", "far-1", *WHERE)
+    assert refused.exit_code == 5
+    assert "it is no URL of a port on a network" in refused.stderr
