@@ -103,8 +103,8 @@ async def serve(settings: BrokerSettings, console: Console) -> None:
         await broker.shutdown()
         if watchdog:
             watchdog.cancel()
-        # The interpreter would look through all sessions and messages for cycles before it ends, over and over: seconds,
-        # with millions of them. Nobody needs their memory back.
+        # The interpreter would look through all sessions and messages for cycles before it ends, over and over:
+        # seconds, with millions of them. Nobody needs their memory back.
         gc.freeze()
     record = {"event": "stopped", "gateway": str(settings.name), "counters": broker.counters.as_dict()}
     console.emit(record, f"stopped: gateway {settings.name}")
