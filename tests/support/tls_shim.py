@@ -118,9 +118,13 @@ async def run_shim(broker_port: int, identities: Identities, port: int = 0) -> a
     """Listen on loopback; return the server."""
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            await _serve(broker_port, identities, reader, writer)
-        writer.close()
+        try:
+            with contextlib.suppress(OSError, ValueError):
+                await _serve(broker_port, identities, reader, writer)
+        finally:  # when it is cancelled too
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
 
     return await asyncio.start_server(accept, "127.0.0.1", port)
 
