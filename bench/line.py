@@ -1,8 +1,9 @@
-"""The line's figures: one board, and sixteen at once, on simulated lines at 115,200 baud.
+"""The line's figures: one board, cables that fall out, and sixteen at once, on simulated lines at 115,200 baud.
 
 Run as `python -m bench.line`; `BENCH=json` prints JSON lines. The boards run in a process of their own, so that
 the CPU is the station's alone. The floor of one board is the time that the bytes which crossed take on the wire; a
-figure is the median of `ROUNDS`. Registries of `AGES` rows show what a station's age costs.
+figure is the median of `ROUNDS`; of the cables that fall out for a second, each after another number of bytes, it
+is the longest time from the port's return to ATTESTED. Registries of `AGES` rows show what a station's age costs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.storage import META, META_ID, ROWS, RegistryFile
 from birthmark.provisioning.registry.tiny import REGISTRY_FILE
-from birthmark.provisioning.session import drive
+from birthmark.provisioning.session import Session, drive
 from birthmark.provisioning.slot import Slot
 from birthmark.provisioning.station import Station
 from birthmark.provisioning.transitions import BrokerAddress
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 SLOTS = 16
 ROUNDS = 5
 AGES = (100, 10_000)
+UNPLUGGED_AT = (20, 100, 400, 700, 1200, 1700, 2100, 2500)
+"""Bytes, of the 2800 or so that cross in both directions."""
 BROKER = BrokerAddress("gateway-1.example.com", 8883, 60)
 
 
@@ -82,9 +85,10 @@ def say(name: str, text: str, **figures: float) -> None:
 
 
 @contextmanager
-def fixture(stage: Stage, name: str, count: int) -> Iterator[Path]:
+def fixture(stage: Stage, name: str, count: int, *faults: str) -> Iterator[Path]:
     """Power on blank boards on lines of 115,200 baud, for the block; the fixture's file."""
-    command = f"birthmark-sim fixture --slots {count} --state {name} --faults baud={DEFAULT_BAUD} --json"
+    written = " ".join([f"baud={DEFAULT_BAUD}", *faults])
+    command = f"birthmark-sim fixture --slots {count} --state {name} --faults {written} --json"
     boards = stage.start(name, command)
     seen: set[int] = set()
 
@@ -112,6 +116,20 @@ def one_board(station: Station, port: str, device_id: str) -> tuple[float, float
         drive(machine.run(), opened, lambda _: None)
         elapsed_s = time.perf_counter() - begun_s
         return elapsed_s, opened.crossed * BITS_PER_BYTE / DEFAULT_BAUD
+
+
+def one_unplugged(station: Station, port: str, device_id: str) -> float:
+    """Enrol a board whose port goes away once; seconds from the port's return to ATTESTED."""
+    link = Path(port)
+    first_ns = link.lstat().st_mtime_ns
+    session = Session(
+        PortName.of(port), DEFAULT_BAUD, journal_of(station, BROKER), Wish(DeviceId(device_id)), lambda _: None
+    )
+    session.run()
+    attested_ns, returned_ns = time.time_ns(), link.lstat().st_mtime_ns  # the link is made anew for the new pty
+    if returned_ns == first_ns:
+        raise RuntimeError(f"the port of {device_id} never went away")
+    return (attested_ns - returned_ns) / 1e9
 
 
 class Quiet:
@@ -188,6 +206,12 @@ def measure(stage: Stage, station: Station, rows: int) -> None:
     text = f"{elapsed_s * 1000:>7.0f} ms, wire {wire_s * 1000:.0f} ms: x {elapsed_s / wire_s:.2f}"
     name = f"line: one board, port open to ATTESTED, {rows} rows"
     say(name, text, elapsed_s=elapsed_s, wire_s=wire_s, of_wire=elapsed_s / wire_s)
+    faults = [f"{n}:unplug=1@{offset}" for n, offset in enumerate(UNPLUGGED_AT, 1)]
+    with fixture(stage, f"cable-{rows}", len(faults), *faults) as path:
+        ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
+        resumed = [one_unplugged(station, port, f"cable-{rows}-{n}") for n, port in enumerate(ports)]
+    name = f"line: unplugged for 1 s, port back to ATTESTED, {rows} rows"
+    say(name, f"{max(resumed) * 1000:>7.0f} ms at most", elapsed_s=max(resumed))
     runs = []
     for number in range(ROUNDS):
         with fixture(stage, f"many-{rows}-{number}", SLOTS) as path:

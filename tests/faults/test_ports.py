@@ -67,7 +67,11 @@ def _hostile(
     desk: Desk, tmp_path: Path, lies: list[str], *, limit_s: float
 ) -> dict[str, tuple[Ended, Row | None]]:
     """Enrol boards with these lies; each fails with words that a terminal can be shown, and in time."""
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended = enrol_each(desk, tmp_path, [f"hostile={lie}" for lie in lies])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < FLAT_KIB, (
+        "boards and stations together"
+    )
     rows = {row.name: row for row in desk.rows()}
     for fault, one in ended.items():
         assert one.error is not None, f"{fault} was enrolled"
