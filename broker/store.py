@@ -227,7 +227,7 @@ def _create(database: sqlite3.Connection) -> None:
 
 def _damaged(path: Path, cause: str) -> SystemFailureError:
     return SystemFailureError(
-        f"could not open the store {path}: it is damaged ({cause.splitlines()[0]})",
+        f"could not open the store {path}: it is damaged ({cause.splitlines()[-1]})",
         hint="restore it from a backup; or move it away, and start without the sessions and messages in it",
     )
 
