@@ -206,4 +206,6 @@ def main_of(cli_module: str, extra: str) -> int:
             hint=f"pip install 'birthmark[{extra}]'",
         )
         return Console().fail(missing)
+    except KeyboardInterrupt:  # the libraries take a moment, and nothing has begun
+        return INTERRUPTED
     return run(cli.parser())

@@ -283,7 +283,7 @@ class _Row:
         self.outcome = attempt.outcome
         if attempt.outcome is Outcome.FAIL:
             self.step = attempt.step
-        self.note = " ".join(word for word in (attempt.outcome.value, attempt.code) if word)
+        self.note = " ".join(dict.fromkeys(word for word in (attempt.outcome.value, attempt.code) if word))
         self.begun_s, self.ended_s = now_s - attempt.elapsed_ms / 1000, now_s
 
     def text(self, now_s: float, id_width: int) -> str:
@@ -349,4 +349,6 @@ def _ended_record(ended: Ended) -> dict[str, Any]:
 
 
 def _name(ended: Ended) -> str:
-    return ended.attempt.device_id or ended.attempt.hwid.hex()[:24] or "-"
+    """Return what to call the unit: an id under which nothing was reserved may be another slot's by now."""
+    device_id, hwid = ended.attempt.device_id, ended.attempt.hwid.hex()[:24]
+    return (device_id or hwid or "-") if ended.row is not None else (hwid or device_id or "-")

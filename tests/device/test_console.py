@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +134,9 @@ def test_what_the_system_refuses_has_a_hint(
     assert capsys.readouterr().err.startswith("error: could not use /some/file: no\nhint: ")
     assert console.run(_parser(OSError(number, "no", "/some/file")), ["go"]) == 5
     assert expected in capsys.readouterr().err
+
+
+def test_ctrl_c_while_it_loads_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_libraries.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert console.main_of("slow_libraries", "station") == console.INTERRUPTED

@@ -191,6 +191,20 @@ def test_80_columns_cut_neither_a_code_nor_a_figure_nor_a_prompt() -> None:
     assert lines[-1] not in screen.lines()
 
 
+def test_an_id_that_was_given_back_is_not_shown_as_the_units() -> None:
+    screen = Screen(80, is_coloured=False)
+    screen.table.show(Stepped("A", "sensor-1", HWID, Step.HELLO, 0.5))
+    assert screen.lines()[1].split()[1] == "sensor-1"
+    screen.table.show(ended(Outcome.FAIL, "QUARANTINE"))
+    assert screen.lines()[1].split()[1] == HWID.hex()[:24]
+
+
+def test_a_stop_is_said_once() -> None:
+    screen = Screen(80, is_coloured=False)
+    screen.table.show(ended(Outcome.STOPPED, "STOPPED"))
+    assert screen.lines()[1].rstrip().endswith("0  STOPPED")
+
+
 def test_what_was_wrong_is_said_in_full_below_the_table() -> None:
     screen = Screen(80, is_coloured=False)
     screen.table.show(ended(Outcome.FAIL, "STUCK"))
