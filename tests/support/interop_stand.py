@@ -57,6 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m support.interop_stand", description=__doc__)
     parser.add_argument("--port", type=int, default=1883, help="where to listen without TLS, on loopback")
     port = parser.parse_args().port
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
     with (
         tempfile.TemporaryDirectory() as folder,
         interop_stand(Path(folder), port) as (world, shim_port),
