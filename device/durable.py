@@ -50,12 +50,6 @@ def rename_durably(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def remove_durably(path: Path) -> None:
-    """Remove `path` if it is there, and make that durable."""
-    path.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -196,7 +196,7 @@ class _Exchange:
         line = self._line
         line.start_evidence()
         end_s = line.clock() + self._cap_s
-        wait_s = self._turn_wire_s + timers.TURN_S
+        wait_s = timers.first_wait_s(len(self._frame), line.baud)
         for _ in range(self._tries):
             yield from self._send(wait_s)
             while (now_s := line.clock()) < min(self._until_s, end_s):

@@ -58,6 +58,11 @@ def _flash(arguments: argparse.Namespace, console: Console) -> int:
         device_role(arguments.role) if arguments.role is not None else None,
         KeyMode(arguments.keys) if arguments.keys is not None else None,
     )
+    return make(arguments, console, wish, "flash")
+
+
+def make(arguments: argparse.Namespace, console: Console, wish: Wish, verb: str) -> int:
+    """Carry out a wish on the one port that the arguments name, and return the exit code; `verb` resumes it."""
     station = open_station(arguments)
     try:
         broker = broker_address(arguments.broker, station.settings.broker)
@@ -66,7 +71,7 @@ def _flash(arguments: argparse.Namespace, console: Console) -> int:
         progress = Progress(console, wish.device_id.text)
         journal = journal_of(station, broker)
         session = Session(name, arguments.baud, journal, wish, progress.watch)
-        resume = resume_command(arguments, "flash")
+        resume = resume_command(arguments, verb)
         return enrol_one(session, journal, progress, station, console, resume=resume)
     finally:
         station.close()

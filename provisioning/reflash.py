@@ -15,26 +15,16 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import command
 from birthmark.device.identity import DeviceId, device_role
-from birthmark.provisioning.flash import resume_command
+from birthmark.provisioning.flash import make
 from birthmark.provisioning.journal import Wish
-from birthmark.provisioning.one_unit import (
-    add_unit_options,
-    broker_address,
-    checked_port,
-    enrol_one,
-    journal_of,
-    warn_of_loopback,
-)
+from birthmark.provisioning.one_unit import add_unit_options
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_station_option,
-    open_station,
     revocation_reason,
 )
-from birthmark.provisioning.progress import Progress
 from birthmark.provisioning.registry.model import KeyMode
 from birthmark.provisioning.revocation import REASONS, parse_reason
-from birthmark.provisioning.session import Session
 
 if TYPE_CHECKING:
     import argparse
@@ -77,15 +67,4 @@ def _reflash(arguments: argparse.Namespace, console: Console) -> int:
         KeyMode(arguments.keys) if arguments.keys is not None else None,
         replaces_reason=reason.value,
     )
-    station = open_station(arguments)
-    try:
-        broker = broker_address(arguments.broker, station.settings.broker)
-        name = checked_port(arguments.port, wish.key_mode)
-        warn_of_loopback(console, arguments.broker, broker)
-        progress = Progress(console, wish.device_id.text)
-        journal = journal_of(station, broker)
-        session = Session(name, arguments.baud, journal, wish, progress.watch)
-        resume = resume_command(arguments, "reflash")
-        return enrol_one(session, journal, progress, station, console, resume=resume)
-    finally:
-        station.close()
+    return make(arguments, console, wish, "reflash")
