@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from birthmark.device.errors import IdentityError, ProtocolError
-from birthmark.device.identity import DeviceId, Role, device_role
+from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link import cbor
 from birthmark.device.link.schema import Field, SchemaError, array_of, bstr, read_map, uint, write_map
 from birthmark.device.link.vocabulary import ErrorCode
@@ -114,7 +114,7 @@ class BundleConfig:
         attributes = _refusing(lambda: read_map(value, _CONFIG_FIELDS, what="a bundle's configuration"))
         try:
             attributes["device_id"] = DeviceId(attributes["device_id"])
-            attributes["role"] = device_role(attributes["role"])
+            attributes["role"] = Role(attributes["role"])
         except IdentityError as error:
             raise BundleRefusedError(ErrorCode.BUNDLE, error.message) from None
         return cls(**attributes)

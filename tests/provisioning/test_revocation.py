@@ -10,7 +10,7 @@ from cryptography import x509
 from support.station import NOON, PASSPHRASE, Clock, enrolled_row, keyed_row
 
 from birthmark.device.errors import AuthorityError, RegistryError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit, revocation
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import (
@@ -127,6 +127,23 @@ def test_a_clock_that_went_far_back_stops_no_revocation(station: Station, clock:
     clock.advance(days=9)
     assert sign_and_store_crl(station).number == number + 2
     assert clock_trouble(station) == ""
+
+
+def test_a_revocation_stands_though_no_crl_can_be_signed(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = enrolled_row(station, "sensor-1")
+
+    def fails(*_: object) -> None:
+        raise AuthorityError("could not sign a CRL")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(revocation, "_plan", fails)
+        with pytest.raises(AuthorityError):
+            revoke(station, "sensor-1", LOST)
+    with station.registry.view() as view:
+        assert [revoked.number for revoked in view.revoked()] == [row.number]
+    assert row.cert_serial in sign_and_store_crl(station).cert_serials
 
 
 def test_more_crls_in_an_hour_than_it_has_seconds(station: Station, clock: Clock) -> None:
