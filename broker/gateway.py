@@ -31,12 +31,13 @@ from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_receipts
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
+from birthmark.broker.sightings import Sightings
 from birthmark.broker.tls import server_context
 from birthmark.broker.trust import Trust, read_trust
 from birthmark.broker.watch import Watch, WatchedFiles
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
-from birthmark.device.topics import gateway_crl, gateway_receipts, gateway_status
+from birthmark.device.topics import gateway_crl, gateway_receipts, gateway_seen, gateway_status
 
 if TYPE_CHECKING:
     from birthmark.broker.config import BrokerSettings
@@ -83,6 +84,7 @@ class Gateway:
         self._installing = asyncio.Lock()
         self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
         self._alarms = Alarms(time.monotonic)
+        self._sightings = Sightings(settings.name, self._publish)
         self._arrived: tuple[list[Installation], float] = ([], 0.0)
         """What became of the CRL file at the start, and when it was read."""
         self._watch = Watch(
@@ -144,6 +146,8 @@ class Gateway:
     async def start(self, server: Server) -> None:
         """Take up work around a broker that has started."""
         self._server = server
+        self._sightings.take_up(server.own_retained(gateway_seen(self._settings.name, "+")))
+        server.on_client = self._saw
         # What the store has brought back may have been revoked meanwhile, or just before a crash.
         answers, started_s = self._arrived
         closed = [(answer, self._close_revoked(answer.issuer, started_s)) for answer in answers]
@@ -173,6 +177,7 @@ class Gateway:
                 await task
         self._tasks = []
         if self._server:
+            self._sightings.tell(time.time(), at_once=True)
             self._publish_status(online=False)
 
     # --- CRLs --------------------------------------------------------------------------------------------
@@ -295,6 +300,7 @@ class Gateway:
             await asyncio.sleep(STATUS_INTERVAL_S)
             try:
                 self._publish_status(online=True)
+                self._sightings.forget(time.time())
             except Exception:  # noqa: BLE001 - a defect here must not silence what is to come
                 _log.exception("the gateway's status could not be said")
 
@@ -305,8 +311,12 @@ class Gateway:
                 if self._look_for_alarms():
                     self._publish_status(online=True)
                 self._end_unchecked()
+                self._sightings.tell(time.time())
             except Exception:  # noqa: BLE001 - a defect here must not silence the alarms to come
                 _log.exception("the age of the CRLs and of the certificate could not be looked at")
+
+    def _saw(self, peer: Peer, address: str) -> None:
+        self._sightings.saw(peer, address, time.time())
 
     def _end_unchecked(self) -> None:
         """End the connections that nobody would let in any more, because the CRL to check them by is too old."""

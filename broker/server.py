@@ -102,6 +102,7 @@ class GatewayBroker(Broker):
         self._journal = Journal(loop, settings.durability, self.counters)
         self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
         self.on_message: Callable[[Session, Publish], None] | None = None
+        self.on_client: Callable[[Peer, str], None] | None = None
         self._tls_context = tls_context
         self._admit = admit
         self._sockets: list[socket.socket] = []
@@ -133,6 +134,11 @@ class GatewayBroker(Broker):
     def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
         """Publish a message of the broker's own; `$...` is allowed to it."""
         self.exchange.publish(topic, payload, qos, retain=retain, publisher=None)
+
+    def own_retained(self, topic_filter: str) -> list[bytes]:
+        """Return the payloads that the broker itself has retained on some topics."""
+        found = (self.exchange.retained.get(topic) for topic in self.exchange.retained.topics(topic_filter))
+        return [message.payload for message in found if message is not None and message.publisher is None]
 
     def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
         """Have messages on a topic (or below it, if it ends in `/`) given to `callback`, and to nobody else.
@@ -323,7 +329,9 @@ class GatewayBroker(Broker):
         self._connections.gone(connection)
 
     def client_connected(self, session: Session) -> None:
-        """Tell plug-ins."""
+        """Tell the gateway and plug-ins."""
+        if self.on_client is not None and session.connection is not None:
+            self.on_client(session.peer, session.connection.address)
         self._fire(BrokerEvents.CLIENT_CONNECTED, client_id=session.client_id, client_session=session)
 
     def client_disconnected(self, session: Session) -> None:

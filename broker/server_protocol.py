@@ -18,6 +18,8 @@ class Server(Protocol):
     """What the gateway asks of the broker; `server.GatewayBroker` is one."""
 
     counters: Counters
+    on_client: Callable[[Peer, str], None] | None
+    """Told of each client that is let in, with its address."""
 
     @property
     def connected_count(self) -> int:
@@ -25,6 +27,9 @@ class Server(Protocol):
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
         """Publish a message of the broker's own."""
+
+    def own_retained(self, topic_filter: str) -> list[bytes]:
+        """Return the payloads that the broker itself has retained on some topics."""
 
     def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
         """Have messages on a topic given to `callback`, and to nobody else."""

@@ -148,6 +148,52 @@ class GatewayStatus:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AddressSeen:
+    """One address that a certificate was used from, and when: the first and the last time that is known."""
+
+    address: str
+    first_seen: float
+    last_seen: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """When and from where a gateway saw one identity, retained on `gateway/{name}/seen/{id}`.
+
+    Said when the certificate or the address changes, at most once a minute, and else once a day: `last_seen` may
+    be a day late.
+    """
+
+    id: str
+    cert_serial: str
+    """Of the certificate that it used last, in lower-case hex."""
+    first_seen: float
+    """Of the identity, with whatever certificate."""
+    last_seen: float
+    addresses: tuple[AddressSeen, ...] = ()
+    """Where that certificate was used from: a few of the last, the most recent at the end."""
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Sighting:
+        """Read a payload; raises `RemoteProtocolError` if it is no sighting."""
+        fields = _Fields("sighting", payload)
+        return cls(
+            id=fields.text("id"),
+            cert_serial=fields.text("cert_serial"),
+            first_seen=fields.number("first_seen"),
+            last_seen=fields.number("last_seen"),
+            addresses=tuple(
+                AddressSeen(item.text("address"), item.number("first_seen"), item.number("last_seen"))
+                for item in fields.objects("addresses")
+            ),
+        )
+
+
 def _closed(item: _Fields) -> ClosedIdentity:
     return ClosedIdentity(
         id=item.text("id"),

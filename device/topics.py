@@ -3,7 +3,7 @@
 Up:    devices/{id}/telemetry/...  devices/{id}/status  devices/{id}/replies/...
 Down:  devices/{id}/commands/...   fleet/announcements/...
 Both:  devices/{id}/renewal/request|answer   devices/{id}/time/request|answer
-Gateway: gateway/{name}/crl in, gateway/{name}/receipts and gateway/{name}/status out
+Gateway: gateway/{name}/crl in; gateway/{name}/receipts, gateway/{name}/status and gateway/{name}/seen/{id} out
 `$...` is the broker's alone.
 """
 
@@ -55,3 +55,8 @@ def gateway_receipts(name: BrokerName) -> str:
 def gateway_status(name: BrokerName) -> str:
     """Where a gateway's own state is retained."""
     return f"gateway/{name}/status"
+
+
+def gateway_seen(name: BrokerName, who: str) -> str:
+    """Where a gateway retains when and from where it last saw one identity; `+` for all of them."""
+    return f"gateway/{name}/seen/{who}"

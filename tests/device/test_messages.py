@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birthmark.device.errors import RemoteProtocolError
-from birthmark.device.messages import ClosedIdentity, GatewayStatus, Presence, Receipt
+from birthmark.device.messages import AddressSeen, ClosedIdentity, GatewayStatus, Presence, Receipt, Sighting
 
 CLOSED = ClosedIdentity(
     id="sensor-17",
@@ -31,22 +31,24 @@ RECEIPT = Receipt(
     closed=(CLOSED,),
     reason="",
 )
-Message = Presence | Receipt | GatewayStatus
+STATUS = GatewayStatus(
+    gateway="gw-1",
+    online=True,
+    clock=1.0,
+    crl_numbers={"ab12": 7},
+    crl_next_update=9.0,
+    policy_sha256="cd",
+    sessions=3,
+    alarms=("crl-due", "crl-refusing"),
+    counters={"messages_in": 4},
+)
+Message = Presence | Receipt | GatewayStatus | Sighting
 MESSAGES: list[Message] = [
     Presence(online=True, since=1.5),
     Presence(online=False, since=2.0, reason="lost"),
     RECEIPT,
-    GatewayStatus(
-        gateway="gw-1",
-        online=True,
-        clock=1.0,
-        crl_numbers={"ab12": 7},
-        crl_next_update=9.0,
-        policy_sha256="cd",
-        sessions=3,
-        alarms=("crl-due", "crl-refusing"),
-        counters={"messages_in": 4},
-    ),
+    STATUS,
+    Sighting("sensor-1", "5a01", 1.0, 2.0, (AddressSeen("192.0.2.7", 1.5, 2.0),)),
 ]
 
 
@@ -82,7 +84,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.list
 )
 
 
-@pytest.mark.parametrize("kind", [Presence, Receipt, GatewayStatus])
+@pytest.mark.parametrize("kind", [Presence, Receipt, GatewayStatus, Sighting])
 @given(st.binary(max_size=200) | JSON)
 def test_any_bytes_give_only_our_error(kind: type[Message], payload: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
@@ -96,7 +98,7 @@ def test_a_number_is_one_that_a_clock_can_show(number: str) -> None:
 
 
 def test_a_gateway_status_of_an_older_gateway_has_no_alarms() -> None:
-    fields: dict[str, Any] = json.loads(MESSAGES[-1].to_bytes())
+    fields: dict[str, Any] = json.loads(STATUS.to_bytes())
     del fields["alarms"], fields["counters"]
     status = GatewayStatus.from_bytes(json.dumps(fields).encode())
     assert (status.sessions, status.alarms, status.counters) == (3, (), {})
@@ -104,6 +106,6 @@ def test_a_gateway_status_of_an_older_gateway_has_no_alarms() -> None:
 
 @pytest.mark.parametrize("alarms", ["crl-due", [1], {"crl-due": True}, None])
 def test_alarms_of_another_type_are_refused(alarms: Any) -> None:
-    fields: dict[str, Any] = json.loads(MESSAGES[-1].to_bytes())
+    fields: dict[str, Any] = json.loads(STATUS.to_bytes())
     with pytest.raises(RemoteProtocolError, match="'alarms' is not a list of texts"):
         GatewayStatus.from_bytes(json.dumps({**fields, "alarms": alarms}).encode())

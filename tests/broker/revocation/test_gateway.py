@@ -44,6 +44,12 @@ class Recorder:
     hooks: dict[str, Callable[[str, bytes, Peer], None]] = field(default_factory=dict)
     connected_count: int = 3
     counters: Counters = field(default_factory=Counters)
+    on_client: Callable[[Peer, str], None] | None = None
+    retained: list[bytes] = field(default_factory=list)
+
+    def own_retained(self, topic_filter: str) -> list[bytes]:
+        assert topic_filter == "gateway/gw-1/seen/+"
+        return self.retained
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
         self.published.append((topic, payload, qos, retain))
