@@ -17,7 +17,7 @@ Rules:
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 
@@ -108,6 +108,9 @@ class View(Protocol):
     def counter(self, name: str) -> int:
         """Return a counter's value; 0 if it was never set."""
 
+    def notes(self, topic: str) -> dict[str, dict[str, Any]]:
+        """Return everything noted under a topic, by key: small JSON objects, which are the caller's to check."""
+
 
 class Transaction(View, Protocol):
     """An exclusive read, change and write. It sees its own changes."""
@@ -124,6 +127,7 @@ class Transaction(View, Protocol):
         txn: bytes | None = None,
         public_key_der: bytes | None = None,
         cert_serial: int | None = None,
+        issuer: str = "",
         replaces: int | None = None,
         replaces_reason: str = "",
         batch: str = "",
@@ -160,6 +164,9 @@ class Transaction(View, Protocol):
 
     def clear_quarantine(self, hwid: bytes) -> bool:
         """Forget a unit in quarantine; return whether it was in it."""
+
+    def put_note(self, topic: str, key: str, note: dict[str, Any] | None) -> None:
+        """Note a small JSON object under topic and key, in the place of what was noted there; None: forget it."""
 
     def record(self, action: str, subject: str, **details: str | int | bool | None) -> None:
         """Add an entry to the audit log, durable with this transaction."""

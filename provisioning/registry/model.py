@@ -11,6 +11,7 @@ Rules (docs/serial-protocol.md section 8):
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 HWID_OCTETS: Final = range(4, 33)
 TXN_OCTETS: Final = 16
 SHA256_OCTETS: Final = 32
+_KEY_ID: Final = re.compile("(?:[0-9a-f]{2}){1,64}")
 CERT_SERIAL_MAX: Final = 1 << 159
 """A serial number is a positive integer of at most 20 octets, the first bit clear (RFC 5280 section 4.1.2.2)."""
 
@@ -102,6 +104,11 @@ class Row:
     public_key_der: bytes | None = None
     """SubjectPublicKeyInfo, DER."""
     cert_serial: int | None = None
+    issuer: str = ""
+    """The issuing CA that signs, or signed, its certificate: its subject key identifier in lower-case hex. Set
+    together with the serial number."""
+    anchors: str = ""
+    """The roots that its holder is known to trust: their key identifiers, between spaces."""
     certificate_der: bytes | None = None
     bundle: bytes | None = None
     """Kept until ATTESTED, then dropped; its hash stays."""
@@ -156,6 +163,9 @@ class Row:
             raise ValueError(f"a {self.kind} may not hold the role {self.role}")
 
     def _check_sizes(self) -> None:
+        for key_id in (self.issuer, *self.anchors.split(" ")):
+            if key_id and not _KEY_ID.fullmatch(key_id):
+                raise ValueError("the key identifier of a CA is not lower-case hex")
         if self.hwid is not None and len(self.hwid) not in HWID_OCTETS:
             raise ValueError("the hwid is not 4 to 32 octets long")
         if self.txn is not None and len(self.txn) != TXN_OCTETS:
@@ -192,6 +202,7 @@ _ONCE_SET: Final = frozenset(
     {
         "public_key_der",
         "cert_serial",
+        "issuer",
         "certificate_der",
         "bundle_sha256",
         "not_before",
@@ -220,6 +231,6 @@ def check_change(old: Row, new: Row) -> None:
         raise ValueError(f"row {old.number} may not go back from {old.state} to {new.state}")
     for field in fields(Row):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        fixed = field.name in _FIXED or (field.name in _ONCE_SET and before is not None)
+        fixed = field.name in _FIXED or (field.name in _ONCE_SET and before not in (None, ""))
         if fixed and before != after:
             raise ValueError(f"{field.name} of row {old.number} may not change")

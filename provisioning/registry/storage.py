@@ -39,7 +39,8 @@ ROWS: Final = "rows"
 OUTBOX: Final = "outbox"
 BATCHES: Final = "batches"
 QUARANTINE: Final = "quarantine"
-"""These two are made when they are first needed; a file without them has none."""
+NOTES: Final = "notes"
+"""These three are made when they are first needed; a file without them has none."""
 META_ID: Final = 1
 _REQUIRED: Final = frozenset({"kind", "name", "name_folded", "role", "state", "created_at", "changed_at"})
 

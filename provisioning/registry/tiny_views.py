@@ -29,7 +29,7 @@ from birthmark.provisioning.registry.document import (
 )
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State, check_change
-from birthmark.provisioning.registry.storage import BATCHES, META, META_ID, OUTBOX, QUARANTINE, ROWS
+from birthmark.provisioning.registry.storage import BATCHES, META, META_ID, NOTES, OUTBOX, QUARANTINE, ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -55,6 +55,7 @@ class TinyView:
         self._outbox = _table(database, OUTBOX)
         self._batches = _table(database, BATCHES)
         self._quarantine = _table(database, QUARANTINE)
+        self._notes = _table(database, NOTES)
 
     def rows(
         self, *, kind: Kind | None = None, states: Collection[State] | None = None, role: str | None = None
@@ -119,6 +120,13 @@ class TinyView:
         """Return every unit in quarantine, the oldest first."""
         return [quarantined_from(found) for found in sorted(self._quarantine.all(), key=lambda one: one.doc_id)]
 
+    def notes(self, topic: str) -> dict[str, dict[str, Any]]:
+        """Return everything noted under a topic, by key (`interface.View.notes`)."""
+        found = self._notes.search(where("topic") == topic)
+        if not all(isinstance(hit.get("key"), str) and isinstance(hit.get("note"), dict) for hit in found):
+            raise _damaged(f"what it notes of {topic}")
+        return {hit["key"]: dict(hit["note"]) for hit in sorted(found, key=lambda one: one.doc_id)}
+
     def _facts(self) -> dict[str, Any]:
         return cast("dict[str, Any]", self._meta.get(doc_id=META_ID))
 
@@ -178,6 +186,7 @@ class TinyTransaction(TinyView):
         txn: bytes | None = None,
         public_key_der: bytes | None = None,
         cert_serial: int | None = None,
+        issuer: str = "",
         replaces: int | None = None,
         replaces_reason: str = "",
         batch: str = "",
@@ -198,6 +207,7 @@ class TinyTransaction(TinyView):
             txn=txn,
             public_key_der=public_key_der,
             cert_serial=cert_serial,
+            issuer=issuer,
             replaces=replaces,
             replaces_reason=replaces_reason,
             batch=batch,
@@ -269,10 +279,20 @@ class TinyTransaction(TinyView):
         known = self._quarantine.get(where("hwid") == binary(hwid))
         if known is None:
             return False
-        self._undo.append((QUARANTINE, known.doc_id, dict(known)))
-        self.changed = True
-        self._quarantine.remove(doc_ids=[known.doc_id])
+        self._remove(self._quarantine, known)
         return True
+
+    def put_note(self, topic: str, key: str, note: dict[str, Any] | None) -> None:
+        """Note a small JSON object, or forget it (`interface.Transaction.put_note`)."""
+        known = self._notes.get((where("topic") == topic) & (where("key") == key))
+        if note is None:
+            if known is not None:
+                self._remove(self._notes, known)
+            return
+        number = known.doc_id if known is not None else self.counter("notes") + 1
+        if known is None:
+            self.set_counter("notes", number)
+        self._put(self._notes, number, {"topic": topic, "key": key, "note": dict(note)})
 
     def finish(self) -> None:
         """Put the entries into the outbox, in the place of those that the log has."""
@@ -302,6 +322,11 @@ class TinyTransaction(TinyView):
             table.insert(Document(facts, doc_id=number))
         else:
             table.update(facts, doc_ids=[number])
+
+    def _remove(self, table: Table, known: Document) -> None:
+        self._undo.append((table.name, known.doc_id, dict(known)))
+        self.changed = True
+        table.remove(doc_ids=[known.doc_id])
 
     def _reinstate(self, number: int, voided: int) -> None:
         old = self._existing(number)

@@ -352,3 +352,47 @@ def test_threads_lose_nothing(registry: Registry) -> None:
         assert view.counter("n") == 40
         assert len({row.name for row in view.rows()}) == 40
         assert [row.number for row in view.rows()] == list(range(1, 41))
+
+
+def test_notes_are_kept_by_topic_and_key(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        transaction.put_note("ca", "b", {"kind": "root", "deep": {"n": 1}})
+        transaction.put_note("ca", "a", {"kind": "issuing"})
+        transaction.put_note("receipts", "a", {"number": 1})
+        assert list(transaction.notes("ca")) == ["b", "a"]
+    with registry.transaction() as transaction:
+        transaction.put_note("ca", "b", {"kind": "root"})
+        transaction.put_note("receipts", "a", None)
+        transaction.put_note("receipts", "none", None)
+    with registry.view() as view:
+        assert view.notes("ca") == {"b": {"kind": "root"}, "a": {"kind": "issuing"}}
+        assert view.notes("receipts") == {}
+        assert view.notes("other") == {}
+
+
+def test_a_note_of_a_failed_transaction_is_not_kept(registry: Registry) -> None:
+    def fails() -> None:
+        with registry.transaction() as transaction:
+            transaction.put_note("ca", "a", {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    with registry.view() as view:
+        assert view.notes("ca") == {}
+
+
+def test_the_issuer_of_a_certificate_stays_and_anchors_may_change(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        row = device(transaction, issuer="")
+        row = transaction.update(replace(row, issuer="0a" * 20, anchors="0b 0c"))
+    with registry.transaction() as transaction:
+        with pytest.raises(RegistryError, match="issuer"):
+            transaction.update(replace(row, issuer="0d" * 20))
+        stored = transaction.update(replace(row, anchors="0c"))
+    with registry.view() as view:
+        assert view.row(row.number) == stored
+    assert (stored.issuer, stored.anchors) == ("0a" * 20, "0c")
+    for field in ("issuer", "anchors"):
+        with pytest.raises(ValueError, match="hex"):
+            replace(stored, **{field: "NO"})  # type: ignore[arg-type]
