@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".part"
 
@@ -28,12 +29,24 @@ def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     Raises:
         OSError: it could not be written; what was at `path` is unchanged and no temporary file is left.
     """
+    with durable_file(path, mode=mode) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def durable_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """Open a file to be written piece by piece; it is at `path`, whole and durable, once the block has ended.
+
+    Raises:
+        OSError: it could not be written. After this, or any other exception in the block, what was at `path` is
+            unchanged and no temporary file is left.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor, not a path
             os.fchmod(descriptor, mode)  # the umask does not decide the mode of a key
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(descriptor)
         temporary.replace(path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from birthmark.device.console import Parser
 from birthmark.provisioning import (
     audit_commands,
+    backup_commands,
     batch_commands,
     doctor_command,
     flash,
@@ -45,4 +46,5 @@ birthmark revoke sensor-17 --reason lost""",
     doctor_command.add_to(commands)
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)
+    backup_commands.add_to(commands)
     return top

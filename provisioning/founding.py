@@ -72,11 +72,11 @@ def found_station(
         OSError: something could not be written; nothing is left.
     """
     folder = folder.absolute()
-    _refuse_occupied(folder)
+    refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _unfinished(folder) as building:
+    with unfinished(folder) as building:
         _build(building, settings, passphrase, root_passphrase or passphrase, clock=clock, derivation=derivation)
-        _refuse_occupied(folder)
+        refuse_occupied(folder)
         rename_durably(building, folder)
     return Station.open(folder, passphrase=passphrase, clock=clock)
 
@@ -126,7 +126,8 @@ def _build(
     station.close()
 
 
-def _refuse_occupied(folder: Path) -> None:
+def refuse_occupied(folder: Path) -> None:
+    """Refuse a folder in which there is something; `ConfigurationError`."""
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
@@ -137,7 +138,7 @@ def _refuse_occupied(folder: Path) -> None:
 
 
 @contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
+def unfinished(folder: Path) -> Iterator[Path]:
     """Make a private folder beside `folder`, locked while it lives; remove those that a crash left."""
     for leftover in folder.parent.iterdir():
         if leftover.name.startswith(f".{folder.name}.") and leftover.name.endswith(_UNFINISHED):

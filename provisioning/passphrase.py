@@ -27,12 +27,14 @@ class PassphraseSource:
         variable: the environment variable.
         prompt: what a person is asked.
         confirm: ask a person twice.
+        option: the command's option for the descriptor, for hints.
     """
 
     descriptor: int | None = None
     variable: str = VARIABLE
     prompt: str = "Passphrase of the CA: "
     confirm: bool = False
+    option: str = "--passphrase-fd"
 
     @property
     def is_given(self) -> bool:
@@ -59,7 +61,7 @@ class PassphraseSource:
         if not sys.stdin.isatty():
             raise AuthorityError(
                 "could not ask for the passphrase: there is no terminal",
-                hint=f"set {self.variable}, or give --passphrase-fd N",
+                hint=f"set {self.variable}, or give {self.option} N",
             )
         first = getpass.getpass(self.prompt)
         if self.confirm and getpass.getpass("The same again: ") != first:

@@ -180,6 +180,15 @@ class Station:
         """Hold this while a key pair is made and certified: nobody takes that attempt for a killed one."""
         return exclusive_lock(self.folder / ISSUE_LOCK_FILE)
 
+    def files(self) -> list[Path]:
+        """Return every file that is the station's own, but for its registry, its audit log and its locks.
+
+        The root's key is among them while it is here.
+        """
+        names = (SETTINGS_FILE, ROOT_FILE, ISSUING_FILE, CRL_FILE, ROOT_CRL_FILE)
+        keys = sorted((self.folder / KEYS_FOLDER).glob("*.pem"))
+        return [path for name in names if (path := self.folder / name).exists()] + keys
+
     def close(self) -> None:
         """Let go of the registry's file."""
         self.registry.close()

@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 
 LAST_ISSUED_AT: Final = "last_issued_at"
+LAST_ROW: Final = "rows"
+"""The counter of row numbers that were used."""
 
 
 def moment(view: View, name: str) -> datetime:
@@ -172,6 +175,16 @@ class Transaction(View, Protocol):
         """Add an entry to the audit log, durable with this transaction."""
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that a registry holds, and as much of the audit log as belongs to it."""
+
+    content: bytes
+    """As a `registry.json` of TinyDB's back end, whichever back end it comes from."""
+    audit_bytes: int
+    """The length of the audit log; what is appended later is not of this state."""
+
+
 class Registry(Protocol):
     """Where the station's rows are."""
 
@@ -194,4 +207,15 @@ class Registry(Protocol):
 
         Raises:
             RegistryError: registry or log cannot be used.
+        """
+
+
+class StoredRegistry(Registry, Protocol):
+    """A registry with a store of its own, which can be backed up."""
+
+    def snapshot(self) -> AbstractContextManager[Snapshot]:
+        """Hold everybody else off, and open all of the registry's content, for a backup.
+
+        Raises:
+            RegistryError: registry or log cannot be read.
         """

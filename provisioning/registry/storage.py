@@ -128,6 +128,13 @@ class RegistryFile:
                 raise self._failure("write", error) from error
             self._descriptor, self._tables = descriptor, tables
 
+    def content(self) -> bytes:
+        """Return the last durable state as it is in the file; errors as in `load`."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise self._failure("read", error) from error
+
     def remove_leftovers(self) -> None:
         """Remove what a crash in the middle of a write left. The caller holds the registry's lock.
 

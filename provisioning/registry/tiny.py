@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.audit import Head, append_missing
+from birthmark.provisioning.registry.interface import Snapshot
 from birthmark.provisioning.registry.storage import (
     META,
     META_ID,
@@ -108,6 +109,15 @@ class TinyRegistry:
             tables = self._file.load()
             self._settle(tables)
             return audit_head_of(tables[META][str(META_ID)])
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Hold everybody else off and open the registry's content (`interface.Registry.snapshot`)."""
+        with self._locked():
+            tables = self._file.load()
+            self._settle(tables)
+            size = self.audit_path.stat().st_size if self.audit_path.exists() else 0
+            yield Snapshot(self._file.content(), size)
 
     def close(self) -> None:
         """Let go of the file; the registry opens it again if it is used again."""

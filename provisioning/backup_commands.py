@@ -1,0 +1,201 @@
+"""`birthmark backup | restore`: their options and their answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
+from birthmark.device.errors import ConfigurationError
+from birthmark.provisioning import audit
+from birthmark.provisioning.backup import back_up, read_backup
+from birthmark.provisioning.options import (
+    add_passphrase_option,
+    add_station_option,
+    open_station,
+    passphrase_source,
+)
+from birthmark.provisioning.passphrase import PassphraseSource
+from birthmark.provisioning.restore import Merged, Restored, merge_crls, restore
+
+if TYPE_CHECKING:
+    import argparse
+
+VARIABLE = "BIRTHMARK_BACKUP_PASSPHRASE"
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add these commands."""
+    _add_backup(commands)
+    _add_restore(commands)
+
+
+def _add_backup(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        commands,
+        "backup",
+        _backup,
+        "write the whole station into one encrypted file, or check such a file",
+        """\
+birthmark backup /media/safe/station-2026-11-26.age
+birthmark backup /media/safe/station.age --include ~/birthmark/alice.pem
+birthmark backup --verify /media/safe/station-2026-11-26.age""",
+    )
+    add_station_option(parser)
+    _add_backup_passphrase_option(parser)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the file to write, or to check")
+    parser.add_argument(
+        "--include",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another file that is to come along, such as an operator's; may be given several times",
+    )
+    parser.add_argument("--verify", action="store_true", help="write nothing: read the file whole")
+
+
+def _add_restore(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        commands,
+        "restore",
+        _restore,
+        "make a station from its backup; or take over what a CRL lists that a gateway holds",
+        """\
+birthmark restore /media/safe/station-2026-11-26.age --to ~/birthmark-station
+birthmark restore station.age --to ./station --crl gateway-1.crl --crl gateway-2.crl
+birthmark restore --crl gateway-2.crl --station ./station""",
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    _add_backup_passphrase_option(parser)
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="the backup")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where the station is to be: not there, or empty")
+    parser.add_argument(
+        "--crl",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a CRL that a gateway holds, PEM or DER; may be given several times",
+    )
+
+
+def _add_backup_passphrase_option(parser: Parser) -> None:
+    parser.add_argument(
+        "--backup-passphrase-fd",
+        type=int,
+        metavar="N",
+        help=f"read the backup's passphrase from this descriptor (default: {VARIABLE}, else a prompt)",
+    )
+
+
+def _backup_passphrase(arguments: argparse.Namespace, *, confirm: bool = False) -> bytes:
+    source = PassphraseSource(
+        descriptor=arguments.backup_passphrase_fd,
+        variable=VARIABLE,
+        prompt="Passphrase of the backup: ",
+        confirm=confirm,
+        option="--backup-passphrase-fd",
+    )
+    return source.read()
+
+
+def _backup(arguments: argparse.Namespace, console: Console) -> None:
+    forbid_core_dumps()
+    if arguments.verify:
+        if arguments.include:
+            raise ConfigurationError("could not check a backup: --include is for writing one")
+        found = read_backup(arguments.file, _backup_passphrase(arguments))
+        console.facts(found.record())
+        return
+    station = open_station(arguments)
+    passphrase = _backup_passphrase(arguments, confirm=True)
+    problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    if problems:
+        console.warn("the audit log does not verify, and goes into the backup as it is: `birthmark audit verify`")
+    manifest = back_up(station, arguments.file, passphrase, extra=arguments.include)
+    record = {
+        "backup": str(arguments.file),
+        "created_at": manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "size_bytes": arguments.file.stat().st_size,
+        "files": list(manifest.files),
+    }
+    console.facts(record)
+
+
+def _restore(arguments: argparse.Namespace, console: Console) -> int:
+    forbid_core_dumps()
+    if arguments.file is None:
+        return _merge(arguments, console)
+    if arguments.to is None:
+        raise ConfigurationError("could not restore: no place is named", hint="name a new folder: --to DIR")
+    restored = restore(
+        arguments.file,
+        arguments.to,
+        backup_passphrase=_backup_passphrase(arguments),
+        passphrase=passphrase_source(arguments),
+        crls=arguments.crl,
+    )
+    with restored.station.registry.view() as view:
+        rows = len(view.rows())
+    record = {
+        "station": str(restored.station.folder),
+        "backup_of": restored.manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "made_by": restored.manifest.made_by,
+        "rows": rows,
+        "crl_number": restored.crl.number,
+        "crl_path": str(restored.crl.path),
+        "merged": [merged.record() for merged in restored.merged],
+    }
+    if console.as_json:
+        console.emit(record, "")
+    else:
+        console.facts({**record, "merged": [_line(merged) for merged in restored.merged]})
+    return _say_what_is_open(restored, console)
+
+
+def _say_what_is_open(restored: Restored, console: Console) -> int:
+    for problem in restored.audit_problems:
+        console.warn(f"the audit log did not verify when it was backed up: {problem.text}")
+    for gateway in restored.station.settings.gateways:
+        if gateway.operator_path is not None and not gateway.operator_path.exists():
+            console.warn(
+                f"the operator's file for the gateway {gateway.name} is not here: {gateway.operator_path}"
+            )
+    unknown = [merged for merged in restored.merged if merged.cause]
+    for merged in unknown:
+        console.warn(
+            f"what the gateway {merged.source} holds is not known ({merged.cause}): what was revoked after the "
+            "backup is on its CRL only; `birthmark restore --crl FILE` takes it over"
+        )
+    console.say(
+        f"\nNow: birthmark crl (every gateway takes CRL {restored.crl.number}), then birthmark doctor (who was "
+        "made after the backup).\nThe lost station must not be used again."
+    )
+    return 1 if unknown else 0
+
+
+def _merge(arguments: argparse.Namespace, console: Console) -> int:
+    if not arguments.crl or arguments.to is not None:
+        raise ConfigurationError(
+            "could not restore: no backup is named", hint="name its file, or only CRLs of gateways with --crl"
+        )
+    merged, crl = merge_crls(open_station(arguments), arguments.crl)
+    record = {
+        "merged": [one.record() for one in merged],
+        "crl_number": crl.number,
+        "crl_path": str(crl.path),
+        "entries": len(crl.cert_serials),
+    }
+    lines = [_line(one) for one in merged]
+    lines.append(f"all of it is on CRL {crl.number}: `birthmark crl` brings it to the gateways")
+    console.emit(record, "\n".join(lines))
+    return 0
+
+
+def _line(merged: Merged) -> str:
+    if merged.cause:
+        return f"{merged.source}: not known"
+    return f"{merged.source}: CRL {merged.number}, {merged.newly} revocations that were not known here"

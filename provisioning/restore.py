@@ -1,0 +1,270 @@
+"""A station brought back from its backup, which must not repeat what the lost one did after it was taken.
+
+Rules:
+
+- All or nothing: everything is unpacked and checked in a folder beside the final one, which is renamed into place
+  at the end. A folder with something in it is refused.
+- What it is checked for: every file whole and on the backup's list, the registry readable, the issuing CA's key
+  unlocked and fitting its certificate. An audit log that does not verify is said, not refused: what was damaged
+  before the backup must not keep anybody from revoking.
+- Nobody knows what the lost station did after the backup. So numbers that must never repeat are jumped: CRL
+  numbers go on from the seconds since 1970 (or from the highest CRL that is known, if that is more), row numbers
+  from `ROWS_JUMP` above. Serial numbers of certificates are random, and need no jump.
+- No revocation is lost as far as it can be known: the CRLs that gateways hold are merged. An entry whose
+  certificate the registry does not know becomes a VOID row `lost-SERIAL`, so that every later CRL lists it, too.
+- The first entry in the audit log after it is `restore`; the lost station's own entries of after the backup have
+  the same numbers, and other hashes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+from birthmark.device.durable import durable_file, private_folder, rename_durably
+from birthmark.device.errors import ConfigurationError
+from birthmark.provisioning import audit, founding
+from birthmark.provisioning.backup import Manifest, opened
+from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
+from birthmark.provisioning.registry.model import REASON_NAMES, Kind, Row, State
+from birthmark.provisioning.revocation import (
+    CRL_NUMBER,
+    CRL_THIS_UPDATE,
+    ROOT_CRL_NUMBER,
+    StoredCrl,
+    mark_revoked,
+    sign_and_store_crl,
+)
+from birthmark.provisioning.station import Station, utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from birthmark.provisioning.backup import Member
+    from birthmark.provisioning.passphrase import PassphraseSource
+    from birthmark.provisioning.registry.interface import Transaction
+
+ROWS_JUMP: Final = 1_000_000
+LOST_ROLE: Final = "service-lost"
+"""The role of a row that stands for a certificate of which only the serial number is known."""
+_COPY_BYTES: Final = 1 << 16
+_MODES: Final = 0o644
+"""No more than this, whatever an archive says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a CRL from elsewhere told the station."""
+
+    source: str
+    number: int = 0
+    newly: int = 0
+    """Revocations that the registry did not know."""
+    cause: str = ""
+    """Why it could not be used; empty if it could."""
+
+    def record(self) -> dict[str, Any]:
+        """Return this as a JSON object."""
+        return {"source": self.source, "crl_number": self.number, "newly_revoked": self.newly, "cause": self.cause}
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did."""
+
+    station: Station
+    manifest: Manifest
+    crl: StoredCrl
+    merged: tuple[Merged, ...]
+    audit_problems: tuple[audit.Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownCrl:
+    """A CRL of one of the station's CAs that somebody holds."""
+
+    number: int
+    this_update: datetime
+    entries: tuple[tuple[int, datetime, x509.ReasonFlags], ...]
+
+
+def restore(
+    backup: Path,
+    folder: Path,
+    *,
+    backup_passphrase: bytes,
+    passphrase: bytes | PassphraseSource,
+    crls: Sequence[Path] = (),
+    clock: Callable[[], datetime] = utc_now,
+) -> Restored:
+    """Make a station in `folder` from a backup, and sign its next CRL.
+
+    Args:
+        backup: the file.
+        folder: where the station is to be; must not exist, or be empty.
+        backup_passphrase: what the backup is encrypted under.
+        passphrase: the issuing CA's.
+        crls: CRLs that gateways hold, PEM or DER. Those of gateways that are reached by a path are found by
+            themselves.
+        clock: the current time, aware.
+
+    Raises:
+        ConfigurationError: there is something in `folder`; or a CRL that was named is not of this station's CA.
+        BackupError: the backup cannot be used.
+        AuthorityError: the issuing CA cannot be unlocked, or its key does not fit.
+        OSError: something cannot be read or written. After any of these there is nothing in `folder`.
+    """
+    folder = folder.absolute()
+    founding.refuse_occupied(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with founding.unfinished(folder) as building:
+        with opened(backup, backup_passphrase) as (manifest, members):
+            _unpack(members, building)
+        station = Station.open(building, passphrase=passphrase, clock=clock)
+        try:
+            problems, merged, crl = _continue(station, manifest, crls)
+        finally:
+            station.close()
+        founding.refuse_occupied(folder)
+        rename_durably(building, folder)
+    station = Station.open(folder, passphrase=passphrase, clock=clock)
+    crl = replace(crl, path=station.folder / crl.path.relative_to(building))
+    return Restored(station, manifest, crl, merged, problems)
+
+
+def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ...], StoredCrl]:
+    """Take over what CRLs from elsewhere list, and sign a CRL with all of it and a number above all of theirs.
+
+    Raises:
+        ConfigurationError: a CRL is not of this station's CA; nothing was changed.
+        AuthorityError: the issuing CA cannot be unlocked; nothing was changed.
+    """
+    known = [(str(path), read_crl(path, station.issuing)) for path in crls]
+    _ = station.authority
+    with station.registry.transaction() as transaction:
+        merged = tuple(_merge(transaction, source, crl) for source, crl in known)
+    return merged, sign_and_store_crl(station)
+
+
+def _continue(
+    station: Station, manifest: Manifest, crls: Sequence[Path]
+) -> tuple[tuple[audit.Problem, ...], tuple[Merged, ...], StoredCrl]:
+    _ = station.authority  # the key fits its certificate, or this ends here
+    problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    known = [(str(path), read_crl(path, station.issuing)) for path in crls]
+    found, unknown = _from_gateways(station)
+    now = station.clock()
+    with station.registry.transaction() as transaction:
+        transaction.record(
+            "restore",
+            "station",
+            backup_of=manifest.created_at.isoformat(),
+            made_by=manifest.made_by,
+            audit_problems=len(problems),
+        )
+        merged = tuple(_merge(transaction, source, crl) for source, crl in [*known, *found])
+        _jump(transaction, manifest, now)
+    return problems, (*merged, *unknown), sign_and_store_crl(station)
+
+
+def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
+    """Leave out every number that the lost station may have used."""
+    for name in (CRL_NUMBER, ROOT_CRL_NUMBER):
+        transaction.set_counter(name, max(transaction.counter(name), int(now.timestamp())))
+    transaction.set_counter(LAST_ROW, transaction.counter(LAST_ROW) + ROWS_JUMP)
+    backed_up_at = int(manifest.created_at.timestamp())
+    transaction.set_counter(LAST_ISSUED_AT, max(transaction.counter(LAST_ISSUED_AT), backed_up_at))
+
+
+def _from_gateways(station: Station) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
+    """Return the CRLs that can be had of the gateways, and the gateways of which none can."""
+    found: list[tuple[str, KnownCrl]] = []
+    unknown: list[Merged] = []
+    for gateway in station.settings.gateways:
+        if gateway.crl_path is None:
+            cause = f"it is reached by {gateway.reached_by}: copy data/*.crl from there"
+            unknown.append(Merged(gateway.name, cause=cause))
+            continue
+        try:
+            found.append((gateway.name, read_crl(gateway.crl_path, station.issuing)))
+        except ConfigurationError as error:
+            unknown.append(Merged(gateway.name, cause=error.message))
+    return found, unknown
+
+
+def _merge(transaction: Transaction, source: str, crl: KnownCrl) -> Merged:
+    """Take over what one CRL says."""
+    newly = 0
+    for cert_serial, revoked_at, reason in crl.entries:
+        row = transaction.by_cert_serial(cert_serial) or _lost_row(transaction, cert_serial)
+        word = f"on CRL {crl.number} of before the restore"
+        newly += mark_revoked(transaction, row, reason, word=word, now=revoked_at)
+    transaction.set_counter(CRL_NUMBER, max(transaction.counter(CRL_NUMBER), crl.number))
+    this_update = int(crl.this_update.timestamp())
+    transaction.set_counter(CRL_THIS_UPDATE, max(transaction.counter(CRL_THIS_UPDATE), this_update))
+    transaction.record(
+        "merge-crl", "issuing-ca", number=crl.number, entries=len(crl.entries), newly=newly, source=source
+    )
+    return Merged(source, crl.number, newly)
+
+
+def _lost_row(transaction: Transaction, cert_serial: int) -> Row:
+    """Add a row for a certificate that was issued after the backup: all that is known is that it is revoked."""
+    return transaction.insert(
+        kind=Kind.SERVICE,
+        name=f"lost-{cert_serial:x}",
+        role=LOST_ROLE,
+        state=State.RESERVED,
+        cert_serial=cert_serial,
+    )
+
+
+def read_crl(path: Path, issuing: x509.Certificate) -> KnownCrl:
+    """Read a CRL that `issuing` signed, PEM or DER.
+
+    Raises:
+        ConfigurationError: it cannot be read, or it is no CRL of that CA.
+    """
+    what, hint = f"could not use the CRL {path}", "name the file that the gateway keeps: data/KEY-ID.crl"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{what}: {error.strerror}", hint=hint) from error
+    try:
+        is_pem = content.lstrip().startswith(b"-----BEGIN")
+        crl = x509.load_pem_x509_crl(content) if is_pem else x509.load_der_x509_crl(content)
+        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        is_ours = crl.is_signature_valid(cast(EllipticCurvePublicKey, issuing.public_key()))
+        entries = tuple(_entry(item) for item in crl)
+        this_update = crl.last_update_utc
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        raise ConfigurationError(f"{what}: it is no CRL", hint=hint) from error
+    if not is_ours:
+        raise ConfigurationError(f"{what}: this station's CA did not sign it", hint="is it another station's?")
+    return KnownCrl(number, this_update, entries)
+
+
+def _entry(item: x509.RevokedCertificate) -> tuple[int, datetime, x509.ReasonFlags]:
+    try:
+        reason = item.extensions.get_extension_for_class(x509.CRLReason).value.reason
+    except x509.ExtensionNotFound:
+        reason = x509.ReasonFlags.unspecified
+    if reason.value not in REASON_NAMES:
+        reason = x509.ReasonFlags.unspecified
+    return item.serial_number, item.revocation_date_utc, reason
+
+
+def _unpack(members: Iterator[Member], folder: Path) -> None:
+    """Write the members of a backup, each whole and on disk."""
+    for member in members:
+        path = folder / member.name
+        if path.parent != folder:
+            private_folder(path.parent)
+        with durable_file(path, mode=member.mode & _MODES) as file:
+            shutil.copyfileobj(member.content, file, _COPY_BYTES)

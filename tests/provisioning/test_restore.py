@@ -1,0 +1,247 @@
+"""A station that is destroyed, and goes on elsewhere: nothing twice, nothing lost, and said what is not known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography import x509
+from support.station import PASSPHRASE, Clock, Command, enrolled_row, new_station
+from support.station_broker import station_broker
+
+from birthmark.device.errors import AuthorityError, BirthmarkError, ConfigurationError
+from birthmark.provisioning import audit
+from birthmark.provisioning.backup import back_up
+from birthmark.provisioning.gateways import Outcome, deliver
+from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.registry.model import State
+from birthmark.provisioning.restore import ROWS_JUMP, Restored, merge_crls, read_crl, restore
+from birthmark.provisioning.revocation import current_crl, revoke, sign_and_store_crl
+from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.station import Station
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.revocation import StoredCrl
+
+SECRET = b"the backup's own passphrase"
+LOST = x509.ReasonFlags.key_compromise
+
+
+def backed_up(station: Station, path: Path) -> Path:
+    back_up(station, path, SECRET, cost_log2=2)
+    return path
+
+
+def brought_back(backup: Path, folder: Path, *crls: Path, clock: Clock | None = None) -> Restored:
+    clocked = {} if clock is None else {"clock": clock}
+    return restore(backup, folder, backup_passphrase=SECRET, passphrase=PASSPHRASE, crls=crls, **clocked)
+
+
+def rows(station: Station) -> list[Row]:
+    with station.registry.view() as view:
+        return view.rows()
+
+
+def deliver_to_all(station: Station, crl: StoredCrl) -> list[Outcome]:
+    gateways = Station.open(station.folder).settings.gateways
+    deliveries = deliver(gateways, crl, anchors_path=station.folder / "root.pem", timeout_s=30)
+    return [delivery.outcome for delivery in deliveries]
+
+
+def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        enrolled_row(living, f"sensor-{number}")
+    with station_broker(tmp_path / "gateway", living) as broker:
+        crl_path = broker.folder / "crl.pem"
+        add_gateway(living.settings_path, Gateway("localhost", crl_path=crl_path))
+        revoke(living, "sensor-1", LOST)
+        backup = backed_up(living, tmp_path / "backup.age")
+        # What the backup does not know: a device made, two revocations, CRLs up to some number.
+        late = enrolled_row(living, "late")
+        issue_operator(living, "late-alice", tmp_path)
+        revoke(living, "sensor-2", LOST)
+        held = revoke(living, "late", LOST).crl
+        assert deliver_to_all(living, held) == [Outcome.DONE]
+        used_serials = {row.cert_serial for row in rows(living)}
+        used_numbers = {row.number for row in rows(living)}
+        lost_log = [entry["hash"] for entry in audit.read(living.registry.audit_path)]
+        shutil.rmtree(living.folder)
+
+        restored = brought_back(backup, tmp_path / "elsewhere")
+        station = restored.station
+        assert [(merged.source, merged.number, merged.newly) for merged in restored.merged] == [
+            ("localhost", held.number, 2)
+        ]
+        assert restored.crl.cert_serials == held.cert_serials
+        assert restored.crl.number > held.number
+        assert restored.crl.this_update > held.this_update
+        assert deliver_to_all(station, restored.crl) == [Outcome.DONE]
+        fresh = [enrolled_row(station, f"fresh-{number}") for number in range(3)]
+        fresh.append(issue_operator(station, "bob", tmp_path).row)
+        assert not used_serials & {row.cert_serial for row in fresh}
+        assert not used_numbers & {row.number for row in fresh}
+        newer = revoke(station, "fresh-1", LOST).crl
+        assert newer.cert_serials == {*held.cert_serials, fresh[1].cert_serial}
+        assert deliver_to_all(station, newer) == [Outcome.DONE]
+    with station.registry.view() as view:
+        stand_in = view.by_cert_serial(late.cert_serial or 0)
+        assert stand_in is not None
+        assert (stand_in.name, stand_in.state) == (f"lost-{late.cert_serial:x}", State.VOID)
+        sensor = view.live_by_name("sensor-2")
+        assert sensor is not None
+        assert (sensor.state, sensor.revocation_reason) == (State.ATTESTED, LOST.value)
+    entries = list(audit.read(station.registry.audit_path))
+    assert not audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    marked = next(entry for entry in entries if entry["action"] == "restore")
+    forked = [entry["hash"] for entry in entries if entry["seq"] >= marked["seq"]]
+    assert not set(forked) & set(lost_log), "the lost station's entries and ours cannot be told apart"
+    assert stat.S_IMODE((station.folder / "keys" / "issuing.key.pem").stat().st_mode) == 0o400
+    assert stat.S_IMODE(station.folder.stat().st_mode) == 0o700
+
+
+def test_a_backup_restored_twice_repeats_no_crl_number(living: Station, tmp_path: Path) -> None:
+    backup = backed_up(living, tmp_path / "backup.age")
+    clock = Clock(living.clock())
+    first = brought_back(backup, tmp_path / "one", clock=clock)
+    used = {first.crl.number, *(sign_and_store_crl(first.station).number for _ in range(5))}
+    clock.advance(minutes=1)
+    second = brought_back(backup, tmp_path / "two", clock=clock)
+    assert second.crl.number > max(used)
+
+
+def test_what_cannot_be_known_is_said_and_taken_over_later(
+    birthmark: Command, living: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIRTHMARK_BACKUP_PASSPHRASE", SECRET.decode())
+    enrolled_row(living, "sensor-1")
+    far = Gateway("far", host="far.example.com", operator_path=tmp_path / "alice.pem")
+    for gateway in (far, Gateway("gone", crl_path=tmp_path / "unmounted" / "crl.pem")):
+        add_gateway(living.settings_path, gateway)
+    backup = backed_up(living, tmp_path / "backup.age")
+    held = revoke(living, "sensor-1", LOST).crl
+    copy = tmp_path / "far.crl"
+    copy.write_bytes(held.der)  # a gateway keeps PEM or DER: both are read
+    shutil.rmtree(living.folder)
+
+    answer = birthmark("restore", backup, "--to", tmp_path / "to", "--json")
+    assert answer.exit_code == 1
+    (record,) = answer.records
+    assert [merged["newly_revoked"] for merged in record["merged"]] == [0, 0]
+    assert all(merged["cause"] for merged in record["merged"])
+    warnings = [json.loads(line)["warning"] for line in answer.stderr.splitlines()]
+    assert any("the operator's file for the gateway far is not here" in warning for warning in warnings)
+    assert sum("holds is not known" in warning for warning in warnings) == 2
+
+    later = Command(tmp_path / "to", birthmark._capsys)
+    assert not later("show", "sensor-1", "--json").records[0]["revoked"]
+    merged = later("restore", "--crl", copy, "--json")
+    assert (merged.exit_code, merged.stderr) == (0, "")
+    assert merged.records[0]["merged"][0]["newly_revoked"] == 1
+    assert later("show", "sensor-1", "--json").records[0]["revoked"] == "keyCompromise"
+    crl = current_crl(Station.open(tmp_path / "to"))
+    assert crl is not None
+    assert crl.cert_serials == held.cert_serials
+    assert crl.number > record["crl_number"]
+    again = later("restore", "--crl", copy)
+    assert "0 revocations that were not known here" in again.stdout
+
+
+def test_a_number_above_ours_is_taken_over(living: Station, tmp_path: Path) -> None:
+    crl = sign_and_store_crl(living)
+    backup = backed_up(living, tmp_path / "backup.age")
+    with living.registry.transaction() as transaction:
+        transaction.set_counter("crl_number", 1 << 62)
+    high = sign_and_store_crl(living)
+    assert high.number > crl.number
+    restored = brought_back(backup, tmp_path / "to", high.path)
+    assert restored.crl.number > high.number
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(living: Station, tmp_path: Path) -> None:
+    backup = backed_up(living, tmp_path / "backup.age")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "mine").touch()
+    with pytest.raises(ConfigurationError, match="there is something already"):
+        brought_back(backup, tmp_path / "to")
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["mine"]
+
+
+def test_nothing_is_left_when_the_ca_cannot_be_unlocked_or_a_crl_is_foreign(
+    living: Station, tmp_path: Path
+) -> None:
+    backup = backed_up(living, tmp_path / "backup.age")
+    foreign = new_station(tmp_path / "other").crl_path
+    attempts = {
+        "the passphrase is wrong": (b"wrong", (), AuthorityError),
+        "this station's CA did not sign it": (PASSPHRASE, (foreign,), ConfigurationError),
+        "it is no CRL": (PASSPHRASE, (backup,), ConfigurationError),
+        "No such file": (PASSPHRASE, (tmp_path / "none",), ConfigurationError),
+    }
+    for cause, (passphrase, crls, kind) in attempts.items():
+        with pytest.raises(kind, match=cause):
+            restore(backup, tmp_path / "to", backup_passphrase=SECRET, passphrase=passphrase, crls=crls)
+        assert not list(tmp_path.glob("*to*"))
+    with pytest.raises(ConfigurationError, match="did not sign it"):
+        merge_crls(living, [foreign])
+
+
+def test_keys_that_do_not_fit_their_certificate_are_refused(living: Station, tmp_path: Path) -> None:
+    other = new_station(tmp_path / "other")
+    key = living.folder / "keys" / "issuing.key.pem"
+    key.unlink()
+    shutil.copy(other.folder / "keys" / "issuing.key.pem", key)
+    with pytest.raises(AuthorityError, match="do not belong together"):
+        brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_station_without_its_root_key_is_backed_up_and_restored(living: Station, tmp_path: Path) -> None:
+    (living.folder / "keys" / "root.key.pem").rename(tmp_path / "root.key.pem")
+    restored = brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
+    assert not (restored.station.folder / "keys" / "root.key.pem").exists()
+    assert issue_operator(restored.station, "alice", tmp_path).row.state is State.ATTESTED
+
+
+def test_a_clock_that_stands_before_the_backup_stops_issuing(
+    station: Station, tmp_path: Path, clock: Clock
+) -> None:
+    backup = backed_up(station, tmp_path / "backup.age")
+    early = Clock(clock.now)
+    early.advance(hours=-1)
+    restored = brought_back(backup, tmp_path / "to", clock=early)
+    with pytest.raises(AuthorityError, match="before the last issuance"):
+        issue_operator(restored.station, "alice", tmp_path)
+    early.advance(hours=2)
+    assert issue_operator(restored.station, "bob", tmp_path).row.state is State.ATTESTED
+
+
+def test_row_numbers_go_on_far_above(living: Station, tmp_path: Path) -> None:
+    last = enrolled_row(living, "sensor-1").number
+    restored = brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
+    assert enrolled_row(restored.station, "sensor-2").number == last + ROWS_JUMP + 1
+
+
+def test_a_crl_is_read_whole_or_not(living: Station, tmp_path: Path) -> None:
+    enrolled_row(living, "sensor-1")
+    path = tmp_path / "crl.der"
+    crl = revoke(living, "sensor-1", LOST).crl
+    path.write_bytes(crl.der)
+    known = read_crl(path, living.issuing)
+    assert (known.number, [entry[0] for entry in known.entries]) == (crl.number, list(crl.cert_serials))
+    for end in range(0, len(crl.der), 7):
+        path.write_bytes(crl.der[:end])
+        with pytest.raises(BirthmarkError, match="could not use the CRL"):
+            read_crl(path, living.issuing)
+
+
+def test_it_needs_a_place_and_something_to_restore(birthmark: Command, tmp_path: Path) -> None:
+    for words, cause in (((tmp_path / "x",), "no place is named"), ((), "no backup is named")):
+        answer = birthmark("restore", *words)
+        assert answer.exit_code == 1
+        assert cause in answer.stderr
