@@ -8,13 +8,11 @@ writer may add some); anything else is a `RemoteProtocolError`. Times are second
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from birthmark.device.errors import RemoteProtocolError
 from birthmark.device.escape import quoted
+from birthmark.device.json_fields import Fields, dump
 
 Outcome = Literal["installed", "current", "refused"]
 
@@ -31,12 +29,12 @@ class Presence:
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
-        return _dump(asdict(self))
+        return dump(asdict(self))
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Presence:
         """Read a payload; raises `RemoteProtocolError` if it is no presence."""
-        fields = _Fields("presence", payload)
+        fields = Fields("presence", payload)
         return cls(
             online=fields.boolean("online"),
             since=fields.number("since"),
@@ -83,12 +81,12 @@ class Receipt:
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
-        return _dump(asdict(self))
+        return dump(asdict(self))
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Receipt:
         """Read a payload; raises `RemoteProtocolError` if it is no receipt."""
-        fields = _Fields("receipt", payload)
+        fields = Fields("receipt", payload)
         told = fields.text("outcome")
         outcome = next((known for known in get_args(Outcome) if known == told), None)
         if outcome is None:
@@ -129,12 +127,12 @@ class GatewayStatus:
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
-        return _dump(asdict(self))
+        return dump(asdict(self))
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> GatewayStatus:
         """Read a payload; raises `RemoteProtocolError` if it is no gateway status."""
-        fields = _Fields("gateway status", payload)
+        fields = Fields("gateway status", payload)
         return cls(
             gateway=fields.text("gateway"),
             online=fields.boolean("online"),
@@ -176,12 +174,12 @@ class Sighting:
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
-        return _dump(asdict(self))
+        return dump(asdict(self))
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Sighting:
         """Read a payload; raises `RemoteProtocolError` if it is no sighting."""
-        fields = _Fields("sighting", payload)
+        fields = Fields("sighting", payload)
         return cls(
             id=fields.text("id"),
             cert_serial=fields.text("cert_serial"),
@@ -194,7 +192,7 @@ class Sighting:
         )
 
 
-def _closed(item: _Fields) -> ClosedIdentity:
+def _closed(item: Fields) -> ClosedIdentity:
     return ClosedIdentity(
         id=item.text("id"),
         cert_serial=item.text("cert_serial"),
@@ -204,76 +202,3 @@ def _closed(item: _Fields) -> ClosedIdentity:
         queued_messages_purged=item.whole("queued_messages_purged"),
         retained_presence_purged=item.boolean("retained_presence_purged"),
     )
-
-
-def _dump(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-class _Fields:
-    """Typed access to an untrusted JSON object."""
-
-    def __init__(self, what: str, payload: bytes | dict[str, Any]) -> None:
-        self._what = what
-        if isinstance(payload, bytes | bytearray):
-            try:
-                value = json.loads(payload)
-            except (ValueError, RecursionError) as error:
-                raise self.error("not JSON") from error
-        else:
-            value = payload
-        if not isinstance(value, dict):
-            raise self.error("not an object")
-        self._value: dict[str, Any] = value
-
-    def error(self, cause: str) -> RemoteProtocolError:
-        return RemoteProtocolError(f"could not read a {self._what}: {cause}")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._value.get(key, default)
-        if not isinstance(value, str):
-            raise self.error(f"{key!r} is not text")
-        return value
-
-    def boolean(self, key: str) -> bool:
-        value = self._value.get(key)
-        if not isinstance(value, bool):
-            raise self.error(f"{key!r} is not a boolean")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self._value.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(f"{key!r} is not a number")
-        try:
-            number = float(value)
-        except OverflowError as error:
-            raise self.error(f"{key!r} is out of range") from error
-        if not math.isfinite(number):  # Python's JSON knows NaN and Infinity; nobody's clock does
-            raise self.error(f"{key!r} is out of range")
-        return number
-
-    def whole(self, key: str) -> int:
-        value = self._value.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(f"{key!r} is not a count")
-        return value
-
-    def counts(self, key: str, default: dict[str, int] | None = None) -> dict[str, int]:
-        value = self._value.get(key, default)
-        if not isinstance(value, dict):
-            raise self.error(f"{key!r} is not an object")
-        inner = _Fields(self._what, value)
-        return {name: inner.whole(name) for name in value}
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self._value.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f"{key!r} is not a list of texts")
-        return tuple(value)
-
-    def objects(self, key: str) -> list[_Fields]:
-        value = self._value.get(key, [])
-        if not isinstance(value, list):
-            raise self.error(f"{key!r} is not a list")
-        return [_Fields(self._what, item if isinstance(item, dict) else {}) for item in value]

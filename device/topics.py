@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from birthmark.device.identity import BrokerName, DeviceId
 
 ANNOUNCEMENTS = "fleet/announcements/#"
+RENEWAL_REQUESTS = "devices/+/renewal/request"
+"""What the renewal service listens to."""
 
 
 def telemetry(device_id: DeviceId, name: str) -> str:
@@ -40,6 +42,16 @@ def commands(device_id: DeviceId) -> str:
 def reply(device_id: DeviceId, name: str) -> str:
     """Where a device answers one command."""
     return f"devices/{device_id}/replies/{name}"
+
+
+def renewal_request(device_id: DeviceId) -> str:
+    """Where a device asks for a new certificate, and confirms that it has one."""
+    return f"devices/{device_id}/renewal/request"
+
+
+def renewal_answer(device_id: DeviceId) -> str:
+    """Where the renewal service answers a device, or asks it to renew."""
+    return f"devices/{device_id}/renewal/answer"
 
 
 def gateway_crl(name: BrokerName) -> str:

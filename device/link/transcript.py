@@ -1,4 +1,4 @@
-"""What is signed on the link, and how (docs/serial-protocol.md section 6).
+"""What is signed on the link (docs/serial-protocol.md section 6) and in a renewal (docs/renewal.md), and how.
 
 ECDSA over P-256 with SHA-256, DER, over a transcript: the ASCII label and then each part, every one preceded by
 its length as u16 big-endian. The label keeps a signature of one kind from passing for another kind, or for one
@@ -27,6 +27,12 @@ class Label(StrEnum):
     """Parts: station nonce, hwid, txn, leaf SHA-256, bundle SHA-256; signed by the active key."""
     UNLOCK = "BIRTHMARK-UNLOCK-1"
     """Parts: device nonce, hwid, old txn, new txn; signed by a CA of the device."""
+    RENEWAL = "BIRTHMARK-RENEWAL-1"
+    """Parts: device id, nonce, leaf SHA-256, request SHA-256, anchors' SHA-256; signed by the current key."""
+    CONFIRM = "BIRTHMARK-CONFIRM-1"
+    """Parts: device id, nonce, new leaf SHA-256, anchors' SHA-256; signed by the new key."""
+    ANCHORS = "BIRTHMARK-ANCHORS-1"
+    """Parts: device id, nonce of the request, new anchors' SHA-256; signed by a CA of the device."""
 
 
 def transcript(label: str, *parts: bytes) -> bytes:
