@@ -125,7 +125,7 @@ class RenewalAnswer:
     retry: bool = False
     """`refused`: whether asking again later makes sense."""
     retry_after_s: int = 0
-    """`refused` with `retry`: not before so many seconds; `renew-now`: within so many, at a moment the device draws."""
+    """`refused` with `retry`: not before so many seconds; `renew-now`: within so many, when the device draws."""
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""

@@ -26,7 +26,7 @@ _TIMES: Final = frozenset(
     {"created_at", "changed_at", "not_before", "not_after", "revoked_at", "opened_at", "closed_at", "since"}
 )
 _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
-_NUMBERS: Final = frozenset({"replaces", "replaced_by"})
+_NUMBERS: Final = frozenset({"replaces", "replaced_by", "renews"})
 _NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
 _QUARANTINED: Final = tuple(field.name for field in fields(Quarantined))
 _T = TypeVar("_T")

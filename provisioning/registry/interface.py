@@ -5,9 +5,9 @@ Rules:
 - A transaction is exclusive across processes and threads from its first read to the end of its block. When
   the block ends, everything in it is durable; when it ends in an exception, nothing of it is.
 - A view is one consistent state; it takes no lock and never waits.
-- Uniqueness (docs/serial-protocol.md section 8) holds at every insert and update: hwid and name among the rows
-  that are neither VOID nor being replaced, names without regard to case and across devices, services and
-  brokers; public key and certificate serial number among all rows ever.
+- Uniqueness (docs/serial-protocol.md section 8) holds at every insert and update: hwid and name among the live
+  rows (neither VOID, nor being replaced, nor a renewal under way), names without regard to case and across devices,
+  services and brokers; public key and certificate serial number among all rows ever.
 - The audit entries of a transaction are durable with it, and reach the audit log after a crash too.
 - The counter `last_issued_at` follows the newest issuance: the seconds since 1970 at which a row got its
   certificate.
@@ -131,7 +131,9 @@ class Transaction(View, Protocol):
         public_key_der: bytes | None = None,
         cert_serial: int | None = None,
         issuer: str = "",
+        bundle_sha256: bytes | None = None,
         replaces: int | None = None,
+        renews: int | None = None,
         replaces_reason: str = "",
         batch: str = "",
         label: str = "",

@@ -6,6 +6,8 @@ Rules (docs/serial-protocol.md section 8):
 - KEYED and later hold the public key and the certificate's serial number, so that both are durable before the
   certificate is signed; ISSUED and later hold the certificate.
 - What is once known of a certificate never changes: its key, its serial number, its bytes, its revocation.
+- A renewal is a row of its own, with the hwid, txn and bundle hash of the row that it renews. It holds neither
+  name nor hwid until it is ATTESTED: a unit with a renewal under way is the made unit that it was before.
 - A row never holds a private key.
 """
 
@@ -117,6 +119,8 @@ class Row:
     """The number of the row that this one is to replace."""
     replaced_by: int | None = None
     """The number of the row that is replacing, or has replaced, this one."""
+    renews: int | None = None
+    """The number of the row whose certificate this one's is to follow, for the same board and enrollment."""
     replaces_reason: str = ""
     """The RFC 5280 reason's name under which the certificate of the replaced row is to be revoked."""
     batch: str = ""
@@ -142,8 +146,13 @@ class Row:
 
     @property
     def is_live(self) -> bool:
-        """Whether this row holds its name and hwid: neither VOID nor being replaced."""
-        return self.state is not State.VOID and self.replaced_by is None
+        """Whether this row holds its name and hwid: neither VOID, nor being replaced, nor a renewal under way."""
+        return self.state is not State.VOID and self.replaced_by is None and not self.is_open_renewal
+
+    @property
+    def is_open_renewal(self) -> bool:
+        """Whether this row is a renewal that its device has not confirmed yet."""
+        return self.renews is not None and self.state not in {State.ATTESTED, State.VOID}
 
     @property
     def is_revoked(self) -> bool:
@@ -213,7 +222,7 @@ _ONCE_SET: Final = frozenset(
         "replaces",
     }
 )
-_FIXED: Final = frozenset({"number", "kind", "name", "role", "created_at", "replaces_reason", "batch"})
+_FIXED: Final = frozenset({"number", "kind", "name", "role", "created_at", "replaces_reason", "batch", "renews"})
 
 
 def check_change(old: Row, new: Row) -> None:

@@ -221,6 +221,39 @@ def test_a_replaced_row_gives_up_its_name_and_gets_it_back(registry: Registry) -
         assert transaction.live_by_hwid(b"sensor-1") == transaction.row(old.number)
 
 
+def test_a_renewal_holds_nothing_until_it_is_attested(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        old = attested(transaction, keyed(transaction, device(transaction)))
+        new = device(
+            transaction,
+            state=State.KEYED,
+            public_key_der=b"new key",
+            cert_serial=SERIAL + 1,
+            bundle_sha256=old.bundle_sha256,
+            renews=old.number,
+        )
+        assert (new.renews, new.is_open_renewal, new.is_live) == (old.number, True, False)
+        assert transaction.live_by_name("sensor-1") == transaction.live_by_hwid(b"sensor-1") == old
+    with registry.transaction() as transaction:
+        issued = transaction.update(replace(new, state=State.ISSUED, certificate_der=b"leaf"))
+        with pytest.raises(DuplicateError):  # while the old one stands, there is no second one
+            transaction.update(replace(issued, state=State.ATTESTED))
+        transaction.update(replace(old, replaced_by=new.number))
+        made = transaction.update(replace(issued, state=State.ATTESTED))
+        assert transaction.live_by_name("sensor-1") == transaction.live_by_hwid(b"sensor-1") == made
+    with registry.view() as view:
+        assert view.row(new.number) == made
+
+
+def test_an_open_renewal_is_unique_in_key_and_serial_number(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        old = attested(transaction, keyed(transaction, device(transaction)))
+        for key, serial, field in ((b"key", SERIAL + 1, "public_key"), (b"new key", SERIAL, "cert_serial")):
+            with pytest.raises(DuplicateError) as caught:
+                device(transaction, state=State.KEYED, public_key_der=key, cert_serial=serial, renews=old.number)
+            assert caught.value.field == field
+
+
 def test_a_replaced_row_that_is_void_does_not_come_back(registry: Registry) -> None:
     with registry.transaction() as transaction:
         old = attested(transaction, keyed(transaction, device(transaction)))
