@@ -6,8 +6,8 @@ Rules:
   the block ends, everything in it is durable; when it ends in an exception, nothing of it is.
 - A view is one consistent state; it takes no lock and never waits.
 - Uniqueness (docs/serial-protocol.md section 8) holds at every insert and update: hwid and name among the live
-  rows (neither VOID, nor being replaced, nor a renewal under way), names without regard to case and across devices,
-  services and brokers; public key and certificate serial number among all rows ever.
+  rows (neither VOID, nor being replaced, nor a renewal under way), names without regard to case and across
+  devices, services and brokers; public key and certificate serial number among all rows ever.
 - The audit entries of a transaction are durable with it, and reach the audit log after a crash too.
 - The counter `last_issued_at` follows the newest issuance: the seconds since 1970 at which a row got its
   certificate.
