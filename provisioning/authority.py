@@ -2,8 +2,10 @@
 
 Rules:
 
-- Nothing is signed that the registry does not hold already: the row in KEYED, with this name, role, public key
-  and serial number. So no certificate exists that a revocation would not reach, whenever the station is killed.
+- Nothing is signed that the registry does not hold already: the row in KEYED, with this name, role, public key,
+  serial number and issuing CA. So no certificate exists that a revocation would not reach, whenever the station
+  is killed.
+- Nothing is signed by a CA that is closed or retired: its last CRL would not list it.
 - Nothing is signed while the station's clock is before the CA's notBefore or before the last issuance: it is
   wrong, and so would be the validity.
 - The root's key is not here: it signs issuing CAs and its own CRL only (`birthmark.provisioning.founding`).
@@ -22,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from birthmark.device.errors import AuthorityError
 from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.provisioning import profile
+from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, State
 
@@ -43,7 +46,7 @@ class Authority:
 
     Args:
         issuer: its certificate and key.
-        root: the certificate it leads to.
+        anchors: the roots that devices are to trust, the one that it leads to first.
         organization: the O of every subject.
         lifetimes: how long certificates are valid.
         registry: where every serial number must be recorded before it is used.
@@ -53,7 +56,7 @@ class Authority:
     def __init__(
         self,
         issuer: Issuer,
-        root: x509.Certificate,
+        anchors: Sequence[x509.Certificate],
         *,
         organization: str,
         lifetimes: Lifetimes,
@@ -66,7 +69,9 @@ class Authority:
         self._registry = registry
         self._random_bytes = random_bytes
         self.issuing_der = issuer.certificate.public_bytes(Encoding.DER)
-        self.root_der = root.public_bytes(Encoding.DER)
+        self.anchors_der = tuple(anchor.public_bytes(Encoding.DER) for anchor in anchors)
+        self.anchor_ids = " ".join(profile.key_id(anchor).hex() for anchor in anchors)
+        """The anchors' key identifiers, as a row of the registry remembers them."""
         self.key_id = profile.key_id(issuer.certificate).hex()
         """The issuing CA's subject key identifier, in lower-case hex."""
 
@@ -153,6 +158,7 @@ class Authority:
         with self._registry.view() as view:
             row = view.by_cert_serial(cert_serial)
             last_issued_at = moment(view, LAST_ISSUED_AT)
+            closed = any(ca.key_id == self.key_id and ca.closed_at is not None for ca in read_cas(view))
         recorded = row is not None and (row.kind, row.name, row.role) == (kind, name, role)
         if row is None or not recorded or row.public_key_der != public_key_der:
             raise AuthorityError(
@@ -164,6 +170,11 @@ class Authority:
             raise AuthorityError(
                 f"could not issue a certificate for {kind} {name}: row {row.number} is {state}, not KEYED",
                 hint="somebody else has changed it meanwhile: start this unit again",
+            )
+        if row.issuer != self.key_id or closed:
+            raise AuthorityError(
+                f"could not issue a certificate for {kind} {name}: row {row.number} is not the issuing CA's",
+                hint="the CA was replaced meanwhile: start this again",
             )
         self._check_clock(now, last_issued_at)
 

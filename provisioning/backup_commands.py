@@ -145,8 +145,8 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         "backup_of": restored.manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "made_by": restored.manifest.made_by,
         "rows": rows,
-        "crl_number": restored.crl.number,
-        "crl_path": str(restored.crl.path),
+        "crl_number": restored.crls.current.number,
+        "crl_path": str(restored.crls.path),
         "merged": [merged.record() for merged in restored.merged],
     }
     if console.as_json:
@@ -171,7 +171,7 @@ def _say_what_is_open(restored: Restored, console: Console) -> int:
             "backup is on its CRL only; `birthmark restore --crl FILE` takes it over"
         )
     console.say(
-        f"\nNow: birthmark crl (every gateway takes CRL {restored.crl.number}), then birthmark doctor (who was "
+        f"\nNow: birthmark crl (every gateway takes {restored.crls.shown()}), then birthmark doctor (who was "
         "made after the backup).\nThe lost station must not be used again."
     )
     return 1 if unknown else 0
@@ -185,12 +185,12 @@ def _merge(arguments: argparse.Namespace, console: Console) -> int:
     merged, crl = merge_crls(open_station(arguments), arguments.crl)
     record = {
         "merged": [one.record() for one in merged],
-        "crl_number": crl.number,
+        "crl_number": crl.current.number,
         "crl_path": str(crl.path),
         "entries": len(crl.cert_serials),
     }
     lines = [_line(one) for one in merged]
-    lines.append(f"all of it is on CRL {crl.number}: `birthmark crl` brings it to the gateways")
+    lines.append(f"all of it is on {crl.shown()}: `birthmark crl` brings it to the gateways")
     console.emit(record, "\n".join(lines))
     return 0
 

@@ -1,31 +1,39 @@
-"""A CRL on its way from the station to its gateways, on the record."""
+"""The CRLs on their way from the station to its gateways, on the record."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from birthmark.provisioning.cas import SHORT
+from birthmark.provisioning.crls import CrlSet, sign_and_store_crl
+from birthmark.provisioning.gateway_receipts import note_deliveries
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery, Outcome, deliver
-from birthmark.provisioning.revocation import StoredCrl, sign_and_store_crl
-from birthmark.provisioning.station import ROOT_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from birthmark.device.console import Console
+    from birthmark.provisioning.settings import Gateway
     from birthmark.provisioning.station import Station
 
 
-def deliver_crl(station: Station, crl: StoredCrl, timeout_s: float) -> list[Delivery]:
-    """Bring a CRL to every gateway of the station, and put what became of it in the audit log."""
-    gateways = station.settings.gateways
-    deliveries = deliver(gateways, crl, anchors_path=station.folder / ROOT_FILE, timeout_s=timeout_s)
+def deliver_crl(
+    station: Station, crls: CrlSet, timeout_s: float, *, gateways: Sequence[Gateway] | None = None
+) -> list[Delivery]:
+    """Bring the CRLs to every gateway of the station (or to these), and put what became of them on record."""
+    gateways = station.settings.gateways if gateways is None else gateways
+    station.publish_certificates()
+    deliveries = deliver(gateways, crls, station.cas, anchors_path=station.root_path, timeout_s=timeout_s)
     if deliveries:
+        numbers = " ".join(f"{crl.issuer[:SHORT]}:{crl.number}" for crl in crls.crls)
         with station.registry.transaction() as transaction:
+            note_deliveries(transaction, deliveries, crls, station.clock())
             for delivery in deliveries:
                 transaction.record(
                     "deliver",
                     delivery.gateway,
-                    number=crl.number,
+                    number=crls.current.number,
+                    crls=numbers if len(crls.crls) > 1 else None,
                     outcome=delivery.outcome.value,
                     cause=delivery.cause or None,
                 )
@@ -50,15 +58,16 @@ def bring_new_crl(station: Station, console: Console, *, timeout_s: float = DEFA
     Raises:
         AuthorityError: the CA cannot be unlocked, or its clock is wrong.
     """
-    crl = sign_and_store_crl(station)
-    deliveries = deliver_crl(station, crl, timeout_s)
+    crls = sign_and_store_crl(station)
+    deliveries = deliver_crl(station, crls, timeout_s)
     record = {
         "event": "crl",
-        "crl_number": crl.number,
-        "crl_path": str(crl.path),
-        "entries": len(crl.cert_serials),
+        "crl_number": crls.current.number,
+        "crl_path": str(crls.path),
+        "entries": len(crls.cert_serials),
+        "crls": crls.records(),
         "gateways": [delivery.record() for delivery in deliveries],
     }
-    head = f"revoked certificates are on CRL {crl.number}, {crl.path}"
+    head = f"revoked certificates are on {crls.shown()}, {crls.path}"
     console.emit(record, "\n".join([head, *(f"  {delivery.described()}" for delivery in deliveries)]))
     return warn_of_pending(console, deliveries)

@@ -356,7 +356,7 @@ class Enrolment:
             if challenge.old_txn != old_txn:
                 raise MalformedAnswerError(MessageType.UNLOCK, "it is locked by another transaction than it said")
             signed = transcript(Label.UNLOCK, challenge.nonce, self._hello.hwid, old_txn, _txn(row))
-            signer_sha256, signature = self._journal.sign_unlock(signed)
+            signer_sha256, signature = self._journal.sign_unlock(row, old_txn, signed)
             proof = messages.UnlockProofRequest(_txn(row), signer_sha256, signature)
             try:
                 answer = yield from self._line.ask(proof, messages.UnlockProofAnswer)

@@ -22,28 +22,18 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from birthmark.device.durable import private_folder, rename_durably, write_durably
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import profile
+from birthmark.provisioning.cas import Ca, CaKind, put_ca
+from birthmark.provisioning.crls import sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
 from birthmark.provisioning.registry.tiny import TinyRegistry
-from birthmark.provisioning.revocation import sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
-from birthmark.provisioning.station import (
-    ISSUING_FILE,
-    ISSUING_KEY_FILE,
-    KEYS_FOLDER,
-    ROOT_FILE,
-    ROOT_KEY_FILE,
-    Station,
-    actor,
-    certificate_pem,
-    utc_now,
-)
+from birthmark.provisioning.station import KEYS_FOLDER, Station, actor, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
     from pathlib import Path
 
-PUBLIC_FILE_MODE: Final = 0o644
 _UNFINISHED: Final = ".unfinished"
 
 
@@ -104,23 +94,27 @@ def _build(
         cert_serial=profile.new_cert_serial(secrets.token_bytes),
         now=now,
     )
-    keys = private_folder(folder / KEYS_FOLDER)
-    write_key(keys / ROOT_KEY_FILE, root_key, root_passphrase, derivation)
-    write_key(keys / ISSUING_KEY_FILE, issuing_key, passphrase, derivation)
-    write_durably(folder / ROOT_FILE, certificate_pem(root_certificate), mode=PUBLIC_FILE_MODE)
-    write_durably(folder / ISSUING_FILE, certificate_pem(issuing_certificate), mode=PUBLIC_FILE_MODE)
+    root_ca = Ca.made(CaKind.ROOT, root_certificate, "", now, activated_at=now)
+    issuing_ca = Ca.made(
+        CaKind.ISSUING, issuing_certificate, root_ca.key_id, now, activated_at=now, clients=True, brokers=True
+    )
+    private_folder(folder / KEYS_FOLDER)
     write_durably(folder / SETTINGS_FILE, settings.to_toml().encode())
     registry = TinyRegistry.create(folder, clock=clock, actor=actor())
     with registry.transaction() as transaction:
-        for what, certificate in (("root", root_certificate), ("issuing", issuing_certificate)):
+        for ca in (root_ca, issuing_ca):
+            put_ca(transaction, ca)
             transaction.record(
                 "init",
-                f"{what}-ca",
+                f"{ca.kind}-ca",
                 organization=organization,
-                cert_serial=f"{certificate.serial_number:x}",
-                key_id=profile.key_id(certificate).hex(),
+                cert_serial=f"{ca.certificate.serial_number:x}",
+                key_id=ca.key_id,
             )
     station = Station(folder, settings, registry, passphrase=passphrase, clock=clock)
+    write_key(station.key_path(root_ca), root_key, root_passphrase, derivation)
+    write_key(station.key_path(issuing_ca), issuing_key, passphrase, derivation)
+    station.publish_certificates()
     sign_root_crl(station, root)
     sign_and_store_crl(station)
     station.close()

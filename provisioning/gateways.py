@@ -1,15 +1,18 @@
-"""Bringing a CRL to every gateway, and hearing from each what it did with it.
+"""Bringing the CRLs to every gateway, and hearing from each what it did with them.
 
 Rules:
 
-- A gateway has the CRL when its receipt says so: `installed` or `current`, for the very bytes that were sent, by
+- A gateway has a CRL when its receipt says so: `installed` or `current`, for the very bytes that were sent, by
   the gateway they were sent to. Anything else (no receipt, an unreadable one, one for another CRL, one that
   contradicts itself) is PENDING; `refused` is a refusal.
 - Another command may sign and bring a newer CRL meanwhile. It lists all that this one does, so it counts as well;
   and a gateway's file that ours has overwritten is given the newer one again.
-- By path: the CRL is written durably to the gateway's `crl_path` (PEM); the receipt appears beside it, under the
-  same name with `.receipt` appended. By MQTT: published as DER on `gateway/{name}/crl` with QoS 1 by an operator;
-  the receipt comes on `gateway/{name}/receipts`.
+- Every issuing CA's CRL needs a receipt, but for that of a CA which has not issued anything yet: a gateway that
+  does not trust such a one passes its CRL over, and lets nobody in by it.
+- By path: the CRLs are written durably to the gateway's `crl_path` (PEM); the receipt appears beside it, under the
+  same name with `.receipt` appended, or, for one of several, with its CA's key identifier before that. Once the
+  one without has changed, all of them are there. By MQTT: each published as DER on `gateway/{name}/crl` with QoS 1
+  by an operator; the receipts come on `gateway/{name}/receipts`.
 - All gateways are served at once; one that does not answer delays nobody.
 """
 
@@ -22,7 +25,7 @@ import secrets
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,15 +37,20 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import BrokerName
 from birthmark.device.messages import ClosedIdentity, Receipt
 from birthmark.device.topics import gateway_crl, gateway_receipts
-from birthmark.provisioning.revocation import successor
+from birthmark.provisioning.cas import SHORT
+from birthmark.provisioning.crls import successor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
+    from typing import TypeAlias
 
     from birthmark.device.received import Message
-    from birthmark.provisioning.revocation import StoredCrl
+    from birthmark.provisioning.cas import Cas
+    from birthmark.provisioning.crls import CrlSet, StoredCrl
     from birthmark.provisioning.settings import Gateway
+
+    _Identity: TypeAlias = tuple[int, int, int]
 
 DEFAULT_TIMEOUT_S: Final = 10.0
 CRL_FILE_MODE: Final = 0o644
@@ -63,51 +71,66 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What became of a CRL at one gateway."""
+    """What became of the CRLs at one gateway."""
 
     gateway: str
     outcome: Outcome
     cause: str = ""
     """Why it is not done."""
-    receipt: Receipt | None = None
+    receipts: tuple[Receipt, ...] = ()
+    """For the CRLs that it has; `issuer` is as the station knows it."""
+    distrusted: tuple[str, ...] = ()
+    """The key identifiers of CAs that have issued nothing yet, and that it does not trust."""
 
     def record(self) -> dict[str, Any]:
         """Return this as a JSON object."""
         record: dict[str, Any] = {"gateway": self.gateway, "outcome": self.outcome.value, "cause": self.cause}
-        if self.receipt is not None:
-            record |= {
-                "crl_number": self.receipt.crl_number,
-                "elapsed_ms": self.receipt.elapsed_ms,
-                "revoked_count": self.receipt.revoked_count,
-                "closed": [_closed_record(closed) for closed in self.receipt.closed],
-            }
+        if self.receipts:
+            record |= _receipt_record(self.receipts[0])
+        if len(self.receipts) > 1:
+            record["others"] = [{"issuer": one.issuer, **_receipt_record(one)} for one in self.receipts[1:]]
+        if self.distrusted:
+            record["distrusted"] = list(self.distrusted)
         return record
 
     def described(self) -> str:
         """Return this as a line for people."""
         if self.outcome is Outcome.PENDING:
             return f"{self.gateway}: PENDING: {self.cause}"
-        if self.outcome is Outcome.REFUSED or self.receipt is None:
+        if self.outcome is Outcome.REFUSED or not self.receipts:
             return f"{self.gateway}: refused the CRL: {self.cause}"
-        receipt = self.receipt
-        verb = "has it already" if receipt.outcome == "current" else f"installed in {receipt.elapsed_ms:.1f} ms"
-        parts = [f"CRL {receipt.crl_number} {verb}", "handshakes refused"]
-        if receipt.closed:
-            parts += [_closed_text(closed) for closed in receipt.closed]
-        elif receipt.outcome == "installed":
+        heads = [self._head(receipt) for receipt in self.receipts]
+        parts = ["handshakes refused"]
+        closed = [one for receipt in self.receipts for one in receipt.closed]
+        if closed:
+            parts += [_closed_text(one) for one in closed]
+        elif any(receipt.outcome == "installed" for receipt in self.receipts):
             parts.append("no live session")
-        return f"{self.gateway}: {parts[0]}: " + "; ".join(parts[1:])
+        if self.distrusted:
+            parts.append(f"does not trust {', '.join(key_id[:SHORT] for key_id in self.distrusted)} yet")
+        return f"{self.gateway}: {', '.join(heads)}: " + "; ".join(parts)
+
+    def _head(self, receipt: Receipt) -> str:
+        verb = "has it already" if receipt.outcome == "current" else f"installed in {receipt.elapsed_ms:.1f} ms"
+        whose = f" of {receipt.issuer[:SHORT]}" if len(self.receipts) > 1 else ""
+        return f"CRL {receipt.crl_number}{whose} {verb}"
 
 
 def deliver(
-    gateways: Sequence[Gateway], crl: StoredCrl, *, anchors_path: Path, timeout_s: float = DEFAULT_TIMEOUT_S
+    gateways: Sequence[Gateway],
+    crls: CrlSet,
+    cas: Cas,
+    *,
+    anchors_path: Path,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> list[Delivery]:
-    """Bring `crl` to every gateway at once and wait for the receipts, at most `timeout_s` in all.
+    """Bring the CRLs to every gateway at once and wait for the receipts, at most `timeout_s` in all.
 
     Args:
         gateways: where to.
-        crl: what.
-        anchors_path: the CA certificate that a gateway's own certificate leads to (PEM).
+        crls: what.
+        cas: the station's CAs.
+        anchors_path: the CA certificates that a gateway's own certificate may lead to (PEM).
         timeout_s: how long to wait.
 
     Never fails as a whole: what went wrong at a gateway is in its `Delivery`.
@@ -116,72 +139,126 @@ def deliver(
         return []
     deadline = time.monotonic() + timeout_s
     with ThreadPoolExecutor(max_workers=min(32, len(gateways))) as pool:
-        return list(pool.map(lambda gateway: _deliver_one(gateway, crl, anchors_path, deadline), gateways))
+        return list(pool.map(lambda one: _deliver_one(one, _Latest(crls, cas), anchors_path, deadline), gateways))
 
 
-def _deliver_one(gateway: Gateway, crl: StoredCrl, anchors_path: Path, deadline: float) -> Delivery:
+def _deliver_one(gateway: Gateway, latest: _Latest, anchors_path: Path, deadline: float) -> Delivery:
     try:
-        latest = _Latest(crl)
         if gateway.crl_path is not None:
-            receipt = _by_path(gateway.name, gateway.crl_path, latest, deadline)
+            receipts = _by_path(gateway.name, gateway.crl_path, latest, deadline)
         else:
-            receipt = _by_mqtt(gateway, latest, anchors_path, deadline)
+            receipts = _by_mqtt(gateway, latest, anchors_path, deadline)
     except BirthmarkError as error:
         return Delivery(gateway.name, Outcome.PENDING, error.message)
     except OSError as error:
         return Delivery(
             gateway.name, Outcome.PENDING, f"could not reach {gateway.reached_by}: {error.strerror or error}"
         )
-    if receipt.outcome == "refused":
-        return Delivery(gateway.name, Outcome.REFUSED, escaped(receipt.reason) or "no reason given", receipt)
-    return Delivery(gateway.name, Outcome.DONE, "", receipt)
+    refused = [receipt for receipt in receipts.values() if receipt.outcome == "refused"]
+    # In the CRLs' order, and under the issuer that we know it by: a refusal may not have been able to read it.
+    told = tuple(
+        replace(receipts[crl.sha256], issuer=crl.issuer)
+        for crl in latest.crls.crls
+        if crl.sha256 in receipts and receipts[crl.sha256] not in refused
+    )
+    needless = tuple(
+        crl.issuer for crl in latest.crls.crls if not latest.needs(crl) and crl.sha256 not in receipts
+    )
+    for receipt in refused:
+        crl = next(crl for crl in latest.crls.crls if crl.sha256 == receipt.crl_sha256)
+        if latest.needs(crl):
+            cause = escaped(receipt.reason) or "no reason given"
+            return Delivery(gateway.name, Outcome.REFUSED, cause, told, needless)
+        needless += (crl.issuer,)
+    return Delivery(gateway.name, Outcome.DONE, "", told, needless)
 
 
 class _Latest:
-    """The CRL that a gateway is to have: the one it was begun with, or what the station has signed since."""
+    """The CRLs that a gateway is to have: those it was begun with, or what the station has signed since."""
 
-    def __init__(self, crl: StoredCrl) -> None:
-        self.crl = crl
+    def __init__(self, crls: CrlSet, cas: Cas) -> None:
+        self.crls = crls
+        self._cas = cas
 
     def has_moved(self) -> bool:
-        """Whether the station has signed a newer one; `crl` is that one then."""
-        newer = successor(self.crl)
+        """Whether the station has signed a newer one; `crls` has it then."""
+        newer = successor(self._cas.issuing, self.crls)
         if newer is None:
             return False
-        self.crl = newer
+        self.crls = newer
         return True
 
+    def needs(self, crl: StoredCrl) -> bool:
+        """Whether a gateway must have this one: its CA has issued."""
+        return self._cas.get(crl.issuer).activated_at is not None
 
-def _by_path(name: str, crl_path: Path, latest: _Latest, deadline: float) -> Receipt:
-    receipt_path = crl_path.with_name(crl_path.name + ".receipt")
-    before = _identity(receipt_path)
-    write_durably(crl_path, latest.crl.pem, mode=CRL_FILE_MODE)
+    def missing(self, receipts: Container[str]) -> list[StoredCrl]:
+        """Return those that a gateway must have, and has not."""
+        return [crl for crl in self.crls.crls if crl.sha256 not in receipts and self.needs(crl)]
+
+
+def _by_path(name: str, crl_path: Path, latest: _Latest, deadline: float) -> dict[str, Receipt]:
+    """Return the receipts by the SHA-256 of the CRL that each is for."""
+    paths = _receipt_paths(crl_path, latest.crls)
+    before = {path: _identity(path) for path in paths}
+    write_durably(crl_path, latest.crls.pem, mode=CRL_FILE_MODE)
     while latest.has_moved():
         # Whoever signed it may have brought it already: then ours has just overwritten it.
-        write_durably(crl_path, latest.crl.pem, mode=CRL_FILE_MODE)
-    last_problem = f"no receipt at {receipt_path}"
+        write_durably(crl_path, latest.crls.pem, mode=CRL_FILE_MODE)
     looked_at = None
     while True:
-        try:
-            receipt = _read_receipt(receipt_path)
-        except BirthmarkError as error:
-            last_problem = error.message
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                last_problem = f"could not read the receipt {receipt_path}: {error.strerror}"
-        else:
-            found = _identity(receipt_path)
-            if found != looked_at and receipt.crl_sha256 != latest.crl.sha256:
-                looked_at = found
-                latest.has_moved()
-            # A refusal that was there before is of an earlier attempt: this one may fare better.
-            if receipt.crl_sha256 == latest.crl.sha256 and (found != before or receipt.outcome != "refused"):
-                _check_receipt(receipt, name, latest.crl)
-                return receipt
-            last_problem = f"the receipt {receipt_path} is for another CRL"
-        if time.monotonic() >= deadline:
+        told = _identity(paths[0])  # before the receipts are read: when it changes, they all have
+        receipts, last_problem = _receipts_in(paths, before, latest.crls)
+        missing = latest.missing(receipts)
+        if missing and told != looked_at:
+            looked_at = told
+            if latest.has_moved():
+                continue
+        for crl in latest.crls.crls:
+            if crl.sha256 in receipts:
+                _check_receipt(receipts[crl.sha256], name, crl)
+        is_over = time.monotonic() >= deadline
+        if not missing and (len(receipts) == len(latest.crls.crls) or told != before[paths[0]] or is_over):
+            return receipts
+        if is_over:
             raise BirthmarkError(last_problem)
         time.sleep(_POLL_S)
+
+
+def _receipt_paths(crl_path: Path, crls: CrlSet) -> list[Path]:
+    """Return where receipts may be, the one for the whole file first."""
+    names = ["", *(f".{crl.issuer}" for crl in crls.crls)]
+    return [crl_path.with_name(f"{crl_path.name}{name}.receipt") for name in names]
+
+
+def _receipts_in(
+    paths: Sequence[Path], before: Mapping[Path, _Identity | None], crls: CrlSet
+) -> tuple[dict[str, Receipt], str]:
+    """Return the receipts for our CRLs by SHA-256, and what was wrong with what else is there."""
+    wanted = {crl.sha256 for crl in crls.crls}
+    receipts: dict[str, Receipt] = {}
+    problem = f"no receipt at {paths[0]}"
+    for path in reversed(paths):
+        try:
+            receipt = _read_receipt(path)
+        except BirthmarkError as error:
+            problem = error.message
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                problem = f"could not read the receipt {path}: {error.strerror}"
+        else:
+            # A refusal that was there before is of an earlier attempt: this one may fare better.
+            is_new = _identity(path) != before[path] or receipt.outcome != "refused"
+            if receipt.crl_sha256 in wanted and is_new:
+                receipts[receipt.crl_sha256] = receipt
+            else:
+                problem = f"the receipt {path} is for another CRL"
+    if receipts and len(wanted) > 1:
+        lacking = next((crl for crl in crls.crls if crl.sha256 not in receipts), None)
+        problem = (
+            f"no receipt for the CRL of {lacking.issuer[:SHORT]}: does it trust that CA?" if lacking else problem
+        )
+    return receipts, problem
 
 
 def _check_receipt(receipt: Receipt, name: str, crl: StoredCrl) -> None:
@@ -196,11 +273,13 @@ def _check_receipt(receipt: Receipt, name: str, crl: StoredCrl) -> None:
         )
 
 
-def _by_mqtt(gateway: Gateway, latest: _Latest, anchors_path: Path, deadline: float) -> Receipt:
+def _by_mqtt(gateway: Gateway, latest: _Latest, anchors_path: Path, deadline: float) -> dict[str, Receipt]:
+    """Return the receipts by the SHA-256 of the CRL that each is for."""
     if gateway.operator_path is None:
         raise BirthmarkError(f"could not reach {gateway.name}: no operator is set for it")
-    if len(latest.crl.der) > MAX_MQTT_CRL_BYTES:
-        raise BirthmarkError(f"the CRL is too long for MQTT ({len(latest.crl.der)} bytes): deliver it by a path")
+    longest = max(len(crl.der) for crl in latest.crls.crls)
+    if longest > MAX_MQTT_CRL_BYTES:
+        raise BirthmarkError(f"the CRL is too long for MQTT ({longest} bytes): deliver it by a path")
     credentials = Credentials.from_files(
         gateway.operator_path, anchors_path, BrokerAddress(gateway.host, gateway.port)
     )
@@ -216,12 +295,16 @@ def _by_mqtt(gateway: Gateway, latest: _Latest, anchors_path: Path, deadline: fl
     try:
         # Listen first, so that no receipt is missed.
         client.subscribe(gateway_receipts(name), keep, wait=_left(deadline))
+        receipts: dict[str, Receipt] = {}
         while True:
-            client.publish(gateway_crl(name), latest.crl.der, wait=_left(deadline))
-            receipt = _receipt_for(latest.crl, payloads, deadline)
-            if receipt.outcome != "refused" or not latest.has_moved():
-                _check_receipt(receipt, gateway.name, latest.crl)
-                return receipt
+            for crl in [crl for crl in latest.crls.crls if crl.sha256 not in receipts]:
+                client.publish(gateway_crl(name), crl.der, wait=_left(deadline))
+                receipts[crl.sha256] = _receipt_for(crl, payloads, deadline)
+            refused = any(receipt.outcome == "refused" for receipt in receipts.values())
+            if not refused or not latest.has_moved():
+                for crl in latest.crls.crls:
+                    _check_receipt(receipts[crl.sha256], gateway.name, crl)
+                return {crl.sha256: receipts[crl.sha256] for crl in latest.crls.crls}
     except queue.Empty as error:
         raise UnreachableError(f"no receipt from {gateway.reached_by}") from error
     finally:
@@ -260,12 +343,21 @@ def _without_blocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _identity(path: Path) -> _Identity | None:
     try:
         status = path.stat()
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _receipt_record(receipt: Receipt) -> dict[str, Any]:
+    return {
+        "crl_number": receipt.crl_number,
+        "elapsed_ms": receipt.elapsed_ms,
+        "revoked_count": receipt.revoked_count,
+        "closed": [_closed_record(closed) for closed in receipt.closed],
+    }
 
 
 def _closed_text(closed: ClosedIdentity) -> str:

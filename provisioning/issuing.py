@@ -29,9 +29,10 @@ from birthmark.device.errors import BirthmarkError, ConfigurationError, Enrollme
 from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
 from birthmark.provisioning import profile
+from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
-from birthmark.provisioning.revocation import mark_revoked, sign_and_store_crl, up_to_date_crl
-from birthmark.provisioning.station import certificate_pem
+from birthmark.provisioning.revocation import mark_revoked
+from birthmark.provisioning.station import PUBLIC_FILE_MODE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,6 @@ BROKER_ANCHORS_FILE: Final = "clients-ca.pem"
 BROKER_CRL_FILE: Final = "crl.pem"
 SERVICE_ANCHORS_FILE: Final = "ca.pem"
 KEY_FILE_MODE: Final = 0o600
-PUBLIC_FILE_MODE: Final = 0o644
 OPERATOR: Final = "operator"
 
 
@@ -86,7 +86,7 @@ class _Request:
 def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bool = False) -> Issued:
     """Make a gateway's key and certificate, and what else it needs from the station, in the folder `out`.
 
-    Writes `server.pem` (key, leaf, issuing CA), `clients-ca.pem` (the issuing CA) and `crl.pem` (current).
+    Writes `server.pem` (key, leaf, issuing CA), `clients-ca.pem` (the trusted issuing CAs) and `crl.pem`.
 
     Args:
         station: the station.
@@ -106,7 +106,7 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
     key_path = out / BROKER_FILE
     row, revoked = _issue(station, request, key_path)
     anchors, crl_path = out / BROKER_ANCHORS_FILE, out / BROKER_CRL_FILE
-    write_durably(anchors, certificate_pem(station.issuing), mode=PUBLIC_FILE_MODE)
+    write_durably(anchors, b"".join(ca.pem for ca in station.cas.issuing), mode=PUBLIC_FILE_MODE)
     write_durably(crl_path, up_to_date_crl(station).pem, mode=PUBLIC_FILE_MODE)
     return Issued(row, key_path, (key_path, anchors, crl_path), revoked)
 
@@ -114,9 +114,9 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
 def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERATOR, renew: bool = False) -> Issued:
     """Make a service's key and certificate in the folder `out`: `NAME.pem` (key, leaf, issuing CA), `ca.pem`.
 
-    `ca.pem` is the root: what the service checks a broker's certificate against. The other arguments and the
-    errors are those of `issue_broker`; a name outside the grammar, or a role that is not a service's, is an
-    `IdentityError`.
+    `ca.pem` has the trusted roots: what the service checks a broker's certificate against. The other arguments
+    and the errors are those of `issue_broker`; a name outside the grammar, or a role that is not a service's, is
+    an `IdentityError`.
     """
     profile.check_service_role(Role(role))
     request = _Request(Kind.SERVICE, str(DeviceId(name)), role, (), renew)
@@ -127,14 +127,14 @@ def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERAT
             hint="choose another name",
         )
     row, revoked = _issue(station, request, key_path)
-    write_durably(anchors, certificate_pem(station.root), mode=PUBLIC_FILE_MODE)
+    write_durably(anchors, b"".join(ca.pem for ca in station.cas.roots), mode=PUBLIC_FILE_MODE)
     return Issued(row, key_path, (key_path, anchors), revoked)
 
 
 def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
     with station.registry.view() as view:
         _replaced(view, request)  # refuses a name that is taken, before anybody types a passphrase
-    _ = station.authority  # unlocked before anybody else has to wait
+    _authority(station, request)  # unlocked before anybody else has to wait
     with station.issue_lock():
         with station.registry.view() as view:
             _replaced(view, request)  # somebody else may have had the lock before
@@ -142,7 +142,7 @@ def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, in
 
 
 def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
-    authority = station.authority
+    authority = _authority(station, request)
     _make_folder(key_path.parent)
     finished = _finish_interrupted(station, request, key_path)
     if finished is not None:
@@ -163,6 +163,7 @@ def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[R
             key_mode=KeyMode.STATION,
             public_key_der=private_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
             cert_serial=authority.new_cert_serial(),
+            issuer=authority.key_id,
             replaces=_replaced(transaction, request),
         )
     leaf_der = request.sign(authority, row, station.clock())
@@ -173,6 +174,7 @@ def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[R
                 row,
                 state=State.ISSUED,
                 certificate_der=leaf_der,
+                anchors=authority.anchor_ids,
                 not_before=leaf.not_valid_before_utc,
                 not_after=leaf.not_valid_after_utc,
             )
@@ -188,12 +190,19 @@ def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[R
             hosts=" ".join(request.hosts) or None,
         )
     key_der = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-    content = block(PRIVATE_KEY, key_der) + block(CERTIFICATE, leaf_der) + certificate_pem(station.issuing)
+    content = (
+        block(PRIVATE_KEY, key_der) + block(CERTIFICATE, leaf_der) + block(CERTIFICATE, authority.issuing_der)
+    )
     write_durably(key_path, content, mode=KEY_FILE_MODE)
     row = _attest(station, row)
     if revoked:
         sign_and_store_crl(station)
     return row, revoked
+
+
+def _authority(station: Station, request: _Request) -> Authority:
+    cas = station.cas
+    return station.authority_of((cas.for_brokers if request.kind is Kind.BROKER else cas.for_clients).key_id)
 
 
 def _finish_interrupted(station: Station, request: _Request, key_path: Path) -> Row | None:

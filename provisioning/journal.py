@@ -202,8 +202,11 @@ class Journal(Protocol):
     def restart(self, row: Row, reason: str, key_mode: KeyMode) -> Row:
         """Make a row VOID, and a new one in RESERVED in its place, with a fresh transaction."""
 
-    def sign_unlock(self, signed: bytes) -> tuple[bytes, bytes]:
-        """Return the SHA-256 of the signing CA's certificate and its signature over an UNLOCK transcript."""
+    def sign_unlock(self, row: Row, old_txn: bytes, signed: bytes) -> tuple[bytes, bytes]:
+        """Return the SHA-256 of the signing CA's certificate and its signature over an UNLOCK transcript.
+
+        The CA is the one that the unit of `row` holds since it was flashed under `old_txn`.
+        """
 
 
 def column(row: Row | None, hello: HelloAnswer) -> Column:

@@ -67,10 +67,10 @@ def journal_of(station: Station, broker: BrokerAddress, registry: Registry | Non
     Raises:
         AuthorityError: the CA cannot be unlocked.
     """
-    authority = station.authority
+    _ = station.authority
     return Transitions(
         registry or station.registry,
-        lambda: authority,
+        station.authority_of,
         broker=broker,
         default_role=Role(station.settings.default_role),
         clock=station.clock,

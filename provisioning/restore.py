@@ -26,23 +26,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from birthmark.device.durable import durable_file, private_folder, rename_durably
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import ConfigurationError, CredentialError
+from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit, founding
 from birthmark.provisioning.backup import Manifest, opened
+from birthmark.provisioning.cas import Ca, read_cas
+from birthmark.provisioning.crls import CrlSet, crl_number_counter, crl_this_update_counter, sign_and_store_crl
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
 from birthmark.provisioning.registry.model import REASON_NAMES, Kind, Row, State
-from birthmark.provisioning.revocation import (
-    CRL_NUMBER,
-    CRL_THIS_UPDATE,
-    ROOT_CRL_NUMBER,
-    StoredCrl,
-    mark_revoked,
-    sign_and_store_crl,
-)
+from birthmark.provisioning.revocation import mark_revoked
 from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -80,7 +76,7 @@ class Restored:
 
     station: Station
     manifest: Manifest
-    crl: StoredCrl
+    crls: CrlSet
     merged: tuple[Merged, ...]
     audit_problems: tuple[audit.Problem, ...]
 
@@ -89,6 +85,8 @@ class Restored:
 class KnownCrl:
     """A CRL of one of the station's CAs that somebody holds."""
 
+    issuer: str
+    """The CA's key identifier."""
     number: int
     this_update: datetime
     entries: tuple[tuple[int, datetime, x509.ReasonFlags], ...]
@@ -128,24 +126,24 @@ def restore(
             _unpack(members, building)
         station = Station.open(building, passphrase=passphrase, clock=clock)
         try:
-            problems, merged, crl = _continue(station, manifest, crls)
+            problems, merged, signed = _continue(station, manifest, crls)
         finally:
             station.close()
         founding.refuse_occupied(folder)
         rename_durably(building, folder)
     station = Station.open(folder, passphrase=passphrase, clock=clock)
-    crl = replace(crl, path=station.folder / crl.path.relative_to(building))
-    return Restored(station, manifest, crl, merged, problems)
+    signed = replace(signed, path=station.folder / signed.path.relative_to(building))
+    return Restored(station, manifest, signed, merged, problems)
 
 
-def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ...], StoredCrl]:
+def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ...], CrlSet]:
     """Take over what CRLs from elsewhere list, and sign a CRL with all of it and a number above all of theirs.
 
     Raises:
         ConfigurationError: a CRL is not of this station's CA; nothing was changed.
         AuthorityError: the issuing CA cannot be unlocked; nothing was changed.
     """
-    known = [(str(path), read_crl(path, station.issuing)) for path in crls]
+    known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
     _ = station.authority
     with station.registry.transaction() as transaction:
         merged = tuple(_merge(transaction, source, crl) for source, crl in known)
@@ -154,10 +152,10 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
 
 def _continue(
     station: Station, manifest: Manifest, crls: Sequence[Path]
-) -> tuple[tuple[audit.Problem, ...], tuple[Merged, ...], StoredCrl]:
+) -> tuple[tuple[audit.Problem, ...], tuple[Merged, ...], CrlSet]:
     _ = station.authority  # the key fits its certificate, or this ends here
     problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
-    known = [(str(path), read_crl(path, station.issuing)) for path in crls]
+    known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
     found, unknown = _from_gateways(station)
     now = station.clock()
     with station.registry.transaction() as transaction:
@@ -175,7 +173,8 @@ def _continue(
 
 def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
     """Leave out every number that the lost station may have used."""
-    for name in (CRL_NUMBER, ROOT_CRL_NUMBER):
+    for ca in read_cas(transaction):
+        name = crl_number_counter(ca.key_id)
         transaction.set_counter(name, max(transaction.counter(name), int(now.timestamp())))
     transaction.set_counter(LAST_ROW, transaction.counter(LAST_ROW) + ROWS_JUMP)
     backed_up_at = int(manifest.created_at.timestamp())
@@ -192,7 +191,7 @@ def _from_gateways(station: Station) -> tuple[list[tuple[str, KnownCrl]], list[M
             unknown.append(Merged(gateway.name, cause=cause))
             continue
         try:
-            found.append((gateway.name, read_crl(gateway.crl_path, station.issuing)))
+            found += [(gateway.name, crl) for crl in read_crls(gateway.crl_path, station.cas)]
         except ConfigurationError as error:
             unknown.append(Merged(gateway.name, cause=error.message))
     return found, unknown
@@ -202,19 +201,26 @@ def _merge(transaction: Transaction, source: str, crl: KnownCrl) -> Merged:
     """Take over what one CRL says."""
     newly = 0
     for cert_serial, revoked_at, reason in crl.entries:
-        row = transaction.by_cert_serial(cert_serial) or _lost_row(transaction, cert_serial)
+        row = transaction.by_cert_serial(cert_serial) or _lost_row(transaction, cert_serial, crl.issuer)
         word = f"on CRL {crl.number} of before the restore"
         newly += mark_revoked(transaction, row, reason, word=word, now=revoked_at)
-    transaction.set_counter(CRL_NUMBER, max(transaction.counter(CRL_NUMBER), crl.number))
+    number_name, time_name = crl_number_counter(crl.issuer), crl_this_update_counter(crl.issuer)
+    transaction.set_counter(number_name, max(transaction.counter(number_name), crl.number))
     this_update = int(crl.this_update.timestamp())
-    transaction.set_counter(CRL_THIS_UPDATE, max(transaction.counter(CRL_THIS_UPDATE), this_update))
+    transaction.set_counter(time_name, max(transaction.counter(time_name), this_update))
     transaction.record(
-        "merge-crl", "issuing-ca", number=crl.number, entries=len(crl.entries), newly=newly, source=source
+        "merge-crl",
+        "issuing-ca",
+        number=crl.number,
+        entries=len(crl.entries),
+        newly=newly,
+        source=source,
+        issuer=crl.issuer,
     )
     return Merged(source, crl.number, newly)
 
 
-def _lost_row(transaction: Transaction, cert_serial: int) -> Row:
+def _lost_row(transaction: Transaction, cert_serial: int, issuer: str) -> Row:
     """Add a row for a certificate that was issued after the backup: all that is known is that it is revoked."""
     return transaction.insert(
         kind=Kind.SERVICE,
@@ -222,32 +228,45 @@ def _lost_row(transaction: Transaction, cert_serial: int) -> Row:
         role=LOST_ROLE,
         state=State.RESERVED,
         cert_serial=cert_serial,
+        issuer=issuer,
     )
 
 
-def read_crl(path: Path, issuing: x509.Certificate) -> KnownCrl:
-    """Read a CRL that `issuing` signed, PEM or DER.
+def read_crls(path: Path, cas: Iterable[Ca]) -> list[KnownCrl]:
+    """Read the CRLs in a file, PEM or DER, that CAs of this station signed; what others signed is passed over.
 
     Raises:
-        ConfigurationError: it cannot be read, or it is no CRL of that CA.
+        ConfigurationError: it cannot be read, or none of them is this station's.
     """
-    what, hint = f"could not use the CRL {path}", "name the file that the gateway keeps: data/KEY-ID.crl"
+    what, hint = f"could not use the CRL {path}", "name the file that the gateway keeps: data/crl/KEY-ID.crl"
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigurationError(f"{what}: {error.strerror}", hint=hint) from error
     try:
         is_pem = content.lstrip().startswith(b"-----BEGIN")
-        crl = x509.load_pem_x509_crl(content) if is_pem else x509.load_der_x509_crl(content)
-        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        is_ours = crl.is_signature_valid(cast(EllipticCurvePublicKey, issuing.public_key()))
-        entries = tuple(_entry(item) for item in crl)
-        this_update = crl.last_update_utc
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        blocks = [der for label, der in read_blocks(content) if label == CRL] if is_pem else [content]
+        found = [x509.load_der_x509_crl(der) for der in blocks]
+        known = [_known(crl, ca) for crl in found for ca in cas if _is_signed_by(crl, ca)]
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, CredentialError) as error:
         raise ConfigurationError(f"{what}: it is no CRL", hint=hint) from error
-    if not is_ours:
+    if not found:
+        raise ConfigurationError(f"{what}: it is no CRL", hint=hint)
+    if not known:
         raise ConfigurationError(f"{what}: this station's CA did not sign it", hint="is it another station's?")
-    return KnownCrl(number, this_update, entries)
+    return known
+
+
+def _is_signed_by(crl: x509.CertificateRevocationList, ca: Ca) -> bool:
+    certificate = ca.certificate
+    return crl.issuer == certificate.subject and crl.is_signature_valid(
+        cast(EllipticCurvePublicKey, certificate.public_key())
+    )
+
+
+def _known(crl: x509.CertificateRevocationList, ca: Ca) -> KnownCrl:
+    number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    return KnownCrl(ca.key_id, number, crl.last_update_utc, tuple(_entry(item) for item in crl))
 
 
 def _entry(item: x509.RevokedCertificate) -> tuple[int, datetime, x509.ReasonFlags]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
+from birthmark.provisioning.crls import clock_trouble, sign_and_store_crl, sign_root_crl
+from birthmark.provisioning.gateway_receipts import forget_gateway
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery
 from birthmark.provisioning.options import (
     add_passphrase_option,
@@ -17,16 +20,11 @@ from birthmark.provisioning.options import (
     revocation_reason,
     root_passphrase,
 )
-from birthmark.provisioning.revocation import (
-    REASONS,
-    clock_trouble,
-    parse_reason,
-    revoke,
-    sign_and_store_crl,
-    sign_root_crl,
-)
+from birthmark.provisioning.revocation import REASONS, parse_reason, revoke
 from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
-from birthmark.provisioning.station import ROOT_FILE, Station
+
+if TYPE_CHECKING:
+    from birthmark.provisioning.station import Station
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -62,21 +60,22 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
     if reason is None:
         raise ValueError("the parser lets no other reason through")
     revocation = revoke(station, arguments.name, reason, word=arguments.reason)
-    name, crl = revocation.rows[-1].name, revocation.crl
-    deliveries = deliver_crl(station, crl, arguments.timeout)
+    name, crls = revocation.rows[-1].name, revocation.crls
+    deliveries = deliver_crl(station, crls, arguments.timeout)
     record = {
         "revoked": name,
         "newly": revocation.newly,
         "certificates": [
             {"cert_serial": f"{row.cert_serial:x}", "reason": row.revocation_reason} for row in revocation.rows
         ],
-        "crl_number": crl.number,
-        "crl_path": str(crl.path),
+        "crl_number": crls.current.number,
+        "crl_path": str(crls.path),
+        "crls": crls.records(),
         "gateways": [delivery.record() for delivery in deliveries],
     }
     count = "1 certificate" if len(revocation.rows) == 1 else f"{len(revocation.rows)} certificates"
     again = "" if revocation.newly else " (it was before)"
-    head = f"{name} is revoked{again}: {count} on CRL {crl.number}, {crl.path}"
+    head = f"{name} is revoked{again}: {count} on {crls.shown()}, {crls.path}"
     _warn_of_clock(console, station)
     return _answer(console, record, head, deliveries)
 
@@ -90,7 +89,7 @@ def _add_crl(commands: argparse._SubParsersAction[Parser]) -> None:
         """\
 birthmark crl
 birthmark crl --timeout 60 --json
-birthmark crl --root --root-key /media/safe/root.key.pem""",
+birthmark crl --root --root-key /media/safe/root-1a2b3c4d.key.pem""",
     )
     add_station_option(parser)
     add_passphrase_option(parser)
@@ -109,18 +108,20 @@ def _crl(arguments: argparse.Namespace, console: Console) -> int:
         path = sign_root_crl(station, station.root_issuer(passphrase, arguments.root_key))
         console.emit({"root_crl_path": str(path)}, f"the root's CRL is at {path}")
         return 0
-    crl = sign_and_store_crl(station)
-    deliveries = deliver_crl(station, crl, arguments.timeout)
+    crls = sign_and_store_crl(station)
+    deliveries = deliver_crl(station, crls, arguments.timeout)
     record = {
-        "crl_number": crl.number,
-        "crl_path": str(crl.path),
-        "entries": len(crl.cert_serials),
-        "next_update": crl.next_update.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "crl_number": crls.current.number,
+        "crl_path": str(crls.path),
+        "entries": len(crls.cert_serials),
+        "next_update": crls.next_update.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "crls": crls.records(),
         "gateways": [delivery.record() for delivery in deliveries],
     }
-    count = "1 certificate" if len(crl.cert_serials) == 1 else f"{len(crl.cert_serials)} certificates"
+    count = "1 certificate" if len(crls.cert_serials) == 1 else f"{len(crls.cert_serials)} certificates"
+    verb = "lists" if len(crls.crls) == 1 else "list"
     _warn_of_clock(console, station)
-    return _answer(console, record, f"CRL {crl.number} lists {count}: {crl.path}", deliveries)
+    return _answer(console, record, f"{crls.shown()} {verb} {count}: {crls.path}", deliveries)
 
 
 def _warn_of_clock(console: Console, station: Station) -> None:
@@ -171,11 +172,12 @@ def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:
         _gateway_add,
         "add a gateway, reached by a path or over MQTT",
         """\
-birthmark gateway add gateway-1 --path /etc/birthmark/crl.pem
+birthmark gateway add gateway-1 --path /etc/birthmark/crl.pem --clients-ca /etc/birthmark/clients-ca.pem
 birthmark gateway add gateway-1.example.com --host 192.0.2.7 --operator ~/birthmark/alice.pem""",
     )
     add.add_argument("name", metavar="NAME", help="the broker's own name (`name` in its broker.toml)")
     add.add_argument("--path", type=Path, metavar="FILE", help="the CRL file that the gateway watches")
+    add.add_argument("--clients-ca", type=Path, metavar="FILE", help="its clients-ca.pem, to be written as well")
     add.add_argument("--host", default="", metavar="HOST", help="where its broker listens")
     add.add_argument("--port", type=int, default=8883, metavar="PORT", help="default: %(default)s")
     add.add_argument("--operator", type=Path, metavar="FILE", help="NAME.pem of an operator")
@@ -194,12 +196,11 @@ def _gateway_add(arguments: argparse.Namespace, console: Console) -> None:
         host=arguments.host,
         port=arguments.port,
         operator_path=arguments.operator.absolute() if arguments.operator else None,
+        clients_ca_path=arguments.clients_ca.absolute() if arguments.clients_ca else None,
     )
     if gateway.operator_path is not None:
         # Now is better than at the first revocation.
-        Credentials.from_files(
-            gateway.operator_path, station.folder / ROOT_FILE, BrokerAddress(gateway.host, gateway.port)
-        )
+        Credentials.from_files(gateway.operator_path, station.root_path, BrokerAddress(gateway.host, gateway.port))
     add_gateway(station.settings_path, gateway)
     with station.registry.transaction() as transaction:
         transaction.record("gateway-add", gateway.name, reached_by=gateway.reached_by)
@@ -216,6 +217,7 @@ def _gateway_remove(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     remove_gateway(station.settings_path, arguments.name)
     with station.registry.transaction() as transaction:
+        forget_gateway(transaction, arguments.name)
         transaction.record("gateway-remove", arguments.name)
     console.emit({"removed": arguments.name}, f"{arguments.name} is sent no CRL any more")
 

@@ -50,6 +50,11 @@ host = {host}
 port = {port}
 keepalive_s = {keepalive_s}
 
+[crl]
+# How long after its end a revoked certificate stays on the CRL: longer than any gateway still renews what has
+# expired (its grace_days), and than its clock may be late.
+keep_expired_days = {keep_expired_days}
+
 # Gateways that are sent every new CRL: `birthmark gateway add --help`.
 """
 
@@ -102,6 +107,8 @@ class Gateway:
     port: int = 8883
     operator_path: Path | None = None
     """Key, certificate and chain of the operator that talks to it."""
+    clients_ca_path: Path | None = None
+    """Where it takes its issuing CAs from, if the station is to write that file too."""
 
     def __post_init__(self) -> None:
         try:
@@ -114,13 +121,18 @@ class Gateway:
                 f"could not use the gateway {self.name}: it needs either a path or a broker with an operator",
                 hint="give --path FILE, or --host HOST with --operator FILE",
             )
+        if by_mqtt and self.clients_ca_path is not None:
+            raise ConfigurationError(
+                f"could not use the gateway {self.name}: its issuing CAs cannot be brought over MQTT",
+                hint="give --clients-ca together with --path only",
+            )
         if self.port not in _PORTS:
             raise ConfigurationError(
                 f"could not use the port {self.port} of gateway {self.name}: not in 1 to 65535"
             )
         if by_mqtt:
             BrokerAddress(self.host, self.port)
-        for path in filter(None, (self.crl_path, self.operator_path)):
+        for path in filter(None, (self.crl_path, self.operator_path, self.clients_ca_path)):
             # It is shown to people, and goes into the file: no control characters, no octets outside UTF-8.
             if not str(path).isprintable():
                 raise ConfigurationError(
@@ -137,6 +149,8 @@ class Gateway:
         lines = ["[[gateway]]", f"name = {toml_text(self.name)}"]
         if self.crl_path is not None:
             lines.append(f"crl_path = {toml_text(str(self.crl_path))}")
+            if self.clients_ca_path is not None:
+                lines.append(f"clients_ca_path = {toml_text(str(self.clients_ca_path))}")
         else:
             lines += [
                 f"host = {toml_text(self.host)}",
@@ -154,6 +168,8 @@ class Settings:
     default_role: str = "sensor"
     lifetimes: Lifetimes = field(default_factory=Lifetimes)
     broker: BrokerDefaults = field(default_factory=BrokerDefaults)
+    keep_expired_days: int = 90
+    """How long after its end a revoked certificate stays on the CRL."""
     gateways: tuple[Gateway, ...] = ()
 
     def __post_init__(self) -> None:
@@ -164,6 +180,8 @@ class Settings:
             )
         if len(organization) > MAX_ORGANIZATION_CHARACTERS:  # RFC 5280 appendix A.1: ub-organization-name
             raise ConfigurationError("could not use the organization: it is longer than 64 characters")
+        if self.keep_expired_days not in _DAYS:
+            raise ConfigurationError("could not use keep_expired_days: it is not in 1 to 3650")
         try:
             device_role(self.default_role)
         except BirthmarkError as error:
@@ -180,6 +198,7 @@ class Settings:
             host=toml_text(self.broker.host),
             port=self.broker.port,
             keepalive_s=self.broker.keepalive_s,
+            keep_expired_days=self.keep_expired_days,
         )
         return head + "".join("\n" + gateway.to_toml() for gateway in self.gateways)
 
@@ -280,6 +299,7 @@ def _parsed(path: Path, text: str) -> Settings:
         station = top.table("station")
         lifetimes = top.table("lifetimes_days")
         broker = top.table("broker")
+        crl = top.table("crl")
         settings = Settings(
             organization=station.text("organization"),
             default_role=station.text("default_role", "sensor"),
@@ -289,9 +309,10 @@ def _parsed(path: Path, text: str) -> Settings:
             broker=BrokerDefaults(
                 broker.text("host", "localhost"), broker.whole("port", 8883), broker.whole("keepalive_s", 60)
             ),
+            keep_expired_days=crl.whole("keep_expired_days", 90),
             gateways=tuple(_gateway(table) for table in top.tables("gateway")),
         )
-        for table in (station, lifetimes, broker, top):
+        for table in (station, lifetimes, broker, crl, top):
             table.finish()
     except ConfigurationError as error:
         raise ConfigurationError(f"could not read {path}: {error.message}", hint=error.hint) from error
@@ -300,12 +321,14 @@ def _parsed(path: Path, text: str) -> Settings:
 
 def _gateway(table: _Table) -> Gateway:
     crl_path, operator = table.text("crl_path", ""), table.text("operator", "")
+    clients_ca_path = table.text("clients_ca_path", "")
     gateway = Gateway(
         name=table.text("name"),
         crl_path=Path(crl_path) if crl_path else None,
         host=table.text("host", ""),
         port=table.whole("port", 8883),
         operator_path=Path(operator) if operator else None,
+        clients_ca_path=Path(clients_ca_path) if clients_ca_path else None,
     )
     table.finish()
     return gateway

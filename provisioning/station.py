@@ -3,13 +3,18 @@
     station.toml, station.lock     settings, and the lock for changing them
     registry.json, registry.lock   the registry and its lock
     audit.jsonl                    the audit log
-    root.pem, issuing.pem          the CA certificates
-    crl.pem, root-crl.pem          the current CRLs; crl.lock keeps them in order
+    root.pem, issuing.pem          copies, for others, of the certificates of the CAs that are trusted
+    crl.pem, root-crl.pem          the CRLs, one for each issuing CA or root; crl.lock keeps them in order
     issue.lock                     held while the station makes a key pair and its certificate
-    keys/root.key.pem              may be moved to a safe place: needed for the root's CRL only
-    keys/issuing.key.pem           needed to issue and to revoke
+    rollover.lock                  held while a CA is made, put in charge or retired
+    keys/root-ID.key.pem           may be moved to a safe place: needed for a root's CRL and to replace a CA
+    keys/issuing-ID.key.pem        needed to issue and to revoke; ID is the beginning of the key identifier
 
-Rule: nothing here asks for the passphrase before `authority` is used.
+Rules:
+
+- Which CAs there are, and which of them issues, is in the registry (`birthmark.provisioning.cas`), and looked up
+  at each use: a command that runs for long issues from a new CA as soon as that is in charge.
+- Nothing here asks for the passphrase before an authority is used; it is asked for once.
 """
 
 from __future__ import annotations
@@ -17,18 +22,18 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import threading
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from birthmark.device.durable import exclusive_lock
-from birthmark.device.errors import AuthorityError, ConfigurationError
+from birthmark.device.durable import exclusive_lock, write_durably
+from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.authority import Authority
+from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
 from birthmark.provisioning.passphrase import PassphraseSource
 from birthmark.provisioning.registry.tiny import TinyRegistry
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings, read_settings
@@ -37,15 +42,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
 ROOT_FILE: Final = "root.pem"
 ISSUING_FILE: Final = "issuing.pem"
 CRL_FILE: Final = "crl.pem"
 ROOT_CRL_FILE: Final = "root-crl.pem"
 CRL_LOCK_FILE: Final = "crl.lock"
 ISSUE_LOCK_FILE: Final = "issue.lock"
+ROLLOVER_LOCK_FILE: Final = "rollover.lock"
 KEYS_FOLDER: Final = "keys"
-ROOT_KEY_FILE: Final = "root.key.pem"
-ISSUING_KEY_FILE: Final = "issuing.key.pem"
+PUBLIC_FILE_MODE: Final = 0o644
 FOLDER_VARIABLE: Final = "BIRTHMARK_STATION"
 
 
@@ -95,6 +103,8 @@ class Station:
         self.registry = registry
         self.clock = clock
         self._passphrase = passphrase
+        self._keys: dict[str, EllipticCurvePrivateKey] = {}
+        self._unlocking = threading.RLock()
 
     @classmethod
     def open(
@@ -129,48 +139,107 @@ class Station:
 
     @property
     def crl_path(self) -> Path:
-        """Where the current CRL of the issuing CA is (PEM)."""
+        """Where the CRLs of the issuing CAs are (PEM)."""
         return self.folder / CRL_FILE
 
-    @cached_property
+    @property
+    def root_path(self) -> Path:
+        """Where a copy of the trusted roots is (PEM): what a service checks a broker against."""
+        return self.folder / ROOT_FILE
+
+    @property
+    def cas(self) -> Cas:
+        """The station's CAs as they are now.
+
+        Raises:
+            RegistryError: the registry cannot be read.
+        """
+        with self.registry.view() as view:
+            return read_cas(view)
+
+    @property
     def root(self) -> x509.Certificate:
-        """The root's certificate: the anchor of devices and services."""
-        return read_certificate(self.folder / ROOT_FILE)
+        """The certificate of the root above the issuing CA of devices and services."""
+        cas = self.cas
+        return cas.get(cas.for_clients.root).certificate
 
-    @cached_property
+    @property
     def issuing(self) -> x509.Certificate:
-        """The issuing CA's certificate: the anchor of brokers."""
-        return read_certificate(self.folder / ISSUING_FILE)
+        """The certificate of the issuing CA of devices and services."""
+        return self.cas.for_clients.certificate
 
-    @cached_property
+    @property
     def authority(self) -> Authority:
-        """The issuing CA, unlocked; the first use takes the passphrase.
+        """The issuing CA of devices and services, unlocked; the first use takes the passphrase.
 
         Raises:
             AuthorityError: its key is missing or unreadable, or the passphrase is wrong.
         """
-        path = self.folder / KEYS_FOLDER / ISSUING_KEY_FILE
-        key = keyfile.read_key(path, self.read_passphrase(), whose="the issuing CA")
+        return self.authority_of("")
+
+    def authority_of(self, key_id: str) -> Authority:
+        """Return an issuing CA, unlocked.
+
+        Args:
+            key_id: its key identifier; empty for the one that issues for devices and services now.
+
+        Raises:
+            AuthorityError: its key is missing or unreadable, or the passphrase is wrong.
+            RegistryError: there is no such CA.
+        """
+        cas = self.cas
+        ca = cas.get(key_id) if key_id else cas.for_clients
+        anchors = sorted(cas.roots, key=lambda root: root.key_id != ca.root)
         return Authority(
-            profile.Issuer(self.issuing, key),
-            self.root,
+            profile.Issuer(ca.certificate, self._key_of(ca)),
+            [anchor.certificate for anchor in anchors],
             organization=self.settings.organization,
             lifetimes=self.settings.lifetimes,
             registry=self.registry,
         )
 
-    def root_issuer(self, passphrase: bytes, key_path: Path | None = None) -> profile.Issuer:
-        """Unlock the root, from wherever its key is kept.
+    def key_path(self, ca: Ca) -> Path:
+        """Return where the private key of a CA is, unless it was moved away."""
+        return self.folder / KEYS_FOLDER / f"{ca.kind}-{ca.short}.key.pem"
+
+    def root_issuer(
+        self, passphrase: bytes, key_path: Path | None = None, *, root: Ca | None = None
+    ) -> profile.Issuer:
+        """Unlock a root (the current one if none is named), from wherever its key is kept.
 
         Raises:
             AuthorityError: its key is missing or unreadable, or the passphrase is wrong.
         """
-        path = key_path or self.folder / KEYS_FOLDER / ROOT_KEY_FILE
-        return profile.Issuer(self.root, keyfile.read_key(path, passphrase, whose="the root CA"))
+        cas = self.cas
+        root = root or cas.get(cas.for_clients.root)
+        path = key_path or self.key_path(root)
+        return profile.Issuer(root.certificate, keyfile.read_key(path, passphrase, whose="the root CA"))
 
     def read_passphrase(self) -> bytes:
-        """Return the issuing CA's passphrase, asking for it if need be."""
-        return self._passphrase if isinstance(self._passphrase, bytes) else self._passphrase.read()
+        """Return the issuing CA's passphrase, asking for it if need be, but once."""
+        with self._unlocking:
+            if not isinstance(self._passphrase, bytes):
+                self._passphrase = self._passphrase.read()
+            return self._passphrase
+
+    def publish_certificates(self) -> None:
+        """Bring the copies of the trusted CAs' certificates, `root.pem` and `issuing.pem`, up to date.
+
+        Raises:
+            OSError: one could not be written; it is as it was.
+        """
+        cas = self.cas
+        for name, trusted in ((ROOT_FILE, cas.roots), (ISSUING_FILE, cas.issuing)):
+            path, content = self.folder / name, b"".join(ca.pem for ca in trusted)
+            if not path.exists() or path.read_bytes() != content:
+                write_durably(path, content, mode=PUBLIC_FILE_MODE)
+
+    def _key_of(self, ca: Ca) -> EllipticCurvePrivateKey:
+        with self._unlocking:
+            if ca.key_id not in self._keys:
+                whose = "the issuing CA" if ca.kind is CaKind.ISSUING else "the root CA"
+                self._keys[ca.key_id] = keyfile.read_key(self.key_path(ca), self.read_passphrase(), whose=whose)
+            return self._keys[ca.key_id]
 
     def crl_lock(self) -> AbstractContextManager[None]:
         """Hold this from the choice of a CRL's number until that CRL is in its file: CRLs appear in order."""
@@ -189,29 +258,13 @@ class Station:
         keys = sorted((self.folder / KEYS_FOLDER).glob("*.pem"))
         return [path for name in names if (path := self.folder / name).exists()] + keys
 
+    def rollover_lock(self) -> AbstractContextManager[None]:
+        """Hold this while a CA is made, put in charge or retired: one at a time."""
+        return exclusive_lock(self.folder / ROLLOVER_LOCK_FILE)
+
     def close(self) -> None:
         """Let go of the registry's file."""
         self.registry.close()
-
-
-def read_certificate(path: Path) -> x509.Certificate:
-    """Read a CA certificate (PEM).
-
-    Raises:
-        AuthorityError: it is missing, unreadable or no certificate.
-    """
-    try:
-        return x509.load_pem_x509_certificate(path.read_bytes())
-    except OSError as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        raise AuthorityError(
-            f"could not read the CA certificate {path}: {error.strerror}",
-            hint="restore it from a backup" if is_missing else "run this as the station's user",
-        ) from error
-    except ValueError as error:
-        raise AuthorityError(
-            f"could not read the CA certificate {path}: it is damaged", hint="restore it from a backup"
-        ) from error
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:

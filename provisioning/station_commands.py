@@ -27,7 +27,6 @@ from birthmark.provisioning.options import (
 )
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.settings import BrokerDefaults, Settings
-from birthmark.provisioning.station import KEYS_FOLDER, ROOT_KEY_FILE
 
 if TYPE_CHECKING:
     import argparse
@@ -91,7 +90,7 @@ def _init(arguments: argparse.Namespace, console: Console) -> None:
         passphrase=passphrase_source(arguments, confirm=True).read(),
         root_passphrase=root_passphrase(arguments),
     )
-    root_key = station.folder / KEYS_FOLDER / ROOT_KEY_FILE
+    root_key = station.key_path(station.cas.roots[0])
     console.facts(
         {
             "station": str(station.folder),
@@ -258,6 +257,8 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
         "key_mode": row.key_mode.value if row.key_mode else None,
         "txn": row.txn.hex() if row.txn else None,
         "bundle_sha256": row.bundle_sha256.hex() if row.bundle_sha256 else None,
+        "issuing_ca": row.issuer or None,
+        "anchors": row.anchors.split(" ") if row.anchors else None,
         "replaces": row.replaces,
         "replaced_by": row.replaced_by,
         "void_reason": row.void_reason or None,

@@ -58,7 +58,8 @@ class Transitions:
 
     Args:
         registry: where the rows are.
-        authority: returns the issuing CA; called at the first signing, not before.
+        authority: returns the issuing CA with this key identifier, or the current one if it is empty; called at
+            the first signing, not before.
         broker: what the bundles say of the broker.
         default_role: of a new unit for which no role was asked.
         clock: the time, aware and in UTC.
@@ -68,7 +69,7 @@ class Transitions:
     def __init__(
         self,
         registry: Registry,
-        authority: Callable[[], Authority],
+        authority: Callable[[str], Authority],
         *,
         broker: BrokerAddress,
         default_role: Role,
@@ -144,13 +145,19 @@ class Transitions:
 
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED; see `journal.Journal`."""
-        cert_serial = self._authority().new_cert_serial()
-        keyed = dataclasses.replace(row, state=State.KEYED, public_key_der=public_key_der, cert_serial=cert_serial)
+        authority = self._authority("")
+        keyed = dataclasses.replace(
+            row,
+            state=State.KEYED,
+            public_key_der=public_key_der,
+            cert_serial=authority.new_cert_serial(),
+            issuer=authority.key_id,
+        )
         return self._change(row, "key", keyed)
 
     def issue(self, row: Row) -> Row:
         """Sign the certificate of a row in KEYED, and move the row to ISSUED; see `journal.Journal`."""
-        authority = self._authority()
+        authority = self._authority(row.issuer)
         now = self._clock()
         if row.public_key_der is None or row.cert_serial is None:
             raise ValueError(f"row {row.number} in {row.state} has no key to certify")
@@ -162,13 +169,14 @@ class Transitions:
             now=now,
         )
         certificate = x509.load_der_x509_certificate(certificate_der)
-        bundle = self._bundle(row, certificate_der, now)
+        bundle = self._bundle(row, authority, certificate_der, now)
         issued = dataclasses.replace(
             row,
             state=State.ISSUED,
             certificate_der=certificate_der,
             bundle=bundle,
             bundle_sha256=hashlib.sha256(bundle).digest(),
+            anchors=authority.anchor_ids,
             not_before=certificate.not_valid_before_utc,
             not_after=certificate.not_valid_after_utc,
         )
@@ -206,9 +214,12 @@ class Transitions:
             _record(transaction, "reserve", fresh)
         return fresh
 
-    def sign_unlock(self, signed: bytes) -> tuple[bytes, bytes]:
-        """Return the SHA-256 of the issuing CA's certificate and its signature; see `journal.Journal`."""
-        authority = self._authority()
+    def sign_unlock(self, row: Row, old_txn: bytes, signed: bytes) -> tuple[bytes, bytes]:
+        """Return the SHA-256 of an issuing CA's certificate and its signature; see `journal.Journal`."""
+        with self._registry.view() as view:
+            # What was renewed over the network since shares the txn: the first one has the CA of the bundle.
+            flashed = next((old for old in view.named(row.name) if old.txn == old_txn and old.issuer), None)
+        authority = self._authority(flashed.issuer if flashed is not None else "")
         return hashlib.sha256(authority.issuing_der).digest(), authority.sign_unlock(signed)
 
     def interrupted(self, row: Row) -> None:
@@ -240,8 +251,7 @@ class Transitions:
                     elapsed_ms=round(attempt.elapsed_ms),
                 )
 
-    def _bundle(self, row: Row, certificate_der: bytes, now: datetime) -> bytes:
-        authority = self._authority()
+    def _bundle(self, row: Row, authority: Authority, certificate_der: bytes, now: datetime) -> bytes:
         config = BundleConfig(
             host=self._broker.host,
             port=self._broker.port,
@@ -252,7 +262,7 @@ class Transitions:
         return Bundle(
             leaf_der=certificate_der,
             issuing_der=(authority.issuing_der,),
-            anchors_der=(authority.root_der,),
+            anchors_der=authority.anchors_der,
             config=config,
             issued_at=int(now.timestamp()),
         ).to_bytes()

@@ -161,11 +161,11 @@ class TestProvisionedAgain:
         self.made(desk, line)
         sign, reboots = desk.journal.sign_unlock, [2]
 
-        def rebooting(signed: bytes) -> tuple[bytes, bytes]:
+        def rebooting(row: Row, old_txn: bytes, signed: bytes) -> tuple[bytes, bytes]:
             if reboots[0]:
                 reboots[0] -= 1
                 line.agent.reboot()
-            return sign(signed)
+            return sign(row, old_txn, signed)
 
         desk.journal.sign_unlock = rebooting  # type: ignore[method-assign]
         assert desk.enrol(line).state is State.ATTESTED

@@ -626,7 +626,7 @@ def test_a_row_that_another_station_changed_stops_this_one(desk: Desk) -> None:
 
 def test_a_bundle_longer_than_the_device_takes(desk: Desk) -> None:
     board = Board(max_bundle_bytes=2048)
-    desk.authority.root_der = bytes(2000)
+    desk.authority.anchors_der = (bytes(2000),)
     with pytest.raises(EnrollmentRefusedError, match="bundles of 2048 bytes"):
         desk.enrol(VirtualLine(board))
     assert board.count(MessageType.BEGIN) == 0

@@ -24,7 +24,7 @@ def test_a_device_gets_what_the_registry_says(station: Station) -> None:
     assert station.authority.key_id in repr(station.authority)
     issuer = station.authority.issuing_der
     x509.load_der_x509_certificate(issuer).verify_directly_issued_by(
-        x509.load_der_x509_certificate(station.authority.root_der)
+        x509.load_der_x509_certificate(station.authority.anchors_der[0])
     )
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 from support.station import CHEAP, PASSPHRASE, new_station
 
-from birthmark.device.errors import AuthorityError, ConfigurationError
+from birthmark.device.errors import AuthorityError, ConfigurationError, RegistryError
 from birthmark.provisioning import audit
+from birthmark.provisioning.crls import current_crl
 from birthmark.provisioning.founding import found_station
-from birthmark.provisioning.revocation import current_crl
 from birthmark.provisioning.settings import Settings
 from birthmark.provisioning.station import Station
 
@@ -32,8 +32,6 @@ FILES = {
     "crl.pem": 0o644,
     "root-crl.pem": 0o644,
     "keys": 0o700,
-    "keys/root.key.pem": 0o400,
-    "keys/issuing.key.pem": 0o400,
 }
 
 
@@ -43,12 +41,14 @@ def test_a_station_has_these_files(tmp_path: Path) -> None:
         str(path.relative_to(station.folder)): stat.S_IMODE(path.stat().st_mode)
         for path in station.folder.rglob("*")
     }
-    assert found == FILES
+    keys = {f"keys/{ca.kind}-{ca.key_id[:8]}.key.pem": 0o400 for ca in station.cas}
+    assert len(keys) == 2
+    assert found == FILES | keys
     assert stat.S_IMODE(station.folder.stat().st_mode) == 0o700
     assert [path.name for path in station.folder.parent.iterdir()] == ["station"]
     crl = current_crl(station)
     assert crl is not None
-    assert (crl.number, crl.cert_serials) == (1, frozenset())
+    assert (crl.current.number, crl.cert_serials) == (1, frozenset())
     actions = [(entry["action"], entry["subject"]) for entry in audit.read(station.registry.audit_path)]
     assert actions == [("init", "root-ca"), ("init", "issuing-ca"), ("crl", "root-ca"), ("crl", "issuing-ca")]
 
@@ -137,14 +137,32 @@ def test_what_is_no_station_is_not_opened(tmp_path: Path) -> None:
         Station.open(tmp_path)
 
 
-def test_a_ca_certificate_that_is_missing_or_damaged(living: Station) -> None:
-    path = living.folder / "issuing.pem"
-    path.write_text("junk")
-    with pytest.raises(AuthorityError, match="damaged"):
-        _ = Station.open(living.folder, passphrase=PASSPHRASE).authority
-    path.unlink()
-    with pytest.raises(AuthorityError, match="No such file"):
-        _ = Station.open(living.folder, passphrase=PASSPHRASE).authority
-    path.write_bytes((living.folder / "root.pem").read_bytes())
+def test_the_copies_of_the_certificates_are_mended(living: Station) -> None:
+    kept = {name: (living.folder / name).read_bytes() for name in ("root.pem", "issuing.pem")}
+    (living.folder / "root.pem").write_text("junk")
+    (living.folder / "issuing.pem").unlink()
+    station = Station.open(living.folder, passphrase=PASSPHRASE)
+    assert station.authority.issuing_der == living.cas.for_clients.certificate_der
+    station.publish_certificates()
+    assert {name: (living.folder / name).read_bytes() for name in kept} == kept
+
+
+def test_a_record_of_a_ca_that_is_missing_or_damaged(living: Station) -> None:
+    ca = living.cas.for_clients
+    with living.registry.transaction() as transaction:
+        note = transaction.notes("ca")[ca.key_id]
+        transaction.put_note("ca", ca.key_id, note | {"certificate_der": "AAAA"})
+    with pytest.raises(RegistryError, match="damaged"):
+        _ = living.authority
+    with living.registry.transaction() as transaction:
+        transaction.put_note("ca", ca.key_id, None)
+    with pytest.raises(RegistryError, match="0 issuing CAs"):
+        _ = living.authority
+
+
+def test_a_key_that_is_another_ones(living: Station) -> None:
+    root, issuing = living.cas
+    living.key_path(issuing).unlink()
+    living.key_path(root).rename(living.key_path(issuing))
     with pytest.raises(AuthorityError, match="do not belong together"):
-        _ = Station.open(living.folder, passphrase=PASSPHRASE).authority
+        _ = living.authority

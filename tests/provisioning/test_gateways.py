@@ -12,9 +12,9 @@ import pytest
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
 
 from birthmark.device.durable import write_durably
+from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl
 from birthmark.provisioning.gateways import Outcome, deliver
 from birthmark.provisioning.issuing import issue_broker, issue_operator
-from birthmark.provisioning.revocation import StoredCrl, current_crl, sign_and_store_crl
 from birthmark.provisioning.settings import Gateway
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ SHORT_S = 0.3
 LONG_S = 30.0
 
 
-def crl_of(station: Station) -> StoredCrl:
+def crl_of(station: Station) -> CrlSet:
     crl = current_crl(station)
     assert crl is not None
     return crl
 
 
 def deliver_all(station: Station, *gateways: Gateway, timeout_s: float = LONG_S) -> list[Delivery]:
-    return deliver(gateways, crl_of(station), anchors_path=station.folder / "root.pem", timeout_s=timeout_s)
+    return deliver(
+        gateways, crl_of(station), station.cas, anchors_path=station.folder / "root.pem", timeout_s=timeout_s
+    )
 
 
 @pytest.fixture
@@ -90,9 +92,9 @@ def test_by_path_a_refusal_is_told_with_its_reason_escaped(living: Station, by_p
 def test_by_path_a_receipt_of_before_counts_unless_it_is_a_refusal(living: Station, by_path: Gateway) -> None:
     assert by_path.crl_path is not None
     receipt_path = by_path.crl_path.with_name(by_path.crl_path.name + ".receipt")
-    write_durably(receipt_path, receipt_for(crl_of(living).der, outcome="refused").to_bytes())
+    write_durably(receipt_path, receipt_for(crl_of(living).current.der, outcome="refused").to_bytes())
     assert deliver_all(living, by_path, timeout_s=SHORT_S)[0].outcome is Outcome.PENDING
-    write_durably(receipt_path, receipt_for(crl_of(living).der).to_bytes())
+    write_durably(receipt_path, receipt_for(crl_of(living).current.der).to_bytes())
     assert deliver_all(living, by_path, timeout_s=SHORT_S)[0].outcome is Outcome.DONE
 
 
@@ -107,7 +109,7 @@ def test_by_path_an_unreadable_receipt_is_pending(living: Station, by_path: Gate
 
 def test_by_path_a_receipt_for_another_crl_is_pending(living: Station, by_path: Gateway) -> None:
     assert by_path.crl_path is not None
-    old = crl_of(living).der
+    old = crl_of(living).current.der
     sign_and_store_crl(living)
     by_path.crl_path.with_name(by_path.crl_path.name + ".receipt").write_bytes(receipt_for(old).to_bytes())
     (delivery,) = deliver_all(living, by_path, timeout_s=SHORT_S)
@@ -148,11 +150,13 @@ def test_by_path_an_older_crl_does_not_stay_in_the_place_of_a_newer_one(living: 
     older = crl_of(living)
     newer = sign_and_store_crl(living)
     with PathGateway(by_path.crl_path, lambda crl: receipt_for(crl, outcome="current").to_bytes()):
-        (delivery,) = deliver([by_path], older, anchors_path=living.folder / "root.pem", timeout_s=LONG_S)
+        (delivery,) = deliver(
+            [by_path], older, living.cas, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+        )
     assert by_path.crl_path.read_bytes() == newer.pem
     assert delivery.outcome is Outcome.DONE
-    assert delivery.receipt is not None
-    assert delivery.receipt.crl_sha256 == newer.sha256
+    assert delivery.receipts
+    assert delivery.receipts[0].crl_sha256 == newer.current.sha256
 
 
 def test_by_path_a_newer_crl_that_another_command_brought_counts(living: Station, by_path: Gateway) -> None:
@@ -160,13 +164,15 @@ def test_by_path_a_newer_crl_that_another_command_brought_counts(living: Station
     older = crl_of(living)
 
     def answer(_crl: bytes) -> bytes:
-        return receipt_for(sign_and_store_crl(living).der).to_bytes()
+        return receipt_for(sign_and_store_crl(living).current.der).to_bytes()
 
     with PathGateway(by_path.crl_path, answer):
-        (delivery,) = deliver([by_path], older, anchors_path=living.folder / "root.pem", timeout_s=LONG_S)
+        (delivery,) = deliver(
+            [by_path], older, living.cas, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+        )
     assert delivery.outcome is Outcome.DONE
-    assert delivery.receipt is not None
-    assert delivery.receipt.crl_number > older.number
+    assert delivery.receipts
+    assert delivery.receipts[0].crl_number > older.current.number
 
 
 def test_by_mqtt_a_newer_crl_is_brought_when_the_gateway_has_it_already(
@@ -176,16 +182,16 @@ def test_by_mqtt_a_newer_crl_is_brought_when_the_gateway_has_it_already(
     newer = sign_and_store_crl(living)
 
     def answer(crl: bytes) -> list[bytes]:
-        outcome: Literal["refused", "current"] = "refused" if crl == older.der else "current"
+        outcome: Literal["refused", "current"] = "refused" if crl == older.current.der else "current"
         return [receipt_for(crl, gateway="localhost", outcome=outcome).to_bytes()]
 
     with mqtt_gateway(tmp_path, answer) as gateway:
         (delivery,) = deliver(
-            [by_mqtt(gateway.port)], older, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+            [by_mqtt(gateway.port)], older, living.cas, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
         )
     assert delivery.outcome is Outcome.DONE, delivery
-    assert delivery.receipt is not None
-    assert delivery.receipt.crl_sha256 == newer.sha256
+    assert delivery.receipts
+    assert delivery.receipts[0].crl_sha256 == newer.current.sha256
 
 
 def test_by_path_no_folder_is_pending(living: Station, tmp_path: Path) -> None:
@@ -196,7 +202,7 @@ def test_by_path_no_folder_is_pending(living: Station, tmp_path: Path) -> None:
 
 
 def test_by_mqtt(living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gateway]) -> None:
-    older = receipt_for(crl_of(living).der)
+    older = receipt_for(crl_of(living).current.der)
     newer = sign_and_store_crl(living)
 
     def answer(crl: bytes) -> list[bytes]:
@@ -206,8 +212,8 @@ def test_by_mqtt(living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gatew
     with mqtt_gateway(tmp_path, answer) as gateway:
         (delivery,) = deliver_all(living, by_mqtt(gateway.port))
     assert delivery.outcome is Outcome.DONE, delivery
-    assert delivery.receipt is not None
-    assert delivery.receipt.crl_sha256 == newer.sha256
+    assert delivery.receipts
+    assert delivery.receipts[0].crl_sha256 == newer.current.sha256
     assert delivery.described() == "localhost: CRL 2 has it already: handshakes refused"
     assert gateway.topics == ["gateway/localhost/receipts", "gateway/localhost/crl"]
     assert gateway.client_ids[0].startswith("alice:crl-")

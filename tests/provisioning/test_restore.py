@@ -15,19 +15,20 @@ from support.station_broker import station_broker
 from birthmark.device.errors import AuthorityError, BirthmarkError, ConfigurationError
 from birthmark.provisioning import audit
 from birthmark.provisioning.backup import back_up
+from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
 from birthmark.provisioning.gateways import Outcome, deliver
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.restore import ROWS_JUMP, Restored, merge_crls, read_crl, restore
-from birthmark.provisioning.revocation import current_crl, revoke, sign_and_store_crl
+from birthmark.provisioning.restore import ROWS_JUMP, Restored, merge_crls, read_crls, restore
+from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Gateway, add_gateway
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from birthmark.provisioning.crls import CrlSet
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.revocation import StoredCrl
 
 SECRET = b"the backup's own passphrase"
 LOST = x509.ReasonFlags.key_compromise
@@ -48,9 +49,9 @@ def rows(station: Station) -> list[Row]:
         return view.rows()
 
 
-def deliver_to_all(station: Station, crl: StoredCrl) -> list[Outcome]:
+def deliver_to_all(station: Station, crl: CrlSet) -> list[Outcome]:
     gateways = Station.open(station.folder).settings.gateways
-    deliveries = deliver(gateways, crl, anchors_path=station.folder / "root.pem", timeout_s=30)
+    deliveries = deliver(gateways, crl, station.cas, anchors_path=station.folder / "root.pem", timeout_s=30)
     return [delivery.outcome for delivery in deliveries]
 
 
@@ -66,7 +67,7 @@ def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_pa
         late = enrolled_row(living, "late")
         issue_operator(living, "late-alice", tmp_path)
         revoke(living, "sensor-2", LOST)
-        held = revoke(living, "late", LOST).crl
+        held = revoke(living, "late", LOST).crls
         assert deliver_to_all(living, held) == [Outcome.DONE]
         used_serials = {row.cert_serial for row in rows(living)}
         used_numbers = {row.number for row in rows(living)}
@@ -76,17 +77,17 @@ def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_pa
         restored = brought_back(backup, tmp_path / "elsewhere")
         station = restored.station
         assert [(merged.source, merged.number, merged.newly) for merged in restored.merged] == [
-            ("localhost", held.number, 2)
+            ("localhost", held.current.number, 2)
         ]
-        assert restored.crl.cert_serials == held.cert_serials
-        assert restored.crl.number > held.number
-        assert restored.crl.this_update > held.this_update
-        assert deliver_to_all(station, restored.crl) == [Outcome.DONE]
+        assert restored.crls.cert_serials == held.cert_serials
+        assert restored.crls.current.number > held.current.number
+        assert restored.crls.current.this_update > held.current.this_update
+        assert deliver_to_all(station, restored.crls) == [Outcome.DONE]
         fresh = [enrolled_row(station, f"fresh-{number}") for number in range(3)]
         fresh.append(issue_operator(station, "bob", tmp_path).row)
         assert not used_serials & {row.cert_serial for row in fresh}
         assert not used_numbers & {row.number for row in fresh}
-        newer = revoke(station, "fresh-1", LOST).crl
+        newer = revoke(station, "fresh-1", LOST).crls
         assert newer.cert_serials == {*held.cert_serials, fresh[1].cert_serial}
         assert deliver_to_all(station, newer) == [Outcome.DONE]
     with station.registry.view() as view:
@@ -101,7 +102,7 @@ def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_pa
     marked = next(entry for entry in entries if entry["action"] == "restore")
     forked = [entry["hash"] for entry in entries if entry["seq"] >= marked["seq"]]
     assert not set(forked) & set(lost_log), "the lost station's entries and ours cannot be told apart"
-    assert stat.S_IMODE((station.folder / "keys" / "issuing.key.pem").stat().st_mode) == 0o400
+    assert stat.S_IMODE((station.key_path(station.cas.for_clients)).stat().st_mode) == 0o400
     assert stat.S_IMODE(station.folder.stat().st_mode) == 0o700
 
 
@@ -109,10 +110,10 @@ def test_a_backup_restored_twice_repeats_no_crl_number(living: Station, tmp_path
     backup = backed_up(living, tmp_path / "backup.age")
     clock = Clock(living.clock())
     first = brought_back(backup, tmp_path / "one", clock=clock)
-    used = {first.crl.number, *(sign_and_store_crl(first.station).number for _ in range(5))}
+    used = {first.crls.current.number, *(sign_and_store_crl(first.station).current.number for _ in range(5))}
     clock.advance(minutes=1)
     second = brought_back(backup, tmp_path / "two", clock=clock)
-    assert second.crl.number > max(used)
+    assert second.crls.current.number > max(used)
 
 
 def test_what_cannot_be_known_is_said_and_taken_over_later(
@@ -124,9 +125,9 @@ def test_what_cannot_be_known_is_said_and_taken_over_later(
     for gateway in (far, Gateway("gone", crl_path=tmp_path / "unmounted" / "crl.pem")):
         add_gateway(living.settings_path, gateway)
     backup = backed_up(living, tmp_path / "backup.age")
-    held = revoke(living, "sensor-1", LOST).crl
+    held = revoke(living, "sensor-1", LOST).crls
     copy = tmp_path / "far.crl"
-    copy.write_bytes(held.der)  # a gateway keeps PEM or DER: both are read
+    copy.write_bytes(held.current.der)  # a gateway keeps PEM or DER: both are read
     shutil.rmtree(living.folder)
 
     answer = birthmark("restore", backup, "--to", tmp_path / "to", "--json")
@@ -147,7 +148,7 @@ def test_what_cannot_be_known_is_said_and_taken_over_later(
     crl = current_crl(Station.open(tmp_path / "to"))
     assert crl is not None
     assert crl.cert_serials == held.cert_serials
-    assert crl.number > record["crl_number"]
+    assert crl.current.number > record["crl_number"]
     again = later("restore", "--crl", copy)
     assert "0 revocations that were not known here" in again.stdout
 
@@ -156,11 +157,11 @@ def test_a_number_above_ours_is_taken_over(living: Station, tmp_path: Path) -> N
     crl = sign_and_store_crl(living)
     backup = backed_up(living, tmp_path / "backup.age")
     with living.registry.transaction() as transaction:
-        transaction.set_counter("crl_number", 1 << 62)
+        transaction.set_counter(crl_number_counter(crl.current.issuer), 1 << 62)
     high = sign_and_store_crl(living)
-    assert high.number > crl.number
+    assert high.current.number > crl.current.number
     restored = brought_back(backup, tmp_path / "to", high.path)
-    assert restored.crl.number > high.number
+    assert restored.crls.current.number > high.current.number
 
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(living: Station, tmp_path: Path) -> None:
@@ -193,18 +194,19 @@ def test_nothing_is_left_when_the_ca_cannot_be_unlocked_or_a_crl_is_foreign(
 
 def test_keys_that_do_not_fit_their_certificate_are_refused(living: Station, tmp_path: Path) -> None:
     other = new_station(tmp_path / "other")
-    key = living.folder / "keys" / "issuing.key.pem"
+    key = living.key_path(living.cas.for_clients)
     key.unlink()
-    shutil.copy(other.folder / "keys" / "issuing.key.pem", key)
+    shutil.copy(other.key_path(other.cas.for_clients), key)
     with pytest.raises(AuthorityError, match="do not belong together"):
         brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 
 def test_a_station_without_its_root_key_is_backed_up_and_restored(living: Station, tmp_path: Path) -> None:
-    (living.folder / "keys" / "root.key.pem").rename(tmp_path / "root.key.pem")
+    root_key = living.key_path(living.cas.roots[0])
+    root_key.rename(tmp_path / "root.key.pem")
     restored = brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
-    assert not (restored.station.folder / "keys" / "root.key.pem").exists()
+    assert not restored.station.key_path(restored.station.cas.roots[0]).exists()
     assert issue_operator(restored.station, "alice", tmp_path).row.state is State.ATTESTED
 
 
@@ -230,14 +232,17 @@ def test_row_numbers_go_on_far_above(living: Station, tmp_path: Path) -> None:
 def test_a_crl_is_read_whole_or_not(living: Station, tmp_path: Path) -> None:
     enrolled_row(living, "sensor-1")
     path = tmp_path / "crl.der"
-    crl = revoke(living, "sensor-1", LOST).crl
-    path.write_bytes(crl.der)
-    known = read_crl(path, living.issuing)
-    assert (known.number, [entry[0] for entry in known.entries]) == (crl.number, list(crl.cert_serials))
-    for end in range(0, len(crl.der), 7):
-        path.write_bytes(crl.der[:end])
+    crl = revoke(living, "sensor-1", LOST).crls
+    path.write_bytes(crl.current.der)
+    (known,) = read_crls(path, living.cas)
+    assert (known.number, [entry[0] for entry in known.entries]) == (
+        crl.current.number,
+        list(crl.cert_serials),
+    )
+    for end in range(0, len(crl.current.der), 7):
+        path.write_bytes(crl.current.der[:end])
         with pytest.raises(BirthmarkError, match="could not use the CRL"):
-            read_crl(path, living.issuing)
+            read_crls(path, living.cas)
 
 
 def test_it_needs_a_place_and_something_to_restore(birthmark: Command, tmp_path: Path) -> None:

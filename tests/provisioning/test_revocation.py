@@ -10,19 +10,18 @@ from cryptography import x509
 from support.station import NOON, PASSPHRASE, Clock, enrolled_row, keyed_row
 
 from birthmark.device.errors import AuthorityError, RegistryError
-from birthmark.provisioning import audit, revocation
-from birthmark.provisioning.issuing import issue_broker, issue_operator
-from birthmark.provisioning.registry.model import Kind, State
-from birthmark.provisioning.revocation import (
-    REASONS,
+from birthmark.provisioning import audit, crls
+from birthmark.provisioning.crls import (
     clock_trouble,
     current_crl,
-    parse_reason,
-    revoke,
     sign_and_store_crl,
     sign_root_crl,
+    stale_crls,
     up_to_date_crl,
 )
+from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.revocation import REASONS, parse_reason, revoke
 from birthmark.provisioning.station import Station
 
 LOST = x509.ReasonFlags.key_compromise
@@ -38,11 +37,11 @@ def test_a_revoked_device_is_on_the_next_crl(station: Station, clock: Clock) -> 
     clock.advance(minutes=5)
     done = revoke(station, "SENSOR-1", LOST, word="lost")
     assert done.newly == 1
-    assert done.crl.cert_serials == {row.cert_serial}
+    assert done.crls.cert_serials == {row.cert_serial}
     assert first is not None
-    assert done.crl.number == first.number + 1
-    assert done.crl.this_update == clock.now - timedelta(hours=1)
-    assert done.crl.next_update == clock.now + timedelta(days=30)
+    assert done.crls.current.number == first.current.number + 1
+    assert done.crls.current.this_update == clock.now - timedelta(hours=1)
+    assert done.crls.next_update == clock.now + timedelta(days=30)
     crl = x509.load_pem_x509_crl(station.crl_path.read_bytes())
     entry = crl.get_revoked_certificate_by_serial_number(row.cert_serial or 0)
     assert entry is not None
@@ -66,7 +65,7 @@ def test_revoking_again_changes_nothing(station: Station, clock: Clock) -> None:
     clock.advance(days=1)
     again = revoke(station, "sensor-1", x509.ReasonFlags.superseded)
     assert again.newly == 0
-    assert again.crl == first.crl
+    assert again.crls == first.crls
     assert again.rows[0].revocation_reason == "keyCompromise"
     assert actions(station) == before
 
@@ -75,22 +74,22 @@ def test_revoking_again_needs_no_passphrase(station: Station) -> None:
     enrolled_row(station, "sensor-1")
     first = revoke(station, "sensor-1", LOST)
     locked = Station.open(station.folder, passphrase=b"wrong", clock=station.clock)
-    assert revoke(locked, "sensor-1", LOST).crl == first.crl
+    assert revoke(locked, "sensor-1", LOST).crls == first.crls
 
 
 def test_revoking_again_mends_a_crl_that_is_gone_or_damaged_or_old(station: Station, clock: Clock) -> None:
     row = enrolled_row(station, "sensor-1")
-    number = revoke(station, "sensor-1", LOST).crl.number
+    number = revoke(station, "sensor-1", LOST).crls.current.number
     for damage in (b"", b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"):
         station.crl_path.write_bytes(damage)
-        crl = revoke(station, "sensor-1", LOST).crl
+        crl = revoke(station, "sensor-1", LOST).crls
         number += 1
-        assert crl.number == number
+        assert crl.current.number == number
         assert crl.cert_serials == {row.cert_serial}
     station.crl_path.unlink()
-    assert revoke(station, "sensor-1", LOST).crl.number == number + 1
+    assert revoke(station, "sensor-1", LOST).crls.current.number == number + 1
     clock.advance(days=31)
-    assert revoke(station, "sensor-1", LOST).crl.next_update > clock.now
+    assert revoke(station, "sensor-1", LOST).crls.next_update > clock.now
 
 
 def test_a_wrong_passphrase_revokes_nothing(station: Station) -> None:
@@ -106,8 +105,8 @@ def test_a_wrong_passphrase_revokes_nothing(station: Station) -> None:
 
 def test_crls_rise_strictly_even_within_a_second(station: Station) -> None:
     crls = [sign_and_store_crl(station) for _ in range(4)]
-    assert [crl.number for crl in crls] == [2, 3, 4, 5]
-    updates = [crl.this_update for crl in crls]
+    assert [crl.current.number for crl in crls] == [2, 3, 4, 5]
+    updates = [crl.current.this_update for crl in crls]
     assert updates == sorted(set(updates))
     assert current_crl(station) == crls[-1]
     assert updates[0] == NOON - timedelta(hours=1) + timedelta(seconds=1)
@@ -116,16 +115,16 @@ def test_crls_rise_strictly_even_within_a_second(station: Station) -> None:
 def test_a_clock_that_went_far_back_stops_no_revocation(station: Station, clock: Clock) -> None:
     enrolled_row(station, "sensor-1")
     clock.advance(days=10)
-    number = sign_and_store_crl(station).number
+    number = sign_and_store_crl(station).current.number
     assert clock_trouble(station) == ""
     clock.advance(days=-9)
     done = revoke(station, "sensor-1", LOST)
     assert done.newly == 1
-    assert done.crl.number == number + 1
-    assert done.crl.this_update == clock.now - timedelta(hours=1)
+    assert done.crls.current.number == number + 1
+    assert done.crls.current.this_update == clock.now - timedelta(hours=1)
     assert "clock" in clock_trouble(station)
     clock.advance(days=9)
-    assert sign_and_store_crl(station).number == number + 2
+    assert sign_and_store_crl(station).current.number == number + 2
     assert clock_trouble(station) == ""
 
 
@@ -138,7 +137,7 @@ def test_a_revocation_stands_though_no_crl_can_be_signed(
         raise AuthorityError("could not sign a CRL")
 
     with monkeypatch.context() as broken:
-        broken.setattr(revocation, "_plan", fails)
+        broken.setattr(crls, "_plan", fails)
         with pytest.raises(AuthorityError):
             revoke(station, "sensor-1", LOST)
     with station.registry.view() as view:
@@ -149,10 +148,10 @@ def test_a_revocation_stands_though_no_crl_can_be_signed(
 def test_more_crls_in_an_hour_than_it_has_seconds(station: Station, clock: Clock) -> None:
     sign_and_store_crl(station)
     with station.registry.transaction() as transaction:
-        transaction.set_counter("crl_this_update", int(clock.now.timestamp()))
+        transaction.set_counter(f"crl_this_update {station.authority.key_id}", int(clock.now.timestamp()))
     one, two = sign_and_store_crl(station), sign_and_store_crl(station)
-    assert (one.this_update, two.this_update) == (clock.now, clock.now)
-    assert two.number == one.number + 1
+    assert (one.current.this_update, two.current.this_update) == (clock.now, clock.now)
+    assert two.current.number == one.current.number + 1
     assert clock_trouble(station) == ""
 
 
@@ -169,7 +168,7 @@ def test_every_certificate_of_a_name_is_revoked(station: Station) -> None:
         )
     done = revoke(station, "sensor-1", LOST)
     assert done.newly == 2
-    assert done.crl.cert_serials == {old.cert_serial, new.cert_serial}
+    assert done.crls.cert_serials == {old.cert_serial, new.cert_serial}
 
 
 def test_an_unfinished_enrollment_is_void_with_its_revocation(station: Station) -> None:
@@ -236,8 +235,8 @@ def test_every_reason_is_one_of_rfc_5280(station: Station, word: str) -> None:
     reason = parse_reason(word)
     assert reason is not None
     enrolled_row(station, "sensor-1")
-    crl = revoke(station, "sensor-1", reason, word=word).crl
-    entry = next(iter(x509.load_der_x509_crl(crl.der)))
+    crl = revoke(station, "sensor-1", reason, word=word).crls
+    entry = next(iter(x509.load_der_x509_crl(crl.current.der)))
     found = [each.value.reason for each in entry.extensions if isinstance(each.value, x509.CRLReason)]
     assert found == ([] if reason is x509.ReasonFlags.unspecified else [reason])
 
@@ -249,7 +248,7 @@ def test_other_reasons_are_none(word: str) -> None:
 
 def test_the_roots_crl(station: Station, clock: Clock) -> None:
     key_path = station.folder.parent / "safe.pem"
-    (station.folder / "keys" / "root.key.pem").rename(key_path)
+    station.key_path(station.cas.roots[0]).rename(key_path)
     with pytest.raises(AuthorityError, match=r"root CA's key .* not there"):
         station.root_issuer(PASSPHRASE)
     clock.advance(days=300)
@@ -265,3 +264,51 @@ def test_leftovers_of_a_killed_signing_are_removed(station: Station) -> None:
     leftover.write_bytes(b"half")
     sign_and_store_crl(station)
     assert not leftover.exists()
+
+
+def test_expired_entries_leave_the_crl_after_their_margin(station: Station, clock: Clock) -> None:
+    row, other = enrolled_row(station, "sensor-1"), enrolled_row(station, "sensor-2")
+    revoke(station, "sensor-1", LOST)
+    revoke(station, "sensor-2", LOST)
+    assert row.not_after is not None
+    both = {row.cert_serial, other.cert_serial}
+    clock.now = row.not_after + timedelta(days=89)
+    assert sign_and_store_crl(station).cert_serials == both, "a gateway may still renew it"
+    clock.advance(days=2)
+    assert sign_and_store_crl(station).cert_serials == set()
+    assert sign_and_store_crl(station).cert_serials == set(), "nor does it come back"
+    assert stale_crls(station)[0] == []
+
+
+def test_an_expired_entry_was_on_a_crl_issued_after_its_end(station: Station, clock: Clock) -> None:
+    row = enrolled_row(station, "sensor-1")
+    revoke(station, "sensor-1", LOST)
+    assert row.not_after is not None
+    clock.now = row.not_after + timedelta(days=400)  # the station was off for long
+    assert sign_and_store_crl(station).cert_serials == {row.cert_serial}
+    assert sign_and_store_crl(station).cert_serials == set()
+
+
+def test_what_is_revoked_after_its_end_is_on_a_crl_as_well(station: Station, clock: Clock) -> None:
+    row = enrolled_row(station, "sensor-1")
+    assert row.not_after is not None
+    clock.now = row.not_after + timedelta(days=200)
+    sign_and_store_crl(station)
+    clock.advance(days=1)
+    assert revoke(station, "sensor-1", LOST).crls.cert_serials == {row.cert_serial}
+    clock.advance(days=1)
+    assert sign_and_store_crl(station).cert_serials == {row.cert_serial}
+    clock.advance(days=1)
+    assert sign_and_store_crl(station).cert_serials == set()
+
+
+def test_a_clock_that_is_wrong_for_once_drops_nothing_for_good(station: Station, clock: Clock) -> None:
+    row = enrolled_row(station, "sensor-1")
+    revoke(station, "sensor-1", LOST)
+    then = clock.now
+    assert row.not_after is not None
+    clock.now = row.not_after + timedelta(days=400)
+    for _ in range(2):
+        sign_and_store_crl(station)
+    clock.now = then + timedelta(days=1)
+    assert sign_and_store_crl(station).cert_serials == {row.cert_serial}

@@ -102,7 +102,7 @@ def test_the_roots_crl(birthmark: Command, living: Station, monkeypatch: pytest.
     before = path.read_bytes()
     assert birthmark("crl", "--root", "--json").records == [{"root_crl_path": str(path)}]
     assert path.read_bytes() != before
-    (living.folder / "keys" / "root.key.pem").rename("safe.pem")
+    living.key_path(living.cas.roots[0]).rename("safe.pem")
     answer = birthmark("crl", "--root")
     assert answer.exit_code == 6
     assert "root CA's key" in answer.stderr

@@ -33,7 +33,7 @@ def session(station: Station, port: str, device_id: str, keys: KeyMode, watch: C
     """One enrollment as `birthmark flash` would run it."""
     journal = Transitions(
         station.registry,
-        lambda: station.authority,
+        station.authority_of,
         broker=BrokerAddress("localhost", 8883),
         default_role=Role("sensor"),
         clock=station.clock,

@@ -94,7 +94,7 @@ def open_desk(folder: Path, *, create: Callable[..., TinyRegistry] = TinyRegistr
     )
     authority = CountingAuthority(
         profile.Issuer(issuing, issuing_key),
-        root.certificate,
+        [root.certificate],
         organization="Acme",
         lifetimes=Lifetimes(),
         registry=registry,
@@ -102,7 +102,7 @@ def open_desk(folder: Path, *, create: Callable[..., TinyRegistry] = TinyRegistr
     authority.signed = []
     journal = Transitions(
         registry,
-        lambda: authority,
+        lambda _key_id: authority,
         broker=BrokerAddress("gateway-1.example.com", 8883, 60),
         default_role=Role("sensor"),
         clock=now,

@@ -29,10 +29,11 @@ from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.errors import RegistryError
 from birthmark.device.pem import CERTIFICATE, read_blocks
 from birthmark.provisioning import audit
+from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.registry.tiny import TinyRegistry
-from birthmark.provisioning.revocation import current_crl, revoke, sign_and_store_crl
+from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Init:
         assert opened.authority.key_id
         crl = current_crl(opened)
         assert crl is not None
-        assert crl.number == 1
+        assert crl.current.number == 1
         check_registry(station)
         leftovers = [path for path in folder.iterdir() if path != station]
         # A kill between the rename and the end leaves nothing; one before it leaves what the next init removes.
@@ -181,16 +182,16 @@ class Revoke:
         assert crl is not None
         with station.registry.view() as view:
             revoked = {row.cert_serial for row in view.revoked()}
-            assert crl.number <= view.counter("crl_number")
+            assert crl.current.number <= view.counter(crl_number_counter(crl.current.issuer))
         assert crl.cert_serials <= revoked
         if (folder / "acknowledged").exists():
             assert crl.cert_serials == revoked
         newer = sign_and_store_crl(station)
-        assert newer.number > crl.number
-        assert newer.this_update > crl.this_update
+        assert newer.current.number > crl.current.number
+        assert newer.current.this_update > crl.current.this_update
         assert newer.cert_serials == revoked
         again = revoke(station, "sensor-1", x509.ReasonFlags.key_compromise)
-        assert len(again.crl.cert_serials) == 1
+        assert len(again.crls.cert_serials) == 1
         check_registry(folder)
 
 

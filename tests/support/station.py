@@ -67,9 +67,15 @@ def keyed_row(station: Station, name: str, *, role: str = "sensor", hwid: bytes 
             hwid=hwid or secrets.token_bytes(8),
             txn=secrets.token_bytes(16),
         )
-        serial = station.authority.new_cert_serial()
+        authority = station.authority
         return transaction.update(
-            replace(row, state=State.KEYED, public_key_der=public_key_der(), cert_serial=serial)
+            replace(
+                row,
+                state=State.KEYED,
+                public_key_der=public_key_der(),
+                cert_serial=authority.new_cert_serial(),
+                issuer=authority.key_id,
+            )
         )
 
 
@@ -77,7 +83,7 @@ def issue(station: Station, row: Row) -> bytes:
     """Sign the certificate of a device's row in KEYED."""
     assert row.public_key_der is not None
     assert row.cert_serial is not None
-    return station.authority.issue_device(
+    return station.authority_of(row.issuer).issue_device(
         name=row.name,
         role=row.role,
         public_key_der=row.public_key_der,
@@ -96,6 +102,7 @@ def enrolled_row(station: Station, name: str, *, state: State = State.ATTESTED, 
                 row,
                 state=state,
                 certificate_der=certificate.public_bytes(Encoding.DER),
+                anchors=station.authority_of(row.issuer).anchor_ids,
                 not_before=certificate.not_valid_before_utc,
                 not_after=certificate.not_valid_after_utc,
             )
