@@ -26,11 +26,11 @@ from birthmark.broker.gateway import Gateway
 from birthmark.broker.listener import shown_address
 from birthmark.broker.logs import log_to_stderr
 from birthmark.broker.server import GatewayBroker
-from birthmark.broker.systemd import feed_watchdog, notify, watchdog_interval_s
 from birthmark.device.console import command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import SystemFailureError
+from birthmark.device.systemd import feed_watchdog, notify, watchdog_interval_s
 
 if TYPE_CHECKING:
     import argparse

@@ -14,6 +14,7 @@ from birthmark.provisioning import (
     label_command,
     quarantine_commands,
     reflash,
+    renewal_commands,
     revocation_commands,
     run_command,
     station_commands,
@@ -47,4 +48,5 @@ birthmark revoke sensor-17 --reason lost""",
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)
     backup_commands.add_to(commands)
+    renewal_commands.add_to(commands)
     return top

@@ -280,7 +280,7 @@ class Enrolment:
                 # Without a pending key, a device that makes none of its own has no other answer.
                 raise _KeyLostError from None
             raise
-        public_key_der = requested_key(answer.csr_der, self._hello.hwid)
+        public_key_der = requested_key(answer.csr_der, self._hello.hwid.hex())
         if made is not None and public_key_der != _spki(made.public_key()):
             raise ProofError(Step.KEYGEN, "the request is for another key than the one it was given")
         return public_key_der

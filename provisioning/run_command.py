@@ -142,7 +142,8 @@ def _resume(arguments: argparse.Namespace, console: Console) -> int:
 
 def _list(station: Station, console: Console) -> None:
     with station.registry.view() as view:
-        rows = view.rows(kind=Kind.DEVICE, states=UNFINISHED)
+        # A renewal under way is no unit under way: it needs no port.
+        rows = [row for row in view.rows(kind=Kind.DEVICE, states=UNFINISHED) if not row.is_open_renewal]
     columns = ["name", "state", "hwid", "batch", "changed_at"]
     records = [
         {

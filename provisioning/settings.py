@@ -55,6 +55,14 @@ keepalive_s = {keepalive_s}
 # expired (its grace_days), and than its clock may be late.
 keep_expired_days = {keep_expired_days}
 
+[renewal]
+# How long after its end a certificate may still be renewed, where a gateway has a renewal listener.
+grace_days = {renewal_grace_days}
+# How long the certificate that a renewal has replaced stays valid before it is revoked.
+retire_after_hours = {retire_after_hours}
+# How many renewals one device may begin within 24 hours.
+max_per_day = {renewals_per_day}
+
 # Gateways that are sent every new CRL: `birthmark gateway add --help`.
 """
 
@@ -91,6 +99,29 @@ class BrokerDefaults:
             raise ConfigurationError(f"could not use the broker port {self.port}: it is not in 1 to 65535")
         if self.keepalive_s not in _KEEPALIVES_S:
             raise ConfigurationError(f"could not use the keepalive {self.keepalive_s} s: it is not in 1 to 65535")
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalSettings:
+    """How certificates are renewed over the network."""
+
+    grace_days: int = 30
+    """How long after its end a certificate may still be renewed."""
+    retire_after_hours: int = 24
+    """How long the certificate that a renewal has replaced stays valid before it is revoked."""
+    max_per_day: int = 10
+    """How many renewals one device may begin within 24 hours."""
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("grace_days", self.grace_days, 3650),
+            ("retire_after_hours", self.retire_after_hours, 8760),
+            ("max_per_day", self.max_per_day, 1000),
+        ):
+            if not (1 if name == "max_per_day" else 0) <= value <= most:
+                raise ConfigurationError(
+                    f"could not use {name} = {value} of [renewal]: it is out of range", hint=f"at most {most}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +201,7 @@ class Settings:
     broker: BrokerDefaults = field(default_factory=BrokerDefaults)
     keep_expired_days: int = 90
     """How long after its end a revoked certificate stays on the CRL."""
+    renewal: RenewalSettings = field(default_factory=RenewalSettings)
     gateways: tuple[Gateway, ...] = ()
 
     def __post_init__(self) -> None:
@@ -199,6 +231,9 @@ class Settings:
             port=self.broker.port,
             keepalive_s=self.broker.keepalive_s,
             keep_expired_days=self.keep_expired_days,
+            renewal_grace_days=self.renewal.grace_days,
+            retire_after_hours=self.renewal.retire_after_hours,
+            renewals_per_day=self.renewal.max_per_day,
         )
         return head + "".join("\n" + gateway.to_toml() for gateway in self.gateways)
 
@@ -300,6 +335,7 @@ def _parsed(path: Path, text: str) -> Settings:
         lifetimes = top.table("lifetimes_days")
         broker = top.table("broker")
         crl = top.table("crl")
+        renewal = top.table("renewal")
         settings = Settings(
             organization=station.text("organization"),
             default_role=station.text("default_role", "sensor"),
@@ -310,9 +346,14 @@ def _parsed(path: Path, text: str) -> Settings:
                 broker.text("host", "localhost"), broker.whole("port", 8883), broker.whole("keepalive_s", 60)
             ),
             keep_expired_days=crl.whole("keep_expired_days", 90),
+            renewal=RenewalSettings(
+                renewal.whole("grace_days", 30),
+                renewal.whole("retire_after_hours", 24),
+                renewal.whole("max_per_day", 10),
+            ),
             gateways=tuple(_gateway(table) for table in top.tables("gateway")),
         )
-        for table in (station, lifetimes, broker, crl, top):
+        for table in (station, lifetimes, broker, crl, renewal, top):
             table.finish()
     except ConfigurationError as error:
         raise ConfigurationError(f"could not read {path}: {error.message}", hint=error.hint) from error

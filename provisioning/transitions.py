@@ -271,6 +271,8 @@ class Transitions:
         row = transaction.row(number)
         if row is None or row.state is State.VOID:
             return
+        for relative in _renewed_with(transaction, row):
+            self._void(transaction, relative.number, reason, revocation_reason)
         flag = x509.ReasonFlags(revocation_reason or x509.ReasonFlags.superseded)
         self.revoked += mark_revoked(transaction, row, flag, word=reason, now=self._clock())
         row = transaction.row(number) or row
@@ -287,6 +289,16 @@ class Transitions:
 
 
 _ADVANCES: Final = {State.PREPARED: "prepare", State.COMMITTED: "commit", State.ATTESTED: "attest"}
+
+
+def _renewed_with(transaction: Transaction, row: Row) -> list[Row]:
+    """Return the rows that stand and fall with one: its renewals under way, and what it has renewed itself."""
+    return [
+        other
+        for other in transaction.named(row.name)
+        if (other.renews == row.number and other.is_open_renewal)
+        or (row.renews == other.number and other.replaced_by == row.number)
+    ]
 
 
 def _batch(transaction: Transaction) -> str:

@@ -18,7 +18,7 @@ from support.mqtt_client import RawClient, client_context
 from support.mqtt_gateway import POLICY_TOML
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
 
-from birthmark.broker.systemd import watchdog_interval_s
+from birthmark.device.systemd import watchdog_interval_s
 
 if TYPE_CHECKING:
     import ssl

@@ -1,12 +1,11 @@
 """What systemd is told (sd_notify(3), sd_watchdog_enabled(3)), in a few lines instead of a library.
 
-Rules: without systemd nothing happens; that it cannot be told stops nothing. The watchdog is fed from the event
-loop, twice in its interval: a broker whose loop hangs is restarted, and one that is merely busy is not.
+Rules: without systemd nothing happens; that it cannot be told stops nothing. The watchdog is fed twice in its
+interval by the loop that does the work: a service whose loop hangs is restarted, one that is merely busy is not.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
@@ -22,7 +21,7 @@ def notify(state: str) -> None:
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0)  # a systemd that does not read must not hold up the gateway
+            sock.settimeout(0)  # a systemd that does not read must not hold up a service
             sock.connect(address)
             sock.sendall(state.encode())
     except OSError as error:
@@ -38,7 +37,9 @@ def watchdog_interval_s() -> float | None:
 
 
 async def feed_watchdog(interval_s: float) -> None:
-    """Tell systemd for ever that the loop turns."""
+    """Tell systemd for ever that an event loop turns."""
+    import asyncio  # noqa: PLC0415 - a device has no event loop, and need not load one
+
     while True:
         notify("WATCHDOG=1")
         await asyncio.sleep(interval_s / 2)

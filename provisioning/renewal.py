@@ -1,0 +1,351 @@
+"""Renewing certificates over the network: what the station checks, records and signs (docs/renewal.md).
+
+Rules:
+
+- Only the device that has the current certificate gets the next one: the request is signed by the current key, and
+  by the new key, for the device whose topic it came on. Both are checked against the registry, not against what
+  the request or the broker says.
+- The current certificate is the one of the live row: ATTESTED, not revoked, not being replaced, not longer expired
+  than `grace_days`. The new key was never used before.
+- A renewal is a row of its own (`Row.renews`): KEYED, with key and serial number, before anything is signed;
+  ISSUED before it is sent; ATTESTED once the device has proven that it connected with it. Until then the old row
+  stands. There is at most one such row beside the live one: another key voids it, and revokes what was signed.
+- The same request again, after whatever crash, gets the same certificate; the same confirmation the same answer.
+- With ATTESTED the old certificate is due to be revoked (superseded) after `retire_after_hours`, durably noted.
+- Requests are answered in groups: each step is one transaction for all of them, and one that is refused spoils
+  nothing for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, Protocol
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.device.renewal.messages import AnchorUpdate, RenewalAnswer
+from birthmark.device.renewal.proofs import anchors_transcript, is_proven
+from birthmark.provisioning.registry.interface import DuplicateError
+from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+from birthmark.provisioning.retirement import note_retirement
+from birthmark.provisioning.revocation import mark_revoked
+from birthmark.provisioning.signing_request import requested_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from birthmark.device.identity import DeviceId
+    from birthmark.device.renewal.messages import RenewalRequest
+    from birthmark.provisioning.authority import Authority
+    from birthmark.provisioning.registry.interface import Transaction, View
+    from birthmark.provisioning.station import Station
+
+_DAY: Final = timedelta(days=1)
+_UNCONFIRMED: Final = "another key was asked for before it was confirmed"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, and the device on whose topic it came."""
+
+    device_id: DeviceId
+    request: RenewalRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAnchors:
+    """New trust anchors for a device, and the CA that vouches for them: one that the device trusts already."""
+
+    anchors_der: tuple[bytes, ...]
+    """All that the device is to have from now on."""
+    signer_der: bytes
+    """The CA's certificate."""
+    sign: Callable[[bytes], bytes]
+    """Returns its signature over a transcript."""
+
+
+class AnchorSource(Protocol):
+    """What a renewal asks about trust anchors, while a root is being replaced."""
+
+    def pending_anchors(self, row: Row, held_sha256: Sequence[bytes]) -> PendingAnchors | None:
+        """Return what the device of `row`, which goes by the anchors with these digests, is to go by instead."""
+
+    def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
+        """Remember which anchors its device goes by, in the transaction that made `row` ATTESTED; return it."""
+
+
+class NoAnchors:
+    """No root is being replaced."""
+
+    def pending_anchors(self, row: Row, held_sha256: Sequence[bytes]) -> PendingAnchors | None:
+        """Return nothing."""
+        del row, held_sha256
+        return None
+
+    def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
+        """Return the row as it is."""
+        del transaction, held_sha256
+        return row
+
+
+class _RefusedError(Exception):
+    """A request that is not granted."""
+
+    def __init__(self, reason: str, *, retry: bool = False, retry_after_s: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry = retry
+        self.retry_after_s = retry_after_s
+
+    def answer(self, nonce: bytes) -> RenewalAnswer:
+        return RenewalAnswer(
+            "refused", nonce, reason=self.reason, retry=self.retry, retry_after_s=self.retry_after_s
+        )
+
+
+class Renewals:
+    """The renewals of one station.
+
+    Args:
+        station: with its authority, which is unlocked at the first certificate.
+        anchors: what devices are to trust next.
+    """
+
+    def __init__(self, station: Station, *, anchors: AnchorSource | None = None) -> None:
+        self._station = station
+        self._anchors: AnchorSource = anchors or NoAnchors()
+
+    def answer(self, asked: Sequence[Asked]) -> list[RenewalAnswer]:
+        """Answer requests, in their order. What is answered is durable.
+
+        Raises:
+            AuthorityError: the CA cannot be unlocked, or the clock is wrong; nothing was signed.
+            RegistryError: the registry cannot be used; what was not answered may be asked again.
+        """
+        answers: dict[int, RenewalAnswer] = {}
+        rows: dict[int, Row] = {}
+        authority = self._station.authority
+        authorities = {authority.key_id: authority}
+        with self._station.registry.transaction() as transaction:
+            for index, one in enumerate(asked):
+                try:
+                    if one.request.kind == "confirm":
+                        answers[index] = self._confirmed(transaction, one)
+                    else:
+                        rows[index] = self._keyed(transaction, one, authority)
+                except _RefusedError as refusal:
+                    answers[index] = self._refuse(transaction, one, refusal)
+        signed = {row.number: self._sign(row, authority) for row in rows.values() if row.certificate_der is None}
+        if signed:
+            with self._station.registry.transaction() as transaction:
+                for number, leaf_der in signed.items():
+                    self._issued(transaction, number, leaf_der)
+        with self._station.registry.view() as view:
+            stored = {index: view.row(row.number) for index, row in rows.items()}
+        for index, row in stored.items():
+            answers[index] = self._issue_answer(asked[index], row, authorities)
+        return [answers[index] for index in range(len(asked))]
+
+    # --- a certificate ------------------------------------------------------------------------------------
+
+    def _keyed(self, transaction: Transaction, one: Asked, authority: Authority) -> Row:
+        """Return the row of a request for a certificate: in KEYED, or further if it was asked for before."""
+        current = self._current(transaction, one)
+        request = one.request
+        public_key_der = self._new_key(one)
+        known = transaction.by_public_key(public_key_der)
+        if known is not None:
+            # Asked for before: its answer was lost, or is about to be.
+            signer = authority.key_id if known.state is State.KEYED else known.issuer
+            if known.renews == current.number and known.issuer == signer and known.state is not State.VOID:
+                return known
+            raise _RefusedError("the new key was used before: make another one", retry=True)
+        if current.replaced_by is not None:
+            raise _RefusedError("the certificate in use was renewed already, for another key")
+        self._check_current(transaction, current)
+        try:
+            row = transaction.insert(
+                kind=Kind.DEVICE,
+                name=current.name,
+                role=current.role,
+                state=State.KEYED,
+                key_mode=KeyMode.ON_DEVICE,
+                hwid=current.hwid,
+                txn=current.txn,
+                public_key_der=public_key_der,
+                cert_serial=authority.new_cert_serial(),
+                issuer=authority.key_id,
+                bundle_sha256=current.bundle_sha256,
+                renews=current.number,
+                label=current.label,
+            )
+        except DuplicateError as error:
+            raise _RefusedError(f"the new key cannot be taken: {error.message}", retry=True) from error
+        now = self._station.clock()
+        for open_row in open_renewals(transaction, current):
+            if open_row.number != row.number:
+                mark_revoked(transaction, open_row, x509.ReasonFlags.superseded, word=_UNCONFIRMED, now=now)
+        transaction.record(
+            "renew",
+            row.name,
+            row=row.number,
+            renews=current.number,
+            cert_serial=f"{row.cert_serial:x}",
+            old_cert_serial=f"{current.cert_serial:x}",
+            nonce=request.nonce.hex(),
+            by=str(one.device_id),
+        )
+        return row
+
+    def _current(self, view: View, one: Asked) -> Row:
+        """Return the row of the certificate that the request is made with, if its key signed the request."""
+        named = view.named(str(one.device_id))
+        row = next((row for row in named if _leaf_sha256(row) == one.request.leaf_sha256), None)
+        if row is None or row.kind is not Kind.DEVICE:
+            raise _RefusedError("the certificate in use is not one of this device's in the registry")
+        if not is_proven(one.request, one.device_id, _public_key(row)):
+            raise _RefusedError("the request is not signed by the key in use")
+        if row.is_revoked:
+            raise _RefusedError("the certificate in use is revoked")
+        successor = None if row.replaced_by is None else view.row(row.replaced_by)
+        if successor is not None and successor.renews != row.number:
+            raise _RefusedError("the device is being enrolled anew", retry=True)
+        if row.state is not State.ATTESTED or row.is_open_renewal:
+            raise _RefusedError("the certificate in use is not confirmed yet: confirm it first", retry=True)
+        return row
+
+    def _check_current(self, transaction: Transaction, current: Row) -> None:
+        settings = self._station.settings.renewal
+        now = self._station.clock()
+        if current.not_after is None or now > current.not_after + settings.grace_days * _DAY:
+            raise _RefusedError(f"the certificate in use expired more than {settings.grace_days} days ago")
+        lately = [
+            row.created_at
+            for row in transaction.named(current.name)
+            if row.renews is not None and row.created_at > now - _DAY
+        ]
+        if len(lately) >= settings.max_per_day:
+            wait_s = int((min(lately) + _DAY - now).total_seconds()) + 1
+            raise _RefusedError(
+                f"there were {len(lately)} renewals within a day", retry=True, retry_after_s=wait_s
+            )
+
+    def _new_key(self, one: Asked) -> bytes:
+        try:
+            return requested_key(one.request.csr_der, str(one.device_id))
+        except BirthmarkError as error:
+            raise _RefusedError(error.message) from error
+
+    def _sign(self, row: Row, authority: Authority) -> bytes:
+        if row.public_key_der is None or row.cert_serial is None:
+            raise ValueError(f"row {row.number} in {row.state} has no key to certify")
+        return authority.issue_device(
+            name=row.name,
+            role=row.role,
+            public_key_der=row.public_key_der,
+            cert_serial=row.cert_serial,
+            now=self._station.clock(),
+        )
+
+    def _issued(self, transaction: Transaction, number: int, leaf_der: bytes) -> None:
+        """Record a signed certificate; what happened to its row meanwhile decides whether it is sent."""
+        row = transaction.row(number)
+        if row is None or row.state is not State.KEYED:
+            return
+        renewed = None if row.renews is None else transaction.row(row.renews)
+        if renewed is None or not renewed.is_live or renewed.is_revoked:
+            now, word = self._station.clock(), "the certificate in use was revoked or replaced meanwhile"
+            mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=word, now=now)
+            return
+        leaf = x509.load_der_x509_certificate(leaf_der)
+        transaction.update(
+            replace(
+                row,
+                state=State.ISSUED,
+                certificate_der=leaf_der,
+                not_before=leaf.not_valid_before_utc,
+                not_after=leaf.not_valid_after_utc,
+            )
+        )
+
+    def _issue_answer(self, one: Asked, row: Row | None, authorities: dict[str, Authority]) -> RenewalAnswer:
+        nonce = one.request.nonce
+        if row is None or row.certificate_der is None or row.is_revoked or row.state is State.VOID:
+            cause = "the renewal was revoked meanwhile" if row is not None and row.is_revoked else "try again"
+            return RenewalAnswer("refused", nonce, reason=cause, retry=True)
+        if row.issuer not in authorities:
+            authorities[row.issuer] = self._station.authority_of(row.issuer)
+        anchors = self._anchors.pending_anchors(row, one.request.anchors_sha256)
+        return RenewalAnswer(
+            "issued",
+            nonce,
+            leaf_der=row.certificate_der,
+            chain_der=(authorities[row.issuer].issuing_der,),
+            anchors=None if anchors is None else _update(one, anchors),
+        )
+
+    # --- its confirmation ---------------------------------------------------------------------------------
+
+    def _confirmed(self, transaction: Transaction, one: Asked) -> RenewalAnswer:
+        """Make a renewal the device's certificate: it has connected with it."""
+        request = one.request
+        named = transaction.named(str(one.device_id))
+        row = next((row for row in named if _leaf_sha256(row) == request.leaf_sha256), None)
+        if row is None or row.renews is None:
+            raise _RefusedError("there is no such renewal")
+        if not is_proven(request, one.device_id, _public_key(row)):
+            raise _RefusedError("the confirmation is not signed by the new key")
+        if row.is_revoked or row.state is State.VOID:
+            raise _RefusedError("the renewed certificate is revoked")
+        if row.state is State.ATTESTED:
+            return RenewalAnswer("confirmed", request.nonce)
+        old = transaction.row(row.renews)
+        if old is None or not old.is_live or old.is_revoked:
+            raise _RefusedError("the certificate that it renews was revoked or replaced meanwhile")
+        transaction.update(replace(old, replaced_by=row.number))
+        made = transaction.update(replace(row, state=State.ATTESTED))
+        made = self._anchors.confirmed_anchors(transaction, made, request.anchors_sha256)
+        due_at = self._station.clock() + timedelta(hours=self._station.settings.renewal.retire_after_hours)
+        note_retirement(transaction, old, due_at)
+        transaction.record(
+            "renewed",
+            made.name,
+            row=made.number,
+            renews=old.number,
+            cert_serial=f"{made.cert_serial:x}",
+            old_cert_serial=f"{old.cert_serial:x}",
+            old_revoked_after=due_at.isoformat(timespec="seconds"),
+            by=str(one.device_id),
+        )
+        return RenewalAnswer("confirmed", request.nonce)
+
+    def _refuse(self, transaction: Transaction, one: Asked, refusal: _RefusedError) -> RenewalAnswer:
+        transaction.record("refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind)
+        return refusal.answer(one.request.nonce)
+
+
+def open_renewals(view: View, row: Row) -> list[Row]:
+    """Return the renewals of `row` that its device has not confirmed."""
+    return [other for other in view.named(row.name) if other.renews == row.number and other.is_open_renewal]
+
+
+def _leaf_sha256(row: Row) -> bytes | None:
+    return None if row.certificate_der is None else hashlib.sha256(row.certificate_der).digest()
+
+
+def _public_key(row: Row) -> ec.EllipticCurvePublicKey:
+    if row.certificate_der is None:
+        raise ValueError(f"row {row.number} has no certificate")
+    key = x509.load_der_x509_certificate(row.certificate_der).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise RegistryError(f"could not use the certificate of row {row.number}: its key is on no curve")
+    return key
+
+
+def _update(one: Asked, anchors: PendingAnchors) -> AnchorUpdate:
+    signed = anchors_transcript(one.device_id, nonce=one.request.nonce, anchors_der=anchors.anchors_der)
+    return AnchorUpdate(anchors.anchors_der, anchors.signer_der, anchors.sign(signed))

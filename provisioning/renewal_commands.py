@@ -1,0 +1,207 @@
+"""`birthmark renewd` and `birthmark renew`: the renewal service, and asking devices to renew now."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import threading
+from contextlib import ExitStack
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device import event_lines, topics
+from birthmark.device.client import Client
+from birthmark.device.console import command
+from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.device.escape import escaped
+from birthmark.device.identity import DeviceId
+from birthmark.device.renewal.messages import RenewalAnswer
+from birthmark.device.stopping import stopping_on_signals
+from birthmark.device.systemd import notify, watchdog_interval_s
+from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
+from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.renewal import Renewals
+from birthmark.provisioning.renewd import RenewalService
+from birthmark.provisioning.retirement import next_retirement_at, retire_due
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from birthmark.device.console import Console, Parser
+    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.station import Station
+
+SENT_WITHIN_S: Final = 10.0
+DEFAULT_SPREAD_S: Final = 60
+MAX_SPREAD_S: Final = 86_400
+METRICS_INTERVAL_S: Final = 60.0
+_LONGEST_NAP_S: Final = 60.0
+_TROUBLE_NAP_S: Final = 300.0
+
+_IDENTITY: Final = "--broker gateway-1.example.com:8883 --identity renewd.pem"
+_RENEWD_EXAMPLES: Final = f"""
+birthmark issue-operator renewd --role service-renewal
+birthmark renewd {_IDENTITY}
+birthmark renewd --broker gateway-1.example.com --broker gateway-2.example.com --identity renewd.pem --json
+"""
+_RENEW_EXAMPLES: Final = f"""
+birthmark renew sensor-17 {_IDENTITY}
+birthmark renew 'camera-*' --spread 3600 {_IDENTITY} --json
+"""
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add these commands."""
+    renewd = command(commands, "renewd", _renewd, "renew devices' certificates over the network", _RENEWD_EXAMPLES)
+    add_passphrase_option(renewd)
+    renew = command(commands, "renew", _renew, "ask devices to renew their certificates now", _RENEW_EXAMPLES)
+    renew.add_argument("id", metavar="ID|GLOB", help="a device, or a pattern such as 'camera-*'")
+    renew.add_argument(
+        "--spread",
+        type=int,
+        default=DEFAULT_SPREAD_S,
+        metavar="S",
+        help="each device draws its moment within so many seconds (default: %(default)s)",
+    )
+    for parser in (renewd, renew):
+        parser.add_argument(
+            "--broker", required=True, action="append", metavar="HOST:PORT", help="a gateway; may be repeated"
+        )
+        parser.add_argument(
+            "--identity",
+            required=True,
+            type=Path,
+            metavar="PEM",
+            help="key, certificate and chain of a service with the role service-renewal",
+        )
+        add_station_option(parser)
+
+
+def _renewd(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    _ = station.authority  # a wrong passphrase is said now, and not to the first device
+    logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
+    say = partial(event_lines.say, console)
+    watchdog_s = watchdog_interval_s()
+    service = RenewalService(
+        Renewals(station),
+        say=say,
+        alive=(lambda: notify("WATCHDOG=1")) if watchdog_s else (lambda: None),
+        turn_s=watchdog_s / 2 if watchdog_s else METRICS_INTERVAL_S,
+    )
+    retiring = _Retiring(station, console)
+    with ExitStack() as running, stopping_on_signals() as stopping:
+        service.start()
+        running.callback(service.stop)
+        retiring.start()
+        running.callback(retiring.stop)
+        for address in arguments.broker:
+            client = Client(_credentials(arguments, station, address), observe=partial(event_lines.show, console))
+            client.subscribe(topics.RENEWAL_REQUESTS, partial(service.take, client))
+            client.start()
+            running.callback(client.stop)
+        say("ready", f"renewing for {', '.join(map(escaped, arguments.broker))}", brokers=arguments.broker)
+        notify("READY=1")
+        while not stopping.wait(METRICS_INTERVAL_S):
+            _tell_counts(service, say)
+        notify("STOPPING=1")
+    _tell_counts(service, say)
+    say("stopped", "stopped")
+    station.close()
+    return stopping.exit_code
+
+
+def _tell_counts(service: RenewalService, say: Callable[..., None]) -> None:
+    counts = dict(sorted(service.counts.items()))
+    text = ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing was asked"
+    say("metrics", f"since the start: {text}", **counts)
+
+
+class _Retiring:
+    """Revokes what renewals have replaced, when its time has come, on a thread of its own."""
+
+    def __init__(self, station: Station, console: Console) -> None:
+        self._station = station
+        self._console = console
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="birthmark-retiring", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        nap_s = 0.0
+        while not self._stop.wait(nap_s):
+            try:
+                retired = retire_due(self._station)
+                if retired:
+                    bring_new_crl(self._station, self._console)
+                nap_s = self._nap_s()
+            except BirthmarkError as error:
+                self._console.warn(f"{error.message} ({error.hint})")
+                nap_s = _TROUBLE_NAP_S
+
+    def _nap_s(self) -> float:
+        with self._station.registry.view() as view:
+            due_at = next_retirement_at(view)
+        if due_at is None:
+            return _LONGEST_NAP_S
+        left = due_at - self._station.clock() + timedelta(seconds=1)
+        return min(_LONGEST_NAP_S, max(1.0, left.total_seconds()))
+
+
+def _renew(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    if not 0 <= arguments.spread <= MAX_SPREAD_S:
+        raise RegistryError(f"could not spread renewals over {arguments.spread} s: it is not 0 to {MAX_SPREAD_S}")
+    rows = _wanted(station, arguments.id)
+    payload = RenewalAnswer("renew-now", retry_after_s=arguments.spread).to_bytes()
+    logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
+    for address in arguments.broker:
+        # A session of its own: the service may be connected with the same identity.
+        credentials = _credentials(arguments, station, address)
+        with Client(credentials, client_suffix="renew") as client:
+            sent = [client.publish(topics.renewal_answer(DeviceId(row.name)), payload) for row in rows]
+            for acknowledgement in sent:
+                acknowledgement.wait(SENT_WITHIN_S)
+    names = [row.name for row in rows]
+    text = f"asked {names[0] if len(names) == 1 else f'{len(names)} devices'} to renew"
+    console.emit(
+        {"asked": names, "brokers": arguments.broker, "spread_s": arguments.spread},
+        f"{text} within {arguments.spread} s; one that is offline hears it when it is back",
+    )
+    return 0
+
+
+def _wanted(station: Station, pattern: str) -> list[Row]:
+    with station.registry.view() as view:
+        if any(character in pattern for character in "*?["):
+            found = [
+                row
+                for row in view.rows(kind=Kind.DEVICE, states={State.ATTESTED})
+                if fnmatch.fnmatchcase(row.name_folded, pattern.lower())
+            ]
+        else:
+            live = view.live_by_name(pattern)
+            found = [] if live is None else [live]
+    rows = [row for row in found if row.kind is Kind.DEVICE and row.state is State.ATTESTED]
+    rows = [row for row in rows if row.is_live and not row.is_revoked]
+    if not rows:
+        raise RegistryError(
+            f"could not ask {escaped(pattern, 64)} to renew: no device of that name is made and not revoked",
+            hint="list them with `birthmark list --state ATTESTED`",
+        )
+    return rows
+
+
+def _credentials(arguments: argparse.Namespace, station: Station, address: str) -> Credentials:
+    return Credentials.from_files(arguments.identity, station.root_path, BrokerAddress.parse(address))

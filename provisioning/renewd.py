@@ -1,0 +1,200 @@
+"""The renewal service: takes requests from the gateways and has them answered in groups (docs/renewal.md).
+
+Rules:
+
+- Requests come on the callbacks' threads of one client a gateway, and wait in one bounded queue; one thread takes
+  all that wait, up to `MAX_GROUP`, and has them answered together: the slower the registry's disk, the larger the
+  groups. What finds the queue full is dropped; the device asks again.
+- An answer goes out on the gateway that its request came from, after everything in it is durable.
+- A device may ask `MAX_ASKED` times in `ASKED_WITHIN_S`; beyond that it is not heard. So one device neither fills
+  the audit log nor keeps the others waiting.
+- A trouble of the station (registry, CA, clock) is told to the devices as one that is worth another try.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+from birthmark.device import topics
+from birthmark.device.certificate_facts import certificate_facts
+from birthmark.device.errors import BirthmarkError, RemoteProtocolError
+from birthmark.device.escape import escaped
+from birthmark.device.identity import DeviceId
+from birthmark.device.renewal.messages import RenewalAnswer, RenewalRequest
+from birthmark.provisioning.renewal import Asked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from birthmark.device.client import Client
+    from birthmark.device.received import Message
+    from birthmark.provisioning.renewal import Renewals
+
+MAX_GROUP: Final = 256
+"""How many requests share the registry's writes."""
+MAX_WAITING: Final = 20_000
+MAX_ASKED: Final = 12
+ASKED_WITHIN_S: Final = 60.0
+TROUBLE_RETRY_S: Final = 60
+
+
+class RenewalService:
+    """Answers what the gateways bring.
+
+    Args:
+        renewals: the station's.
+        say: prints one line: a name, a text for people, and facts.
+        alive: is called at every turn of the loop, at least every `turn_s`.
+        turn_s: the longest wait for a request.
+    """
+
+    def __init__(
+        self,
+        renewals: Renewals,
+        *,
+        say: Callable[..., None],
+        alive: Callable[[], None] = lambda: None,
+        turn_s: float = 30.0,
+    ) -> None:
+        self._renewals = renewals
+        self._say = say
+        self._alive = alive
+        self._turn_s = turn_s
+        self._waiting: queue.Queue[tuple[Client, Asked] | None] = queue.Queue(MAX_WAITING)
+        self._asked: dict[str, list[float]] = {}
+        self._thread: threading.Thread | None = None
+        self.counts: Counter[str] = Counter()
+        """Answers by outcome, and what was not heard: `malformed`, `too-often`, `dropped`."""
+
+    def take(self, client: Client, message: Message) -> None:
+        """Take a message from a gateway; called on the callbacks' thread of its client."""
+        try:
+            device_id = DeviceId(message.topic.split("/")[1])
+            request = RenewalRequest.from_bytes(message.payload)
+        except (BirthmarkError, IndexError) as error:
+            self.counts["malformed"] += 1
+            cause = error.message if isinstance(error, RemoteProtocolError) else "its topic names no device"
+            self._say("malformed", f"not understood: {cause}", topic=escaped(message.topic), reason=cause)
+            return
+        if message.retained:
+            return  # a request is for now; whoever keeps it for later has no device behind it
+        if self._asks_too_often(device_id):
+            self.counts["too-often"] += 1
+            return
+        try:
+            self._waiting.put_nowait((client, Asked(device_id, request)))
+        except queue.Full:
+            self.counts["dropped"] += 1
+
+    def start(self) -> None:
+        """Answer from now on, on a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="birthmark-renewd", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Answer what waits, and end."""
+        self._waiting.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._alive()
+            group = self._next_group()
+            if group is None:
+                return
+            if group:
+                self._answer(group)
+
+    def _next_group(self) -> list[tuple[Client, Asked]] | None:
+        """Return what waits, after the first; empty if nothing came in time, None at the end."""
+        try:
+            first = self._waiting.get(timeout=self._turn_s)
+        except queue.Empty:
+            self._forget_the_quiet()
+            return []
+        if first is None:
+            return None
+        group = [first]
+        while len(group) < MAX_GROUP:
+            try:
+                following = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if following is None:
+                self._waiting.put(None)
+                break
+            group.append(following)
+        return group
+
+    def _answer(self, group: list[tuple[Client, Asked]]) -> None:
+        asked = [one for _, one in group]
+        began = time.monotonic()
+        try:
+            answers = self._renewals.answer(asked)
+        except BirthmarkError as error:
+            self._say("trouble", f"{error.message}\n          {error.hint}", reason=error.message, hint=error.hint)
+            answers = [_trouble(one) for one in asked]
+        except Exception as error:  # noqa: BLE001 - a defect over one request must not end the service
+            self._say("trouble", f"a defect: {type(error).__name__}", reason=type(error).__name__)
+            answers = [_trouble(one) for one in asked]
+        elapsed_ms = round((time.monotonic() - began) * 1000, 1)
+        for (client, one), answer in zip(group, answers, strict=True):
+            try:
+                client.publish(topics.renewal_answer(one.device_id), answer.to_bytes())
+            except BirthmarkError as error:  # too many wait for a gateway that is gone: the device asks again
+                self._say("not_sent", error.message, id=str(one.device_id), reason=error.message)
+                continue
+            self.counts[answer.outcome] += 1
+            self._tell(one, answer)
+        if len(group) > 1:
+            self._say(
+                "group",
+                f"{len(group)} requests answered in {elapsed_ms} ms",
+                requests=len(group),
+                elapsed_ms=elapsed_ms,
+                waiting=self._waiting.qsize(),
+            )
+
+    def _tell(self, one: Asked, answer: RenewalAnswer) -> None:
+        device_id = str(one.device_id)
+        facts: dict[str, Any] = {"id": device_id}
+        if answer.outcome == "issued":
+            leaf = certificate_facts(answer.leaf_der)
+            facts |= {"cert_serial": f"{leaf.cert_serial:x}", "not_after": leaf.not_after.isoformat()}
+            text = f"{device_id}: a certificate until {leaf.not_after:%Y-%m-%d}"
+        elif answer.outcome == "refused":
+            facts |= {"reason": answer.reason, "retry": answer.retry}
+            text = f"{device_id}: refused: {escaped(answer.reason)}"
+        else:
+            text = f"{device_id}: confirmed"
+        self._say(answer.outcome, text, **facts)
+
+    def _asks_too_often(self, device_id: DeviceId) -> bool:
+        now = time.monotonic()
+        times = [at for at in self._asked.get(device_id.folded, ()) if at > now - ASKED_WITHIN_S]
+        too_often = len(times) >= MAX_ASKED
+        if not too_often:
+            times.append(now)
+        self._asked[device_id.folded] = times
+        return too_often
+
+    def _forget_the_quiet(self) -> None:
+        oldest = time.monotonic() - ASKED_WITHIN_S
+        for key, times in list(self._asked.items()):
+            if not times or times[-1] < oldest:
+                self._asked.pop(key, None)
+
+
+def _trouble(one: Asked) -> RenewalAnswer:
+    return RenewalAnswer(
+        "refused",
+        one.request.nonce,
+        reason="the station cannot renew at the moment",
+        retry=True,
+        retry_after_s=TROUBLE_RETRY_S,
+    )

@@ -1,0 +1,79 @@
+"""Certificates that a renewal has replaced, and that are revoked (superseded) after a grace (docs/renewal.md).
+
+Rules:
+
+- What is due, and when, is noted in the registry in the transaction that makes the renewal stand, and forgotten in
+  the one that revokes: it is neither lost nor done twice.
+- A revocation becomes effective with the next CRL: whoever retires has one signed and brought to the gateways.
+- A row that is retired stays ATTESTED: its unit was made, and its batch counts it. Its certificate is revoked.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+
+from birthmark.device.errors import RegistryError
+from birthmark.provisioning.revocation import mark_revoked
+
+if TYPE_CHECKING:
+    from birthmark.provisioning.registry.interface import Transaction, View
+    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.station import Station
+
+RETIREMENTS: Final = "retirement"
+"""The topic of the notes: row number to `{"due": seconds since 1970}`."""
+_WORD: Final = "renewed"
+
+
+def note_retirement(transaction: Transaction, row: Row, due_at: datetime) -> None:
+    """Have the certificate of `row` revoked at `due_at`."""
+    transaction.put_note(RETIREMENTS, str(row.number), {"due": int(due_at.timestamp())})
+
+
+def due_retirements(view: View, now: datetime) -> list[int]:
+    """Return the numbers of the rows whose certificates are to be revoked by now."""
+    return [number for number, due_at in _noted(view) if due_at <= now]
+
+
+def next_retirement_at(view: View) -> datetime | None:
+    """Return when the next one is due; None if there is none."""
+    return min((due_at for _, due_at in _noted(view)), default=None)
+
+
+def retire_due(station: Station) -> int:
+    """Mark as revoked what is due; the caller then has a CRL signed and delivered.
+
+    Returns:
+        How many certificates were revoked.
+
+    Raises:
+        RegistryError: the registry cannot be used; nothing was changed.
+    """
+    now = station.clock()
+    with station.registry.view() as view:
+        if not due_retirements(view, now):
+            return 0
+    retired = 0
+    with station.registry.transaction() as transaction:
+        for number in due_retirements(transaction, now):
+            row = transaction.row(number)
+            if row is not None:
+                retired += mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=_WORD, now=now)
+            transaction.put_note(RETIREMENTS, str(number), None)
+    return retired
+
+
+def _noted(view: View) -> list[tuple[int, datetime]]:
+    found = []
+    for key, note in view.notes(RETIREMENTS).items():
+        due = note.get("due")
+        if not key.isdecimal() or isinstance(due, bool) or not isinstance(due, int):
+            raise RegistryError(
+                "could not read the registry: a note of a retirement is damaged",
+                hint="restore it from a backup, together with the audit log",
+            )
+        found.append((int(key), datetime.fromtimestamp(due, UTC)))
+    return found

@@ -1,0 +1,129 @@
+"""A device's side of a renewal on paper: its keys, and the requests that it signs, rightly or wrongly."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP256R1,
+    EllipticCurvePrivateKey,
+    generate_private_key,
+)
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from birthmark.device.identity import DeviceId
+from birthmark.device.link.transcript import sign
+from birthmark.device.renewal.messages import RenewalRequest
+from birthmark.device.renewal.proofs import confirm_transcript, request_transcript
+from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.renewal import Asked
+
+if TYPE_CHECKING:
+    from birthmark.provisioning.station import Station
+
+
+def new_key() -> EllipticCurvePrivateKey:
+    return generate_private_key(SECP256R1())
+
+
+def csr(name: str, key: Any, *, more: tuple[x509.NameAttribute[str], ...] = ()) -> bytes:
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name), *more])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+def sha256(content: bytes) -> bytes:
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(content)
+    return digest.finalize()
+
+
+@dataclass
+class PaperDevice:
+    """A device that was made at a station, and signs what it is told to."""
+
+    name: str
+    key: EllipticCurvePrivateKey
+    leaf_der: bytes
+    row: Row
+    new_key: EllipticCurvePrivateKey = field(default_factory=new_key)
+    anchors_sha256: tuple[bytes, ...] = ()
+
+    @classmethod
+    def made(cls, station: Station, name: str = "sensor-17") -> PaperDevice:
+        """Bring a device to ATTESTED, as an enrollment does."""
+        key = new_key()
+        public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        hwid = sha256(name.encode())[:8]
+        authority = station.authority
+        with station.registry.transaction() as transaction:
+            row = transaction.insert(
+                kind=Kind.DEVICE,
+                name=name,
+                role="sensor",
+                state=State.KEYED,
+                hwid=hwid,
+                txn=secrets.token_bytes(16),
+                public_key_der=public,
+                cert_serial=authority.new_cert_serial(),
+                issuer=authority.key_id,
+            )
+        assert row.cert_serial is not None
+        leaf_der = authority.issue_device(
+            name=name,
+            role="sensor",
+            public_key_der=public,
+            cert_serial=row.cert_serial,
+            now=station.clock(),
+        )
+        leaf = x509.load_der_x509_certificate(leaf_der)
+        with station.registry.transaction() as transaction:
+            row = transaction.update(
+                replace(
+                    row,
+                    state=State.ATTESTED,
+                    certificate_der=leaf_der,
+                    bundle_sha256=sha256(b"bundle"),
+                    not_before=leaf.not_valid_before_utc,
+                    not_after=leaf.not_valid_after_utc,
+                )
+            )
+        return cls(name, key, leaf_der, row)
+
+    @property
+    def device_id(self) -> DeviceId:
+        return DeviceId(self.name)
+
+    def renew(self, *, csr_der: bytes | None = None, signer: Any = None, **wrong: Any) -> Asked:
+        """Ask for a certificate; every default is right. `wrong` changes the request after it was signed."""
+        request_der = csr_der if csr_der is not None else csr(self.name, self.new_key)
+        nonce, leaf_sha256 = secrets.token_bytes(16), sha256(self.leaf_der)
+        signed = request_transcript(
+            self.device_id,
+            nonce=nonce,
+            leaf_sha256=leaf_sha256,
+            csr_der=request_der,
+            anchors_sha256=self.anchors_sha256,
+        )
+        signature = sign(cast("EllipticCurvePrivateKey", signer or self.key), signed)
+        request = RenewalRequest("renew", nonce, leaf_sha256, self.anchors_sha256, signature, request_der)
+        return Asked(self.device_id, replace(request, **wrong))
+
+    def confirm(self, leaf_der: bytes, *, signer: Any = None, **wrong: Any) -> Asked:
+        """Say that the new certificate works."""
+        nonce, leaf_sha256 = secrets.token_bytes(16), sha256(leaf_der)
+        signed = confirm_transcript(
+            self.device_id, nonce=nonce, leaf_sha256=leaf_sha256, anchors_sha256=self.anchors_sha256
+        )
+        signature = sign(cast("EllipticCurvePrivateKey", signer or self.new_key), signed)
+        request = RenewalRequest("confirm", nonce, leaf_sha256, self.anchors_sha256, signature)
+        return Asked(self.device_id, replace(request, **wrong))
+
+    def has_renewed(self, leaf_der: bytes) -> None:
+        """Go by the new certificate from now on."""
+        self.key, self.leaf_der, self.new_key = self.new_key, leaf_der, new_key()
