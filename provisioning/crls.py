@@ -272,6 +272,20 @@ def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
     return stale, crls
 
 
+def kept_crls(station: Station, view: View) -> list[tuple[Ca, StoredCrl | None, int]]:
+    """Return each CA that is trusted with its CRL as it is kept, and how many revoked certificates that lacks."""
+    cas = read_cas(view)
+    issuing = {crl.issuer: crl for crl in _read(station.crl_path, cas.issuing)}
+    roots = {crl.issuer: crl for crl in _read(station.folder / ROOT_CRL_FILE, cas.roots)}
+    listed = _listed(station, view, cas.issuing)
+    kept: list[tuple[Ca, StoredCrl | None, int]] = []
+    for ca in cas.issuing:
+        crl = issuing.get(ca.key_id)
+        on_it = frozenset[int]() if crl is None else crl.cert_serials
+        kept.append((ca, crl, sum(row.cert_serial not in on_it for row in listed[ca.key_id])))
+    return kept + [(ca, roots.get(ca.key_id), 0) for ca in cas.roots]
+
+
 def _listed(station: Station, view: View, issuing: Iterable[Ca]) -> dict[str, list[Row]]:
     """Return what each of these CAs' next CRL lists: what is revoked, but for what expired long ago.
 

@@ -1,4 +1,4 @@
-"""`birthmark doctor ports`: what may come between a station and its serial ports."""
+"""`birthmark doctor`: what will hurt; `doctor ports`: what may come between a station and its serial ports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.errors import ConfigurationError, PortError
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.provisioning.checkup import gather
+from birthmark.provisioning.checkup_rules import examine as examine_station
+from birthmark.provisioning.checkup_view import exit_code, show
 from birthmark.provisioning.doctor import Health, Machine, examine, ports_here
+from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
+from birthmark.provisioning.options import add_station_option, open_station
 from birthmark.provisioning.port_choice import choose, read_fixture
 
 if TYPE_CHECKING:
@@ -21,14 +26,28 @@ _COLOURS = {Health.OK: "green", Health.WARN: "yellow", Health.FAIL: "red"}
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = command(
+        commands,
         "doctor",
-        help="look for what may come between a station and its devices",
-        description="look for what may come between a station and its devices",
-        examples="birthmark doctor ports\nbirthmark doctor ports --ports fixture.toml",
+        _station,
+        "look for what will hurt: a station, its CAs, gateways, devices, ports",
+        """\
+birthmark doctor
+birthmark doctor --offline
+birthmark doctor --json | jq 'select(.level == "BROKEN")'
+birthmark doctor ports --ports fixture.toml""",
+    )
+    add_station_option(parser)
+    parser.add_argument("--offline", action="store_true", help="do not look at the gateways")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="how long to wait for the gateways (default: %(default)s)",
     )
     actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
-        title="actions", required=True, metavar="ACTION"
+        title="actions", metavar="ACTION", help="look at something else instead"
     )
     ports = command(
         actions,
@@ -43,6 +62,14 @@ birthmark doctor ports --ports fixture.toml --json""",
     which = ports.add_mutually_exclusive_group()
     which.add_argument("--port", action="append", metavar="PORT", help="only this one; may be given several times")
     which.add_argument("--ports", type=Path, metavar="FILE", help="only those of a fixture")
+
+
+def _station(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    facts = gather(station, timeout_s=None if arguments.offline else arguments.timeout)
+    remarks = examine_station(facts)
+    show(console, facts, remarks)
+    return exit_code(remarks)
 
 
 def _ports(arguments: argparse.Namespace, console: Console) -> int:

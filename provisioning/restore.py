@@ -31,7 +31,13 @@ from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit, founding
 from birthmark.provisioning.backup import Manifest, opened
 from birthmark.provisioning.cas import Ca, read_cas
-from birthmark.provisioning.crls import CrlSet, crl_number_counter, crl_this_update_counter, sign_and_store_crl
+from birthmark.provisioning.crls import (
+    CrlSet,
+    crl_number_counter,
+    crl_this_update_counter,
+    sign_and_store_crl,
+    unlock_all,
+)
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
 from birthmark.provisioning.registry.model import REASON_NAMES, Kind, Row, State
 from birthmark.provisioning.revocation import mark_revoked
@@ -144,7 +150,7 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
         AuthorityError: the issuing CA cannot be unlocked; nothing was changed.
     """
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
-    _ = station.authority
+    unlock_all(station, [ca.key_id for ca in station.cas.issuing])
     with station.registry.transaction() as transaction:
         merged = tuple(_merge(transaction, source, crl) for source, crl in known)
     return merged, sign_and_store_crl(station)
@@ -153,7 +159,8 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
 def _continue(
     station: Station, manifest: Manifest, crls: Sequence[Path]
 ) -> tuple[tuple[audit.Problem, ...], tuple[Merged, ...], CrlSet]:
-    _ = station.authority  # the key fits its certificate, or this ends here
+    # Every key that is to sign fits its certificate, or this ends here.
+    unlock_all(station, [ca.key_id for ca in station.cas.issuing])
     problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
     found, unknown = _from_gateways(station)

@@ -23,7 +23,7 @@ def walk(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argp
     for action in inner:
         for word, command in action.choices.items():
             yield from walk(command, f"{name} {word}")
-    if not inner:
+    if not inner or parser.get_default("handler") is not None:
         yield name, parser
 
 

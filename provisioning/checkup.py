@@ -1,0 +1,341 @@
+"""What `birthmark doctor` looks at, gathered once: values for the pure checks in `checkup_rules`.
+
+Rules:
+
+- Nothing is changed and no passphrase is asked for: a locked station can be looked at. (The audit log may be given
+  entries that a killed command left in the registry, as with any other command; that is said.)
+- Every row is read once, for all checks together; what is kept of ten thousand is counts and the rows to be named.
+- What cannot be read (a CRL, a file) is a fact like any other; only a registry or settings that cannot be read at
+  all end the look.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from birthmark.provisioning.audit import Head
+from birthmark.provisioning.backup import LAST_BACKUP_AT
+from birthmark.provisioning.cas import Ca, CaKind, read_cas
+from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
+from birthmark.provisioning.gateway_look import Look, look_at
+from birthmark.provisioning.gateway_receipts import standing_of
+from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
+from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.station import KEYS_FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from birthmark.provisioning.crls import StoredCrl
+    from birthmark.provisioning.registry.interface import View
+    from birthmark.provisioning.registry.line import Batch, Quarantined
+    from birthmark.provisioning.settings import Lifetimes
+    from birthmark.provisioning.station import Station
+
+P256_SPKI_PREFIX: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
+"""What the SubjectPublicKeyInfo of every P-256 key begins with (RFC 5480); the point follows."""
+P256_SPKI_OCTETS: Final = len(P256_SPKI_PREFIX) + 65
+STUCK_AFTER: Final = timedelta(hours=24)
+WEEK: Final = timedelta(days=7)
+_MAX_LINE_BYTES: Final = 1 << 20
+
+
+class Level(IntEnum):
+    """How bad a remark is. The worst one decides the exit code."""
+
+    WELL = 0
+    NOTE = 1
+    """Worth knowing; nobody has to do anything."""
+    SOON = 2
+    """A person has to do something, before long."""
+    BROKEN = 3
+    """Something does not work, or lets in what it should not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """What one check has to say."""
+
+    check: str
+    level: Level
+    text: str
+    hint: str = ""
+    about: tuple[str, ...] = ()
+    """Identities, gateways or files that it is about; a few of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class CrlFacts:
+    """A CRL that the station keeps."""
+
+    number: int
+    this_update: datetime
+    next_update: datetime
+    missing: int = 0
+    """Revoked certificates that it does not list."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaFacts:
+    """A CA of the station."""
+
+    name: str
+    key_id: str
+    is_root: bool
+    not_before: datetime
+    not_after: datetime
+    has_key: bool
+    crl: CrlFacts | None
+    is_issuing: bool = True
+    """Whether it issues anything now; an issuing CA that does not still signs its CRL."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """A file or folder of the station."""
+
+    path: Path
+    mode: int
+    owner: int
+    allowed: int
+    """The bits that it may have."""
+    is_secret: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AuditFacts:
+    """The audit log's end, and what the registry expects there."""
+
+    found: Head | None
+    """None: the last line is no entry."""
+    expected: Head
+    lacked: int = 0
+    """Entries at its end that it did not have, and has been given again by the registry."""
+
+
+@dataclass(slots=True)
+class Census:
+    """All rows, added up."""
+
+    now: datetime
+    issuers: frozenset[str] = frozenset()
+    """Key identifiers of the station's issuing CAs."""
+    rows: int = 0
+    in_use: Counter[Kind] = field(default_factory=Counter)
+    """Certificates in use: ATTESTED, live, not revoked."""
+    weeks: Counter[int] = field(default_factory=Counter)
+    """Devices by the week in which their certificate ends: 0 is within seven days, -1 ended."""
+    ending: list[Row] = field(default_factory=list)
+    """In use, and ended or ending within 30 days."""
+    stuck: list[Row] = field(default_factory=list)
+    made: dict[str, tuple[str, datetime]] = field(default_factory=dict)
+    """Devices in use: the name and when it was made, by its folded name."""
+    names_by_serial: dict[int, str] = field(default_factory=dict)
+    revoked_at: dict[int, datetime] = field(default_factory=dict)
+    odd_keys: list[Row] = field(default_factory=list)
+    duplicate_keys: list[Row] = field(default_factory=list)
+    foreign: list[tuple[Row, str]] = field(default_factory=list)
+    """Rows whose certificate is not what it should be, and what is wrong with it."""
+    _keys: set[bytes] = field(default_factory=set)
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        self.rows += 1
+        if row.cert_serial is not None:
+            self.names_by_serial[row.cert_serial] = row.name
+            if row.revoked_at is not None:
+                self.revoked_at[row.cert_serial] = row.revoked_at
+        self._look_at_key(row)
+        if row.state not in (State.ATTESTED, State.VOID) and self.now - row.changed_at > STUCK_AFTER:
+            self.stuck.append(row)
+        if row.state is not State.ATTESTED or not row.is_live or row.is_revoked or row.not_after is None:
+            return
+        self.in_use[row.kind] += 1
+        left = row.not_after - self.now
+        if row.kind is Kind.DEVICE:
+            self.weeks[max(-1, left // WEEK)] += 1
+            self.made[row.name_folded] = (row.name, row.changed_at)
+        if left < timedelta(days=30):
+            self.ending.append(row)
+
+    def _look_at_key(self, row: Row) -> None:
+        key = row.public_key_der
+        if key is None:
+            return
+        if len(key) != P256_SPKI_OCTETS or not key.startswith(P256_SPKI_PREFIX):
+            self.odd_keys.append(row)
+        elif key in self._keys:
+            self.duplicate_keys.append(row)
+        self._keys.add(key)
+        if row.certificate_der is not None and row.state is not State.VOID:
+            trouble = _certificate_trouble(row, row.certificate_der, self.issuers)
+            if trouble:
+                self.foreign.append((row, trouble))
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Everything that the checks go by."""
+
+    now: datetime
+    census: Census
+    last_issued_at: datetime
+    last_crl_at: datetime
+    last_backup_at: datetime | None
+    lifetimes: Lifetimes
+    cas: tuple[CaFacts, ...] = ()
+    batch: Batch | None = None
+    quarantined: tuple[Quarantined, ...] = ()
+    files: tuple[FileFacts, ...] = ()
+    user: int = 0
+    audit: AuditFacts = field(default_factory=lambda: AuditFacts(Head(), Head()))
+    free_bytes: int = 1 << 40
+    gateways: tuple[Look, ...] = ()
+    looked_at_gateways: bool = True
+
+
+def gather(station: Station, *, timeout_s: float | None) -> Facts:
+    """Look at a station and its gateways.
+
+    Args:
+        station: which; it is not unlocked.
+        timeout_s: how long to wait for the gateways; None: they are not looked at.
+
+    Raises:
+        RegistryError: the registry or the audit log cannot be read.
+    """
+    now = station.clock()
+    log = station.registry.audit_path
+    before, expected = _last_entry(log), station.registry.audit_head()
+    lacked = 0 if before is None else max(0, expected.seq - before.seq)
+    with station.registry.view() as view:
+        cas = _cas(station, view)
+        census = Census(now, frozenset(ca.key_id for ca in read_cas(view) if ca.kind is CaKind.ISSUING))
+        for row in view.rows():
+            census.add(row)
+        backed_up_s = view.counter(LAST_BACKUP_AT)
+        facts: dict[str, Any] = {
+            "last_issued_at": moment(view, LAST_ISSUED_AT),
+            "last_crl_at": max(moment(view, crl_this_update_counter(ca.key_id)) for ca in cas),
+            "last_backup_at": datetime.fromtimestamp(backed_up_s, UTC) if backed_up_s else None,
+            "batch": view.open_batch(),
+            "quarantined": tuple(view.quarantined()),
+        }
+        looks = _looks(station, view)
+    if timeout_s is not None:
+        by_mqtt = [gateway for gateway in station.settings.gateways if gateway.crl_path is None]
+        looks += look_at(by_mqtt, anchors_path=station.root_path, timeout_s=timeout_s)
+    return Facts(
+        now=now,
+        census=census,
+        lifetimes=station.settings.lifetimes,
+        cas=tuple(cas),
+        files=tuple(_files(station)),
+        user=os.geteuid(),
+        audit=AuditFacts(_last_entry(log), expected, lacked),
+        free_bytes=shutil.disk_usage(station.folder).free,
+        gateways=tuple(looks),
+        looked_at_gateways=timeout_s is not None,
+        **facts,
+    )
+
+
+def _cas(station: Station, view: View) -> list[CaFacts]:
+    kept = kept_crls(station, view)
+    kinds = [ca.kind for ca, _, _ in kept]
+    return [_ca(station, ca, crl, missing, is_only=kinds.count(ca.kind) == 1) for ca, crl, missing in kept]
+
+
+def _ca(station: Station, ca: Ca, crl: StoredCrl | None, missing: int, *, is_only: bool) -> CaFacts:
+    certificate = ca.certificate
+    name = "the root" if ca.kind is CaKind.ROOT else "the issuing CA"
+    return CaFacts(
+        name=name if is_only else f"{name} {ca.short}",
+        key_id=ca.key_id,
+        is_root=ca.kind is CaKind.ROOT,
+        not_before=certificate.not_valid_before_utc,
+        not_after=certificate.not_valid_after_utc,
+        has_key=station.key_path(ca).exists(),
+        is_issuing=ca.clients or ca.brokers,
+        crl=None if crl is None else CrlFacts(crl.number, crl.this_update, crl.next_update, missing),
+    )
+
+
+def _looks(station: Station, view: View) -> list[Look]:
+    """Return what is known of the gateways that are reached by a path: what their receipts said last."""
+    looks = []
+    for gateway in station.settings.gateways:
+        if gateway.crl_path is None:
+            continue
+        standing = standing_of(view, gateway.name)
+        numbers = tuple(sorted((key_id, one.number) for key_id, one in standing.confirmed.items()))
+        cause = standing.trouble or ("" if numbers else "it never gave a receipt for a CRL")
+        looks.append(Look(gateway.name, gateway.reached_by, cause, numbers))
+    return looks
+
+
+def _files(station: Station) -> Iterable[FileFacts]:
+    keys = station.folder / KEYS_FOLDER
+    for folder in (station.folder, keys):
+        yield from _file(folder, 0o700, is_secret=folder == keys)
+    for path in station.files():
+        is_key = path.parent == keys
+        yield from _file(path, 0o600 if is_key else 0o644, is_secret=is_key)
+    yield from _file(station.registry.audit_path, 0o600, is_secret=False)
+
+
+def _file(path: Path, allowed: int, *, is_secret: bool) -> Iterable[FileFacts]:
+    try:
+        status = path.stat()
+    except OSError:
+        return
+    yield FileFacts(path, stat.S_IMODE(status.st_mode), status.st_uid, allowed, is_secret)
+
+
+def _last_entry(path: Path) -> Head | None:
+    """Return the number and hash of the audit log's last line; None if that is no entry."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _MAX_LINE_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return Head()
+    except OSError:
+        return None
+    if lines[-1]:  # every whole line ends in a line end
+        return None
+    try:
+        entry = json.loads(lines[-2])
+        return Head(int(entry["seq"]), str(entry["hash"]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _certificate_trouble(row: Row, certificate_der: bytes, issuers: frozenset[str]) -> str:
+    """Say what is wrong with a row's certificate; empty if nothing is. Its signature is not checked here."""
+    try:
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        authority = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+        key_der = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        return "cannot be read"
+    if certificate.serial_number != row.cert_serial:
+        return "has another serial number than its row"
+    if key_der != row.public_key_der:
+        return "is for another key than its row's"
+    if (authority.key_identifier or b"").hex() not in issuers:
+        return "was issued by another CA"
+    return ""

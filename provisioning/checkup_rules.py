@@ -1,0 +1,287 @@
+"""The checks of `birthmark doctor`: each looks at the facts and says what will hurt. Pure; no clock, no files.
+
+A check returns nothing where all is well. `CHECKS` is the list; what each is for stands in docs/doctor.md.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device.escape import escaped
+from birthmark.provisioning.checkup import CaFacts, Facts, Level, Remark
+from birthmark.provisioning.checkup_gateways import (
+    check_addresses,
+    check_gateway_crls,
+    check_gateways,
+    check_let_in,
+    check_never_connected,
+    check_unknown,
+)
+from birthmark.provisioning.profile import CRL_LIFETIME
+from birthmark.provisioning.registry.model import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from datetime import datetime
+
+    from birthmark.provisioning.registry.model import Row
+
+NAMED: Final = 5
+"""How many identities a remark names."""
+CA_MARGIN: Final = timedelta(days=180)
+"""How long before a CA ends its successor should be in hand, beyond the lifetime of what it signs."""
+ROOT_CRL_MARGIN: Final = timedelta(days=30)
+BATCH_OPEN: Final = timedelta(days=7)
+BACKUP_AGE: Final = timedelta(days=7)
+CLOCK_STEP: Final = timedelta(minutes=2)
+LITTLE_SPACE_BYTES: Final = 200_000_000
+NO_SPACE_BYTES: Final = 20_000_000
+_OTHERS: Final = 0o7077
+
+
+def examine(facts: Facts) -> list[Remark]:
+    """Return what every check has to say, the worst first; one WELL remark for a check that has nothing to say."""
+    remarks: list[Remark] = []
+    for name, check in CHECKS:
+        found = list(check(facts))
+        remarks += found or [Remark(name, Level.WELL, "")]
+    return sorted(remarks, key=lambda remark: -remark.level)
+
+
+def _check_devices(facts: Facts) -> Iterator[Remark]:
+    ending = [row for row in facts.census.ending if row.kind is Kind.DEVICE]
+    ended = [row for row in ending if _ends(row) < facts.now]
+    soon = [row for row in ending if _ends(row) >= facts.now]
+    if ended:
+        text = f"{_count(len(ended), 'device')} cannot connect: the certificate has ended"
+        yield _about("devices", Level.SOON, text, "renew or reflash them", ended)
+    if soon:
+        text = f"{_count(len(soon), 'device certificate')} to end within 30 days"
+        hint = "a device renews by itself at two thirds of the lifetime: is it online?"
+        yield _about("devices", Level.SOON, text, hint, soon)
+
+
+def _check_services(facts: Facts) -> Iterator[Remark]:
+    for row in facts.census.ending:
+        if row.kind is Kind.DEVICE:
+            continue
+        command = "issue-broker" if row.kind is Kind.BROKER else "issue-operator"
+        hint = f"birthmark {command} {row.name} --renew, and bring the new file to where the old one is"
+        if _ends(row) < facts.now:
+            text = f"the certificate of the {row.kind} {row.name} has ended on {_ends(row):%Y-%m-%d}"
+            yield Remark("services", Level.BROKEN, text, hint, (row.name,))
+        else:
+            text = f"the certificate of the {row.kind} {row.name} ends on {_ends(row):%Y-%m-%d}"
+            yield Remark("services", Level.SOON, text, hint, (row.name,))
+
+
+def _check_cas(facts: Facts) -> Iterator[Remark]:
+    for ca in facts.cas:
+        signs = timedelta(days=facts.lifetimes.device_days if ca.is_issuing and not ca.is_root else 0)
+        hint = f"replace it: birthmark ca rollover {'root' if ca.is_root else 'issuing'}"
+        if ca.not_after < facts.now:
+            text = f"{ca.name} has ended on {ca.not_after:%Y-%m-%d}: nothing under it is accepted any more"
+            yield Remark("cas", Level.BROKEN, text, hint, (ca.name,))
+        elif ca.not_after - facts.now < signs + CA_MARGIN and (ca.is_root or ca.is_issuing):
+            text = f"{ca.name} ends on {ca.not_after:%Y-%m-%d}"
+            if signs:
+                text += ": what it signs from now on, or soon, lives less long than it should"
+            yield Remark("cas", Level.SOON, text, hint, (ca.name,))
+        if not ca.is_root and not ca.has_key:
+            can = "neither issue nor revoke" if ca.is_issuing else "not sign its CRL"
+            text = f"the key of {ca.name} is not here: this station can {can}"
+            yield Remark("cas", Level.BROKEN, text, "bring it back, or restore it from a backup", (ca.name,))
+
+
+def _check_crls(facts: Facts) -> Iterator[Remark]:
+    for ca in facts.cas:
+        yield from _root_crl(ca, facts.now) if ca.is_root else _crl(ca, facts.now)
+
+
+def _crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:
+    hint = "sign a new one and bring it to the gateways: birthmark crl"
+    if ca.crl is None:
+        yield Remark("crls", Level.BROKEN, f"the CRL of {ca.name} is missing or damaged", hint, (ca.name,))
+        return
+    if ca.crl.next_update < now:
+        text = f"the CRL of {ca.name} has ended on {ca.crl.next_update:%Y-%m-%d %H:%M}"
+        yield Remark("crls", Level.BROKEN, text, hint, (ca.name,))
+    elif ca.crl.next_update - now < CRL_LIFETIME / 2:
+        text = f"the CRL of {ca.name} is past half of its life: it ends on {ca.crl.next_update:%Y-%m-%d %H:%M}"
+        yield Remark("crls", Level.SOON, text, hint, (ca.name,))
+    if ca.crl.missing:
+        text = f"{_count(ca.crl.missing, 'revoked certificate')} not on the CRL of {ca.name}: still let in"
+        yield Remark("crls", Level.BROKEN, text, hint, (ca.name,))
+
+
+def _root_crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:
+    hint = "with the root's key at hand: birthmark crl --root"
+    if ca.crl is None:
+        yield Remark("crls", Level.SOON, f"the CRL of {ca.name} is missing or damaged", hint, (ca.name,))
+    elif ca.crl.next_update - now < ROOT_CRL_MARGIN:
+        verb = "has ended" if ca.crl.next_update < now else "ends"
+        text = f"the CRL of {ca.name} {verb} on {ca.crl.next_update:%Y-%m-%d}; gateways do not use it, linters do"
+        yield Remark("crls", Level.SOON, text, hint, (ca.name,))
+
+
+def _check_root_key(facts: Facts) -> Iterator[Remark]:
+    for ca in facts.cas:
+        if ca.is_root and ca.has_key:
+            text = f"the key of {ca.name} is still on this station: whoever takes the station takes the root"
+            hint = "move it to a safe place: birthmark ca detach-root"
+            yield Remark("root-key", Level.SOON, text, hint, (ca.name,))
+
+
+def _check_keys(facts: Facts) -> Iterator[Remark]:
+    census = facts.census
+    if census.odd_keys:
+        text = f"{_count(len(census.odd_keys), 'key')} of another kind than P-256"
+        yield _about("keys", Level.SOON, text, "issue these identities anew", census.odd_keys)
+    if census.duplicate_keys:
+        text = f"{_count(len(census.duplicate_keys), 'key')} that another identity has, too"
+        hint = "revoke both, and find out how it came to that"
+        yield _about("keys", Level.BROKEN, text, hint, census.duplicate_keys)
+    for trouble in sorted({trouble for _, trouble in census.foreign}):
+        rows = [row for row, what in census.foreign if what == trouble]
+        text = f"{_count(len(rows), 'certificate')} in the registry: {trouble}"
+        hint = "the registry was changed by hand, or is damaged: restore it from a backup"
+        yield _about("keys", Level.BROKEN, text, hint, rows)
+
+
+def _check_clock(facts: Facts) -> Iterator[Remark]:
+    hint, says = "set this station's clock right", f"this station's clock says {facts.now:%Y-%m-%d %H:%M}"
+    for ca in facts.cas:
+        if facts.now < ca.not_before:
+            text = f"{says}, and {ca.name} begins on {ca.not_before:%Y-%m-%d}"
+            yield Remark("clock", Level.BROKEN, text, hint)
+    marks = (("issued a certificate at", facts.last_issued_at), ("signed a CRL dated", facts.last_crl_at))
+    for what, last in marks:
+        if facts.now < last - timedelta(seconds=2):
+            yield Remark("clock", Level.BROKEN, f"{says}, but it {what} {last:%Y-%m-%d %H:%M}", hint)
+    for look in facts.gateways:
+        if look.status is None or not look.status.online:
+            continue
+        apart = timedelta(seconds=look.looked_at_s - look.status.clock)
+        # What is retained was said half a minute ago at most: a clock that is right is no further behind.
+        if not -CLOCK_STEP < apart < CLOCK_STEP:
+            where = "behind" if apart > timedelta() else "ahead of"
+            text = f"the clock of the gateway {look.name} is {_span(abs(apart))} {where} this station's"
+            yield Remark("clock", Level.SOON, text, "set both by the same time server", (look.name,))
+
+
+def _check_files(facts: Facts) -> Iterator[Remark]:
+    for file in facts.files:
+        path = escaped(str(file.path))
+        if file.mode & ~file.allowed & _OTHERS:
+            level = Level.BROKEN if file.is_secret else Level.SOON
+            text = f"{path} has mode {file.mode:04o}: others may read or change it"
+            yield Remark("files", level, text, f"chmod {file.mode & file.allowed:04o} {path}", (path,))
+        if facts.user and file.owner != facts.user:
+            text = f"{path} belongs to another user (uid {file.owner})"
+            hint = "run the station's commands as one user, who has all files"
+            yield Remark("files", Level.SOON, text, hint, (path,))
+
+
+def _check_batch(facts: Facts) -> Iterator[Remark]:
+    if facts.batch is None:
+        return
+    age = facts.now - facts.batch.opened_at
+    level = Level.SOON if age > BATCH_OPEN else Level.NOTE
+    text = f"the batch {facts.batch.name} has been open for {_span(age)}"
+    yield Remark("batch", level, text, "when it is made: birthmark batch close", (facts.batch.name,))
+
+
+def _check_quarantine(facts: Facts) -> Iterator[Remark]:
+    units = facts.quarantined
+    if units:
+        since = min(unit.since for unit in units)
+        text = f"{_count(len(units), 'unit')} in quarantine, the first since {since:%Y-%m-%d}"
+        named = tuple(unit.name or unit.hwid.hex() for unit in units[:NAMED])
+        yield Remark("quarantine", Level.SOON, text, "birthmark quarantine list", named)
+
+
+def _check_stuck(facts: Facts) -> Iterator[Remark]:
+    stuck = facts.census.stuck
+    if stuck:
+        text = f"{_count(len(stuck), 'identity', 'identities')} begun more than a day ago and not finished"
+        yield _about("stuck", Level.SOON, text, "finish them (birthmark resume), or revoke them", stuck)
+
+
+def _check_audit(facts: Facts) -> Iterator[Remark]:
+    found, expected = facts.audit.found, facts.audit.expected
+    hint = "see where: birthmark audit verify"
+    if found is None:
+        yield Remark("audit", Level.BROKEN, "the audit log's last line is no entry", hint)
+    elif found != expected:
+        text = f"the audit log ends with an entry {found.seq} that is not the registry's {expected.seq}"
+        yield Remark("audit", Level.BROKEN, text, hint)
+    elif facts.audit.lacked:
+        text = (
+            f"the audit log lacked {_count(facts.audit.lacked, 'entry', 'entries')} at its end; it is whole again"
+        )
+        hint = "a command was killed or is at work; otherwise somebody cut the log's end"
+        yield Remark("audit", Level.NOTE, text, hint)
+
+
+def _check_backup(facts: Facts) -> Iterator[Remark]:
+    hint, last = "birthmark backup FILE", facts.last_backup_at
+    if last is None:
+        if facts.census.rows:
+            yield Remark("backup", Level.SOON, "this station was never backed up", hint)
+    elif facts.now - last > BACKUP_AGE and last < max(facts.last_issued_at, facts.last_crl_at):
+        text = f"the last backup is {_span(facts.now - last)} old, and something was issued or revoked since"
+        yield Remark("backup", Level.SOON, text, hint)
+
+
+def _check_disk(facts: Facts) -> Iterator[Remark]:
+    if facts.free_bytes < LITTLE_SPACE_BYTES:
+        level = Level.BROKEN if facts.free_bytes < NO_SPACE_BYTES else Level.SOON
+        text = f"there is room for {facts.free_bytes // 1_000_000} MB more on the station's disk"
+        yield Remark("disk", level, text, "make room: a station that cannot write stops")
+
+
+def _about(check: str, level: Level, text: str, hint: str, rows: Iterable[Row]) -> Remark:
+    named = tuple(row.name for row in list(rows)[:NAMED])
+    return Remark(check, level, text, hint, named)
+
+
+def _ends(row: Row) -> datetime:
+    if row.not_after is None:
+        raise ValueError("a row without a certificate does not end")
+    return row.not_after
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"1 {one}" if number == 1 else f"{number} {many or one + 's'}"
+
+
+def _span(span: timedelta) -> str:
+    for name, unit in (("day", timedelta(days=1)), ("hour", timedelta(hours=1)), ("minute", timedelta(minutes=1))):
+        if span >= 2 * unit:
+            return f"{span // unit} {name}s"
+    return _count(int(span.total_seconds()), "second")
+
+
+CHECKS: Final[tuple[tuple[str, Callable[[Facts], Iterable[Remark]]], ...]] = (
+    ("devices", _check_devices),
+    ("services", _check_services),
+    ("cas", _check_cas),
+    ("root-key", _check_root_key),
+    ("crls", _check_crls),
+    ("gateways", check_gateways),
+    ("gateway-crls", check_gateway_crls),
+    ("let-in", check_let_in),
+    ("unknown", check_unknown),
+    ("addresses", check_addresses),
+    ("never-connected", check_never_connected),
+    ("keys", _check_keys),
+    ("clock", _check_clock),
+    ("files", _check_files),
+    ("batch", _check_batch),
+    ("quarantine", _check_quarantine),
+    ("stuck", _check_stuck),
+    ("audit", _check_audit),
+    ("backup", _check_backup),
+    ("disk", _check_disk),
+)

@@ -1,0 +1,98 @@
+"""How `birthmark doctor` shows what it found: one page for people, one object a line for machines."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from birthmark.provisioning.checkup import Level
+from birthmark.provisioning.registry.model import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from birthmark.device.console import Console
+    from birthmark.provisioning.checkup import Facts, Remark
+
+WEEKS_SHOWN: Final = 13
+BAR_COLUMNS: Final = 40
+_WORDS: Final = {Level.NOTE: "note", Level.SOON: "SOON", Level.BROKEN: "BROKEN"}
+_COLOURS: Final = {Level.NOTE: "dim", Level.SOON: "yellow", Level.BROKEN: "red"}
+_EXIT_CODES: Final = {Level.WELL: 0, Level.NOTE: 0, Level.SOON: 1, Level.BROKEN: 6}
+
+
+def exit_code(remarks: Sequence[Remark]) -> int:
+    """Return 0 where all is well, 1 if a person is needed soon, 6 if something is broken."""
+    return _EXIT_CODES[max((remark.level for remark in remarks), default=Level.WELL)]
+
+
+def show(console: Console, facts: Facts, remarks: Sequence[Remark]) -> None:
+    """Print everything."""
+    if console.as_json:
+        for record in records(facts, remarks):
+            console.emit(record, "")
+        return
+    census = facts.census
+    console.say(
+        f"in use: {census.in_use[Kind.DEVICE]} devices, {census.in_use[Kind.SERVICE]} services, "
+        f"{census.in_use[Kind.BROKER]} brokers"
+    )
+    console.say("\ndevices by the week in which their certificate ends")
+    for line in chart(facts, with_bars=sys.stdout.isatty()):
+        console.say(line)
+    console.say("")
+    for remark in remarks:
+        if remark.level is Level.WELL:
+            continue
+        word = console.paint(f"{_WORDS[remark.level]:<6}", _COLOURS[remark.level])
+        console.say(f"{word}  {remark.check}: {remark.text}")
+        named = ", ".join(name for name in remark.about if name not in remark.text)
+        if named:
+            console.say(f"        {named}")
+        if remark.hint:
+            console.say(f"        {console.paint('hint:', 'bold')} {remark.hint}")
+    well = [remark.check for remark in remarks if remark.level is Level.WELL]
+    if well:
+        console.say(console.paint(f"well    {', '.join(well)}", "green"))
+    if not facts.looked_at_gateways:
+        console.say("the gateways were not looked at (--offline)")
+
+
+def records(facts: Facts, remarks: Sequence[Remark]) -> Iterator[dict[str, Any]]:
+    """Return what `--json` prints: each check's remarks, then the figures, then the verdict."""
+    for remark in remarks:
+        yield {
+            "check": remark.check,
+            "level": remark.level.name,
+            "text": remark.text,
+            "hint": remark.hint or None,
+            "about": list(remark.about),
+        }
+    census = facts.census
+    yield {
+        "figures": {
+            "rows": census.rows,
+            "devices": census.in_use[Kind.DEVICE],
+            "services": census.in_use[Kind.SERVICE],
+            "brokers": census.in_use[Kind.BROKER],
+            "devices_ending_by_week": {str(week): census.weeks[week] for week in sorted(census.weeks)},
+            "gateways_looked_at": sum(not look.cause for look in facts.gateways),
+        }
+    }
+    worst = max((remark.level for remark in remarks), default=Level.WELL)
+    yield {"verdict": worst.name, "exit_code": exit_code(remarks)}
+
+
+def chart(facts: Facts, *, with_bars: bool) -> Iterator[str]:
+    """Return the lines of the chart: what has ended, thirteen weeks, and all that is later."""
+    weeks = facts.census.weeks
+    later = sum(count for week, count in weeks.items() if week >= WEEKS_SHOWN)
+    rows = [("ended", weeks[-1])] if weeks[-1] else []
+    rows += [(f"{facts.now + timedelta(weeks=week):%Y-%m-%d}", weeks[week]) for week in range(WEEKS_SHOWN)]
+    rows.append(("later", later))
+    highest = max(count for _, count in rows)
+    for label, count in rows:
+        columns = -(-count * BAR_COLUMNS // highest) if highest else 0
+        bar = "  " + "█" * columns if with_bars and columns else ""
+        yield f"  {label:<10}  {count:>7}{bar}"

@@ -1,0 +1,292 @@
+"""The checks of `birthmark doctor`, one by one: silent where all is well, a word for each thing that is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.station import NOON, public_key_der
+
+from birthmark.device.console import Console
+from birthmark.device.messages import AddressSeen, GatewayStatus, Sighting
+from birthmark.provisioning.audit import Head
+from birthmark.provisioning.checkup import (
+    AuditFacts,
+    CaFacts,
+    Census,
+    CrlFacts,
+    Facts,
+    FileFacts,
+    Level,
+    Remark,
+)
+from birthmark.provisioning.checkup_rules import CHECKS, examine
+from birthmark.provisioning.checkup_view import chart, exit_code, records, show
+from birthmark.provisioning.gateway_look import Look
+from birthmark.provisioning.registry.line import Batch, Quarantined
+from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.settings import Lifetimes
+
+DAY = timedelta(days=1)
+ISSUING = CaFacts(
+    "the issuing CA", "ab12", is_root=False,
+    not_before=NOON - 300 * DAY, not_after=NOON + 3000 * DAY, has_key=True,
+    crl=CrlFacts(7, NOON - DAY, NOON + 29 * DAY),
+)  # fmt: skip
+ROOT = CaFacts(
+    "the root", "cd34", is_root=True, not_before=NOON - 300 * DAY, not_after=NOON + 7000 * DAY, has_key=False,
+    crl=CrlFacts(1, NOON - DAY, NOON + 300 * DAY),
+)  # fmt: skip
+STATUS = GatewayStatus("gw-1", True, (NOON - timedelta(seconds=20)).timestamp(), {"ab12": 7}, 0.0, "", 3)  # noqa: FBT003
+SEEN = Sighting("sensor-1", "5a", 0.0, NOON.timestamp(), (AddressSeen("192.0.2.7", 0.0, NOON.timestamp()),))
+LOOK = Look("gw-1", "mqtts://gw-1", "", (("ab12", 7),), STATUS, (SEEN,), NOON.timestamp())
+
+
+def row(name: str = "sensor-1", cert_serial: int = 0x5A, **facts: Any) -> Row:
+    values: dict[str, Any] = {
+        "number": cert_serial,
+        "kind": Kind.DEVICE,
+        "name": name,
+        "role": "sensor",
+        "state": State.ATTESTED,
+        "created_at": NOON - 30 * DAY,
+        "changed_at": NOON - 30 * DAY,
+        "hwid": bytes(8),
+        "txn": bytes(16),
+        "public_key_der": public_key_der(),
+        "cert_serial": cert_serial,
+        "certificate_der": b"",
+        "not_after": NOON + 700 * DAY,
+    }
+    if facts.get("kind") is Kind.BROKER:
+        values |= {"role": "", "hwid": None, "txn": None}
+    return Row(**values | facts)
+
+
+def census(*rows: Row) -> Census:
+    found = Census(NOON, frozenset({"ab12"}))
+    for each in rows or (row(),):
+        found.add(each)
+    found.foreign.clear()  # these rows have no real certificates; test_checkup.py has rows that do
+    return found
+
+
+GOOD = Facts(
+    now=NOON,
+    census=census(),
+    last_issued_at=NOON - DAY,
+    last_crl_at=NOON - DAY,
+    last_backup_at=NOON - DAY,
+    lifetimes=Lifetimes(),
+    cas=(ISSUING, ROOT),
+    files=(FileFacts(Path("/station/keys/issuing.key.pem"), 0o400, 1000, 0o600, is_secret=True),),
+    user=1000,
+    audit=AuditFacts(Head(7, "aa"), Head(7, "aa")),
+    gateways=(LOOK,),
+)
+
+
+def look(**changes: Any) -> Facts:
+    return replace(GOOD, gateways=(replace(LOOK, **changes),))
+
+
+def status(**changes: Any) -> Facts:
+    return look(status=replace(STATUS, **changes))
+
+
+def seen_at(*addresses: tuple[str, float, float]) -> Facts:
+    """Days before noon at which each address was used first and last."""
+    places = tuple(
+        AddressSeen(address, (NOON - first * DAY).timestamp(), (NOON - last * DAY).timestamp())
+        for address, first, last in addresses
+    )
+    return look(sightings=(replace(SEEN, addresses=places),))
+
+
+def issuing(**changes: Any) -> Facts:
+    return replace(GOOD, cas=(replace(ISSUING, **changes), ROOT))
+
+
+def root(**changes: Any) -> Facts:
+    return replace(GOOD, cas=(ISSUING, replace(ROOT, **changes)))
+
+
+def file(**changes: Any) -> Facts:
+    return replace(GOOD, files=(replace(GOOD.files[0], **changes),))
+
+
+def crl(next_update: timedelta, missing: int = 0) -> CrlFacts:
+    return CrlFacts(7, NOON - 30 * DAY, NOON + next_update, missing)
+
+
+def among(*rows: Row) -> Facts:
+    return replace(GOOD, census=census(*rows))
+
+
+SAME_KEY = public_key_der()
+BROKER = row("gw-1", kind=Kind.BROKER, not_after=NOON - DAY)
+SERVICE = row("alice", kind=Kind.SERVICE, role="operator", not_after=NOON + DAY)
+TWINS = (row(public_key_der=SAME_KEY), row("b", 1, public_key_der=SAME_KEY))
+ODD = Quarantined(bytes(8), NOON, "", "is odd", bytes(16))
+LATE = row("late", 1, state=State.PREPARED, changed_at=NOON - 2 * DAY)
+UNREACHABLE = look(cause="could not reach it", status=None, sightings=None)
+BAD: list[tuple[str, Level, str, Facts]] = [
+    ("devices", Level.SOON, "1 device cannot connect", among(row(not_after=NOON - DAY))),
+    ("devices", Level.SOON, "1 device certificate to end", among(row(not_after=NOON + 29 * DAY))),
+    ("services", Level.BROKEN, "broker gw-1 has ended", among(BROKER)),
+    ("services", Level.SOON, "service alice ends", among(SERVICE)),
+    ("cas", Level.BROKEN, "the issuing CA has ended", issuing(not_after=NOON - DAY)),
+    ("cas", Level.SOON, "lives less long than it should", issuing(not_after=NOON + 800 * DAY)),
+    ("cas", Level.SOON, "the root ends", root(not_after=NOON + 100 * DAY)),
+    ("cas", Level.BROKEN, "can neither issue nor revoke", issuing(has_key=False)),
+    ("root-key", Level.SOON, "still on this station", root(has_key=True)),
+    ("crls", Level.BROKEN, "missing or damaged", issuing(crl=None)),
+    ("crls", Level.BROKEN, "has ended on", issuing(crl=crl(-DAY))),
+    ("crls", Level.SOON, "past half of its life", issuing(crl=crl(14 * DAY))),
+    ("crls", Level.BROKEN, "2 revoked certificates not on the CRL", issuing(crl=crl(29 * DAY, 2))),
+    ("crls", Level.SOON, "the CRL of the root is missing", root(crl=None)),
+    ("crls", Level.SOON, "the CRL of the root ends", root(crl=crl(DAY))),
+    ("crls", Level.SOON, "the CRL of the root has ended", root(crl=crl(-DAY))),
+    ("gateways", Level.SOON, "gw-1: could not reach", UNREACHABLE),
+    ("gateways", Level.BROKEN, "was stopped", status(online=False)),
+    ("gateways", Level.BROKEN, "has alarms: crl-due, \\x1b", status(alarms=("crl-due", "\x1b"))),
+    ("gateways", Level.NOTE, "keeps from its operator", look(sightings=None)),
+    ("gateway-crls", Level.BROKEN, "CRL 6 of the issuing CA, and 7 is current", look(crl_numbers=(("ab12", 6),))),
+    ("gateway-crls", Level.BROKEN, "CRL 9 of the issuing CA, and 7 is ours", look(crl_numbers=(("ab12", 9),))),
+    ("gateway-crls", Level.SOON, "has no CRL of the issuing CA", look(crl_numbers=(("ee", 7),))),
+    (
+        "let-in", Level.BROKEN, "let sensor-1 in after its revocation",
+        among(row(revoked_at=NOON - DAY, revocation_reason="keyCompromise")),
+    ),
+    ("unknown", Level.BROKEN, "1 identity was let in", look(sightings=(replace(SEEN, cert_serial="5b"),))),
+    ("unknown", Level.BROKEN, "1 identity was let in", look(sightings=(replace(SEEN, id="other"),))),
+    ("unknown", Level.BROKEN, "1 identity was let in", look(sightings=(replace(SEEN, cert_serial="rubbish"),))),
+    ("addresses", Level.SOON, "192.0.2.7, 192.0.2.8", seen_at(("192.0.2.7", 6, 0), ("192.0.2.8", 3, 1))),
+    (
+        "addresses", Level.SOON, "several addresses",
+        seen_at(*((f"192.0.2.{number}", 6 - number, 6 - number) for number in range(4))),
+    ),
+    ("never-connected", Level.NOTE, "1 device was made more than 7 days ago", look(sightings=())),
+    ("keys", Level.SOON, "1 key of another kind", among(row(public_key_der=b"\x30\x82"))),
+    ("keys", Level.BROKEN, "1 key that another identity has", among(*TWINS)),
+    ("clock", Level.BROKEN, "the issuing CA begins", issuing(not_before=NOON + DAY)),
+    ("clock", Level.BROKEN, "it issued a certificate at", replace(GOOD, last_issued_at=NOON + DAY)),
+    ("clock", Level.BROKEN, "it signed a CRL dated", replace(GOOD, last_crl_at=NOON + DAY)),
+    ("clock", Level.SOON, "gw-1 is 10 minutes behind", status(clock=NOON.timestamp() - 620)),
+    ("clock", Level.SOON, "gw-1 is 3 hours ahead of", status(clock=NOON.timestamp() + 4 * 3600 - 10)),
+    ("files", Level.BROKEN, "has mode 0440", file(mode=0o440)),
+    ("files", Level.SOON, "has mode 0664", file(mode=0o664, allowed=0o644, is_secret=False)),
+    ("files", Level.SOON, "belongs to another user", file(owner=0)),
+    ("batch", Level.NOTE, "open for 3 days", replace(GOOD, batch=Batch("W47", NOON - 3 * DAY))),
+    ("batch", Level.SOON, "open for 8 days", replace(GOOD, batch=Batch("W47", NOON - 8 * DAY))),
+    ("quarantine", Level.SOON, "1 unit in quarantine", replace(GOOD, quarantined=(ODD,))),
+    ("stuck", Level.SOON, "1 identity begun", among(row(), LATE)),
+    ("audit", Level.BROKEN, "no entry", replace(GOOD, audit=AuditFacts(None, Head(7, "aa")))),
+    ("audit", Level.BROKEN, "ends with an entry 6", replace(GOOD, audit=AuditFacts(Head(6, "aa"), Head(7, "aa")))),
+    ("audit", Level.NOTE, "lacked 3 entries", replace(GOOD, audit=replace(GOOD.audit, lacked=3))),
+    ("audit", Level.BROKEN, "ends with an entry 7", replace(GOOD, audit=AuditFacts(Head(7, "bb"), Head(7, "aa")))),
+    ("backup", Level.SOON, "never backed up", replace(GOOD, last_backup_at=None)),
+    ("backup", Level.SOON, "is 20 days old", replace(GOOD, last_backup_at=NOON - 20 * DAY)),
+    ("disk", Level.SOON, "room for 100 MB", replace(GOOD, free_bytes=100_000_000)),
+    ("disk", Level.BROKEN, "room for 1 MB", replace(GOOD, free_bytes=1_000_000)),
+]  # fmt: skip
+
+WELL: dict[str, Facts] = {
+    "everything": GOOD,
+    "a device that moved to another address": seen_at(("192.0.2.7", 6, 4), ("192.0.2.8", 3, 0)),
+    "addresses that took turns long ago": seen_at(("192.0.2.7", 90, 8), ("192.0.2.8", 50, 40)),
+    "an IPv6 host that changes its address": seen_at(
+        *((f"2001:db8::{number}", 6, 0) for number in range(1, 9)), ("2001:db8::ffff:1", 3, 1)
+    ),
+    "a device made last week": among(row("new", changed_at=NOON - 3 * DAY), row()),
+    "an enrollment under way": among(row(), row("late", 1, state=State.ISSUED, changed_at=NOON - DAY / 2)),
+    "revoked, and cut off at once": among(row(revoked_at=NOON, revocation_reason="keyCompromise")),
+    "a gateway by path": look(status=None, sightings=None),
+    "no gateway": replace(GOOD, gateways=()),
+    "nothing changed since an old backup": replace(
+        GOOD, last_backup_at=NOON - 20 * DAY, last_issued_at=NOON - 21 * DAY, last_crl_at=NOON - 21 * DAY
+    ),
+    "a renewed certificate beside the old one": among(row(), row("sensor-1", 1, replaced_by=0x5A)),
+}
+
+
+def by_check(facts: Facts) -> dict[str, list[Remark]]:
+    found: dict[str, list[Remark]] = {}
+    for remark in examine(facts):
+        found.setdefault(remark.check, []).append(remark)
+    return found
+
+
+@pytest.mark.parametrize("facts", WELL.values(), ids=WELL)
+def test_where_all_is_well_nothing_is_said(facts: Facts) -> None:
+    remarks = examine(facts)
+    assert {remark.check for remark in remarks} == {name for name, _ in CHECKS}
+    assert [remark for remark in remarks if remark.level is not Level.WELL] == []
+    assert exit_code(remarks) == 0
+
+
+@pytest.mark.parametrize(("check", "level", "text", "facts"), BAD, ids=[f"{one[0]}: {one[2]}" for one in BAD])
+def test_each_thing_that_will_hurt_is_said(check: str, level: Level, text: str, facts: Facts) -> None:
+    (found, *more) = by_check(facts)[check]
+    assert found.level is level
+    assert text in found.text
+    assert found.hint
+    assert not more
+    assert "\x1b" not in found.text
+
+
+def test_every_check_is_shown_to_say_something() -> None:
+    assert {check for check, *_ in BAD} == {name for name, _ in CHECKS}
+
+
+def test_the_worst_comes_first_and_decides_the_exit_code() -> None:
+    soon = replace(GOOD, last_backup_at=None)
+    both = replace(soon, audit=AuditFacts(None, Head()))
+    assert [exit_code(examine(facts)) for facts in (GOOD, soon, both)] == [0, 1, 6]
+    assert [remark.check for remark in examine(both)[:2]] == ["audit", "backup"]
+
+
+def test_one_certificate_at_two_gateways_by_turns_is_found() -> None:
+    here, there = seen_at(("192.0.2.7", 6, 0)).gateways[0], seen_at(("192.0.2.8", 3, 1)).gateways[0]
+    facts = replace(GOOD, gateways=(here, replace(there, name="gw-2")))
+    assert by_check(facts)["addresses"][0].level is Level.SOON
+
+
+def test_many_are_counted_and_a_few_are_named() -> None:
+    devices = [row(f"sensor-{number}", number + 1, not_after=NOON + number * 3 * DAY) for number in range(400)]
+    facts = among(*devices)
+    (remark,) = by_check(facts)["devices"]
+    assert "10 device certificates" in remark.text
+    assert len(remark.about) == 5
+    copies = tuple(
+        replace(seen_at(("192.0.2.7", 6, 0), ("192.0.2.8", 3, 1)).gateways[0].sightings[0], id=f"sensor-{number}")  # type: ignore[index]
+        for number in range(20)
+    )
+    assert len(by_check(look(sightings=copies))["addresses"]) == 6
+
+
+def test_the_chart_has_a_bar_a_week(capsys: pytest.CaptureFixture[str]) -> None:
+    devices = [row(f"a-{n}", n + 1, not_after=NOON + 8 * DAY) for n in range(4)]
+    devices += [row("b", 100, not_after=NOON - DAY), row("c", 101)]
+    lines = list(chart(among(*devices), with_bars=True))
+    assert len(lines) == 15
+    assert lines[0].split() == ["ended", "1", "█" * 10]
+    assert lines[2].split() == ["2026-05-11", "4", "█" * 40]
+    assert lines[1].split() == ["2026-05-04", "0"]
+    assert lines[-1].split() == ["later", "1", "█" * 10]
+    show(Console(), among(*devices), examine(among(*devices)))
+    page = capsys.readouterr().out
+    assert "█" not in page, "bars go to terminals only"
+    assert "SOON    devices: 1 device cannot connect" in page
+    assert "        b\n" in page
+
+
+def test_machines_get_every_check_the_figures_and_the_verdict() -> None:
+    told = list(records(GOOD, examine(GOOD)))
+    assert [record["level"] for record in told[:-2]] == ["WELL"] * len(CHECKS)
+    assert told[-2]["figures"]["devices"] == 1
+    assert told[-2]["figures"]["devices_ending_by_week"] == {"100": 1}
+    assert told[-1] == {"verdict": "WELL", "exit_code": 0}
