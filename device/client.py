@@ -35,6 +35,9 @@ from birthmark.device.events import Event, HandlerFailed
 from birthmark.device.mqtt import topic_matches
 from birthmark.device.publication import MAX_TOPIC_BYTES, Acknowledgement, Outgoing, Payload, as_bytes, is_utf8
 from birthmark.device.received import Command, Message
+from birthmark.device.renewal.connection import RenewalConnection, answers_to
+from birthmark.device.renewal.renewer import Renewer
+from birthmark.device.renewal.store import RenewalStore
 from birthmark.device.worker import Worker
 
 if TYPE_CHECKING:
@@ -43,7 +46,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from birthmark.device.credentials import BrokerAddress
+    from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.identity import DeviceId
+    from birthmark.device.renewal.schedule import Pace
 
     MessageHandler = Callable[[Message], object]
     CommandHandler = Callable[[Command], Payload | None]
@@ -64,6 +69,9 @@ class ClientOptions(TypedDict, total=False):
     connect_timeout_s: float
     retry: RetryTimer | None
     now: Callable[[], datetime]
+    renewal: bool | None
+    renewal_port: int | None
+    renewal_pace: Pace | None
 
 
 class Client:
@@ -79,6 +87,10 @@ class Client:
         connect_timeout_s: for TCP, for the TLS handshake and for the broker's answer, each.
         retry: how long to wait between attempts.
         now: the clock.
+        renewal: whether to renew the certificate by itself when it is time (docs/renewal.md); by default a device
+            with a state folder does.
+        renewal_port: where the gateway renews what has expired; by default the port after its own.
+        renewal_pace: how long a renewal waits for what.
 
     Raises:
         CredentialError: key and certificate cannot be used.
@@ -96,6 +108,9 @@ class Client:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         retry: RetryTimer | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        renewal: bool | None = None,
+        renewal_port: int | None = None,
+        renewal_pace: Pace | None = None,
     ) -> None:
         is_service = credentials.role.is_reserved
         if client_suffix and not is_service:
@@ -108,6 +123,20 @@ class Client:
         self._handlers: list[tuple[str, MessageHandler]] = []
         self._command_handlers: dict[str, CommandHandler] = {}
         self._started = False
+        self._connect_timeout_s = connect_timeout_s
+        self._renewer: Renewer | None = None
+        if credentials.is_slot if renewal is None else renewal:
+            store = RenewalStore(credentials.pem_path.parent, broker=credentials.broker)
+            connection = RenewalConnection(
+                credentials.device_id,
+                renewal_port,
+                use=self._use,
+                publish=self.publish,
+                tell=self._tell,
+                open_apart=self._open_apart,
+            )
+            self._renewer = Renewer(store, connection, now=now, pace=renewal_pace)
+            credentials = self._renewer.prepare()
         self._dispatcher = Dispatcher(self._observed, self._make_room)
         self._worker = Worker(
             credentials,
@@ -119,7 +148,10 @@ class Client:
             now=now,
             dispatcher=self._dispatcher,
             on_message=self._received,
+            settled=self._renewer.settled if self._renewer else _nobody,
         )
+        if self._renewer is not None:
+            self.subscribe(topics.renewal_answer(credentials.device_id), answers_to(self._renewer))
 
     @classmethod
     def from_credentials(cls, credentials: Credentials, **options: Unpack[ClientOptions]) -> Self:
@@ -166,6 +198,8 @@ class Client:
             raise LocalProtocolError("could not start a client: it was started before", "make a new one")
         self._started = True
         self._dispatcher.start()
+        if self._renewer is not None:
+            self._renewer.start()
         self._worker.start()
 
     def connect(self, timeout_s: float = 0.0) -> None:
@@ -191,6 +225,8 @@ class Client:
         Args:
             timeout_s: how long to wait for acknowledgements; what has none by then is given up.
         """
+        if self._renewer is not None:
+            self._renewer.stop(timeout_s)
         self._worker.stop(timeout_s)
         self._dispatcher.stop(timeout_s)
 
@@ -292,6 +328,32 @@ class Client:
 
         return register
 
+    def renew(self) -> None:
+        """Renew the certificate as soon as there is a connection, whenever it is due; returns at once.
+
+        What becomes of it goes to the observer (`events.RenewalChanged`).
+
+        Raises:
+            LocalProtocolError: this client does not renew.
+        """
+        if self._renewer is None:
+            raise LocalProtocolError(
+                "could not renew: this client has no state folder to renew in",
+                "only an enrolled device renews by itself; a service: birthmark issue-operator NAME --renew",
+            )
+        self._renewer.renew_now()
+
+    def _use(self, credentials: Credentials) -> None:
+        self._worker.use(credentials)
+        self._credentials = credentials
+
+    def _tell(self, event: Event) -> None:
+        self._dispatcher.tell(event)
+
+    def _open_apart(self, credentials: Credentials) -> Client:
+        timeout_s = self._connect_timeout_s
+        return Client(credentials, presence=False, clean_session=True, renewal=False, connect_timeout_s=timeout_s)
+
     def _commanded(self, message: Message) -> None:
         name = message.topic.removeprefix(topics.command(self.device_id, ""))
         handler = self._command_handlers.get(name) or self._command_handlers.get("#")
@@ -324,6 +386,10 @@ class Client:
     def _observed(self, event: Event) -> None:
         if self._observe is not None:
             self._observe(event)
+
+
+def _nobody(credentials: Credentials, error: ConnectionFailedError | None) -> None:
+    del credentials, error
 
 
 def _check_filter(topic_filter: str) -> None:

@@ -98,6 +98,11 @@ class Credentials:
     """When the bundle was made: no clock on the device can rightly say less. None for a service."""
 
     @property
+    def is_slot(self) -> bool:
+        """Whether they are those of an enrolled device, in its state folder."""
+        return self.issued_at is not None and self.pem_path.name in (ACTIVE, RENEWED)
+
+    @property
     def facts(self) -> CertificateFacts:
         """The names and the validity in the leaf."""
         return certificate_facts(self.leaf_der)
@@ -121,8 +126,13 @@ class Credentials:
                 hint="enrol the board first (`birthmark flash`), or give its state folder with --state",
             )
         if not renewed.exists() or _transactions_of(renewed) not in ([], _transactions_of(active)):
-            return _from_slot(active, broker)
-        return _from_slot(renewed, broker)
+            return cls.from_slot(active, broker=broker)
+        return cls.from_slot(renewed, broker=broker)
+
+    @classmethod
+    def from_slot(cls, path: Path, *, broker: BrokerAddress | None = None) -> Credentials:
+        """Read the credentials in one slot; arguments and errors as for `from_folder`."""
+        return _from_slot(path, broker)
 
     @classmethod
     def from_files(

@@ -13,6 +13,7 @@ from birthmark.device.events import (
     Disconnected,
     Event,
     HandlerFailed,
+    RenewalChanged,
     SubscriptionDenied,
 )
 
@@ -43,6 +44,17 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
         case SubscriptionDenied():
             shown = escaped(event.topic_filter)
             say(console, "denied", f"the broker does not let us subscribe to {shown}", filter=shown)
+        case RenewalChanged():
+            shown = escaped(event.detail)
+            then = "" if event.retry_in_s is None else f"\n          next attempt in {event.retry_in_s:.0f} s"
+            say(
+                console,
+                "renewal",
+                f"certificate: {shown}{then}",
+                state=event.state,
+                detail=shown,
+                retry_in_s=None if event.retry_in_s is None else round(event.retry_in_s, 3),
+            )
         case HandlerFailed():
             shown = escaped(event.topic)
             say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from birthmark.device.credentials import BrokerAddress
@@ -55,4 +55,18 @@ class HandlerFailed:
     error: Exception
 
 
-Event = Connected | Disconnected | AttemptFailed | SubscriptionDenied | HandlerFailed
+RenewalState = Literal["asked", "granted", "trying", "confirming", "renewed", "refused", "rolled-back", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalChanged:
+    """The renewal of our certificate has come to another state."""
+
+    state: RenewalState
+    detail: str
+    """For people; what others have said in it is not escaped."""
+    retry_in_s: float | None = None
+    """When the next attempt is made, if this one did not succeed."""
+
+
+Event = Connected | Disconnected | AttemptFailed | SubscriptionDenied | HandlerFailed | RenewalChanged

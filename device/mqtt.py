@@ -98,6 +98,7 @@ class MqttLink:
     ) -> None:
         self._broker = broker
         self._keepalive_s = keepalive_s
+        self._context = context
         self._listener = listener
         self._socket: DeviceSocket | None = None
         self._connected = False
@@ -129,6 +130,10 @@ class MqttLink:
         reader.settimeout(0)
         writer.settimeout(0)
         self._wake_reader, self._wake_writer = reader, writer
+
+    def use(self, context: DeviceContext) -> None:
+        """Take other TLS settings from the next connection on."""
+        self._context.successor = context
 
     def open(self, will: Outgoing | None) -> DeviceSocket:
         """Connect, do the TLS handshake and queue CONNECT; blocks for name resolution and the two time-outs.

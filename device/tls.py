@@ -130,6 +130,8 @@ class DeviceContext(ssl.SSLContext):
 
     sslsocket_class = DeviceSocket
     sessions: dict[str, ssl.SSLSession]
+    successor: DeviceContext | None = None
+    """The one to use in this one's place: an MQTT library takes a context once, and credentials are renewed."""
 
     def __new__(cls) -> Self:
         """Make a client's context that trusts nobody yet."""
@@ -146,6 +148,10 @@ class DeviceContext(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> DeviceSocket:
+        if self.successor is not None:
+            return self.successor.wrap_socket(
+                sock, server_side, do_handshake_on_connect, suppress_ragged_eofs, server_hostname, session
+            )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         wrapped = super().wrap_socket(
             sock,

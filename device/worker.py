@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.mqtt import Ending
     from birthmark.device.received import Message
-    from birthmark.device.tls import DeviceSocket
+    from birthmark.device.tls import DeviceContext, DeviceSocket
 
 MAX_WAIT_S = 60.0
 """The longest wait for something to happen; the link looks at its keepalive more often than that."""
@@ -66,6 +66,7 @@ class Worker:
         now: the clock, for messages.
         dispatcher: runs callbacks.
         on_message: on the dispatcher's thread; is given each message.
+        settled: on the worker's thread; is told what became of each attempt to connect, with which credentials.
 
     Raises:
         CredentialError: key and certificate cannot be used.
@@ -83,6 +84,7 @@ class Worker:
         now: Callable[[], datetime],
         dispatcher: Dispatcher,
         on_message: Callable[[Message], object],
+        settled: Callable[[Credentials, ConnectionFailedError | None], object] = lambda _credentials, _error: None,
     ) -> None:
         self._credentials = credentials
         self._client_id = client_id
@@ -92,6 +94,7 @@ class Worker:
         self._now = now
         self._dispatcher = dispatcher
         self._on_message = on_message
+        self._settled = settled
         self._link = MqttLink(
             client_id=client_id,
             clean_session=clean_session,
@@ -113,6 +116,7 @@ class Worker:
         self._is_opening = False
         self._has_ended = False
         self._last_error: ConnectionFailedError | None = None
+        self._next: tuple[Credentials, DeviceContext] | None = None
         # The worker's own.
         self._connection = 0
         self._session_present = False
@@ -125,6 +129,18 @@ class Worker:
     def wake(self) -> None:
         """Have the thread look at what there is to do."""
         self._link.wake()
+
+    def use(self, credentials: Credentials) -> None:
+        """Leave in good order, and connect anew with other credentials of the same identity.
+
+        Raises:
+            CredentialError: key and certificate cannot be used; nothing changes.
+        """
+        context = device_context(credentials)
+        with self._changed:
+            self._next = (credentials, context)
+            self._changed.notify_all()
+        self.wake()
 
     def start(self) -> None:
         """Start connecting."""
@@ -185,6 +201,7 @@ class Worker:
     def _connect_and_serve(self) -> tuple[ConnectionFailedError | None, float]:
         """Return why the connection ended (None: we were stopped) and how long it held."""
         self._connection += 1
+        self._take_next()
         will = presence.last_will(self._credentials.device_id, self._now()) if self._has_presence else None
         try:
             self._set_opening(is_opening=True)
@@ -196,6 +213,7 @@ class Worker:
         answer_by = time.monotonic() + self._connect_timeout_s
         began: float | None = None
         departure = Departure.NOT_YET
+        left_at: float | None = None
         while self._link.turn(
             self._next_look_s(began, answer_by), reading=not (self._online and self._dispatcher.is_full)
         ):
@@ -206,13 +224,33 @@ class Worker:
                 self._send_what_waits()
             if self._farewell_by is not None:
                 departure = self._depart(departure, self._farewell_by)
+            elif self._next is not None or left_at is not None:
+                left_at = self._leave(left_at)
             elif began is None and time.monotonic() >= answer_by:
                 self._link.cut(refused=True)
                 return say.no_connack(self._connect_timeout_s, self._around()), 0.0
         self._go_offline()
-        if self._farewell_by is not None:
+        if self._farewell_by is not None or left_at is not None:
             return None, 0.0
         return self._verdict(self._link.ending()), time.monotonic() - began if began is not None else 0.0
+
+    def _take_next(self) -> None:
+        with self._changed:
+            following, self._next = self._next, None
+        if following is not None:
+            self._credentials, context = following
+            self._own = self._credentials.facts
+            self._link.use(context)
+
+    def _leave(self, left_at: float | None) -> float:
+        """Say DISCONNECT, and cut the connection if the broker does not close it: other credentials wait."""
+        now = time.monotonic()
+        if left_at is None:
+            self._link.leave()
+            return now
+        if now >= left_at + LEAVE_S:
+            self._link.cut()
+        return left_at
 
     def _depart(self, departure: Departure, farewell_by: float) -> Departure:
         """Take the next step of a stop, if it is time for it: what waits, goodbye, DISCONNECT, the end."""
@@ -231,6 +269,8 @@ class Worker:
 
     def _next_look_s(self, began: float | None, answer_by: float) -> float:
         due = [answer_by] if began is None else []
+        if self._next is not None:
+            due.append(time.monotonic() + LEAVE_S)
         if self._farewell_by is not None:
             now = time.monotonic()
             due = [self._farewell_by if now < self._farewell_by else self._farewell_by + LEAVE_S]
@@ -274,12 +314,15 @@ class Worker:
         with self._changed:
             self._last_error = error
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._farewell_by is not None, timeout=wait_s)
+        self._settled(self._credentials, error)
+        with self._changed:
+            self._changed.wait_for(lambda: self._farewell_by is not None or self._next is not None, timeout=wait_s)
 
     def _come_online(self, opened: DeviceSocket) -> None:
         with self._changed:
             self._online = True
             self._changed.notify_all()
+        self._settled(self._credentials, None)
         self._dispatcher.tell(
             Connected(
                 broker=self._credentials.broker,

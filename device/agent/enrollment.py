@@ -221,11 +221,11 @@ class Enrollment:
         if pending is not None:
             pending_key = keys.key_from_der(pending.key_der)
             if own and request.scalar in (None, keys.scalar_of_key(pending_key)):
-                return KeygenAnswer(keys.signing_request(pending_key, self._board.hwid))
+                return KeygenAnswer(keys.signing_request(pending_key, self._board.hwid.hex()))
             if not request.supersede:
                 raise Refusal(ErrorCode.TXN)
         key = given or self._outside.make_key()
-        answer = KeygenAnswer(keys.signing_request(key, self._board.hwid))
+        answer = KeygenAnswer(keys.signing_request(key, self._board.hwid.hex()))
         self._slots.store_pending(PendingKey(request.txn, keys.key_to_der(key)))
         self._staging = None
         self._outside.watch(Step("key_made", request.txn))

@@ -55,8 +55,8 @@ def key_from_der(der: bytes) -> PrivateKey:
     return key
 
 
-def signing_request(key: PrivateKey, hwid: bytes) -> bytes:
-    """A PKCS#10 request, DER: CN = the hardware id in lower-case hex, no extensions, signed by the key itself."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hwid.hex())])
+def signing_request(key: PrivateKey, common_name: str) -> bytes:
+    """A PKCS#10 request, DER: one CN, no extensions, signed by the key itself."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.DER)

@@ -6,6 +6,7 @@
     active    the same; this one makes the device locked
     unlock    the transaction that a locked device may be enrolled in anew
     renewed   written by a renewal over the network, in the shape of `active` and with its transaction
+    renewal   a renewal under way, with the same transaction (`device.renewal.store`)
 
 Every record but `hwid` is PEM text of mode 0600. `active` is what `ssl.SSLContext.load_cert_chain` reads as it
 is: the private key, the leaf, the issuing certificates, the bundle and the transaction, each in its block.
@@ -48,8 +49,9 @@ PREPARED: Final = "prepared"
 ACTIVE: Final = "active"
 UNLOCK: Final = "unlock"
 RENEWED: Final = "renewed"
+RENEWAL: Final = "renewal"
 
-_RECORDS: Final = (HWID, PENDING, PREPARED, ACTIVE, UNLOCK, RENEWED)
+_RECORDS: Final = (HWID, PENDING, PREPARED, ACTIVE, UNLOCK, RENEWED, RENEWAL)
 _MAX_RECORD_BYTES = 256 * 1024
 
 
@@ -149,6 +151,7 @@ class Slots:
             self._remove_unless(PENDING, self.pending)
             self._remove_unless(PREPARED, self.prepared)
             self._remove_unless(RENEWED, lambda: self._renewed_of(active))
+            self._remove_unless(RENEWAL, lambda: self._renewal_of(active))
             self._storage.sync(self.folder)
 
     def kept_hwid(self, random_bytes: Callable[[int], bytes], length: int) -> bytes:
@@ -238,7 +241,7 @@ class Slots:
         """
         with _storing("commit the prepared slot"):
             self._storage.rename(self.folder / PREPARED, self.folder / ACTIVE)
-        self._sweep(RENEWED, PENDING, UNLOCK)
+        self._sweep(RENEWED, RENEWAL, PENDING, UNLOCK)
 
     def confirm(self) -> None:
         """Make sure once more that what was renamed is durable; raises `StoreError`."""
@@ -275,6 +278,11 @@ class Slots:
     def _renewed_of(self, active: Slot | None) -> Slot | None:
         renewed = self._slot(RENEWED)
         return renewed if renewed and active and renewed.txn == active.txn else None
+
+    def _renewal_of(self, active: Slot | None) -> bytes | None:
+        blocks = self._blocks(RENEWAL)
+        txn = None if blocks is None else self._txn(RENEWAL, blocks)
+        return txn if active is not None and txn == active.txn else None
 
     def _slot(self, name: str) -> Slot | None:
         blocks = self._blocks(name)

@@ -122,7 +122,7 @@ def test_whoever_sees_it_online_can_send_it_a_command(state: Path, broker: Broke
         (PUBLISH, STATUS),
         (PUBLISH, "devices/sensor-1/telemetry/early"),
     ]
-    assert broker.wait_for(SUBSCRIBE).filters == ["devices/sensor-1/commands/#"]
+    assert broker.wait_for(SUBSCRIBE).filters == ["devices/sensor-1/commands/#", "devices/sensor-1/renewal/answer"]
 
 
 def test_publish_waits_for_the_acknowledgement(state: Path, broker: BrokerStub) -> None:
@@ -280,7 +280,7 @@ def test_a_callback_may_wait_for_a_publication_and_stop_the_client(state: Path, 
 
 
 def test_subscriptions_come_along(state: Path, broker: BrokerStub) -> None:
-    with Client.from_folder(state, retry=impatient()) as client:
+    with Client.from_folder(state, retry=impatient(), renewal=False) as client:
         got: list[str] = []
         client.subscribe("a/+", lambda message: got.append(message.topic), wait=DEADLINE_S)
         client.subscribe("b", lambda message: got.append(message.topic), qos=0, wait=DEADLINE_S)
@@ -296,7 +296,7 @@ def test_subscriptions_come_along(state: Path, broker: BrokerStub) -> None:
 def test_a_denied_subscription_is_reported(state: Path, broker: BrokerStub) -> None:
     broker.suback = 0x80
     watching = Watching()
-    with Client.from_folder(state, observe=watching) as client:
+    with Client.from_folder(state, observe=watching, renewal=False) as client:
         with pytest.raises(RefusedError, match="policy denies it") as denied:
             client.subscribe("devices/other/#", lambda _: None, wait=DEADLINE_S)
         assert denied.value.check == "not-authorised"

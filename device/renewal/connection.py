@@ -1,0 +1,87 @@
+"""What a renewal uses of its client: the connection that is there, and one of its own where there can be none.
+
+The gateway's renewal listener lets in what has expired, and knows the renewal topics only. It is asked over a
+connection that has no presence, keeps no session, and ends with the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from birthmark.device import topics
+from birthmark.device.renewal.messages import RenewalAnswer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from birthmark.device.client import Client
+    from birthmark.device.credentials import Credentials
+    from birthmark.device.events import RenewalChanged
+    from birthmark.device.identity import DeviceId
+    from birthmark.device.received import Message
+    from birthmark.device.renewal.renewer import Renewer
+
+
+class RenewalConnection:
+    """The client, as `renewer.Connection`.
+
+    Args:
+        device_id: whose.
+        port: of the renewal listener; None: the port after the gateway's own.
+        use: has the client connect anew with other credentials.
+        publish: publishes on a topic.
+        tell: gives an event to the observer.
+        open_apart: makes a client, not started, for a connection of its own.
+    """
+
+    def __init__(
+        self,
+        device_id: DeviceId,
+        port: int | None,
+        *,
+        use: Callable[[Credentials], None],
+        publish: Callable[[str, bytes], object],
+        tell: Callable[[RenewalChanged], None],
+        open_apart: Callable[[Credentials], Client],
+    ) -> None:
+        self._request_topic = topics.renewal_request(device_id)
+        self._answer_topic = topics.renewal_answer(device_id)
+        self._port = port
+        self.use = use
+        self._publish = publish
+        self.tell = tell
+        self._open_apart = open_apart
+
+    def publish_request(self, payload: bytes) -> None:
+        """Publish on the device's `renewal/request`; raises `UnreachableError` if too much waits already."""
+        self._publish(self._request_topic, payload)
+
+    def ask_apart(self, credentials: Credentials, payload: bytes, timeout_s: float) -> RenewalAnswer | None:
+        """Ask the gateway's renewal listener; None if no answer came in time.
+
+        Raises:
+            ConnectionFailedError: it is not there, or does not let us in.
+            RemoteProtocolError: what came is no answer.
+        """
+        port = self._port or min(credentials.broker.port + 1, 65535)
+        answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        apart = replace(credentials, broker=replace(credentials.broker, port=port))
+        with self._open_apart(apart) as client:
+            client.subscribe(self._answer_topic, lambda message: answers.put(message.payload), wait=timeout_s)
+            client.publish(self._request_topic, payload, wait=timeout_s)
+            with contextlib.suppress(queue.Empty):
+                return RenewalAnswer.from_bytes(answers.get(timeout=timeout_s))
+        return None
+
+
+def answers_to(renewer: Renewer) -> Callable[[Message], None]:
+    """Return the handler of the device's `renewal/answer`: what is retained there answers nobody."""
+
+    def take(message: Message) -> None:
+        if not message.retained:
+            renewer.answered(message.payload)
+
+    return take

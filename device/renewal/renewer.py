@@ -1,0 +1,371 @@
+"""The renewal of a device's certificate, as its client drives it (docs/renewal.md).
+
+    current --due--> key made --asked--> granted --tried--> connected --confirmed--> current
+                                             '---refused by the gateways: rolled back
+
+Rules:
+
+- One thread of its own: making a key, signing and writing to the disk cost the connection nothing.
+- What was granted is tried in the place of the current certificate, by connecting anew; it becomes the current one
+  when the station has confirmed it. Until then the current one stays on disk, and is gone back to after a failure.
+- After a restart what was granted is tried first: the station may have confirmed it, and retired the old one.
+- Whichever of the two is refused (or leads nowhere, `UNREACHED` times in a row), the other is tried next, with
+  growing pauses. What was granted is given up after `TRIALS` refusals, and only while the current one is let in.
+- Once the current certificate has expired, the gateways' renewal listener is asked, over a connection of its own.
+- Nothing here ends the client: a full disk, a refusal, a station that does not answer are reported, and tried
+  again later (`schedule`).
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, Protocol
+
+from birthmark.device.certificate_facts import certificate_facts
+from birthmark.device.errors import BirthmarkError, RefusedError
+from birthmark.device.events import RenewalChanged, RenewalState
+from birthmark.device.renewal.messages import RenewalAnswer, RenewalRequest
+from birthmark.device.renewal.schedule import Pace, due_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from birthmark.device.credentials import Credentials
+    from birthmark.device.errors import ConnectionFailedError
+    from birthmark.device.renewal.store import RenewalStore
+
+TRIALS: Final = 3
+"""How often a new certificate may be refused by the gateways before it is given up."""
+UNREACHED: Final = 2
+"""How often nobody is reached with one of two certificates before the other is tried."""
+LONGEST_NAP_S: Final = 3600.0
+"""The wall clock may jump: when a renewal is due is looked at this often."""
+
+
+class Connection(Protocol):
+    """What a renewal needs of the client."""
+
+    def use(self, credentials: Credentials) -> None:
+        """Connect anew, with these."""
+
+    def publish_request(self, payload: bytes) -> None:
+        """Publish on the device's `renewal/request`."""
+
+    def ask_apart(self, credentials: Credentials, payload: bytes, timeout_s: float) -> RenewalAnswer | None:
+        """Ask a gateway's renewal listener, over a connection of its own; None if no answer came in time."""
+
+    def tell(self, event: RenewalChanged) -> None:
+        """Give an event to the observer."""
+
+
+class Renewer:
+    """Renews one device's certificate for as long as its client lives.
+
+    Args:
+        store: the device's record of it.
+        connection: the client.
+        now: the clock.
+        pace: how long to wait for what.
+        uniform: draws a number between two others.
+    """
+
+    def __init__(
+        self,
+        store: RenewalStore,
+        connection: Connection,
+        *,
+        now: Callable[[], datetime],
+        pace: Pace | None = None,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._store = store
+        self._connection = connection
+        self._now = now
+        self._uniform = uniform
+        self._pace = pace or Pace()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        # The thread's own from here on.
+        self._current: Credentials | None = None
+        self._candidate: Credentials | None = None
+        self._request: RenewalRequest | None = None
+        self._answer_by = 0.0
+        """When the request counts as lost."""
+        self._not_before = 0.0
+        """The next attempt, at the earliest (time.monotonic)."""
+        self._failures = 0
+        self._refused_trials = 0
+        self._unreached = 0
+        """Attempts in a row that reached nobody with the credentials in use."""
+        self._forced = False
+        self._is_online_with: bytes = b""
+        """The leaf of the connection that is up; empty if none is."""
+        self._current_is_refused = False
+
+    def prepare(self) -> Credentials:
+        """Return the credentials to begin with: what was granted and not confirmed comes first.
+
+        Raises:
+            CredentialError: there are none that can be used.
+        """
+        self._current = self._store.current()
+        self._candidate = self._store.candidate()
+        return self._candidate or self._current
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread = threading.Thread(target=self._run, name="birthmark-renewal", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """End; a step that takes longer than `timeout_s` is left alone: each may be cut off anywhere."""
+        self._inbox.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+    # Told by other threads.
+
+    def settled(self, credentials: Credentials, error: ConnectionFailedError | None) -> None:
+        """Take what became of an attempt to connect: connected if there is no error."""
+        self._inbox.put(lambda: self._settled(credentials, error))
+
+    def answered(self, payload: bytes) -> None:
+        """Take a message from the device's `renewal/answer`."""
+        self._inbox.put(lambda: self._read(payload))
+
+    def renew_now(self) -> None:
+        """Renew as soon as there is a connection, whenever it is due."""
+        self._inbox.put(lambda: self._renew_within(0.0))
+
+    # What follows runs on the renewal's thread.
+
+    def _run(self) -> None:
+        try:
+            with self._store.exclusive():
+                while self._take_one():
+                    self._guarded(self._step)
+        except BirthmarkError as error:
+            self._tell("failed", f"{error.message} ({error.hint})")
+
+    def _take_one(self) -> bool:
+        """Wait for a word from another thread, or for the time of the next step; False at the end."""
+        try:
+            job = self._inbox.get(timeout=self._nap_s())
+        except queue.Empty:
+            return True
+        if job is None:
+            return False
+        self._guarded(job)
+        return True
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BirthmarkError as error:
+            self._fail(f"{error.message} ({error.hint})" if error.hint else error.message)
+        except Exception as error:  # noqa: BLE001 - a defect here must not cost the device its renewals
+            self._fail(f"a defect: {type(error).__name__}")
+
+    def _nap_s(self) -> float:
+        now_s = time.monotonic()
+        waits = [LONGEST_NAP_S]
+        if self._request is not None:
+            waits.append(self._answer_by - now_s)
+        elif self._candidate is not None or self._forced or self._is_due():
+            waits.append(self._not_before - now_s)
+        elif self._current is not None:
+            due = due_at(self._current.facts, self._current.leaf_der)
+            waits.append((due - self._now()).total_seconds() + 1)
+        # What is due already, and waits for a connection, is looked at when that comes.
+        return max(1.0 if waits[-1] <= 0 else 0.0, min(waits))
+
+    def _is_due(self) -> bool:
+        current = self._current
+        return current is not None and self._now() >= due_at(current.facts, current.leaf_der)
+
+    def _step(self) -> None:
+        """Do what it is time for."""
+        now_s = time.monotonic()
+        if self._request is not None and now_s >= self._answer_by:
+            self._request = None
+            self._fail("the station did not answer")
+        if self._request is not None or now_s < self._not_before:
+            return
+        candidate = self._candidate
+        if candidate is not None:
+            if self._is_online_with == candidate.leaf_der:
+                self._confirm()
+            elif self._is_online_with or self._current_is_refused or self._unreached >= UNREACHED:
+                self._tell("trying", "connecting with the new certificate")
+                self._unreached = 0
+                self._wait(self._pace.answered_within_s)
+                self._connection.use(candidate)
+        elif self._forced or self._is_due():
+            if self._is_online_with:
+                self._ask()
+            elif self._has_expired():
+                self._ask_apart()
+
+    def _has_expired(self) -> bool:
+        current = self._current
+        return current is not None and self._current_is_refused and self._now() > current.facts.not_after
+
+    # --- asking -------------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        request = self._new_request()
+        self._request, self._answer_by = request, time.monotonic() + self._pace.answered_within_s
+        self._connection.publish_request(request.to_bytes())
+        self._tell("asked", "asking for a new certificate")
+
+    def _ask_apart(self) -> None:
+        if self._current is None:
+            return
+        request = self._new_request()
+        self._tell("asked", "the certificate has expired: asking the gateway's renewal listener")
+        answer = self._connection.ask_apart(self._current, request.to_bytes(), self._pace.answered_within_s)
+        if answer is None:
+            self._fail("the station did not answer")
+            return
+        self._request = request
+        self._take(answer)
+
+    def _new_request(self) -> RenewalRequest:
+        # Imported here: a device that does not renew never loads the cryptography library.
+        from birthmark.device.renewal import making  # noqa: PLC0415
+
+        asked = self._store.asked()
+        current = self._store.current_slot()
+        if asked is None:
+            asked = making.new_key(current.bundle.config.device_id)
+            self._store.keep_asked(asked)
+        return making.renewal_request(current, asked)
+
+    # --- what comes back ----------------------------------------------------------------------------------
+
+    def _read(self, payload: bytes) -> None:
+        self._take(RenewalAnswer.from_bytes(payload))
+
+    def _take(self, answer: RenewalAnswer) -> None:
+        if answer.outcome == "renew-now":
+            self._renew_within(float(answer.retry_after_s))
+            return
+        request = self._request
+        if request is None or answer.nonce != request.nonce:
+            return  # of an attempt before, or of somebody else's session of this identity
+        self._request = None
+        if answer.outcome == "refused":
+            self._refused(request, answer)
+        elif answer.outcome == "issued" and request.kind == "renew":
+            self._granted(answer, request)
+        elif answer.outcome == "confirmed" and request.kind == "confirm":
+            self._confirmed()
+
+    def _renew_within(self, spread_s: float) -> None:
+        if self._candidate is None and self._request is None:
+            self._forced = True
+            self._failures = 0
+            self._not_before = time.monotonic() + self._uniform(0.0, spread_s)
+
+    def _granted(self, answer: RenewalAnswer, request: RenewalRequest) -> None:
+        from birthmark.device.renewal import making  # noqa: PLC0415
+
+        asked, current = self._store.asked(), self._store.current_slot()
+        if asked is None:
+            raise BirthmarkError("could not take a renewed certificate: its key is gone")
+        now = max(self._now(), _moment(current.bundle.issued_at))
+        try:
+            slot = making.granted(answer, request, current=current, asked=asked, now=now)
+        except BirthmarkError:
+            self._store.drop()
+            raise
+        self._candidate = self._store.keep_candidate(slot)
+        self._failures = self._refused_trials = 0
+        self._not_before = 0.0
+        facts = certificate_facts(slot.bundle.leaf_der)
+        anchors = ", and new trust anchors" if answer.anchors is not None else ""
+        self._tell("granted", f"a certificate until {facts.not_after:%Y-%m-%d}{anchors}")
+
+    def _refused(self, request: RenewalRequest, answer: RenewalAnswer) -> None:
+        # A refusal ends this attempt: its key is not used again.
+        reason = answer.reason or "no reason was given"
+        if request.kind == "confirm":
+            if answer.retry:
+                self._fail(f"the station does not confirm it yet: {reason}", at_least_s=answer.retry_after_s)
+                return
+            self._roll_back(f"the station does not confirm it: {reason}")
+            return
+        self._store.drop()
+        wait_s = float(answer.retry_after_s) if answer.retry else self._pace.refused_wait_s
+        self._forced = self._forced and answer.retry
+        self._fail(f"the station refused: {reason}", state="refused", at_least_s=wait_s)
+
+    # --- trying and confirming ----------------------------------------------------------------------------
+
+    def _settled(self, credentials: Credentials, error: ConnectionFailedError | None) -> None:
+        candidate, current = self._candidate, self._current
+        is_candidate = candidate is not None and credentials.leaf_der == candidate.leaf_der
+        was_online, self._is_online_with = self._is_online_with, credentials.leaf_der if error is None else b""
+        is_refused = isinstance(error, RefusedError)
+        self._unreached = 0 if error is None or is_refused or was_online else self._unreached + 1
+        if not is_candidate:
+            self._current_is_refused = is_refused
+            if is_refused and self._refused_trials == 0:
+                self._not_before = 0.0
+        elif error is None:
+            self._refused_trials = 0
+            self._not_before = 0.0
+        elif is_refused or self._unreached >= UNREACHED:
+            self._refused_trials += is_refused
+            if self._refused_trials >= TRIALS and not self._current_is_refused:
+                self._roll_back(f"it was refused {self._refused_trials} times: {error.message}")
+            elif current is not None:
+                self._unreached = 0
+                self._fail(f"could not connect with it: {error.message}")
+                self._connection.use(current)
+
+    def _confirm(self) -> None:
+        from birthmark.device.renewal import making  # noqa: PLC0415
+
+        request = making.confirmation(self._store.candidate_slot())
+        self._request, self._answer_by = request, time.monotonic() + self._pace.answered_within_s
+        self._connection.publish_request(request.to_bytes())
+        self._tell("confirming", "connected with the new certificate")
+
+    def _confirmed(self) -> None:
+        if self._candidate is None:
+            return
+        self._current, self._candidate = self._store.confirm(), None
+        self._failures = 0
+        self._forced = self._current_is_refused = False
+        facts = self._current.facts
+        self._tell("renewed", f"renewed until {facts.not_after:%Y-%m-%d}")
+
+    def _roll_back(self, why: str) -> None:
+        self._store.drop()
+        self._candidate, self._request = None, None
+        self._fail(why, state="rolled-back")
+        if self._current is not None:
+            self._connection.use(self._current)
+
+    # --- what is said -------------------------------------------------------------------------------------
+
+    def _fail(self, why: str, *, state: RenewalState = "failed", at_least_s: float = 0.0) -> None:
+        wait_s = max(at_least_s, self._pace.repeat.wait_s(self._failures, self._uniform))
+        self._failures += 1
+        self._wait(wait_s)
+        self._tell(state, why, retry_in_s=wait_s)
+
+    def _wait(self, wait_s: float) -> None:
+        self._not_before = time.monotonic() + wait_s
+
+    def _tell(self, state: RenewalState, detail: str, *, retry_in_s: float | None = None) -> None:
+        self._connection.tell(RenewalChanged(state, detail, retry_in_s))
+
+
+def _moment(unix_s: int) -> datetime:
+    return datetime.fromtimestamp(unix_s, UTC)

@@ -1,0 +1,190 @@
+"""A station, its gateway and its renewal service, each as it is run, and devices that were made there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Self
+
+from support.mqtt_process import broker_process
+from support.renewing import PaperDevice
+from support.repository import ROOT
+from support.station import PASSPHRASE, new_station
+
+from birthmark.device.agent.keys import key_to_der
+from birthmark.device.agent.slots import Slot
+from birthmark.device.identity import DeviceId, Role
+from birthmark.device.link.bundle import Bundle, BundleConfig
+from birthmark.provisioning.issuing import issue_broker, issue_operator
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.mqtt_process import BrokerProcess
+
+    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.station import Station
+
+DEADLINE_S = 30.0
+
+
+class Renewd:
+    """`birthmark renewd` as a process; its lines can be waited for."""
+
+    def __init__(self, stand: Stand, *more: str) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "birthmark.provisioning", "renewd", "--json"),
+                *("--station", str(stand.station.folder), "--identity", str(stand.folder / "renewd.pem")),
+                *("--broker", f"localhost:{stand.port}"),
+                *more,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode()},
+        )
+        self.lines: list[dict[str, Any]] = []
+        self.noise: list[str] = []
+        self._ended = 0
+        self._changed = threading.Condition()
+        self._readers = [
+            threading.Thread(target=self._read, args=(self._process.stdout, True)),
+            threading.Thread(target=self._read, args=(self._process.stderr, False)),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def __enter__(self) -> Self:
+        self.wait_for("connected")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        code = self._process.wait(DEADLINE_S)
+        for reader in self._readers:
+            reader.join(DEADLINE_S)
+        for stream in (self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
+        return code
+
+    def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
+        """Return the count-th line of this name."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.lines if line.get("event") == event]
+
+        with self._changed:
+            self._changed.wait_for(lambda: len(found()) >= count or self._ended, timeout=DEADLINE_S)
+        assert len(found()) >= count, f"no {event!r} of renewd: {self.lines} {self.noise}"
+        return found()[count - 1]
+
+    def _read(self, stream: Any, is_answer: bool) -> None:
+        for line in stream:
+            with self._changed:
+                if is_answer:
+                    self.lines.append(json.loads(line))
+                else:
+                    self.noise.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._ended += 1
+            self._changed.notify_all()
+
+
+class Stand:
+    """Everything that a renewal needs but the device.
+
+    Args:
+        folder: for all of it.
+        grace_days: of the gateway's renewal listener; None: it has none.
+        clock: the station's.
+    """
+
+    def __init__(self, folder: Path, *, broker_toml: str = "", clock: Any = None) -> None:
+        self.folder = folder
+        self.station: Station = new_station(folder / "station", clock)
+        self._broker_folder = folder / "broker"
+        self._broker_folder.mkdir(mode=0o700)
+        issue_broker(self.station, ["localhost", "127.0.0.1"], self._broker_folder)
+        issue_operator(self.station, "renewd", folder, role="service-renewal")
+        issue_operator(self.station, "alice", folder)
+        (self._broker_folder / "policy.toml").write_bytes((ROOT / "broker" / "policy.default.toml").read_bytes())
+        self._broker_toml = broker_toml
+        self._running = ExitStack()
+        self.port = 0
+        self.renewal_port = 0
+        self.broker: BrokerProcess
+
+    def __enter__(self) -> Self:
+        self.start_broker()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def start_broker(self) -> None:
+        config = self._broker_folder / "broker.toml"
+        more = self._broker_toml.replace("PORT", str(self.renewal_port))
+        config.write_text(f'name = "localhost"\nlisten = "127.0.0.1:{self.port}"\n{more}')
+        self.broker = self._running.enter_context(broker_process(config))
+        ready = self.broker.wait_for_event("ready")
+        self.port = ready["listen"][0]["port"]
+        self.renewal_port = next((one["port"] for one in ready.get("renewal_listen", ())), 0)
+
+    def kill_broker(self) -> None:
+        self._running.close()
+        self._running = ExitStack()
+
+    def renewd(self, *more: str) -> Renewd:
+        return Renewd(self, *more)
+
+    @property
+    def crl_path(self) -> Path:
+        """Where the gateway watches for CRLs."""
+        return self._broker_folder / "crl.pem"
+
+    def device(self, name: str = "sensor-17") -> Path:
+        """Make a device; return its state folder."""
+        return state_folder(
+            self.folder / "devices" / name, self.station, PaperDevice.made(self.station, name), self.port
+        )
+
+    def rows(self, name: str = "sensor-17") -> list[Row]:
+        with self.station.registry.view() as view:
+            return view.named(name)
+
+    def live(self, name: str = "sensor-17") -> Row:
+        with self.station.registry.view() as view:
+            row = view.live_by_name(name)
+        assert row is not None
+        return row
+
+
+def state_folder(folder: Path, station: Station, device: PaperDevice, port: int) -> Path:
+    """Write the state folder of a device, as the agent leaves it."""
+    authority = station.authority
+    assert device.row.not_before is not None
+    assert device.row.txn is not None
+    bundle = Bundle(
+        leaf_der=device.leaf_der,
+        issuing_der=(authority.issuing_der,),
+        anchors_der=tuple(authority.anchors_der),
+        config=BundleConfig("localhost", port, DeviceId(device.name), Role("sensor")),
+        issued_at=int(device.row.not_before.timestamp()) + 1,
+    )
+    folder.mkdir(mode=0o700, parents=True)
+    path = folder / "active"
+    path.write_bytes(Slot(device.row.txn, key_to_der(device.key), bundle).to_pem())
+    path.chmod(0o600)
+    return folder
