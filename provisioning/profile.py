@@ -20,10 +20,16 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    ECDSA,
+    SECP256R1,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+)
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
@@ -31,6 +37,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from birthmark.device.errors import AuthorityError, IdentityError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName, DeviceId, Role, device_role
+from birthmark.provisioning.client_template import ClientTemplate, signed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +52,7 @@ ROOT_CRL_LIFETIME: Final = timedelta(days=365)
 CERT_SERIAL_OCTETS: Final = range(16, 21)
 """Long enough that nobody guesses the next one, short enough for RFC 5280 section 4.1.2.2."""
 _KEY_ID_IN_NAME: Final = 8
+_ONLY_P256: Final = "birthmark uses P-256 throughout"
 _DNS_NAME: Final = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 
 
@@ -97,7 +105,7 @@ def parse_public_key(public_key_der: bytes) -> EllipticCurvePublicKey:
         # The parser raises several kinds; whatever it does not take is refused.
         raise AuthorityError("could not certify a key: it cannot be read") from error
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP256R1):
-        raise AuthorityError("could not certify a key: it is no P-256 key", hint="birthmark uses P-256 throughout")
+        raise AuthorityError("could not certify a key: it is no P-256 key", hint=_ONLY_P256)
     return key
 
 
@@ -286,20 +294,30 @@ def _client_certificate(
     lifetime: timedelta,
     now: datetime,
 ) -> x509.Certificate:
-    subject = _name(organization, unit=role.name, common_name=identity.text)
-    # A client certificate needs no SAN to name its holder, but pyca's verifier wants one, and linters refuse
-    # URNs of our own: the CN again, as a directory name, satisfies both.
-    also_known_as = x509.DirectoryName(x509.Name([_attribute(NameOID.COMMON_NAME, identity.text)]))
-    return _sign(
-        issuer,
-        _builder(subject, issuer.certificate.subject, public_key, cert_serial)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([also_known_as]), critical=False),
-        public_key,
-        lifetime=lifetime,
-        now=now,
+    if not isinstance(public_key.curve, SECP256R1):
+        raise AuthorityError("could not certify a key: it is no P-256 key", hint=_ONLY_P256)
+    _check_cert_serial(cert_serial)
+    not_before, not_after = _validity(issuer, lifetime, now)
+    to_be_signed = _client_template(issuer.certificate, organization, role.name).to_be_signed(
+        identity.text, public_key, cert_serial=cert_serial, not_before=not_before, not_after=not_after
+    )
+    return x509.load_der_x509_certificate(
+        signed(to_be_signed, issuer.private_key.sign(to_be_signed, ECDSA(SHA256())))
+    )
+
+
+@lru_cache(maxsize=64)
+def _client_template(ca: x509.Certificate, organization: str, role: str) -> ClientTemplate:
+    # subjectAltName, subjectKeyIdentifier and authorityKeyIdentifier follow: the template has them.
+    return ClientTemplate(
+        ca,
+        organization=organization,
+        role=role,
+        same_for_all=(
+            (x509.BasicConstraints(ca=False, path_length=None), True),
+            (_key_usage(ca=False), True),
+            (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False),
+        ),
     )
 
 
@@ -311,14 +329,7 @@ def _sign(
     lifetime: timedelta,
     now: datetime,
 ) -> x509.Certificate:
-    ca = issuer.certificate
-    not_before = max(_seconds(now - BACKDATED), ca.not_valid_before_utc)
-    not_after = min(not_before + lifetime, ca.not_valid_after_utc) - ONE_SECOND
-    if not_after <= now:
-        raise AuthorityError(
-            f"could not issue: the certificate would end on {not_after:%Y-%m-%d}, before it begins to be of use",
-            hint="give a longer lifetime; if the issuing CA itself is at its end, make a new station",
-        )
+    not_before, not_after = _validity(issuer, lifetime, now)
     return (
         builder.not_valid_before(not_before)
         .not_valid_after(not_after)
@@ -328,11 +339,27 @@ def _sign(
     )
 
 
+def _validity(issuer: Issuer, lifetime: timedelta, now: datetime) -> tuple[datetime, datetime]:
+    ca = issuer.certificate
+    not_before = max(_seconds(now - BACKDATED), ca.not_valid_before_utc)
+    not_after = min(not_before + lifetime, ca.not_valid_after_utc) - ONE_SECOND
+    if not_after <= now:
+        raise AuthorityError(
+            f"could not issue: the certificate would end on {not_after:%Y-%m-%d}, before it begins to be of use",
+            hint="give a longer lifetime; if the issuing CA itself is at its end, make a new station",
+        )
+    return not_before, not_after
+
+
+def _check_cert_serial(cert_serial: int) -> None:
+    if (cert_serial.bit_length() + 8) // 8 not in CERT_SERIAL_OCTETS or cert_serial <= 0:
+        raise AuthorityError("could not issue: the serial number is not a positive one of 16 to 20 octets")
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, public_key: EllipticCurvePublicKey, cert_serial: int
 ) -> x509.CertificateBuilder:
-    if (cert_serial.bit_length() + 8) // 8 not in CERT_SERIAL_OCTETS or cert_serial <= 0:
-        raise AuthorityError("could not issue: the serial number is not a positive one of 16 to 20 octets")
+    _check_cert_serial(cert_serial)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from birthmark.device.certificate_facts import certificate_facts
@@ -132,6 +133,73 @@ def test_a_device(issuing: profile.Issuer) -> None:
     facts = certificate_facts(certificate.public_bytes(Encoding.DER))
     assert facts.common_names == ("sensor-17",)
     assert facts.organizational_units == ("sensor",)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", fullmatch=True),
+    role=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", fullmatch=True),
+    organization=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=200),
+    cert_serial=st.integers(1 << 119, (1 << 159) - 1),
+    age=st.timedeltas(SECOND, 6000 * DAY),
+    lifetime=st.timedeltas(2 * DAY, 9000 * DAY),
+)
+@example(name="a", role="a", organization="\u00e4" * 70, cert_serial=1 << 119, age=SECOND, lifetime=2 * DAY).via(
+    "a subject whose length takes more than one octet"
+)
+def test_every_octet_is_what_cryptography_makes_of_it(
+    *, name: str, role: str, organization: str, cert_serial: int, age: timedelta, lifetime: timedelta
+) -> None:
+    founded = NOW + 8000 * DAY  # so that the dates are on both sides of 2050, where their encoding changes
+    now, lifetime = founded + age, timedelta(seconds=lifetime // SECOND)
+    ca_key, client_key = key(), key().public_key()
+    ca_certificate = profile.root_certificate(ca_key, organization=organization, cert_serial=serial(), now=founded)
+    ca = profile.Issuer(ca_certificate, ca_key)
+    is_service = Role(role).is_reserved
+    named: dict[str, Any] = {"service_id" if is_service else "device_id": DeviceId(name)}
+    make = profile.service_certificate if is_service else profile.device_certificate
+    ours = make(
+        ca,
+        organization=organization,
+        role=Role(role),
+        public_key=client_key,
+        cert_serial=cert_serial,
+        lifetime=lifetime,
+        now=now,
+        **named,
+    )
+    common_name = x509.NameAttribute(NameOID.COMMON_NAME, name)
+    subject = [
+        x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization),
+        x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
+        common_name,
+    ]
+    usage = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "key_cert_sign",
+         "crl_sign", "encipher_only", "decipher_only"), False
+    )  # fmt: skip
+    ca_key_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    not_before = max(now.replace(microsecond=0) - DAY, ca.certificate.not_valid_before_utc)
+    theirs = (
+        x509.CertificateBuilder(ca.certificate.subject, x509.Name(subject), client_key, cert_serial)
+        .not_valid_before(not_before)
+        .not_valid_after(min(not_before + lifetime, ca.certificate.not_valid_after_utc) - SECOND)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.KeyUsage(digital_signature=True, **usage), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DirectoryName(x509.Name([common_name]))]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(client_key), critical=False)
+        .add_extension(ca_key_id, critical=False)
+        .sign(ca_key, SHA256())
+    )
+    assert ours.tbs_certificate_bytes == theirs.tbs_certificate_bytes
+    ours.verify_directly_issued_by(ca.certificate)
+    assert x509.load_der_x509_certificate(ours.public_bytes(Encoding.DER)) == ours
+
+
+def test_no_certificate_is_made_for_another_curve(issuing: profile.Issuer) -> None:
+    with pytest.raises(AuthorityError, match="P-256"):
+        device(issuing, public_key=ec.generate_private_key(ec.SECP384R1()).public_key())
 
 
 def test_a_device_is_valid_since_yesterday_and_for_two_years(issuing: profile.Issuer) -> None:
