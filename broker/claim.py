@@ -4,6 +4,8 @@ Rules:
 
 - The client id is the certificate's CN, exactly; empty with a clean session it is taken as the CN; a service may
   also use `CN:anything`. `bound_client_id` is asked first, and nobody else's session is ever looked up.
+- On the renewal listener the session is another one, always clean, under a name that no client id can be: a
+  certificate that has expired neither takes over the session of one that is valid nor finds anything in it.
 - A session has one connection: `claim_session` has the old one closed, in good order and with its will, before
   the new one gets anything. A clean session starts afresh.
 """
@@ -18,11 +20,23 @@ if TYPE_CHECKING:
     from birthmark.broker.delivery import Exchange
     from birthmark.broker.packets import Connect
     from birthmark.broker.peer import Peer
+    from birthmark.broker.policy import Policy, Rights
+
+
+RENEWAL_SUFFIX = "\0renewal"
+"""A client id has no NUL (MQTT 3.1.1 §1.5.3)."""
+
+
+def rights_of(policy: Policy, peer: Peer) -> Rights:
+    """Return what a peer may do by its certificate and by the listener that let it in."""
+    return policy.rights(peer.device_id, peer.role, for_renewal=peer.for_renewal)
 
 
 def bound_client_id(packet: Connect, peer: Peer) -> str | None:
     """Return the client id that this peer has by this CONNECT; None: it asks for one that is not its own."""
     own = str(peer.device_id)
+    if peer.for_renewal:
+        return f"{own}{RENEWAL_SUFFIX}" if packet.client_id in ("", own) else None
     if packet.client_id == own or (not packet.client_id and packet.clean):
         return own
     if peer.is_service and packet.client_id.startswith(f"{own}:"):
@@ -37,6 +51,7 @@ def claim_session(
 
     `client_id` comes from `bound_client_id`. `address` is where the new connection is from, for the log.
     """
+    clean = clean or peer.for_renewal
     old = exchange.sessions.get(client_id)
     if old is not None and old.connection is not None:
         exchange.counters.take_overs += 1
@@ -57,7 +72,7 @@ def claim_session(
         return old, True
     if not exchange.sessions.has_room(peer):
         return None, False
-    session = Session(client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=clean)
+    session = Session(client_id, peer, rights_of(exchange.policy, peer), clean=clean)
     exchange.sessions.add(session)
     if not clean:
         exchange.journal.open_session(session)

@@ -8,6 +8,7 @@ Reading settings opens no other file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName
 
 DEFAULT_LISTEN = "0.0.0.0:8883"
+DEFAULT_RENEWAL_LISTEN = "0.0.0.0:8884"
+"""The port after the default one: where a device looks for it."""
+DEFAULT_RENEWAL_GRACE_DAYS = 30.0
 C = TypeVar("C", bound=StrEnum)
 
 INIT_HINT = "write one with `birthmark-broker init`"
@@ -115,6 +119,17 @@ class RevocationSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RenewalListener:
+    """A second port, for devices whose certificates have expired: there they can renew them, and nothing else."""
+
+    host: str
+    port: int
+    """0: any free one."""
+    grace: timedelta
+    """How long after its end a certificate is still let in there."""
+
+
+@dataclass(frozen=True, slots=True)
 class BrokerSettings:
     """Everything that `broker.toml` says. Paths are absolute."""
 
@@ -136,6 +151,8 @@ class BrokerSettings:
     durability: Durability = Durability.ACKNOWLEDGED
     limits: Limits = field(default_factory=Limits)
     revocation: RevocationSettings = field(default_factory=RevocationSettings)
+    renewal_listener: RenewalListener | None = None
+    """Off unless the file has its table."""
     path: Path | None = None
     """The file these settings come from."""
 
@@ -165,6 +182,7 @@ def read_settings(path: Path) -> BrokerSettings:
             "durability",
             "limits",
             "revocation",
+            "renewal_listener",
         )
     )
     try:
@@ -186,6 +204,7 @@ def read_settings(path: Path) -> BrokerSettings:
         durability=_choice(root, "durability", Durability.ACKNOWLEDGED),
         limits=_limits(root.table("limits")),
         revocation=_revocation(root.table("revocation")),
+        renewal_listener=_renewal_listener(root) if root.has("renewal_listener") else None,
         path=path.absolute(),
     )
 
@@ -204,9 +223,9 @@ def parse_listen(text: str) -> tuple[str, int]:
     return host, int(port_text)
 
 
-def _listen(root: Table) -> tuple[str, int]:
+def _listen(root: Table, default: str = DEFAULT_LISTEN) -> tuple[str, int]:
     try:
-        return parse_listen(root.text("listen", DEFAULT_LISTEN))
+        return parse_listen(root.text("listen", default))
     except ValueError as error:
         raise root.complain("listen", cause=str(error)) from error
 
@@ -278,6 +297,14 @@ def _revocation(table: Table) -> RevocationSettings:
         max_crl_bytes=table.whole("max_crl_bytes", defaults.max_crl_bytes, least=1_024, most=2**31),
         watch_interval_s=table.number("watch_interval_s", defaults.watch_interval_s, least=0.02, most=3_600),
     )
+
+
+def _renewal_listener(root: Table) -> RenewalListener:
+    table = root.table("renewal_listener")
+    table.only(("listen", "grace_days"))
+    host, port = _listen(table, DEFAULT_RENEWAL_LISTEN)
+    grace_days = table.number("grace_days", DEFAULT_RENEWAL_GRACE_DAYS, least=0.01, most=3_650)
+    return RenewalListener(host, port, timedelta(days=grace_days))
 
 
 def override_listen(text: str) -> tuple[str, int]:

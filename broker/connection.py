@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from birthmark.broker import packets as mqtt
-from birthmark.broker.claim import bound_client_id, claim_session
+from birthmark.broker.claim import bound_client_id, claim_session, rights_of
 from birthmark.broker.connection_log import ConnectionLog
 from birthmark.broker.journal import HIGH_WATER_BYTES
 from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
@@ -30,6 +30,7 @@ from birthmark.device.escape import escaped, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import timedelta
 
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
@@ -56,8 +57,8 @@ class Gateway(Protocol):
     disconnects_denied: bool
     """Whether a denied PUBLISH ends its connection."""
 
-    def admit(self, leaf_der: bytes) -> Peer:
-        """Judge a certificate; raises `PeerRefusedError`."""
+    def expired_by(self, peer: Peer) -> timedelta:
+        """Return how long after its end the certificate of a peer is let in, on the listener that it came by."""
 
     def now_s(self) -> float:
         """The loop's clock."""
@@ -94,6 +95,7 @@ class Connection:
     """A stream with a client at its other end."""
 
     __slots__ = (
+        "_admit",
         "_deadline_s",
         "_exchange",
         "_gateway",
@@ -112,8 +114,9 @@ class Connection:
         "will",
     )
 
-    def __init__(self, gateway: Gateway, address: str) -> None:
+    def __init__(self, gateway: Gateway, address: str, admit: Callable[[bytes], Peer]) -> None:
         self._gateway = gateway
+        self._admit = admit
         self._exchange = gateway.exchange
         self._reader = PacketReader(gateway.limits.max_packet_bytes, gateway.topics)
         self._deadline_s = gateway.now_s() + gateway.limits.handshake_timeout_s
@@ -144,7 +147,7 @@ class Connection:
         """Judge the certificate, of a resumed session like that of a new one."""
         self._gateway.secured(self)
         try:
-            peer = self._gateway.admit(stream.peer_leaf_der() or b"")
+            peer = self._admit(stream.peer_leaf_der() or b"")
         except PeerRefusedError as error:
             self._gateway.counters.peers_refused += 1
             self._log.peer_refused(error)
@@ -152,7 +155,7 @@ class Connection:
             return
         self.peer = peer
         self._meter = self._gateway.meters.of(peer.device_id.folded, self._gateway.now_s())
-        self.expires_at_s = peer.not_after.timestamp()
+        self.expires_at_s = (peer.not_after + self._gateway.expired_by(peer)).timestamp()
         self._deadline_s = self._gateway.now_s() + self._gateway.limits.connect_timeout_s
 
     def on_data(self, data: bytes) -> None:
@@ -313,7 +316,7 @@ class Connection:
             self._refuse(mqtt.CONNACK_CLIENT_ID)
             return
         if packet.will is not None:
-            decision = self._exchange.policy.rights(peer.device_id, peer.role).publish(packet.will.topic)
+            decision = rights_of(self._exchange.policy, peer).will(packet.will.topic)
             if not decision.allowed:
                 self._gateway.counters.wills_denied += 1
                 self._exchange.denials.denied(peer, "will", packet.will.topic, decision.rule)

@@ -22,9 +22,10 @@ from birthmark.broker.stream import Flusher, TlsStream
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from birthmark.broker.connection import Gateway
+    from birthmark.broker.peer import Peer
 
 TICK_S = 0.25
 
@@ -67,8 +68,8 @@ class Connections:
     def __iter__(self) -> Iterator[Connection]:
         return iter(list(self._all))
 
-    def take(self, sock: ssl.SSLSocket, address: str) -> None:
-        """Begin with an accepted socket, or close it where there is no room."""
+    def take(self, sock: ssl.SSLSocket, address: str, admit: Callable[[bytes], Peer]) -> None:
+        """Begin with an accepted socket, or close it where there is no room; `admit` judges its certificate."""
         gateway = self._gateway
         gateway.counters.connections += 1
         if len(self._shaking) >= MAX_HANDSHAKES:
@@ -86,7 +87,7 @@ class Connections:
                 _log.warning("closed a connection from %s: limits.max_connections_per_address is reached", place)
             return
         self._by_place[place] += 1
-        connection = Connection(gateway, address)
+        connection = Connection(gateway, address, admit)
         connection.stream = TlsStream(self._loop, sock, self._flusher, address, connection)
         self._all.add(connection)
         self._shaking[connection] = None

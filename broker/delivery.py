@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from birthmark.broker.claim import rights_of
 from birthmark.broker.outbound import MAX_REMEMBERED_TOPIC_CHARACTERS, Outbound
 from birthmark.broker.packets import SUBACK_FAILURE, Publish, publish_head
 from birthmark.broker.retained import Retained, RetainedStore
@@ -89,7 +90,7 @@ class Exchange:
 
     def renew_rights(self, session: Session) -> int:
         """Ask the policy anew about a session; return how many of its subscriptions were dropped."""
-        session.set_rights(self.policy.rights(session.peer.device_id, session.peer.role))
+        session.set_rights(rights_of(self.policy, session.peer))
         decisions = [(f, session.rights.subscribe(f)) for f in session.subscriptions]
         lost = [(topic_filter, decision) for topic_filter, decision in decisions if not decision.allowed]
         for topic_filter, decision in lost:
@@ -124,6 +125,8 @@ class Exchange:
         verdict = session.may_publish.get(packet.topic)
         if verdict is None:
             verdict = self._decide_publish(session, packet.topic)
+        if verdict is True and packet.retain and session.peer.for_renewal:
+            verdict = False  # a request to renew is for now: nothing of it stays here
         if verdict is True:
             self.publish(packet.topic, packet.payload, packet.qos, retain=packet.retain, publisher=session.peer)
             return True

@@ -22,7 +22,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
@@ -31,8 +31,9 @@ from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_receipts
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
+from birthmark.broker.server import RenewalDoor
 from birthmark.broker.sightings import Sightings
-from birthmark.broker.tls import server_context
+from birthmark.broker.tls import renewal_context, server_context
 from birthmark.broker.trust import Trust, read_trust
 from birthmark.broker.watch import Watch, WatchedFiles
 from birthmark.device.errors import ConfigurationError
@@ -40,6 +41,8 @@ from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
 from birthmark.device.topics import gateway_crl, gateway_receipts, gateway_seen, gateway_status
 
 if TYPE_CHECKING:
+    import ssl
+
     from birthmark.broker.config import BrokerSettings
     from birthmark.broker.server_protocol import Server
 
@@ -61,6 +64,12 @@ class _Brought:
     started_s: float
 
 
+def _renewal_context(settings: BrokerSettings) -> ssl.SSLContext | None:
+    if settings.renewal_listener is None:
+        return None
+    return renewal_context(settings.credentials_path, settings.clients_ca_path)
+
+
 def now() -> datetime:
     """The gateway's clock."""
     return datetime.now(UTC)
@@ -71,6 +80,7 @@ class Gateway:
 
     Attributes:
         tls_context: for the broker's listener.
+        renewal_tls_context: for the one where what has expired is renewed; None where there is none.
         policy: in force.
         revocations: the CRLs in force.
     """
@@ -98,6 +108,7 @@ class Gateway:
         # After the watch has taken its first look: what changes from here on is seen.
         self.policy = read_policy(settings.policy_path)
         self.tls_context = server_context(settings.credentials_path, settings.clients_ca_path)
+        self.renewal_tls_context = _renewal_context(settings)
         self._own_certificate = read_own_certificate(settings.credentials_path)
 
     @classmethod
@@ -142,6 +153,21 @@ class Gateway:
         peer = check_peer(leaf_der, self._trust, moment)
         self.revocations.check(peer, moment)
         return peer
+
+    def admit_for_renewal(self, leaf_der: bytes) -> Peer:
+        """Judge a certificate on the renewal listener, where it may have expired. Raises `PeerRefusedError`."""
+        moment = now()
+        listener = self._settings.renewal_listener
+        peer = check_peer(leaf_der, self._trust, moment, expired_by=listener.grace if listener else timedelta())
+        self.revocations.check(peer, moment)
+        return peer
+
+    def renewal_door(self) -> RenewalDoor | None:
+        """Return the second listener's settings and rules; None where there is none."""
+        listener = self._settings.renewal_listener
+        if listener is None or self.renewal_tls_context is None:
+            return None
+        return RenewalDoor(listener, self.renewal_tls_context, self.admit_for_renewal)
 
     async def start(self, server: Server) -> None:
         """Take up work around a broker that has started."""
@@ -277,15 +303,17 @@ class Gateway:
         context = server_context(self._settings.credentials_path, self._settings.clients_ca_path)
         own_certificate = read_own_certificate(self._settings.credentials_path)
         trust = read_trust(self._settings.clients_ca_path)
+        renewal = _renewal_context(self._settings)
         async with self._installing:
             # First, so that nothing changes if a kept CRL of a CA that is trusted anew cannot be used.
             revocations = await asyncio.to_thread(
                 Revocations.open, trust, self._settings.data_folder, self._settings.revocation
             )
             self.revocations, self._trust, self.tls_context = revocations, trust, context
+            self.renewal_tls_context = renewal
             self._own_certificate = own_certificate
             if self._server:
-                self._server.set_tls_context(context)
+                self._server.set_tls_context(context, renewal)
                 self._server.close_identities(lambda peer: not trust.has(peer.issuer))
         _log.info("new credentials are in force; trusted issuing CAs: %s", ", ".join(ca.name for ca in trust))
         await self._take_crl_file()  # the file may hold the CRL of a CA that is trusted only now

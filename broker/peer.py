@@ -8,6 +8,8 @@ Rules (RFC 5280, and docs/certificate-profile.md):
 - The issuer is one of the trusted issuing CAs: its subject, its key identifier (AKI = SKI) and its signature.
 - The subject has one CN, a `DeviceId`, and one OU, a `Role`; a reserved role makes the peer a service.
 - Key and signature: P-256, ecdsa-with-SHA256. Version 3; notBefore <= now <= notAfter, for the issuer as well.
+- On the renewal listener a device's certificate may have expired, by a stated grace at most; nothing else is
+  different there. A service is not let in there at all.
 - basicConstraints CA:FALSE, keyUsage digitalSignature alone, extKeyUsage clientAuth alone: all present.
 - A subjectAltName, if any, is one directoryName with that same CN. An unknown critical extension is refused.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from cryptography import x509
@@ -87,9 +90,11 @@ class Peer:
     cert_serial: int
     not_before: datetime
     not_after: datetime
+    for_renewal: bool = False
+    """Whether it was let in to renew its certificate, and for nothing else."""
 
 
-def check_peer(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
+def check_peer(leaf_der: bytes, trust: Trust, now: datetime, *, expired_by: timedelta | None = None) -> Peer:
     """Return who the peer is, by its certificate; about 0.2 ms.
 
     Whether it is revoked is another question (`Revocations.check`), asked right after this one.
@@ -98,6 +103,7 @@ def check_peer(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
         leaf_der: the peer's certificate, as `SSLSocket.getpeercert(binary_form=True)` gives it.
         trust: the trusted issuing CAs.
         now: the gateway's clock, aware.
+        expired_by: on the renewal listener, how long after its end a certificate is still let in.
 
     Raises:
         PeerRefusedError: anything about the certificate is not as the profile says. Nothing else is raised,
@@ -109,12 +115,12 @@ def check_peer(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
         with warnings.catch_warnings():
             # `cryptography` warns about odd names and numbers; they are refused here.
             warnings.simplefilter("ignore")
-            return _checked(leaf_der, trust, now)
+            return _checked(leaf_der, trust, now, expired_by)
     except MALFORMED as error:
         raise PeerRefusedError("malformed", "its certificate is malformed", _REISSUE) from error
 
 
-def _checked(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
+def _checked(leaf_der: bytes, trust: Trust, now: datetime, expired_by: timedelta | None) -> Peer:
     certificate = x509.load_der_x509_certificate(leaf_der)
     if certificate.version is not x509.Version.v3:
         raise PeerRefusedError("malformed", "its certificate is not of version 3", _REISSUE)
@@ -129,7 +135,10 @@ def _checked(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
     if not 0 < cert_serial < 1 << MAX_SERIAL_BITS:
         raise PeerRefusedError("serial", f"the certificate number of {device_id} is out of range", _REISSUE)
     _check_extensions(extensions, device_id)
-    _check_clock(certificate, issuer, device_id, now)
+    if expired_by is not None and role.is_reserved:
+        message = f"{device_id} is a service: only devices renew over the network"
+        raise PeerRefusedError("role", message, "birthmark issue-operator NAME --renew")
+    _check_clock(certificate, issuer, device_id, now, expired_by or timedelta())
     return Peer(
         device_id=device_id,
         role=role,
@@ -138,6 +147,7 @@ def _checked(leaf_der: bytes, trust: Trust, now: datetime) -> Peer:
         cert_serial=cert_serial,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
+        for_renewal=expired_by is not None,
     )
 
 
@@ -228,12 +238,14 @@ def _names_only(alternative: x509.ExtensionType, device_id: DeviceId) -> bool:
     return [(a.oid, a.value) for a in attributes] == [(NameOID.COMMON_NAME, str(device_id))]
 
 
-def _check_clock(certificate: x509.Certificate, issuer: Issuer, device_id: DeviceId, now: datetime) -> None:
+def _check_clock(
+    certificate: x509.Certificate, issuer: Issuer, device_id: DeviceId, now: datetime, expired_by: timedelta
+) -> None:
     if now < certificate.not_valid_before_utc:
         since = certificate.not_valid_before_utc
         message = f"CLOCK: the certificate of {device_id} is valid from {_at(since)}; here it is {_at(now)}"
         raise PeerRefusedError("not-yet-valid", message, "compare the clocks of this gateway and of the station")
-    if now > certificate.not_valid_after_utc:
+    if now > certificate.not_valid_after_utc + expired_by:
         until = certificate.not_valid_after_utc
         message = f"CLOCK: the certificate of {device_id} was valid until {_at(until)}; here it is {_at(now)}"
         raise PeerRefusedError("expired", message, f"if this gateway's clock is right, {_REISSUE}")

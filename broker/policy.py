@@ -39,6 +39,7 @@ from birthmark.broker.filters import (
 )
 from birthmark.device.errors import PolicyError
 from birthmark.device.escape import quoted
+from birthmark.device.topics import renewal_answer, renewal_request
 
 if TYPE_CHECKING:
     from birthmark.device.identity import DeviceId, Role
@@ -211,6 +212,10 @@ class Rights:
             return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
         return self._topic(topic, self._publish, self._deny_publish, "publish")
 
+    def will(self, topic: str) -> Decision:
+        """Decide about a last will on a topic name."""
+        return self.publish(topic)
+
     def subscribe(self, topic_filter: str) -> Decision:
         """Decide about subscribing to a topic filter."""
         try:
@@ -270,6 +275,36 @@ class Rights:
         return Decision(allowed=False, rule=f"{self._name} ({self._because}): {rule}")
 
 
+class RenewalRights(Rights):
+    """What a policy leaves to a device that was let in to renew its certificate: its two renewal topics."""
+
+    __slots__ = ("_answer", "_request")
+
+    def __init__(self, device_id: DeviceId, rules: RoleRules | None, because: str) -> None:
+        super().__init__(device_id, rules, because)
+        self._request, self._answer = renewal_request(device_id), renewal_answer(device_id)
+
+    def publish(self, topic: str) -> Decision:
+        """Decide about publishing to a topic name."""
+        return super().publish(topic) if topic == self._request else _RENEWAL_ONLY
+
+    def will(self, topic: str) -> Decision:
+        """Decide about a last will: there is none."""
+        del topic
+        return _RENEWAL_ONLY
+
+    def subscribe(self, topic_filter: str) -> Decision:
+        """Decide about subscribing to a topic filter."""
+        return super().subscribe(topic_filter) if topic_filter == self._answer else _RENEWAL_ONLY
+
+    def receive(self, topic: str) -> Decision:
+        """Decide about delivering a message on a topic name."""
+        return super().receive(topic) if topic == self._answer else _RENEWAL_ONLY
+
+
+_RENEWAL_ONLY = Decision(allowed=False, rule="the renewal listener is for renewing a certificate only")
+
+
 @dataclass(frozen=True)
 class Policy:
     """Roles, and who has them.
@@ -290,12 +325,16 @@ class Policy:
             if assignment.role not in self._by_name:
                 raise PolicyError(f"could not use the policy: there is no role {quoted(assignment.role)}")
 
-    def rights(self, device_id: DeviceId, role: Role) -> Rights:
-        """Return what this identity may do; `role` is the one in its certificate."""
+    def rights(self, device_id: DeviceId, role: Role, *, for_renewal: bool = False) -> Rights:
+        """Return what this identity may do; `role` is the one in its certificate.
+
+        `for_renewal`: it was let in to renew its certificate, and for nothing else.
+        """
+        kind = RenewalRights if for_renewal else Rights
         for number, assignment in enumerate(self.assignments, start=1):
             if assignment.reaches(device_id, role):
-                return Rights(device_id, self._by_name[assignment.role], f"assignment {number}, {assignment}")
-        return Rights(device_id, None, f"no assignment matches cn {str(device_id)!r} and ou {role.name!r}")
+                return kind(device_id, self._by_name[assignment.role], f"assignment {number}, {assignment}")
+        return kind(device_id, None, f"no assignment matches cn {str(device_id)!r} and ou {role.name!r}")
 
     @cached_property
     def _by_name(self) -> dict[str, RoleRules]:

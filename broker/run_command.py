@@ -19,7 +19,7 @@ import gc
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from birthmark.broker.config import BrokerSettings, override_listen, read_settings
 from birthmark.broker.gateway import Gateway
@@ -83,7 +83,9 @@ def _locked(data_folder: Path) -> Iterator[None]:
 async def serve(settings: BrokerSettings, console: Console) -> None:
     """Run a gateway until it is told to stop. Raises `BirthmarkError` where it cannot start."""
     gateway = Gateway.open(settings)
-    broker = GatewayBroker(settings, gateway.tls_context, gateway.admit, gateway.policy)
+    broker = GatewayBroker(
+        settings, gateway.tls_context, gateway.admit, gateway.policy, renewal=gateway.renewal_door()
+    )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # Before the port is open: whoever sees us listening may also stop us.
@@ -112,11 +114,13 @@ async def serve(settings: BrokerSettings, console: Console) -> None:
 
 def _say_ready(settings: BrokerSettings, broker: GatewayBroker, console: Console) -> None:
     shown = [shown_address((host, port)) for host, port in broker.addresses]
-    record = {
+    record: dict[str, Any] = {
         "event": "ready",
         "gateway": str(settings.name),
         "listen": [{"host": host, "port": port} for host, port in broker.addresses],
         "pid": os.getpid(),
     }
+    if broker.renewal_addresses:
+        record["renewal_listen"] = [{"host": host, "port": port} for host, port in broker.renewal_addresses]
     console.emit(record, f"ready: gateway {settings.name} listens on {', '.join(shown)}, mutual TLS only")
     notify("READY=1")

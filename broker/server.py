@@ -17,6 +17,9 @@ import asyncio
 import logging
 import time
 import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amqtt.broker import Broker
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
 
     from amqtt.events import Events
 
-    from birthmark.broker.config import BrokerSettings
+    from birthmark.broker.config import BrokerSettings, RenewalListener
     from birthmark.broker.connection import Connection
     from birthmark.broker.packets import Publish
     from birthmark.broker.peer import Peer
@@ -69,6 +72,17 @@ EXPIRY_TICKS = 240
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class RenewalDoor:
+    """The second listener: who is let in there, and by which rules of TLS."""
+
+    settings: RenewalListener
+    context: ssl.SSLContext
+    """From `tls.renewal_context`."""
+    admit: Callable[[bytes], Peer]
+    """Judges the leaf certificate (DER); raises `PeerRefusedError`."""
+
+
 class GatewayBroker(Broker):
     """A broker that lets in who `admit` lets in, and lets each do what the policy allows.
 
@@ -77,6 +91,7 @@ class GatewayBroker(Broker):
         tls_context: from `tls.server_context`.
         admit: judges the leaf certificate (DER) after every handshake; raises `PeerRefusedError`.
         policy: who may do what.
+        renewal: the second listener, where what has expired is renewed; None where there is none.
         plugins: amqtt plug-ins by dotted path, with their options; by default `$SYS` alone.
     """
 
@@ -87,6 +102,7 @@ class GatewayBroker(Broker):
         admit: Callable[[bytes], Peer],
         policy: Policy,
         *,
+        renewal: RenewalDoor | None = None,
         plugins: Mapping[str, dict[str, Any]] = DEFAULT_PLUGINS,
     ) -> None:
         self.settings = settings
@@ -105,8 +121,11 @@ class GatewayBroker(Broker):
         self.on_client: Callable[[Peer, str], None] | None = None
         self._tls_context = tls_context
         self._admit = admit
+        self._renewal = renewal
         self._sockets: list[socket.socket] = []
+        self._renewal_sockets: list[socket.socket] = []
         self._listener: Listener | None = None
+        self._renewal_listener: Listener | None = None
         self._connections = Connections(loop, self)
         self._fired: set[asyncio.Task[None]] = set()
         bound = ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{settings.listen_host}:{settings.listen_port}")
@@ -125,6 +144,11 @@ class GatewayBroker(Broker):
     def addresses(self) -> list[tuple[str, int]]:
         """Where it listens, once started."""
         return self._listener.addresses if self._listener else []
+
+    @property
+    def renewal_addresses(self) -> list[tuple[str, int]]:
+        """Where it listens for those who renew what has expired, once started."""
+        return self._renewal_listener.addresses if self._renewal_listener else []
 
     @property
     def connected_count(self) -> int:
@@ -151,11 +175,13 @@ class GatewayBroker(Broker):
         """Go by another policy, for what is connected and subscribed as well; return the subscriptions dropped."""
         return self.exchange.set_policy(policy)
 
-    def set_tls_context(self, context: ssl.SSLContext) -> None:
+    def set_tls_context(self, context: ssl.SSLContext, renewal: ssl.SSLContext | None = None) -> None:
         """Use other credentials or anchors from the next connection on."""
         self._tls_context = context
         if self._listener:
             self._listener.set_context(context)
+        if self._renewal_listener and renewal is not None:
+            self._renewal_listener.set_context(renewal)
 
     def close_identities(
         self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None
@@ -190,11 +216,13 @@ class GatewayBroker(Broker):
         """
         self._sockets = bind(self.settings.listen_host, self.settings.listen_port)
         try:
+            if self._renewal is not None:
+                self._renewal_sockets = bind(self._renewal.settings.host, self._renewal.settings.port)
             if self.settings.durability is not Durability.NONE:
                 self._open_store()
             await super().start()
         except BaseException:
-            for sock in self._sockets:
+            for sock in (*self._sockets, *self._renewal_sockets):
                 sock.close()
             await self._journal.close(STORE_TIMEOUT_S)
             raise
@@ -221,17 +249,21 @@ class GatewayBroker(Broker):
 
     async def _start_listeners(self) -> None:
         """Closes S16 and part of S15: our own TLS, its handshakes bounded in time and number, clients required."""
-        self._listener = Listener(
-            asyncio.get_running_loop(), self._sockets, self._tls_context, self._connections.take
-        )
+        loop, take = asyncio.get_running_loop(), self._connections.take
+        self._listener = Listener(loop, self._sockets, self._tls_context, partial(take, admit=self._admit))
         self._listener.start()
+        if self._renewal is not None:
+            admit, context = self._renewal.admit, self._renewal.context
+            self._renewal_listener = Listener(loop, self._renewal_sockets, context, partial(take, admit=admit))
+            self._renewal_listener.start()
 
     async def shutdown(self) -> None:
         """Closes S8 and S17: a stop that ends, under load too, listeners first, every connection accounted for."""
         await self._fire_and_wait(BrokerEvents.PRE_SHUTDOWN)
         self.transitions.shutdown()
-        if self._listener:
-            self._listener.close()
+        for listener in (self._listener, self._renewal_listener):
+            if listener:
+                listener.close()
         for task in (self._session_monitor_task, self._broadcast_task):
             if task is not None:
                 task.cancel()
@@ -316,9 +348,9 @@ class GatewayBroker(Broker):
 
     # --- what connections tell ---------------------------------------------------------------------------
 
-    def admit(self, leaf_der: bytes) -> Peer:
-        """Judge a certificate; raises `PeerRefusedError`."""
-        return self._admit(leaf_der)
+    def expired_by(self, peer: Peer) -> timedelta:
+        """Return how long after its end the certificate of a peer is let in, on the listener that it came by."""
+        return self._renewal.settings.grace if peer.for_renewal and self._renewal else timedelta()
 
     def secured(self, connection: Connection) -> None:
         """A handshake is over."""

@@ -37,7 +37,7 @@ class Server(Protocol):
     def set_policy(self, policy: Policy) -> int:
         """Go by another policy; return how many subscriptions it ended."""
 
-    def set_tls_context(self, context: ssl.SSLContext) -> None:
+    def set_tls_context(self, context: ssl.SSLContext, renewal: ssl.SSLContext | None = None) -> None:
         """Use other credentials from the next connection on."""
 
     def close_identities(

@@ -25,8 +25,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TLS12_SUITES = "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES256-GCM-SHA384:ECDHE-ECDSA-CHACHA20-POLY1305"
+X509_V_FLAG_NO_CHECK_TIME = 0x200000
+"""OpenSSL's x509_vfy.h; for the renewal listener's context, and never for the other."""
 _OTHERS = 0o077
 _CREDENTIALS_HINT = "it holds the broker's key, certificate and chain: birthmark issue-broker HOST"
+
+
+def renewal_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLContext:
+    """Make the renewal listener's context: as `server_context`, but OpenSSL looks at no validity.
+
+    The broker itself does, after every handshake (`peer.py`): of the issuing CA as ever, of the leaf with a grace.
+    """
+    context = server_context(credentials_path, clients_ca_path)
+    context.verify_flags |= X509_V_FLAG_NO_CHECK_TIME
+    return context
 
 
 def server_context(credentials_path: Path, clients_ca_path: Path) -> ssl.SSLContext:

@@ -111,6 +111,10 @@ class Table:
                 raise self.complain(key, position, cause="it must be text in quotes")
         return value
 
+    def has(self, key: str) -> bool:
+        """Return whether there is anything under a key."""
+        return key in self._values
+
     def table(self, key: str) -> Table:
         """Return the table under a key; an absent one is empty."""
         value = self._get(key, {})

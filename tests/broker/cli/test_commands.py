@@ -6,6 +6,7 @@ import dataclasses
 import json
 import stat
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 from support.pki import Pki
 
 from birthmark.broker.cli import parser
-from birthmark.broker.config import BrokerSettings, Limits, read_settings
+from birthmark.broker.config import BrokerSettings, Limits, RenewalListener, read_settings
 from birthmark.broker.gateway import Gateway
 from birthmark.broker.policy_file import read_policy
 from birthmark.device.console import run
@@ -80,7 +81,9 @@ def test_what_init_comments_out_is_the_default(broker: Callable[..., Result]) ->
     before = read_settings(Path("broker.toml"))
     lines = Path("broker.toml").read_text().splitlines()
     active = [
-        line.removeprefix("# ") if line.startswith("# ") and " = " in line and line[2].islower() else line
+        line.removeprefix("# ")
+        if line == "# [renewal_listener]" or (line.startswith("# ") and " = " in line and line[2].islower())
+        else line
         for line in lines
     ]
     active = [line for line in active if "`" not in line]
@@ -89,6 +92,8 @@ def test_what_init_comments_out_is_the_default(broker: Callable[..., Result]) ->
     assert {"grace_days", "fail_closed", "max_crl_bytes", "watch_interval_s"} == set(keys["revocation"])
     assert set(keys["limits"]) == {field.name for field in dataclasses.fields(Limits)}
     after = read_settings(Path("all.toml"))
+    assert before.renewal_listener is None
+    assert after.renewal_listener == RenewalListener("0.0.0.0", 8884, timedelta(days=30))  # noqa: S104 - the default
     assert (after.limits, after.revocation, after.on_denied) == (
         before.limits,
         before.revocation,

@@ -61,7 +61,8 @@ class Recorder:
         self.policies.append(policy)
         return 0
 
-    def set_tls_context(self, context: ssl.SSLContext) -> None:
+    def set_tls_context(self, context: ssl.SSLContext, renewal: ssl.SSLContext | None = None) -> None:
+        assert renewal is None, "these gateways have no renewal listener"
         self.contexts.append(context)
 
     def close_identities(
