@@ -3,7 +3,7 @@
 Rules:
 
 - The row is durable in KEYED, with key and serial number, before the certificate is signed; in ISSUED before
-  the file with key and certificate is written; in ATTESTED once that file is on disk.
+  the file with key and certificate is written; in ATTESTED once that file, and all beside it, is on disk.
 - A killed attempt leaves a row short of ATTESTED. The next attempt under that name finishes it if its file is
   there, and otherwise revokes its certificate and starts again: the key is gone with the process.
 - The key is in the written file, mode 0600, and nowhere else.
@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from birthmark.device.durable import write_durably
+from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError, IdentityError
 from birthmark.device.identity import BrokerName, DeviceId, Role
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
@@ -103,12 +103,7 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
     for host in hosts:
         profile.general_name(host)
     request = _Request(Kind.BROKER, str(BrokerName(hosts[0])), "", tuple(dict.fromkeys(hosts)), renew)
-    key_path = out / BROKER_FILE
-    row, revoked = _issue(station, request, key_path)
-    anchors, crl_path = out / BROKER_ANCHORS_FILE, out / BROKER_CRL_FILE
-    write_durably(anchors, b"".join(ca.pem for ca in station.cas.issuing), mode=PUBLIC_FILE_MODE)
-    write_durably(crl_path, up_to_date_crl(station).pem, mode=PUBLIC_FILE_MODE)
-    return Issued(row, key_path, (key_path, anchors, crl_path), revoked)
+    return _issue(station, request, out / BROKER_FILE)
 
 
 def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERATOR, renew: bool = False) -> Issued:
@@ -126,12 +121,10 @@ def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERAT
             f"could not name a service {name}: its key would be in {anchors.name}, the CA's place",
             hint="choose another name",
         )
-    row, revoked = _issue(station, request, key_path)
-    write_durably(anchors, b"".join(ca.pem for ca in station.cas.roots), mode=PUBLIC_FILE_MODE)
-    return Issued(row, key_path, (key_path, anchors), revoked)
+    return _issue(station, request, key_path)
 
 
-def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
+def _issue(station: Station, request: _Request, key_path: Path) -> Issued:
     with station.registry.view() as view:
         _replaced(view, request)  # refuses a name that is taken, before anybody types a passphrase
     _authority(station, request)  # unlocked before anybody else has to wait
@@ -141,12 +134,22 @@ def _issue(station: Station, request: _Request, key_path: Path) -> tuple[Row, in
         return _issue_alone(station, request, key_path)
 
 
-def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
-    authority = _authority(station, request)
+def _issue_alone(station: Station, request: _Request, key_path: Path) -> Issued:
     _make_folder(key_path.parent)
-    finished = _finish_interrupted(station, request, key_path)
-    if finished is not None:
-        return finished, 0
+    remove_leftovers(key_path.parent, key_path.name)  # a killed attempt's has a private key in it
+    row, revoked = _interrupted_at_its_end(station, request, key_path), 0
+    if row is None:
+        row, revoked = _make(station, request, key_path)
+    if revoked:
+        sign_and_store_crl(station)
+    beside = _write_beside(station, request, key_path.parent)
+    # Last of all: until here, the same command again does what is missing.
+    return Issued(_attest(station, row), key_path, (key_path, *beside), revoked)
+
+
+def _make(station: Station, request: _Request, key_path: Path) -> tuple[Row, int]:
+    """Make key, certificate and file; return the row in ISSUED, and how many attempts of before were revoked."""
+    authority = _authority(station, request)
     if key_path.exists() and not request.renew:
         raise ConfigurationError(
             f"could not write {key_path}: it is there already",
@@ -194,10 +197,22 @@ def _issue_alone(station: Station, request: _Request, key_path: Path) -> tuple[R
         block(PRIVATE_KEY, key_der) + block(CERTIFICATE, leaf_der) + block(CERTIFICATE, authority.issuing_der)
     )
     write_durably(key_path, content, mode=KEY_FILE_MODE)
-    row = _attest(station, row)
-    if revoked:
-        sign_and_store_crl(station)
     return row, revoked
+
+
+def _write_beside(station: Station, request: _Request, out: Path) -> list[Path]:
+    """Write what its holder needs beside the key, and return where."""
+    if request.kind is Kind.BROKER:
+        contents = {
+            BROKER_ANCHORS_FILE: b"".join(ca.pem for ca in station.cas.issuing),
+            BROKER_CRL_FILE: up_to_date_crl(station).pem,
+        }
+    else:
+        contents = {SERVICE_ANCHORS_FILE: b"".join(ca.pem for ca in station.cas.roots)}
+    for name, content in contents.items():
+        remove_leftovers(out, name)
+        write_durably(out / name, content, mode=PUBLIC_FILE_MODE)
+    return [out / name for name in contents]
 
 
 def _authority(station: Station, request: _Request) -> Authority:
@@ -205,8 +220,8 @@ def _authority(station: Station, request: _Request) -> Authority:
     return station.authority_of((cas.for_brokers if request.kind is Kind.BROKER else cas.for_clients).key_id)
 
 
-def _finish_interrupted(station: Station, request: _Request, key_path: Path) -> Row | None:
-    """Finish an attempt that was killed after its file was written."""
+def _interrupted_at_its_end(station: Station, request: _Request, key_path: Path) -> Row | None:
+    """Return the row of an attempt that was killed after its file was written; None if there is none."""
     with station.registry.view() as view:
         row = view.live_by_name(request.name)
     if row is None or row.kind is not request.kind or row.state is not State.ISSUED:
@@ -215,7 +230,7 @@ def _finish_interrupted(station: Station, request: _Request, key_path: Path) -> 
         held = [der for label, der in read_blocks(key_path.read_bytes()) if label == CERTIFICATE]
     except (OSError, BirthmarkError):
         return None
-    return _attest(station, row) if held and held[0] == row.certificate_der else None
+    return row if held and held[0] == row.certificate_der else None
 
 
 def _attest(station: Station, row: Row) -> Row:

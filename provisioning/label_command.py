@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.durable import write_durably
+from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.provisioning.label import Format, label, made
 from birthmark.provisioning.options import add_station_option, open_station
 
@@ -52,5 +52,6 @@ def _label(arguments: argparse.Namespace, console: Console) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for row in rows:
         path = arguments.out / f"{row.name}.{form.value}"
+        remove_leftovers(path.parent, path.name)
         write_durably(path, label(row, form), mode=_FILE_MODE)
         console.emit({"id": row.name, "label": str(path)}, str(path))

@@ -1,0 +1,65 @@
+"""kill -9 at every write of every command that writes: nothing half, nothing twice, and again finishes it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.command_kills import SCENARIOS
+
+from birthmark.provisioning.cli import parser
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMAND_KILLS = Path(__file__).parents[1] / "support" / "command_kills.py"
+WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
+ONLY_READ = {
+    "list",
+    "show",
+    "batch report",
+    "quarantine list",
+    "doctor ports",
+    "gateway list",
+    "audit verify",
+    "audit show",
+}
+KILLED_ELSEWHERE = {
+    "flash": "tests/flash/test_processes.py",
+    "run": "tests/faults/test_kills.py",
+    "resume": "tests/faults/test_kills.py",
+    "reflash": "tests/faults/test_kills.py",
+    "renewd": "tests/renewal",
+    "renew": "tests/renewal",
+}
+"""With a board or a broker at the other end, which is killed too."""
+
+
+@pytest.mark.proof
+def test_a_kill_at_any_step_of_any_command_leaves_nothing_half(tmp_path: Path) -> None:
+    command = [sys.executable, str(COMMAND_KILLS), str(tmp_path), "0" if WHOLE else "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == len(SCENARIOS)
+
+
+def commands(of: argparse.ArgumentParser, name: str = "") -> Iterator[str]:
+    inner = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in inner:
+        for word, command in action.choices.items():
+            yield from commands(command, f"{name} {word}".strip())
+    if not inner or of.get_default("handler") is not None:
+        yield name
+
+
+@pytest.mark.parametrize("name", list(commands(parser())))
+def test_every_command_is_killed_or_only_reads(name: str) -> None:
+    killed = any(each == name or each.startswith((f"{name} ", f"{name},")) for each in SCENARIOS)
+    assert killed or name in ONLY_READ or name in KILLED_ELSEWHERE, (
+        f"put a scenario for `birthmark {name}` into {COMMAND_KILLS.name}, or say why it needs none"
+    )

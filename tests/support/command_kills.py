@@ -1,0 +1,475 @@
+"""SIGKILL at every durable step of every command of the station: run as `command_kills.py FOLDER KILLS [NAME...]`.
+
+A command runs in a forked child. Before its n-th step (a file opened for writing, a write, an fsync, a rename, a
+removal, a folder, a mode) the child is killed; a write that is the n-th step is cut in the middle. After each kill
+the station is looked at as the next process would, then the same command is run again: it finishes, or says
+plainly that it is done. KILLS is how many of the steps are tried, spread evenly; 0: every one.
+
+A process of its own, with one thread: only such a one may fork safely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+from cryptography import x509
+from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_station, public_key_der
+
+from birthmark.device.console import run
+from birthmark.device.durable import TEMPORARY_SUFFIX
+from birthmark.device.pem import CRL, read_blocks
+from birthmark.provisioning import audit, backup_commands, station_commands
+from birthmark.provisioning.backup import back_up, read_backup
+from birthmark.provisioning.batches import open_batch
+from birthmark.provisioning.cli import parser
+from birthmark.provisioning.crls import crl_number_counter, current_crl
+from birthmark.provisioning.founding import found_station
+from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.registry.line import Quarantined
+from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.station import Station
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+SECRET = b"the backup's own passphrase"
+LOST = x509.ReasonFlags.key_compromise
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+STEPS = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.chmod"})
+
+
+def nothing(_root: Path) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, the station that it finds, and what must be true when it has finished, killed before or not."""
+
+    words: Sequence[str]
+    """`@` stands for the scenario's folder; the station is `@/station` unless it says otherwise."""
+    prepare: Callable[[Path], object] = nothing
+    finished: Callable[[Path], object] = nothing
+    done_already: Sequence[str] = ()
+    """What the same command may say instead of finishing, where the killed one was done."""
+    code: int = 0
+    """How it ends when it is not killed."""
+    founds: bool = True
+    """Whether a station is founded first."""
+
+
+def station(root: Path, folder: str = "station") -> Station:
+    return Station.open(root / folder, passphrase=PASSPHRASE)
+
+
+def rows_named(root: Path, name: str, folder: str = "station") -> list[Any]:
+    with station(root, folder).registry.view() as view:
+        return view.named(name)
+
+
+def is_issued(root: Path, name: str, file: str) -> None:
+    """One certificate of that name is in use, the one in the file; every other one that was begun is revoked."""
+    rows = rows_named(root, name)
+    (live,) = [row for row in rows if row.is_live]
+    assert live.state is State.ATTESTED, rows
+    assert x509.load_pem_x509_certificate((root / file).read_bytes()).serial_number == live.cert_serial
+    assert all(row.is_revoked for row in rows if row is not live and row.replaced_by is None), rows
+    all_listed(root)
+
+
+def is_gateway(root: Path) -> None:
+    is_issued(root, "localhost", "out/server.pem")
+    opened = station(root)
+    assert (root / "out" / "clients-ca.pem").read_bytes() == opened.cas.for_brokers.pem
+    ((label, _),) = read_blocks((root / "out" / "crl.pem").read_bytes())
+    assert label == CRL
+
+
+def all_listed(root: Path, folder: str = "station") -> None:
+    opened = station(root, folder)
+    crls = current_crl(opened)
+    assert crls is not None
+    with opened.registry.view() as view:
+        assert {row.cert_serial for row in view.revoked()} == crls.cert_serials
+
+
+def with_devices(root: Path) -> None:
+    opened = station(root)
+    enrolled_row(opened, "sensor-1")
+    enrolled_row(opened, "sensor-2", state=State.PREPARED)
+    keyed_row(opened, "sensor-3")
+
+
+def with_gateway(root: Path) -> None:
+    add_gateway(root / "station" / "station.toml", Gateway("gw-1", crl_path=Path("/nowhere/crl.pem")))
+
+
+def with_devices_and_gateway(root: Path) -> None:
+    with_devices(root)
+    with_gateway(root)
+
+
+def with_batch(root: Path) -> None:
+    opened = station(root)
+    open_batch(opened, "W47")
+    for number in range(3):
+        with opened.registry.transaction() as transaction:
+            transaction.insert(
+                kind=Kind.DEVICE,
+                name=f"sensor-{number}",
+                role="sensor",
+                state=State.KEYED,
+                hwid=bytes(7) + bytes([number]),
+                txn=bytes(15) + bytes([number]),
+                public_key_der=public_key_der(),
+                cert_serial=opened.authority.new_cert_serial(),
+                issuer=opened.authority.key_id,
+                batch="W47",
+            )
+
+
+def with_quarantine(root: Path) -> None:
+    opened = station(root)
+    with opened.registry.transaction() as transaction:
+        transaction.quarantine(Quarantined(bytes(8), opened.clock(), "", "is odd", bytes(16)))
+
+
+def with_backup(root: Path) -> None:
+    opened = station(root)
+    enrolled_row(opened, "sensor-1")
+    back_up(opened, root / "backup.age", SECRET, cost_log2=2)
+    crls = revoke(opened, "sensor-1", LOST).crls
+    (root / "gateway.crl").write_bytes(crls.current.der)
+    shutil.rmtree(root / "station")
+
+
+def with_foreign_crl(root: Path) -> None:
+    with_backup(root)
+    run_here(root, ["restore", "@/backup.age", "--to", "@/station"])
+
+
+def is_revoked(root: Path, folder: str = "station") -> None:
+    (row,) = rows_named(root, "sensor-1", folder)
+    assert row.is_revoked
+    all_listed(root, folder)
+
+
+def is_restored(root: Path) -> None:
+    is_revoked(root, "restored")
+    entries = [entry["action"] for entry in audit.read(root / "restored" / "audit.jsonl")]
+    assert entries.count("restore") == 1
+
+
+def has_gateways(root: Path, count: int) -> None:
+    assert len(station(root).settings.gateways) == count
+
+
+def has_backup(root: Path) -> None:
+    assert read_backup(root / "new.age", SECRET).rows == 0
+
+
+def batch_is(root: Path, *, is_open: bool) -> None:
+    with station(root).registry.view() as view:
+        (batch,) = view.batches()
+        assert (batch.closed_at is None) is is_open
+        if not is_open:
+            all_listed(root)
+            assert all(row.state is State.VOID and row.is_revoked for row in view.rows())
+
+
+def is_cleared(root: Path) -> None:
+    with station(root).registry.view() as view:
+        assert view.quarantined() == []
+
+
+def has_labels(root: Path) -> None:
+    assert (root / "labels" / "sensor-1.svg").read_bytes().endswith(b"</svg>\n")
+
+
+def crl_number_of(root: Path) -> int:
+    crls = current_crl(station(root))
+    assert crls is not None
+    return crls.current.number
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "init": Scenario(["init"], founds=False, done_already=["there is something already"]),
+    "issue-broker": Scenario(
+        ["issue-broker", "localhost", "127.0.0.1", "--out", "@/out"],
+        finished=is_gateway,
+        done_already=["the name belongs to broker localhost"],
+    ),
+    "issue-operator": Scenario(
+        ["issue-operator", "alice", "--out", "@/out"],
+        finished=lambda root: is_issued(root, "alice", "out/alice.pem"),
+        done_already=["the name belongs to service alice"],
+    ),
+    "issue-operator --renew": Scenario(
+        ["issue-operator", "alice", "--renew", "--out", "@/out"],
+        prepare=lambda root: issue_operator(station(root), "alice", root / "out"),
+        finished=lambda root: is_issued(root, "alice", "out/alice.pem"),
+    ),
+    "revoke": Scenario(["revoke", "sensor-1", "--reason", "lost"], prepare=with_devices, finished=is_revoked),
+    "revoke, a gateway away": Scenario(
+        ["revoke", "sensor-1", "--reason", "lost", "--timeout", "0.05"],
+        prepare=with_devices_and_gateway,
+        finished=is_revoked,
+        code=1,
+    ),
+    "crl": Scenario(["crl"], finished=lambda root: crl_number_of(root) >= 2),
+    "crl --root": Scenario(["crl", "--root"]),
+    "gateway add": Scenario(
+        ["gateway", "add", "gw-1", "--path", "/nowhere/crl.pem"],
+        finished=lambda root: has_gateways(root, 1),
+        done_already=["there is one of that name"],
+    ),
+    "gateway remove": Scenario(
+        ["gateway", "remove", "gw-1"],
+        prepare=with_gateway,
+        finished=lambda root: has_gateways(root, 0),
+        done_already=["there is none of that name"],
+    ),
+    "batch open": Scenario(
+        ["batch", "open", "W47"],
+        finished=lambda root: batch_is(root, is_open=True),
+        done_already=["W47 is open"],
+    ),
+    "batch close": Scenario(
+        ["batch", "close"],
+        prepare=with_batch,
+        finished=lambda root: batch_is(root, is_open=False),
+        done_already=["none is open"],
+    ),
+    "quarantine clear": Scenario(
+        ["quarantine", "clear", bytes(8).hex(), "--reason", "reset at the bench"],
+        prepare=with_quarantine,
+        finished=is_cleared,
+        done_already=["it is not in quarantine"],
+    ),
+    "label": Scenario(["label", "sensor-1", "--out", "@/labels"], prepare=with_devices, finished=has_labels),
+    "backup": Scenario(["backup", "@/new.age"], finished=has_backup, done_already=["it is there already"]),
+    "restore": Scenario(
+        ["restore", "@/backup.age", "--to", "@/restored", "--crl", "@/gateway.crl"],
+        prepare=with_backup,
+        finished=is_restored,
+        done_already=["there is something already"],
+    ),
+    "restore --crl": Scenario(
+        ["restore", "--crl", "@/gateway.crl"], prepare=with_foreign_crl, finished=is_revoked
+    ),
+    "doctor": Scenario(["doctor", "--offline"], prepare=with_devices, code=1),
+}
+
+
+# --- the child that dies -----------------------------------------------------------------------------------------
+
+
+class Killer:
+    """Counts the durable steps of this process, and kills it before the `at`-th one."""
+
+    def __init__(self, at: int) -> None:
+        self.count = 0
+        self._at = at
+        self._real_pwrite = os.pwrite
+        self._real_fsync = os.fsync
+
+    def arm(self) -> None:
+        os.pwrite = self._pwrite
+        os.fsync = self._fsync
+        sys.addaudithook(self._saw)
+
+    def _saw(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in STEPS or (event == "open" and _is_for_writing(*arguments)):
+            self._step()
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count == self._at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _fsync(self, fd: Any) -> None:
+        self._step()
+        self._real_fsync(fd)
+
+    def _pwrite(self, descriptor: int, content: Any, offset: int) -> int:
+        if self.count + 1 == self._at:
+            self._real_pwrite(descriptor, bytes(content)[: len(content) // 2], offset)
+        self._step()
+        return self._real_pwrite(descriptor, content, offset)
+
+
+def _is_for_writing(path: object, _mode: object, flags: object) -> bool:
+    is_ours = isinstance(path, str | Path) and not str(path).startswith(("/dev/", "/proc/"))
+    return is_ours and isinstance(flags, int) and bool(flags & WRITING)
+
+
+def run_here(root: Path, words: Sequence[str]) -> tuple[int, str]:
+    """Run a command in this process; return its exit code and what it said."""
+    words = [word.replace("@", str(root)) for word in words]
+    if "--to" not in words and "--verify" not in words:
+        words += ["--station", str(root / "station")]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = run(parser(), words)
+    return code, said.getvalue()
+
+
+def in_child(root: Path, words: Sequence[str], at: int) -> tuple[int | None, int, str]:
+    """Run a command that is killed before its `at`-th step (0: never): exit code (None: killed), steps, output."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        killer = Killer(at)
+        killer.arm()
+        try:
+            code, said = run_here(root, words)
+        except BaseException as error:  # noqa: BLE001 - a traceback is what the parent has to see
+            code, said = 99, repr(error)
+        os.write(writing, f"{code} {killer.count} {said}".encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as answers:  # noqa: PTH123 - a descriptor
+        answer = answers.read().decode()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+        return None, 0, ""
+    ended, count, said = answer.split(" ", 2)
+    return int(ended), int(count), said
+
+
+# --- what must hold ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class History:
+    """Every CRL that was ever seen of a station: a number stands for one CRL, and for no other."""
+
+    seen: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def look(self, folder: Path) -> None:
+        """Look at a station, as the next process does."""
+        opened = Station.open(folder, passphrase=PASSPHRASE)
+        with opened.registry.transaction() as transaction:
+            transaction.record("look", "station")
+        problems = audit.verify(opened.registry.audit_path, opened.registry.audit_head()).problems
+        assert not problems, problems
+        with opened.registry.view() as view:
+            rows, revoked = view.rows(), {row.cert_serial for row in view.revoked()}
+            numbers = {ca.key_id: view.counter(crl_number_counter(ca.key_id)) for ca in opened.cas}
+        for name in ("cert_serial", "public_key_der", "number"):
+            values = [value for row in rows if (value := getattr(row, name)) is not None]
+            assert len(values) == len(set(values)), f"twice: {name}"
+        names = [row.name_folded for row in rows if row.is_live]
+        assert len(names) == len(set(names)), names
+        for ca in opened.cas.issuing:
+            assert opened.authority_of(ca.key_id).key_id == ca.key_id
+        crls = current_crl(opened)
+        assert crls is not None, "its CRL is half written"
+        assert crls.cert_serials <= revoked
+        for crl in crls.crls:
+            assert crl.number <= numbers[crl.issuer]
+        for path in (opened.crl_path, folder / "root-crl.pem"):
+            for label, der in read_blocks(path.read_bytes()):
+                assert label == CRL
+                self._add(x509.load_der_x509_crl(der), der)
+
+    def _add(self, crl: x509.CertificateRevocationList, der: bytes) -> None:
+        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+        digest = hashlib.sha256(der).hexdigest()
+        assert self.seen.setdefault((crl.issuer.rfc4514_string(), number), digest) == digest, (
+            f"twice: CRL {number}"
+        )
+
+
+def stations(root: Path) -> list[Path]:
+    return [folder for folder in (root / "station", root / "restored") if folder.exists()]
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [*root.rglob(f".*{TEMPORARY_SUFFIX}"), *root.rglob("*.unfinished")]
+
+
+def kill_once(scenario: Scenario, prepared: Path, root: Path, at: int) -> bool:
+    """Kill the command before its `at`-th step, look, run it again, look; return whether it came to that step."""
+    shutil.copytree(prepared, root, symlinks=True)
+    history = History()
+    for folder in stations(root):
+        history.look(folder)
+    code, _, said = in_child(root, scenario.words, at)
+    if code is not None:
+        assert code == scenario.code, said
+        return False
+    for folder in stations(root):
+        history.look(folder)
+    code, _, said = in_child(root, scenario.words, 0)
+    if code != scenario.code:
+        assert any(word in said for word in scenario.done_already), (code, said)
+        assert "hint: " in said
+        # What it says is to be done: the next CRL carries what was revoked, and clears away what the kill left.
+        if (root / "station").exists():
+            assert in_child(root, ["crl", "--timeout", "0.05"], 0)[0] in (0, 1)
+    for folder in stations(root):
+        history.look(folder)
+    scenario.finished(root)
+    found = leftovers(root)
+    assert not found, found
+    shutil.rmtree(root)
+    return True
+
+
+def survive(scenario: Scenario, root: Path, kills: int) -> tuple[int, int]:
+    """Kill a command at its steps; return how many there are, and how often it was killed."""
+    prepared = root / "prepared"
+    prepared.mkdir(parents=True)
+    if scenario.founds:
+        new_station(prepared / "station").close()
+    scenario.prepare(prepared)
+    whole = root / "whole"
+    shutil.copytree(prepared, whole, symlinks=True)
+    code, steps, said = in_child(whole, scenario.words, 0)
+    assert code == scenario.code, (code, said)
+    scenario.finished(whole)
+    assert steps > 0, "it writes nothing"
+    count = min(kills, steps) if kills else steps
+    chosen = sorted({1 + round(n * (steps - 1) / max(1, count - 1)) for n in range(count)})
+    for at in chosen:
+        try:
+            came = kill_once(scenario, prepared, root / str(at), at)
+        except BaseException:
+            print(f"killed before step {at} of {steps}", file=sys.stderr)
+            raise
+        assert came, f"it has no step {at} of {steps} any more"
+    return steps, len(chosen)
+
+
+def main(root: Path, kills: int, names: Sequence[str]) -> None:
+    os.environ["BIRTHMARK_PASSPHRASE"] = PASSPHRASE.decode()
+    os.environ["BIRTHMARK_BACKUP_PASSPHRASE"] = SECRET.decode()
+    # What a passphrase costs has no bearing on what a kill leaves.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
+    monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
+    for name in names or SCENARIOS:
+        steps, killed = survive(SCENARIOS[name], root / name.replace(" ", "_"), kills)
+        print(f"{name}: {killed} of {steps}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
