@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from birthmark.device import export_command, run_command, service_commands, show_command
+from birthmark.device import export_command, renew_command, run_command, service_commands, show_command
 from birthmark.device.console import Parser
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def parser() -> Parser:
         title="commands", metavar="COMMAND", required=True, parser_class=Parser
     )
     run_command.add_to(commands)
+    renew_command.add_to(commands)
     show_command.add_to(commands)
     export_command.add_to(commands)
     service_commands.add_to(commands)

@@ -69,6 +69,7 @@ class ClientOptions(TypedDict, total=False):
     connect_timeout_s: float
     retry: RetryTimer | None
     now: Callable[[], datetime]
+    takes_all: bool
     renewal: bool | None
     renewal_port: int | None
     renewal_pace: Pace | None
@@ -87,6 +88,8 @@ class Client:
         connect_timeout_s: for TCP, for the TLS handshake and for the broker's answer, each.
         retry: how long to wait between attempts.
         now: the clock.
+        takes_all: whether messages of QoS 1 that no handler takes are acknowledged, and gone; otherwise they wait
+            at the broker for the next client of this session.
         renewal: whether to renew the certificate by itself when it is time (docs/renewal.md); by default a device
             with a state folder does.
         renewal_port: where the gateway renews what has expired; by default the port after its own.
@@ -108,6 +111,7 @@ class Client:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         retry: RetryTimer | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        takes_all: bool = True,
         renewal: bool | None = None,
         renewal_port: int | None = None,
         renewal_pace: Pace | None = None,
@@ -120,6 +124,7 @@ class Client:
             )
         self._credentials = credentials
         self._observe = observe
+        self._takes_all = takes_all
         self._handlers: list[tuple[str, MessageHandler]] = []
         self._command_handlers: dict[str, CommandHandler] = {}
         self._started = False
@@ -371,14 +376,18 @@ class Client:
         if answer is not None:
             self.publish(topics.reply(self.device_id, name), answer)
 
-    def _received(self, message: Message) -> None:
+    def _received(self, message: Message) -> bool:
+        """Call who wants a message; return whether it is done with."""
+        is_done = self._takes_all
         for topic_filter, handler in self._handlers:
             if topic_matches(topic_filter, message.topic):
+                is_done = True
                 try:
                     handler(message)
                 except Exception as error:  # noqa: BLE001 - it is somebody else's code; it is reported
                     _log.exception("a handler of %s failed", escaped(topic_filter))
                     self._observed(HandlerFailed(message.topic, error))
+        return is_done
 
     def _make_room(self) -> None:
         self._worker.wake()

@@ -16,6 +16,7 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
+from birthmark.device.renew_command import add_renewal_port_option
 from birthmark.device.stopping import Stopping, stopping_on_signals
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="S",
         help="seconds between two of them (%(default)s)",
     )
+    add_renewal_port_option(parser)
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument(
         "--once", action="store_true", help="do not try again: the first failure ends it, with its exit code"
@@ -71,7 +73,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     with stopping_on_signals() as stopping:
         running = _Running(console, stopping, once=arguments.once, give_up_after_s=arguments.give_up_after)
-        client = Client(credentials, observe=running.observe)
+        client = Client(credentials, observe=running.observe, renewal_port=arguments.renewal_port)
         client.command()(running.answer)
         client.start()
         try:

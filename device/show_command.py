@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import Credentials
+from birthmark.device.renewal.schedule import due_at
+from birthmark.device.renewal.store import RenewalStore
 
 if TYPE_CHECKING:
     import argparse
@@ -44,6 +46,15 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
             "not_after": facts.not_after.isoformat(),
             "days_left": int(left_s // 86_400),
             "trust_anchors": len(credentials.anchors_der),
+            "renews_at": due_at(facts, credentials.leaf_der).isoformat(timespec="seconds"),
+            "renewal": _renewal(RenewalStore(arguments.state)),
         }
     )
     return 0
+
+
+def _renewal(store: RenewalStore) -> str:
+    """Say how far a renewal has come."""
+    if store.candidate() is not None:
+        return "granted, not confirmed yet"
+    return "asked for" if store.asked() is not None else "none under way"

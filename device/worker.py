@@ -65,7 +65,7 @@ class Worker:
         retry: how long to wait between attempts.
         now: the clock, for messages.
         dispatcher: runs callbacks.
-        on_message: on the dispatcher's thread; is given each message.
+        on_message: on the dispatcher's thread; is given each message, and returns whether to acknowledge it.
         settled: on the worker's thread; is told what became of each attempt to connect, with which credentials.
 
     Raises:
@@ -83,7 +83,7 @@ class Worker:
         retry: RetryTimer,
         now: Callable[[], datetime],
         dispatcher: Dispatcher,
-        on_message: Callable[[Message], object],
+        on_message: Callable[[Message], bool],
         settled: Callable[[Credentials, ConnectionFailedError | None], object] = lambda _credentials, _error: None,
     ) -> None:
         self._credentials = credentials
@@ -375,10 +375,11 @@ class Worker:
         connection = self._connection
 
         def handle() -> None:
+            is_done = True
             try:
-                self._on_message(message)
+                is_done = self._on_message(message)
             finally:
-                if message.qos:
+                if message.qos and is_done:
                     with self._changed:
                         self._handled.append((connection, packet_id))
                     self._link.wake()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import secrets
 import threading
 from contextlib import ExitStack
 from datetime import timedelta
@@ -101,7 +102,12 @@ def _renewd(arguments: argparse.Namespace, console: Console) -> int:
         retiring.start()
         running.callback(retiring.stop)
         for address in arguments.broker:
-            client = Client(_credentials(arguments, station, address), observe=partial(event_lines.show, console))
+            # A session of its own: several services may answer, and the registry decides.
+            client = Client(
+                _credentials(arguments, station, address),
+                client_suffix=f"renewd-{secrets.token_hex(4)}",
+                observe=partial(event_lines.show, console),
+            )
             client.subscribe(topics.RENEWAL_REQUESTS, partial(service.take, client))
             client.start()
             running.callback(client.stop)
@@ -167,9 +173,8 @@ def _renew(arguments: argparse.Namespace, console: Console) -> int:
     payload = RenewalAnswer("renew-now", retry_after_s=arguments.spread).to_bytes()
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     for address in arguments.broker:
-        # A session of its own: the service may be connected with the same identity.
         credentials = _credentials(arguments, station, address)
-        with Client(credentials, client_suffix="renew") as client:
+        with Client(credentials, client_suffix=f"renew-{secrets.token_hex(4)}") as client:
             sent = [client.publish(topics.renewal_answer(DeviceId(row.name)), payload) for row in rows]
             for acknowledgement in sent:
                 acknowledgement.wait(SENT_WITHIN_S)

@@ -18,10 +18,12 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 import threading
 import time
+from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -42,6 +44,8 @@ TRIALS: Final = 3
 """How often a new certificate may be refused by the gateways before it is given up."""
 UNREACHED: Final = 2
 """How often nobody is reached with one of two certificates before the other is tried."""
+MAX_KEPT: Final = 100
+"""Words of other threads that wait while the record cannot be locked."""
 LONGEST_NAP_S: Final = 3600.0
 """The wall clock may jump: when a renewal is due is looked at this often."""
 
@@ -144,12 +148,29 @@ class Renewer:
     # What follows runs on the renewal's thread.
 
     def _run(self) -> None:
-        try:
-            with self._store.exclusive():
-                while self._take_one():
-                    self._guarded(self._step)
-        except BirthmarkError as error:
-            self._tell("failed", f"{error.message} ({error.hint})")
+        while True:
+            try:
+                with self._store.exclusive():
+                    while self._take_one():
+                        self._guarded(self._step)
+                    return
+            except BirthmarkError as error:
+                self._fail(f"{error.message} ({error.hint})")
+            if self._is_over_before(self._not_before):
+                return
+
+    def _is_over_before(self, deadline: float) -> bool:
+        """Keep what is told meanwhile, the latest of it, until it is time to try again; True at the end."""
+        kept: deque[Callable[[], None]] = deque(maxlen=MAX_KEPT)
+        while (left_s := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                job = self._inbox.get(timeout=left_s)
+                if job is None:
+                    return True
+                kept.append(job)
+        for job in kept:
+            self._inbox.put(job)
+        return False
 
     def _take_one(self) -> bool:
         """Wait for a word from another thread, or for the time of the next step; False at the end."""

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import stat
 from typing import TYPE_CHECKING
 
-import pytest
-from support.renewal_stand import Stand
-from support.watching import Watching, eventually
+from cryptography import x509
+from support.renewing_client import Renewing, client, client_started, device_command
+from support.watching import eventually
 
-from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
 from birthmark.device.credentials import Credentials
-from birthmark.device.events import Connected, Disconnected, RenewalChanged
-from birthmark.device.renewal.schedule import Pace
+from birthmark.device.events import AttemptFailed, Connected, Disconnected
 from birthmark.provisioning.registry.model import State
+from birthmark.provisioning.revocation import revoke
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-SOON = Backoff(0.05, 0.2)
-QUICK = Pace(answered_within_s=2.0, repeat=SOON, refused_wait_s=0.5)
-
-
-class Renewing(Watching):
-    """An observer that knows the states of a renewal."""
-
-    @property
-    def states(self) -> list[str]:
-        return [event.state for event in self.events if isinstance(event, RenewalChanged)]
-
-    def wait_for_state(self, state: str, count: int = 1) -> None:
-        eventually(lambda: self.states.count(state) >= count, f"{state}; these happened: {self.events}")
-
-
-def client(state: Path, watching: Watching) -> Client:
-    retry = RetryTimer(unreachable=SOON, refused=SOON)
-    return Client.from_folder(state, observe=watching, retry=retry, renewal_pace=QUICK)
-
-
-@pytest.fixture(scope="module")
-def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
-    with Stand(tmp_path_factory.mktemp("stand")) as stand:
-        yield stand
+    from support.renewal_stand import Renewd, Stand
 
 
 def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Stand) -> None:
@@ -72,3 +46,105 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
     with client(state, watching := Renewing()) as device:
         assert device.credentials.leaf_der == after.leaf_der
         assert watching.wait_for(Connected).client_id == "sensor-17"
+
+
+def test_what_is_due_is_renewed_without_being_asked(stand: Stand, renewd: Renewd) -> None:
+    state, watching = stand.device("due"), Renewing()
+    due = Credentials.from_folder(state).facts
+    late = due.not_before + (due.not_after - due.not_before) * 0.75
+    with client(state, watching, now=lambda: late):
+        watching.wait_for_state("renewed")
+    assert Credentials.from_folder(state).pem_path.name == "renewed"
+
+
+def test_what_is_not_due_is_left_alone(stand: Stand, renewd: Renewd) -> None:
+    state, watching = stand.device("young"), Renewing()
+    with client(state, watching) as device:
+        device.publish(device.telemetry("x"), b"1", wait=20)
+    assert watching.states == []
+    assert len(stand.rows("young")) == 1
+
+
+def test_renewed_twice_it_has_one_slot_and_three_rows(stand: Stand, renewd: Renewd) -> None:
+    state, watching = stand.device("twice"), Renewing()
+    with client(state, watching) as device:
+        for count in (1, 2):
+            device.renew()
+            watching.wait_for_state("renewed", count)
+    assert stand.live("twice").certificate_der == Credentials.from_folder(state).leaf_der
+    assert [row.state for row in stand.rows("twice")] == [State.ATTESTED] * 3
+
+
+def test_asked_by_the_station_it_renews(stand: Stand, renewd: Renewd) -> None:
+    """Online and offline: the gateway keeps the word for a device that is away."""
+    here, away = stand.device("asked-1"), stand.device("asked-2")
+    with client(away, Renewing()):
+        pass
+    watching, back = Renewing(), Renewing()
+    with client(here, watching):
+        asked = stand.birthmark("renew", "asked-*", "--spread", "0", "--json")
+        assert (asked.returncode, json.loads(asked.stdout)["asked"]) == (0, ["asked-1", "asked-2"]), asked.stderr
+        watching.wait_for_state("renewed")
+        with client(away, back):
+            back.wait_for_state("renewed")
+
+
+def test_an_expired_device_renews_on_the_listener_for_that(stand: Stand, renewd: Renewd) -> None:
+    """Its certificate has expired for the gateway: only the renewal listener lets it in."""
+    state, watching = stand.expired_device("late"), Renewing()
+    with client_started(state, watching, renewal_port=stand.renewal_port) as device:
+        watching.wait_for_state("renewed")
+        device.publish(device.telemetry("x"), b"1", wait=20)
+    assert next(event.error.check for event in watching.events if isinstance(event, AttemptFailed)) == "expired"
+    assert watching.states == ["asked", "granted", "trying", "confirming", "renewed"]
+    assert stand.live("late").certificate_der == Credentials.from_folder(state).leaf_der
+
+
+def test_a_revoked_device_gets_nowhere_and_keeps_what_it_has(stand: Stand, renewd: Renewd) -> None:
+    state, watching = stand.device("lost"), Renewing()
+    with client(state, watching) as device:
+        revoke(stand.station, "lost", x509.ReasonFlags.key_compromise)  # the gateways do not know it yet
+        device.renew()
+        watching.wait_for_state("refused")
+        assert "revoked" in renewd.wait_for("refused")["reason"]
+    assert sorted(path.name for path in state.iterdir()) == ["active", "renewal.lock"]
+
+
+def test_a_certificate_that_the_gateway_refuses_is_rolled_back(stand: Stand, renewd: Renewd) -> None:
+    state, watching = stand.device("unlucky"), Renewing()
+    before = Credentials.from_folder(state)
+    with client(state, watching) as device:
+        device.renew()
+        watching.wait_for_state("granted")
+        # Whatever the reason: here it is revoked between the grant and the trial.
+        stand.revoke_open_renewal("unlucky")
+        watching.wait_for_state("rolled-back")
+        device.publish(device.telemetry("x"), b"1", wait=20)
+        assert device.credentials.leaf_der == before.leaf_der
+    assert Credentials.from_folder(state) == before
+
+
+def test_one_client_renews_and_the_command_says_so(stand: Stand, renewd: Renewd) -> None:
+    state = stand.device("busy")
+    with client(state, Renewing()) as device:
+        device.publish(device.telemetry("x"), b"1", wait=20)
+        refused = device_command("renew", "--state", state)
+        assert refused.returncode == 5
+        assert "another client with this identity is running" in refused.stderr
+    done = device_command("renew", "--state", state, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(device_command("show", "--state", state, "--json").stdout)
+    assert (shown["slot"], shown["renewal"]) == ("renewed", "none under way")
+
+
+def test_the_command_leaves_commands_to_the_device(stand: Stand, renewd: Renewd) -> None:
+    state, got = stand.device("patient"), []
+    with client(state, Renewing()) as device:
+        device.command("reboot")(lambda command: got.append(command.payload))
+        device.publish(device.telemetry("x"), b"1", wait=20)
+    stand.send_command("patient", "reboot", b"now")
+    assert device_command("renew", "--state", state).returncode == 0
+    back = Client.from_folder(state)
+    back.command("reboot")(lambda command: got.append(command.payload))
+    with back:
+        eventually(lambda: got == [b"now"], f"the command; there is {got}")

@@ -9,17 +9,23 @@ import subprocess
 import sys
 import threading
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Self
 
+from cryptography import x509
 from support.mqtt_process import broker_process
 from support.renewing import PaperDevice
 from support.repository import ROOT
 from support.station import PASSPHRASE, new_station
 
+from birthmark.device import topics
 from birthmark.device.agent.keys import key_to_der
 from birthmark.device.agent.slots import Slot
+from birthmark.device.client import Client
+from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.bundle import Bundle, BundleConfig
+from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 
 if TYPE_CHECKING:
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
     from support.mqtt_process import BrokerProcess
 
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.station import Station
+from birthmark.provisioning.revocation import mark_revoked
+from birthmark.provisioning.station import Station
 
 DEADLINE_S = 30.0
 
@@ -107,13 +114,16 @@ class Stand:
 
     Args:
         folder: for all of it.
-        grace_days: of the gateway's renewal listener; None: it has none.
-        clock: the station's.
+        broker_toml: what the gateway's settings have in addition; PORT stands for that of its renewal listener.
+        early: devices made two years and a day ago.
     """
 
-    def __init__(self, folder: Path, *, broker_toml: str = "", clock: Any = None) -> None:
+    def __init__(self, folder: Path, *, broker_toml: str = "", early: tuple[str, ...] = ()) -> None:
         self.folder = folder
-        self.station: Station = new_station(folder / "station", clock)
+        made_at = datetime.now(UTC) - timedelta(days=731)
+        founded = new_station(folder / "station", lambda: made_at)
+        self._early = {name: PaperDevice.made(founded, name) for name in early}
+        self.station = Station.open(folder / "station", passphrase=PASSPHRASE)
         self._broker_folder = folder / "broker"
         self._broker_folder.mkdir(mode=0o700)
         issue_broker(self.station, ["localhost", "127.0.0.1"], self._broker_folder)
@@ -159,6 +169,47 @@ class Stand:
         return state_folder(
             self.folder / "devices" / name, self.station, PaperDevice.made(self.station, name), self.port
         )
+
+    def expired_device(self, name: str) -> Path:
+        """Return the state folder of a device that was made early: its certificate ended yesterday."""
+        return state_folder(self.folder / "devices" / name, self.station, self._early[name], self.port)
+
+    def revoke_open_renewal(self, name: str) -> None:
+        """Revoke what was granted and not confirmed, and bring that to the gateway."""
+        with self.station.registry.transaction() as transaction:
+            for row in transaction.named(name):
+                if row.is_open_renewal:
+                    word, now = "test", self.station.clock()
+                    mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=word, now=now)
+        self.bring_crl()
+
+    def bring_crl(self) -> None:
+        """Put a new CRL where the gateway watches."""
+        part = self.crl_path.with_name("crl.pem.new")
+        part.write_bytes(sign_and_store_crl(self.station).pem)
+        part.replace(self.crl_path)
+
+    def birthmark(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the station that goes to the gateway as the renewal service."""
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "birthmark.provisioning", *arguments),
+                *("--station", str(self.station.folder), "--identity", str(self.folder / "renewd.pem")),
+                *("--broker", f"localhost:{self.port}"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def send_command(self, name: str, command: str, payload: bytes) -> None:
+        """Send a command as an operator; the gateway has it when this returns."""
+        credentials = Credentials.from_files(
+            self.folder / "alice.pem", self.folder / "ca.pem", BrokerAddress("localhost", self.port)
+        )
+        with Client(credentials) as alice:
+            alice.publish(topics.command(DeviceId(name), command), payload, wait=20)
 
     def rows(self, name: str = "sensor-17") -> list[Row]:
         with self.station.registry.view() as view:

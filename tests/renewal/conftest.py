@@ -1,0 +1,31 @@
+"""A device that does not wait long, and what its renewal came to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from support.renewal_stand import Renewd, Stand
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    """Whoever kills its broker, or needs another clock, makes one of their own."""
+    with Stand(tmp_path_factory.mktemp("stand"), broker_toml=RENEWAL_LISTENER, early=("late",)) as stand:
+        yield stand
+
+
+@pytest.fixture(scope="module")
+def renewd(stand: Stand) -> Iterator[Renewd]:
+    """A renewal service for the tests of a module."""
+    with stand.renewd() as renewd:
+        yield renewd
+
+
+RENEWAL_LISTENER = """
+[renewal_listener]
+listen = "127.0.0.1:PORT"
+"""
