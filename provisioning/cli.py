@@ -9,6 +9,7 @@ from birthmark.provisioning import (
     audit_commands,
     backup_commands,
     batch_commands,
+    ca_commands,
     doctor_command,
     flash,
     label_command,
@@ -47,6 +48,7 @@ birthmark revoke sensor-17 --reason lost""",
     doctor_command.add_to(commands)
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)
+    ca_commands.add_to(commands)
     backup_commands.add_to(commands)
     renewal_commands.add_to(commands)
     return top

@@ -28,6 +28,7 @@ ONLY_READ = {
     "gateway list",
     "audit verify",
     "audit show",
+    "ca show",
 }
 KILLED_ELSEWHERE = {
     "flash": "tests/flash/test_processes.py",
