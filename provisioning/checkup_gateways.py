@@ -88,15 +88,15 @@ def check_unknown(facts: Facts) -> Iterator[Remark]:
     """A certificate that a gateway let in and that this registry does not know."""
     known = facts.census.names_by_serial
     strangers = {
-        (_shown(sighting), sighting.cert_serial)
+        f"{_shown(sighting)} ({escaped(sighting.cert_serial, 40)})"
         for _, sighting in _sightings(facts)
         if known.get(_cert_serial(sighting), "").lower() != sighting.id.lower()
     }
-    names = sorted(name for name, _ in strangers)
+    names = sorted(strangers)
     if names:
         plural = "identity was" if len(names) == 1 else "identities were"
         text = f"{len(names)} {plural} let in with a certificate of our CA that this registry does not know"
-        hint = "made after the backup that this station was restored from, or by another station with these keys"
+        hint = "made after the backup this station is from? if not wanted: birthmark revoke --cert-serial HEX"
         yield Remark("unknown", Level.BROKEN, text, hint, tuple(names[:NAMED]))
 
 

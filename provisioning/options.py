@@ -52,6 +52,14 @@ def revocation_reason(word: str) -> str:
     return word
 
 
+def cert_serial(text: str) -> int:
+    """Read a certificate's serial number, as an argument's type: hex, with or without colons."""
+    try:
+        return int(text.replace(":", ""), 16)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no serial number in hex") from None
+
+
 def station_folder(arguments: argparse.Namespace) -> Path:
     """Return the folder that the command is about."""
     folder: Path | None = arguments.station

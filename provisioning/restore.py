@@ -39,8 +39,8 @@ from birthmark.provisioning.crls import (
     unlock_all,
 )
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
-from birthmark.provisioning.registry.model import REASON_NAMES, Kind, Row, State
-from birthmark.provisioning.revocation import mark_revoked
+from birthmark.provisioning.registry.model import REASON_NAMES
+from birthmark.provisioning.revocation import lost_row, mark_revoked
 from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.interface import Transaction
 
 ROWS_JUMP: Final = 1_000_000
-LOST_ROLE: Final = "service-lost"
-"""The role of a row that stands for a certificate of which only the serial number is known."""
 _COPY_BYTES: Final = 1 << 16
 _MODES: Final = 0o644
 """No more than this, whatever an archive says."""
@@ -208,7 +206,7 @@ def _merge(transaction: Transaction, source: str, crl: KnownCrl) -> Merged:
     """Take over what one CRL says."""
     newly = 0
     for cert_serial, revoked_at, reason in crl.entries:
-        row = transaction.by_cert_serial(cert_serial) or _lost_row(transaction, cert_serial, crl.issuer)
+        row = transaction.by_cert_serial(cert_serial) or lost_row(transaction, cert_serial, crl.issuer)
         word = f"on CRL {crl.number} of before the restore"
         newly += mark_revoked(transaction, row, reason, word=word, now=revoked_at)
     number_name, time_name = crl_number_counter(crl.issuer), crl_this_update_counter(crl.issuer)
@@ -225,18 +223,6 @@ def _merge(transaction: Transaction, source: str, crl: KnownCrl) -> Merged:
         issuer=crl.issuer,
     )
     return Merged(source, crl.number, newly)
-
-
-def _lost_row(transaction: Transaction, cert_serial: int, issuer: str) -> Row:
-    """Add a row for a certificate that was issued after the backup: all that is known is that it is revoked."""
-    return transaction.insert(
-        kind=Kind.SERVICE,
-        name=f"lost-{cert_serial:x}",
-        role=LOST_ROLE,
-        state=State.RESERVED,
-        cert_serial=cert_serial,
-        issuer=issuer,
-    )
 
 
 def read_crls(path: Path, cas: Iterable[Ca]) -> list[KnownCrl]:

@@ -18,8 +18,9 @@ from cryptography import x509
 
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
+from birthmark.provisioning import profile
 from birthmark.provisioning.crls import sign_stale_crls, stale_crls, unlock_all
-from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.model import CERT_SERIAL_MAX, Kind, Row, State
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.interface import Transaction
     from birthmark.provisioning.station import Station
 
+LOST_ROLE: Final = "service-lost"
+"""The role of a row that stands for a certificate of which only the serial number is known."""
 _FLAGS: Final = x509.ReasonFlags
 REASONS: Final = {
     # What people say, and what RFC 5280 section 5.3.1 calls it. A lost or stolen key counts as compromised:
@@ -99,6 +102,52 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         with station.registry.view() as view:
             rows = [row for row in view.named(name) if row.is_revoked]
     return Revocation(tuple(rows), newly, crls)
+
+
+def revoke_certificate(
+    station: Station, cert_serial: int, reason: x509.ReasonFlags, *, word: str = ""
+) -> Revocation:
+    """Revoke one certificate alone, and bring the CRL up to date; also one that the registry does not know.
+
+    A station that was restored from a backup does not know what was issued after it; a gateway that saw such a
+    certificate names its serial number. It becomes a VOID row (`lost_row`), on the CRL of every CA.
+
+    Raises:
+        RegistryError: no CA of ours gives such a serial number; nothing was changed.
+        AuthorityError: a CA cannot be unlocked; nothing was changed.
+    """
+    if (cert_serial.bit_length() + 7) // 8 not in profile.CERT_SERIAL_OCTETS or cert_serial >= CERT_SERIAL_MAX:
+        raise RegistryError(
+            f"could not revoke the certificate {cert_serial:x}: that is no serial number of a station's",
+            hint="give it in hex, whole: `birthmark show ID` has it, or `birthmark doctor`",
+        )
+    with station.crl_lock():
+        unlock_all(station, [ca.key_id for ca in station.cas.issuing])
+        with station.registry.transaction() as transaction:
+            row = transaction.by_cert_serial(cert_serial) or lost_row(transaction, cert_serial)
+            newly = mark_revoked(transaction, row, reason, word=word, now=station.clock())
+        crls = sign_stale_crls(station)
+        with station.registry.view() as view:
+            row = view.row(row.number) or row
+    return Revocation((row,), newly, crls)
+
+
+def lost_row(transaction: Transaction, cert_serial: int, issuer: str = "") -> Row:
+    """Add a row for a certificate of which only the serial number is known, so that it can be revoked.
+
+    Args:
+        transaction: of the caller.
+        cert_serial: the certificate's.
+        issuer: the key identifier of the CA that issued it; empty if that is not known, either.
+    """
+    return transaction.insert(
+        kind=Kind.SERVICE,
+        name=f"lost-{cert_serial:x}",
+        role=LOST_ROLE,
+        state=State.RESERVED,
+        cert_serial=cert_serial,
+        issuer=issuer,
+    )
 
 
 def _revocable(station: Station, name: str) -> list[Row]:

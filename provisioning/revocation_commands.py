@@ -16,11 +16,12 @@ from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
     add_station_option,
+    cert_serial,
     open_station,
     revocation_reason,
     root_passphrase,
 )
-from birthmark.provisioning.revocation import REASONS, parse_reason, revoke
+from birthmark.provisioning.revocation import REASONS, parse_reason, revoke, revoke_certificate
 from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
 
 if TYPE_CHECKING:
@@ -43,11 +44,19 @@ def _add_revoke(commands: argparse._SubParsersAction[Parser]) -> None:
         """\
 birthmark revoke sensor-17 --reason lost
 birthmark revoke gateway-1.example.com --reason retired
-birthmark revoke alice --reason keyCompromise --json""",
+birthmark revoke alice --reason keyCompromise --json
+birthmark revoke --cert-serial 5a0c9d8e7f60514233241506f7e8d9ca --reason lost""",
     )
     add_station_option(parser)
     add_passphrase_option(parser)
-    parser.add_argument("name", metavar="ID", help="a device, a service or a broker")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", metavar="ID", nargs="?", help="a device, a service or a broker")
+    which.add_argument(
+        "--cert-serial",
+        type=cert_serial,
+        metavar="HEX",
+        help="one certificate alone, by its serial number; also one that this station does not know",
+    )
     parser.add_argument(
         "--reason", required=True, type=revocation_reason, metavar="REASON", help=", ".join(REASONS)
     )
@@ -59,7 +68,10 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
     reason = parse_reason(arguments.reason)
     if reason is None:
         raise ValueError("the parser lets no other reason through")
-    revocation = revoke(station, arguments.name, reason, word=arguments.reason)
+    if arguments.cert_serial is not None:
+        revocation = revoke_certificate(station, arguments.cert_serial, reason, word=arguments.reason)
+    else:
+        revocation = revoke(station, arguments.name, reason, word=arguments.reason)
     name, crls = revocation.rows[-1].name, revocation.crls
     deliveries = deliver_crl(station, crls, arguments.timeout)
     record = {

@@ -250,3 +250,28 @@ def test_it_needs_a_place_and_something_to_restore(birthmark: Command, tmp_path:
         answer = birthmark("restore", *words)
         assert answer.exit_code == 1
         assert cause in answer.stderr
+
+
+def test_a_certificate_that_is_not_known_is_revoked_by_its_serial_number(
+    birthmark: Command, living: Station
+) -> None:
+    unknown = 0x5A0C9D8E7F60514233241506F7E8D9CA
+    answer = birthmark("revoke", "--cert-serial", f"{unknown:x}", "--reason", "lost", "--json")
+    assert answer.exit_code == 0
+    assert answer.records[0]["revoked"] == f"lost-{unknown:x}"
+    crls = current_crl(living)
+    assert crls is not None
+    assert crls.cert_serials == {unknown}
+    again = birthmark("revoke", "--cert-serial", f"{unknown:X}", "--reason", "lost")
+    assert "it was before" in again.stdout
+    row = enrolled_row(living, "sensor-1")
+    one = birthmark("revoke", "--cert-serial", f"{row.cert_serial:x}", "--reason", "superseded", "--json")
+    assert one.records[0]["revoked"] == "sensor-1"
+    assert len(rows(living)) == 2
+    for wrong in ("5a", "0", f"{1 << 159:x}", "5a" * 30):
+        refused = birthmark("revoke", "--cert-serial", wrong, "--reason", "lost")
+        assert refused.exit_code == 6
+        assert "no serial number of a station's" in refused.stderr
+    assert birthmark("revoke", "--cert-serial", "rubbish", "--reason", "lost").exit_code == 2
+    assert birthmark("revoke", "--reason", "lost").exit_code == 2
+    assert len(rows(living)) == 2

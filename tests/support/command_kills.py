@@ -231,6 +231,9 @@ SCENARIOS: dict[str, Scenario] = {
         finished=is_revoked,
         code=1,
     ),
+    "revoke --cert-serial": Scenario(
+        ["revoke", "--cert-serial", "5a" * 16, "--reason", "lost"], finished=all_listed
+    ),
     "crl": Scenario(["crl"], finished=lambda root: crl_number_of(root) >= 2),
     "crl --root": Scenario(["crl", "--root"]),
     "gateway add": Scenario(
