@@ -16,6 +16,7 @@ import pyrage
 import pytest
 from support.station import PASSPHRASE, Command, enrolled_row
 
+from birthmark.device.durable import exclusive_lock
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.provisioning import audit
 from birthmark.provisioning.age import Encrypting
@@ -151,6 +152,24 @@ def _copy(tmp_path: Path, content: bytes) -> Path:
     path = tmp_path / f"{len(content)}.age"
     path.write_bytes(content)
     return path
+
+
+def test_nobody_else_changes_anything_while_it_is_taken(
+    living: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    files = living.files
+
+    def attempt() -> list[Path]:
+        for name in ("crl.lock", "registry.lock"):
+            with pytest.raises(BlockingIOError), exclusive_lock(living.folder / name, wait=False):
+                pass
+            tried.append(name)
+        return files()
+
+    monkeypatch.setattr(living, "files", attempt)
+    backed_up(living, tmp_path / "backup.age")
+    assert tried == ["crl.lock", "registry.lock"]
 
 
 WRITER = """

@@ -5,11 +5,13 @@ from __future__ import annotations
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
+import pytest
 from support.station import PASSPHRASE
 
 from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError
 from birthmark.device.pem import CERTIFICATE, read_blocks
-from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:
@@ -49,3 +51,18 @@ def test_an_attempt_at_work_is_not_taken_for_a_killed_one(living: Station, tmp_p
     assert [type(refusal) for refusal in refusals] == [EnrollmentRefusedError]
     blocks = read_blocks((tmp_path / "alice.pem").read_bytes())
     assert next(der for label, der in blocks if label == CERTIFICATE) == row.certificate_der
+
+
+def test_a_gateway_counts_as_issued_once_all_its_files_are_there(living: Station, tmp_path: Path) -> None:
+    out = tmp_path / "gateway"
+    (out / "crl.pem").mkdir(parents=True)  # in the way
+    with pytest.raises(IsADirectoryError):
+        issue_broker(living, ["localhost"], out)
+    with living.registry.view() as view:
+        (row,) = view.named("localhost")
+    assert row.state is State.ISSUED
+    (out / "crl.pem").rmdir()
+    finished = issue_broker(living, ["localhost"], out)
+    assert (finished.row.number, finished.row.state) == (row.number, State.ATTESTED)
+    assert all(path.is_file() for path in finished.paths)
+    assert sorted(path.name for path in out.iterdir()) == ["clients-ca.pem", "crl.pem", "server.pem"]

@@ -154,6 +154,14 @@ def test_an_operator_reads_it_and_a_killed_gateway_still_knows(tmp_path: Path, p
         assert [place.address for place in told.addresses] == ["127.0.0.1"]
         broker.process.kill()
         broker.process.wait(20)
+    with broker_process(config) as broker:
+        with RawClient.connect(broker.port, operator) as alice:
+            alice.handshake(mqtt.connect("alice")).subscribed((seen, 1))
+            assert Sighting.from_bytes(alice.read_delivery().payload) == told
+        with RawClient.connect(broker.port, device) as client:
+            client.handshake(mqtt.connect("sensor-1"))
+        broker.process.terminate()  # says all that is new, and this is not: it goes on from what it knew
+        broker.process.wait(20)
     with broker_process(config) as broker, RawClient.connect(broker.port, operator) as alice:
         alice.handshake(mqtt.connect("alice")).subscribed((seen, 1))
         assert Sighting.from_bytes(alice.read_delivery().payload) == told
