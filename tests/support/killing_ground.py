@@ -39,7 +39,15 @@ from birthmark.provisioning.station import Station
 if TYPE_CHECKING:
     from types import FrameType
 
-DEADLY = ("device/durable.py", "provisioning/founding.py", "provisioning/issuing.py", "provisioning/revocation.py")
+DEADLY = (
+    "device/durable.py",
+    "device/renewal/store.py",
+    "provisioning/founding.py",
+    "provisioning/issuing.py",
+    "provisioning/renewal.py",
+    "provisioning/retirement.py",
+    "provisioning/revocation.py",
+)
 DEADLY_FUNCTIONS = ("append_missing", "_write_all", "transaction", "save")
 
 

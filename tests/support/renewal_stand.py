@@ -170,6 +170,11 @@ class Stand:
             self.folder / "devices" / name, self.station, PaperDevice.made(self.station, name), self.port
         )
 
+    def fleet(self, count: int) -> list[Path]:
+        """Make many devices; return their state folders."""
+        made = PaperDevice.made_all(self.station, [f"fleet-{number}" for number in range(count)])
+        return [state_folder(self.folder / "fleet" / one.name, self.station, one, self.port) for one in made]
+
     def expired_device(self, name: str) -> Path:
         """Return the state folder of a device that was made early: its certificate ended yesterday."""
         return state_folder(self.folder / "devices" / name, self.station, self._early[name], self.port)

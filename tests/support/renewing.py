@@ -24,6 +24,8 @@ from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.renewal import Asked
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from birthmark.provisioning.station import Station
 
 
@@ -57,43 +59,57 @@ class PaperDevice:
     @classmethod
     def made(cls, station: Station, name: str = "sensor-17") -> PaperDevice:
         """Bring a device to ATTESTED, as an enrollment does."""
-        key = new_key()
-        public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        hwid = sha256(name.encode())[:8]
-        authority = station.authority
+        (device,) = cls.made_all(station, [name])
+        return device
+
+    @classmethod
+    def made_all(cls, station: Station, names: Sequence[str]) -> list[PaperDevice]:
+        """Bring many devices to ATTESTED, in few writes."""
+        authority, keys, rows = station.authority, [new_key() for _ in names], []
         with station.registry.transaction() as transaction:
-            row = transaction.insert(
-                kind=Kind.DEVICE,
-                name=name,
-                role="sensor",
-                state=State.KEYED,
-                hwid=hwid,
-                txn=secrets.token_bytes(16),
-                public_key_der=public,
-                cert_serial=authority.new_cert_serial(),
-                issuer=authority.key_id,
-            )
-        assert row.cert_serial is not None
-        leaf_der = authority.issue_device(
-            name=name,
-            role="sensor",
-            public_key_der=public,
-            cert_serial=row.cert_serial,
-            now=station.clock(),
-        )
-        leaf = x509.load_der_x509_certificate(leaf_der)
-        with station.registry.transaction() as transaction:
-            row = transaction.update(
-                replace(
-                    row,
-                    state=State.ATTESTED,
-                    certificate_der=leaf_der,
-                    bundle_sha256=sha256(b"bundle"),
-                    not_before=leaf.not_valid_before_utc,
-                    not_after=leaf.not_valid_after_utc,
+            for name, key in zip(names, keys, strict=True):
+                public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+                row = transaction.insert(
+                    kind=Kind.DEVICE,
+                    name=name,
+                    role="sensor",
+                    state=State.KEYED,
+                    hwid=sha256(name.encode())[:8],
+                    txn=secrets.token_bytes(16),
+                    public_key_der=public,
+                    cert_serial=authority.new_cert_serial(),
+                    issuer=authority.key_id,
+                )
+                rows.append(row)
+        leaves = []
+        for row in rows:
+            assert row.cert_serial is not None
+            assert row.public_key_der is not None
+            leaves.append(
+                authority.issue_device(
+                    name=row.name,
+                    role="sensor",
+                    public_key_der=row.public_key_der,
+                    cert_serial=row.cert_serial,
+                    now=station.clock(),
                 )
             )
-        return cls(name, key, leaf_der, row)
+        made = []
+        with station.registry.transaction() as transaction:
+            for key, row, leaf_der in zip(keys, rows, leaves, strict=True):
+                leaf = x509.load_der_x509_certificate(leaf_der)
+                stored = transaction.update(
+                    replace(
+                        row,
+                        state=State.ATTESTED,
+                        certificate_der=leaf_der,
+                        bundle_sha256=sha256(b"bundle"),
+                        not_before=leaf.not_valid_before_utc,
+                        not_after=leaf.not_valid_after_utc,
+                    )
+                )
+                made.append(cls(row.name, key, leaf_der, stored))
+        return made
 
     @property
     def device_id(self) -> DeviceId:
