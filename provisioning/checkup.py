@@ -32,6 +32,7 @@ from birthmark.provisioning.gateway_look import Look, look_at
 from birthmark.provisioning.gateway_receipts import standing_of
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.retirement import due_retirements
 from birthmark.provisioning.station import KEYS_FOLDER
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class Census:
     ending: list[Row] = field(default_factory=list)
     """In use, and ended or ending within 30 days."""
     stuck: list[Row] = field(default_factory=list)
+    renewing: list[Row] = field(default_factory=list)
+    """Renewals that their devices have not confirmed for a day."""
     made: dict[str, tuple[str, datetime]] = field(default_factory=dict)
     """Devices in use: the name and when it was made, by its folded name."""
     names_by_serial: dict[int, str] = field(default_factory=dict)
@@ -159,7 +162,7 @@ class Census:
                 self.revoked_at[row.cert_serial] = row.revoked_at
         self._look_at_key(row)
         if row.state not in (State.ATTESTED, State.VOID) and self.now - row.changed_at > STUCK_AFTER:
-            self.stuck.append(row)
+            (self.renewing if row.is_open_renewal else self.stuck).append(row)
         if row.state is not State.ATTESTED or not row.is_live or row.is_revoked or row.not_after is None:
             return
         self.in_use[row.kind] += 1
@@ -198,6 +201,8 @@ class Facts:
     cas: tuple[CaFacts, ...] = ()
     batch: Batch | None = None
     quarantined: tuple[Quarantined, ...] = ()
+    overdue_retirements: int = 0
+    """Certificates that were renewed, and should have been revoked a day ago."""
     files: tuple[FileFacts, ...] = ()
     user: int = 0
     audit: AuditFacts = field(default_factory=lambda: AuditFacts(Head(), Head()))
@@ -232,6 +237,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
             "last_backup_at": datetime.fromtimestamp(backed_up_s, UTC) if backed_up_s else None,
             "batch": view.open_batch(),
             "quarantined": tuple(view.quarantined()),
+            "overdue_retirements": len(due_retirements(view, now - STUCK_AFTER)),
         }
         looks = _looks(station, view)
     if timeout_s is not None:

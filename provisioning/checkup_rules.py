@@ -208,6 +208,16 @@ def _check_stuck(facts: Facts) -> Iterator[Remark]:
         yield _about("stuck", Level.SOON, text, "finish them (birthmark resume), or revoke them", stuck)
 
 
+def _check_renewals(facts: Facts) -> Iterator[Remark]:
+    if facts.overdue_retirements:
+        text = f"{_count(facts.overdue_retirements, 'renewed certificate')} not revoked, and it is past the grace"
+        yield Remark("renewals", Level.SOON, text, "see that birthmark renewd runs")
+    if facts.census.renewing:
+        text = f"{_count(len(facts.census.renewing), 'renewal')} not confirmed for more than a day"
+        hint = "the device keeps its old certificate, and asks again when it is online"
+        yield _about("renewals", Level.NOTE, text, hint, facts.census.renewing)
+
+
 def _check_audit(facts: Facts) -> Iterator[Remark]:
     found, expected = facts.audit.found, facts.audit.expected
     hint = "see where: birthmark audit verify"
@@ -281,6 +291,7 @@ CHECKS: Final[tuple[tuple[str, Callable[[Facts], Iterable[Remark]]], ...]] = (
     ("batch", _check_batch),
     ("quarantine", _check_quarantine),
     ("stuck", _check_stuck),
+    ("renewals", _check_renewals),
     ("audit", _check_audit),
     ("backup", _check_backup),
     ("disk", _check_disk),

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
-from support.station import PASSPHRASE, Clock, Command, enrolled_row, new_station
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from support.station import CHEAP, PASSPHRASE, Clock, Command, enrolled_row, new_station
 from support.station_broker import station_broker
 
 from birthmark.device.errors import AuthorityError, BirthmarkError, ConfigurationError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit, profile
 from birthmark.provisioning.backup import back_up
+from birthmark.provisioning.cas import Ca, CaKind, put_ca
+from birthmark.provisioning.checkup import gather
 from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
 from birthmark.provisioning.gateways import Outcome, deliver
 from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.restore import ROWS_JUMP, Restored, merge_crls, read_crls, restore
 from birthmark.provisioning.revocation import revoke
@@ -275,3 +281,56 @@ def test_a_certificate_that_is_not_known_is_revoked_by_its_serial_number(
     assert birthmark("revoke", "--cert-serial", "rubbish", "--reason", "lost").exit_code == 2
     assert birthmark("revoke", "--reason", "lost").exit_code == 2
     assert len(rows(living)) == 2
+
+
+def with_a_newer_ca(station: Station) -> tuple[Ca, Ca]:
+    """Put a new issuing CA in charge of clients; return the old one and the new one."""
+    old = station.cas.for_clients
+    root = station.root_issuer(PASSPHRASE)
+    key, now = generate_private_key(SECP256R1()), station.clock()
+    certificate = profile.issuing_certificate(
+        root, key.public_key(), organization="Acme", cert_serial=profile.new_cert_serial(os.urandom), now=now
+    )
+    new = Ca.made(CaKind.ISSUING, certificate, old.root, now, activated_at=now, clients=True)
+    write_key(station.key_path(new), key, PASSPHRASE, CHEAP)
+    with station.registry.transaction() as transaction:
+        put_ca(transaction, replace(old, clients=False))
+        put_ca(transaction, new)
+    sign_and_store_crl(station)
+    return old, new
+
+
+def test_with_several_cas_each_goes_on_from_its_own_crl(living: Station, tmp_path: Path) -> None:
+    enrolled_row(living, "of-the-old")
+    old, new = with_a_newer_ca(living)
+    enrolled_row(living, "of-the-new")
+    backup = backed_up(living, tmp_path / "backup.age")
+    late = enrolled_row(living, "late")
+    for name in ("of-the-old", "of-the-new", "late"):
+        held = revoke(living, name, LOST).crls
+    copy = tmp_path / "gateway.crl.pem"
+    copy.write_bytes(held.pem)
+    shutil.rmtree(living.folder)
+
+    restored = brought_back(backup, tmp_path / "to", copy)
+    assert [merged.newly for merged in restored.merged] == [2, 1]
+    before = {crl.issuer: crl for crl in held.crls}
+    after = {crl.issuer: crl for crl in restored.crls.crls}
+    assert before.keys() == after.keys() == {old.key_id, new.key_id}
+    for key_id, crl in after.items():
+        assert crl.cert_serials == before[key_id].cert_serials
+        assert crl.number > before[key_id].number
+        assert restored.station.authority_of(key_id).key_id == key_id
+    with restored.station.registry.view() as view:
+        row = view.by_cert_serial(late.cert_serial or 0)
+    assert row is not None
+    assert row.issuer == new.key_id
+    assert gather(restored.station, timeout_s=None).census.rows == 3
+
+
+def test_a_key_of_a_ca_that_only_signs_its_crl_is_checked_too(living: Station, tmp_path: Path) -> None:
+    old, _ = with_a_newer_ca(living)
+    living.key_path(old).unlink()
+    with pytest.raises(AuthorityError, match="it is not there"):
+        brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
+    assert not (tmp_path / "to").exists()
