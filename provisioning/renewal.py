@@ -267,6 +267,7 @@ class Renewals:
                 row,
                 state=State.ISSUED,
                 certificate_der=leaf_der,
+                anchors=renewed.anchors,
                 not_before=leaf.not_valid_before_utc,
                 not_after=leaf.not_valid_after_utc,
             )

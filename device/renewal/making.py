@@ -21,7 +21,7 @@ from cryptography import x509
 from birthmark.device.agent.keys import key_from_der, key_to_der, make_key, signing_request
 from birthmark.device.agent.slots import Slot
 from birthmark.device.certificate_facts import certificate_facts
-from birthmark.device.errors import RemoteProtocolError
+from birthmark.device.errors import CredentialError, RemoteProtocolError
 from birthmark.device.link.bundle import Bundle, check_bundle
 from birthmark.device.link.transcript import sign
 from birthmark.device.renewal.anchors import may_sign_certificates, verified_anchors
@@ -86,7 +86,10 @@ def granted(
         anchors = verified_anchors(
             answer.anchors, device_id=config.device_id, nonce=request.nonce, trusted_der=trusted, now=now
         )
-    begins_at = int(certificate_facts(answer.leaf_der).not_before.timestamp())
+    try:
+        begins_at = int(certificate_facts(answer.leaf_der).not_before.timestamp())
+    except CredentialError as error:
+        raise RemoteProtocolError(f"could not take a renewed certificate: {error.message}") from error
     bundle = Bundle(
         leaf_der=answer.leaf_der,
         issuing_der=answer.chain_der,

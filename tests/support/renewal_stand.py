@@ -216,6 +216,14 @@ class Stand:
         with Client(credentials) as alice:
             alice.publish(topics.command(DeviceId(name), command), payload, wait=20)
 
+    def answer_as_service(self, name: str, payload: bytes, *, retain: bool = False) -> None:
+        """Publish on a device's `renewal/answer`; the gateway has it when this returns."""
+        credentials = Credentials.from_files(
+            self.folder / "renewd.pem", self.folder / "ca.pem", BrokerAddress("localhost", self.port)
+        )
+        with Client(credentials, client_suffix="test") as service:
+            service.publish(topics.renewal_answer(DeviceId(name)), payload, retain=retain, wait=20)
+
     def rows(self, name: str = "sensor-17") -> list[Row]:
         with self.station.registry.view() as view:
             return view.named(name)
