@@ -77,6 +77,11 @@ class Remark:
     """Identities, gateways or files that it is about; a few of them."""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with its noun: `1 device`, `2 devices`."""
+    return f"1 {one}" if number == 1 else f"{number} {many or one + 's'}"
+
+
 @dataclass(frozen=True, slots=True)
 class CrlFacts:
     """A CRL that the station keeps."""

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.escape import escaped
-from birthmark.provisioning.checkup import CaFacts, Facts, Level, Remark
+from birthmark.provisioning.checkup import CaFacts, Facts, Level, Remark, counted
 from birthmark.provisioning.checkup_gateways import (
     check_addresses,
     check_gateway_crls,
@@ -54,10 +54,10 @@ def _check_devices(facts: Facts) -> Iterator[Remark]:
     ended = [row for row in ending if _ends(row) < facts.now]
     soon = [row for row in ending if _ends(row) >= facts.now]
     if ended:
-        text = f"{_count(len(ended), 'device')} cannot connect: the certificate has ended"
+        text = f"{counted(len(ended), 'device')} cannot connect: the certificate has ended"
         yield _about("devices", Level.SOON, text, "renew or reflash them", ended)
     if soon:
-        text = f"{_count(len(soon), 'device certificate')} to end within 30 days"
+        text = f"{counted(len(soon), 'device certificate')} to end within 30 days"
         hint = "a device renews by itself at two thirds of the lifetime: is it online?"
         yield _about("devices", Level.SOON, text, hint, soon)
 
@@ -111,7 +111,7 @@ def _crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:
         text = f"the CRL of {ca.name} is past half of its life: it ends on {ca.crl.next_update:%Y-%m-%d %H:%M}"
         yield Remark("crls", Level.SOON, text, hint, (ca.name,))
     if ca.crl.missing:
-        text = f"{_count(ca.crl.missing, 'revoked certificate')} not on the CRL of {ca.name}: still let in"
+        text = f"{counted(ca.crl.missing, 'revoked certificate')} not on the CRL of {ca.name}: still let in"
         yield Remark("crls", Level.BROKEN, text, hint, (ca.name,))
 
 
@@ -136,15 +136,15 @@ def _check_root_key(facts: Facts) -> Iterator[Remark]:
 def _check_keys(facts: Facts) -> Iterator[Remark]:
     census = facts.census
     if census.odd_keys:
-        text = f"{_count(len(census.odd_keys), 'key')} of another kind than P-256"
+        text = f"{counted(len(census.odd_keys), 'key')} of another kind than P-256"
         yield _about("keys", Level.SOON, text, "issue these identities anew", census.odd_keys)
     if census.duplicate_keys:
-        text = f"{_count(len(census.duplicate_keys), 'key')} that another identity has, too"
+        text = f"{counted(len(census.duplicate_keys), 'key')} that another identity has, too"
         hint = "revoke both, and find out how it came to that"
         yield _about("keys", Level.BROKEN, text, hint, census.duplicate_keys)
     for trouble in sorted({trouble for _, trouble in census.foreign}):
         rows = [row for row, what in census.foreign if what == trouble]
-        text = f"{_count(len(rows), 'certificate')} in the registry: {trouble}"
+        text = f"{counted(len(rows), 'certificate')} in the registry: {trouble}"
         hint = "the registry was changed by hand, or is damaged: restore it from a backup"
         yield _about("keys", Level.BROKEN, text, hint, rows)
 
@@ -196,7 +196,7 @@ def _check_quarantine(facts: Facts) -> Iterator[Remark]:
     units = facts.quarantined
     if units:
         since = min(unit.since for unit in units)
-        text = f"{_count(len(units), 'unit')} in quarantine, the first since {since:%Y-%m-%d}"
+        text = f"{counted(len(units), 'unit')} in quarantine, the first since {since:%Y-%m-%d}"
         named = tuple(unit.name or unit.hwid.hex() for unit in units[:NAMED])
         yield Remark("quarantine", Level.SOON, text, "birthmark quarantine list", named)
 
@@ -204,16 +204,16 @@ def _check_quarantine(facts: Facts) -> Iterator[Remark]:
 def _check_stuck(facts: Facts) -> Iterator[Remark]:
     stuck = facts.census.stuck
     if stuck:
-        text = f"{_count(len(stuck), 'identity', 'identities')} begun more than a day ago and not finished"
+        text = f"{counted(len(stuck), 'identity', 'identities')} begun more than a day ago and not finished"
         yield _about("stuck", Level.SOON, text, "finish them (birthmark resume), or revoke them", stuck)
 
 
 def _check_renewals(facts: Facts) -> Iterator[Remark]:
     if facts.overdue_retirements:
-        text = f"{_count(facts.overdue_retirements, 'renewed certificate')} not revoked, and it is past the grace"
+        text = f"{counted(facts.overdue_retirements, 'renewed certificate')} not revoked, and it is past the grace"
         yield Remark("renewals", Level.SOON, text, "see that birthmark renewd runs")
     if facts.census.renewing:
-        text = f"{_count(len(facts.census.renewing), 'renewal')} not confirmed for more than a day"
+        text = f"{counted(len(facts.census.renewing), 'renewal')} not confirmed for more than a day"
         hint = "the device keeps its old certificate, and asks again when it is online"
         yield _about("renewals", Level.NOTE, text, hint, facts.census.renewing)
 
@@ -228,7 +228,7 @@ def _check_audit(facts: Facts) -> Iterator[Remark]:
         yield Remark("audit", Level.BROKEN, text, hint)
     elif facts.audit.lacked:
         text = (
-            f"the audit log lacked {_count(facts.audit.lacked, 'entry', 'entries')} at its end; it is whole again"
+            f"the audit log lacked {counted(facts.audit.lacked, 'entry', 'entries')} at its end; it is whole again"
         )
         hint = "a command was killed or is at work; otherwise somebody cut the log's end"
         yield Remark("audit", Level.NOTE, text, hint)
@@ -262,15 +262,11 @@ def _ends(row: Row) -> datetime:
     return row.not_after
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"1 {one}" if number == 1 else f"{number} {many or one + 's'}"
-
-
 def _span(span: timedelta) -> str:
     for name, unit in (("day", timedelta(days=1)), ("hour", timedelta(hours=1)), ("minute", timedelta(minutes=1))):
         if span >= 2 * unit:
             return f"{span // unit} {name}s"
-    return _count(int(span.total_seconds()), "second")
+    return counted(int(span.total_seconds()), "second")
 
 
 CHECKS: Final[tuple[tuple[str, Callable[[Facts], Iterable[Remark]]], ...]] = (

@@ -6,7 +6,7 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from birthmark.provisioning.checkup import Level
+from birthmark.provisioning.checkup import Level, counted
 from birthmark.provisioning.registry.model import Kind
 
 if TYPE_CHECKING:
@@ -34,29 +34,31 @@ def show(console: Console, facts: Facts, remarks: Sequence[Remark]) -> None:
             console.emit(record, "")
         return
     census = facts.census
-    console.say(
-        f"in use: {census.in_use[Kind.DEVICE]} devices, {census.in_use[Kind.SERVICE]} services, "
-        f"{census.in_use[Kind.BROKER]} brokers"
-    )
-    console.say("\ndevices by the week in which their certificate ends")
-    for line in chart(facts, with_bars=sys.stdout.isatty()):
-        console.say(line)
-    console.say("")
+    in_use = ", ".join(f"{counted(census.in_use[kind], kind.value)}" for kind in Kind)
+    console.say(f"in use: {in_use}\n")
+    if census.in_use[Kind.DEVICE]:
+        console.say("devices by the week in which their certificate ends")
+        for line in chart(facts, with_bars=sys.stdout.isatty()):
+            console.say(line)
+        console.say("")
     for remark in remarks:
-        if remark.level is Level.WELL:
-            continue
-        word = console.paint(f"{_WORDS[remark.level]:<6}", _COLOURS[remark.level])
-        console.say(f"{word}  {remark.check}: {remark.text}")
-        named = ", ".join(name for name in remark.about if name not in remark.text)
-        if named:
-            console.say(f"        {named}")
-        if remark.hint:
-            console.say(f"        {console.paint('hint:', 'bold')} {remark.hint}")
+        if remark.level is not Level.WELL:
+            _show_remark(console, remark)
     well = [remark.check for remark in remarks if remark.level is Level.WELL]
     if well:
         console.say(console.paint(f"well    {', '.join(well)}", "green"))
     if not facts.looked_at_gateways:
         console.say("the gateways were not looked at (--offline)")
+
+
+def _show_remark(console: Console, remark: Remark) -> None:
+    word = console.paint(f"{_WORDS[remark.level]:<6}", _COLOURS[remark.level])
+    console.say(f"{word}  {remark.check}: {remark.text}")
+    named = ", ".join(name for name in remark.about if name not in remark.text)
+    if named:
+        console.say(f"        {named}")
+    if remark.hint:
+        console.say(f"        {console.paint('hint:', 'bold')} {remark.hint}")
 
 
 def records(facts: Facts, remarks: Sequence[Remark]) -> Iterator[dict[str, Any]]:

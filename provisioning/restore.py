@@ -29,7 +29,7 @@ from birthmark.device.durable import durable_file, private_folder, rename_durabl
 from birthmark.device.errors import ConfigurationError, CredentialError
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit, founding
-from birthmark.provisioning.backup import Manifest, opened
+from birthmark.provisioning.backup import LAST_BACKUP_AT, Manifest, opened
 from birthmark.provisioning.cas import Ca, read_cas
 from birthmark.provisioning.crls import (
     CrlSet,
@@ -184,6 +184,7 @@ def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
     transaction.set_counter(LAST_ROW, transaction.counter(LAST_ROW) + ROWS_JUMP)
     backed_up_at = int(manifest.created_at.timestamp())
     transaction.set_counter(LAST_ISSUED_AT, max(transaction.counter(LAST_ISSUED_AT), backed_up_at))
+    transaction.set_counter(LAST_BACKUP_AT, max(transaction.counter(LAST_BACKUP_AT), backed_up_at))
 
 
 def _from_gateways(station: Station) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
@@ -192,7 +193,7 @@ def _from_gateways(station: Station) -> tuple[list[tuple[str, KnownCrl]], list[M
     unknown: list[Merged] = []
     for gateway in station.settings.gateways:
         if gateway.crl_path is None:
-            cause = f"it is reached by {gateway.reached_by}: copy data/*.crl from there"
+            cause = f"it is reached by {gateway.reached_by}: copy data/crl/*.crl from there"
             unknown.append(Merged(gateway.name, cause=cause))
             continue
         try:
