@@ -1,0 +1,71 @@
+"""`make bench`: birthmark beside its peers, in the same run, as ratios.
+
+`python -m bench` measures every section; `--quick` takes two minutes. What it found is a table on the terminal,
+and with `--json` and `--svg` a file and a picture. Traffic goes to 127.0.0.1 alone, and the run ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import messages
+from bench.fleet_pki import FleetPki
+from bench.peers import MOSQUITTO, available
+from bench.report import Figure, line, machine, to_json, to_svg
+
+ROUNDS, SECONDS = 5, 1.0
+QUICK_ROUNDS, QUICK_SECONDS = 1, 0.4
+
+
+def main() -> int:
+    """Measure."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description="birthmark beside its peers")
+    parser.add_argument("--quick", action="store_true", help="one short round of each")
+    parser.add_argument("--rounds", type=int, help="how often each is measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios there")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
+    seconds = QUICK_SECONDS if arguments.quick else SECONDS
+    versions = available()
+    where = machine()
+    print(
+        f"{where['date']}, {where['cpus']} x {where['cpu']}, {where['memory_gib']} GiB, Python {where['python']}"
+    )
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if MOSQUITTO not in versions:
+        print("Mosquitto is not installed (apt install mosquitto): what is measured beside it has no ratio")
+    found: list[Figure] = []
+    with tempfile.TemporaryDirectory(prefix="birthmark-bench-") as name:
+        folder = Path(name)
+        pki = FleetPki(folder)
+        for number in range(messages.DEVICES):
+            pki.client(f"dev-{number:03}")
+        for number in range(messages.OPERATORS):
+            pki.client(f"op-{number}", "operator")
+        section = ""
+        for figure in messages.figures(folder, rounds, seconds, _say):
+            _say("")
+            if figure.section != section:
+                section = figure.section
+                print(f"\n{section}")
+            print(line(figure), flush=True)
+            found.append(figure)
+    if arguments.json:
+        arguments.json.write_text(to_json(found, versions) + "\n")
+    if arguments.svg:
+        arguments.svg.write_text(to_svg(found, versions))
+    return 0
+
+
+def _say(text: str) -> None:
+    """Show what is going on, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text[:100]}", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
