@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -13,13 +14,14 @@ from support.pki import Authority, Pki, now
 from support.renewing_client import Renewing, client, client_started
 from support.watching import eventually
 
+from birthmark.device import topics
 from birthmark.device.agent.keys import key_from_der, key_to_der
 from birthmark.device.agent.slots import Slot
 from birthmark.device.certificate_facts import certificate_facts
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import ProtocolError
-from birthmark.device.events import Connected, Disconnected
+from birthmark.device.events import AttemptFailed, Connected, Disconnected
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.bundle import Bundle, BundleConfig
 from birthmark.device.link.transcript import sign
@@ -175,6 +177,7 @@ def test_cut_off_after_the_station_confirmed_and_away_until_the_old_one_is_revok
         watching.wait_for_state("renewed")
         device.publish(device.telemetry("x"), b"1", wait=20)
     assert Credentials.from_folder(state).leaf_der == stand.live("away").certificate_der
+    assert not any(isinstance(event, AttemptFailed) for event in watching.events), "the new one is tried first"
 
 
 def test_what_was_granted_and_revoked_while_it_was_away_is_given_up(stand: Stand, renewd: Renewd) -> None:
@@ -190,7 +193,7 @@ def test_what_was_granted_and_revoked_while_it_was_away_is_given_up(stand: Stand
     assert RenewalStore(state).candidate() is None
 
 
-@pytest.mark.parametrize("damage", [b"", b"-----BEGIN PRIVATE KEY-----\n", os.urandom(64)])
+@pytest.mark.parametrize("damage", [b"", b"-----BEGIN PRIVATE KEY-----\n", bytes(range(64))])
 def test_a_damaged_record_is_no_obstacle(stand: Stand, renewd: Renewd, damage: bytes) -> None:
     name = f"damaged-{len(damage)}"
     state, watching = stand.device(name), Renewing()
@@ -239,9 +242,19 @@ def test_answers_that_nobody_asked_for_change_nothing(stand: Stand, renewd: Rene
         watching.wait_for(Connected)
         for payload in (b"junk", Exchange().answer().to_bytes(), RenewalAnswer("confirmed", bytes(16)).to_bytes()):
             stand.answer_as_service("calm", payload)
-        stand.answer_as_service("calm", RenewalAnswer("renew-now").to_bytes(), retain=True)
         device.publish(device.telemetry("x"), b"1", wait=20)
         device.renew()
         watching.wait_for_state("renewed")
     assert len(stand.rows("calm")) == 2
     assert sorted(path.name for path in state.iterdir()) == ["active", "renewal.lock", "renewed"]
+
+
+def test_what_is_retained_there_asks_for_nothing(stand: Stand, renewd: Renewd) -> None:
+    state, watching = stand.device("deaf"), Renewing()
+    stand.answer_as_service("deaf", RenewalAnswer("renew-now").to_bytes(), retain=True)
+    with client(state, watching) as device:
+        heard = threading.Event()
+        device.subscribe(topics.renewal_answer(device.device_id), lambda _message: heard.set(), wait=20)
+        assert heard.wait(20), "the gateway keeps it, and gives it to whoever subscribes"
+        device.publish(device.telemetry("x"), b"1", wait=20)
+    assert watching.states == []

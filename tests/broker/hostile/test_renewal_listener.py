@@ -145,6 +145,13 @@ def test_only_the_renewal_topics_exist_there(world: ProcessWorld, pki: Pki) -> N
         nothing.ping()  # nothing is retained
 
 
+def test_a_connection_there_outlives_the_certificate(world: ProcessWorld, pki: Pki) -> None:
+    late = opened(world, expired(pki))
+    silent = world.client("silent", keepalive=1)
+    assert silent.read_end() == [], "the broker has looked for what is overdue"
+    late.ping()
+
+
 def test_it_leaves_no_last_will(world: ProcessWorld, pki: Pki) -> None:
     for topic in ("devices/sensor-1/status", REQUEST):
         hello = mqtt.connect("sensor-1", will=(topic, b"gone", 1, True))
