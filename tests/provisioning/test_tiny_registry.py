@@ -76,15 +76,11 @@ def test_processes_at_once_lose_nothing(registry: TinyRegistry, tmp_path: Path) 
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(
-    ("scenario", "stride", "at_least"), [("write", 5, 25), ("init", 43, 10), ("issue", 17, 15), ("revoke", 11, 12)]
-)
-def test_a_kill_at_any_step_loses_nothing(tmp_path: Path, scenario: str, stride: int, at_least: int) -> None:
-    stride = 1 if WHOLE else stride
-    command = [sys.executable, str(KILLING_GROUND), scenario, str(tmp_path), str(stride)]
+def test_a_kill_at_any_step_of_a_write_loses_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(KILLING_GROUND), "write", str(tmp_path), "1" if WHOLE else "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= at_least
+    assert int(done.stdout) >= 25
 
 
 def test_a_full_disk_is_a_clear_error_and_changes_nothing(tmp_path: Path) -> None:

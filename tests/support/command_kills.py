@@ -46,6 +46,7 @@ from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
 
 SECRET = b"the backup's own passphrase"
 LOST = x509.ReasonFlags.key_compromise
@@ -365,6 +366,7 @@ class History:
     """Every CRL that was ever seen of a station: a number stands for one CRL, and for no other."""
 
     seen: dict[tuple[str, int], str] = field(default_factory=dict)
+    dated: dict[tuple[str, int], datetime] = field(default_factory=dict)
 
     def look(self, folder: Path) -> None:
         """Look at a station, as the next process does."""
@@ -396,9 +398,11 @@ class History:
     def _add(self, crl: x509.CertificateRevocationList, der: bytes) -> None:
         number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
         digest = hashlib.sha256(der).hexdigest()
-        assert self.seen.setdefault((crl.issuer.rfc4514_string(), number), digest) == digest, (
-            f"twice: CRL {number}"
-        )
+        issuer = crl.issuer.rfc4514_string()
+        self.dated[issuer, number] = crl.last_update_utc
+        dates = [at for (whose, _), at in sorted(self.dated.items()) if whose == issuer]
+        assert dates == sorted(set(dates)), "a later CRL is dated no later"
+        assert self.seen.setdefault((issuer, number), digest) == digest, f"twice: CRL {number}"
 
 
 def stations(root: Path) -> list[Path]:

@@ -22,19 +22,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cryptography import x509
-from support.station import PASSPHRASE, enrolled_row, new_station
 
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.errors import RegistryError
-from birthmark.device.pem import CERTIFICATE, read_blocks
 from birthmark.provisioning import audit
-from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
-from birthmark.provisioning.issuing import issue_operator
-from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.registry.tiny import TinyRegistry
-from birthmark.provisioning.revocation import revoke
-from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -114,95 +107,6 @@ class Write:
             transaction.record("reserve", name)
 
 
-class Init:
-    """A station is there whole, or not at all; and the next init works and leaves nothing of the killed one."""
-
-    def prepare(self, folder: Path) -> None:
-        folder.mkdir()
-
-    def act(self, folder: Path) -> None:
-        new_station(folder / "station")
-
-    def check(self, folder: Path, *, finished: bool) -> None:
-        station = folder / "station"
-        if not station.exists():
-            assert not finished
-            new_station(station)
-        opened = Station.open(station, passphrase=PASSPHRASE)
-        assert opened.authority.key_id
-        crl = current_crl(opened)
-        assert crl is not None
-        assert crl.current.number == 1
-        check_registry(station)
-        leftovers = [path for path in folder.iterdir() if path != station]
-        # A kill between the rename and the end leaves nothing; one before it leaves what the next init removes.
-        assert not leftovers, leftovers
-
-
-class Issue:
-    """In the end there is one live certificate, and every other one that was begun is revoked."""
-
-    def prepare(self, folder: Path) -> None:
-        new_station(folder)
-
-    def act(self, folder: Path) -> None:
-        issue_operator(Station.open(folder, passphrase=PASSPHRASE), "alice", folder / "out")
-
-    def check(self, folder: Path, *, finished: bool) -> None:
-        check_registry(folder)
-        station = Station.open(folder, passphrase=PASSPHRASE)
-        if not finished:
-            with station.registry.view() as view:
-                row = view.live_by_name("alice")
-            if row is None or row.state is not State.ATTESTED:
-                issue_operator(station, "alice", folder / "out")
-        with station.registry.view() as view:
-            rows = view.named("alice")
-            live = view.live_by_name("alice")
-        assert live is not None
-        assert live.state is State.ATTESTED
-        blocks = read_blocks((folder / "out" / "alice.pem").read_bytes())
-        assert next(der for label, der in blocks if label == CERTIFICATE) == live.certificate_der
-        crl = current_crl(station)
-        assert crl is not None
-        begun = {row.cert_serial for row in rows if row.number != live.number}
-        assert crl.cert_serials == begun, (crl.cert_serials, rows)
-        check_registry(folder)
-
-
-class Revoke:
-    """What a CRL lists is durable; a revocation that is durable is on the next CRL; numbers never repeat."""
-
-    def prepare(self, folder: Path) -> None:
-        station = new_station(folder)
-        enrolled_row(station, "sensor-1")
-        enrolled_row(station, "sensor-2", state=State.ISSUED)
-
-    def act(self, folder: Path) -> None:
-        station = Station.open(folder, passphrase=PASSPHRASE)
-        revoke(station, "sensor-1", x509.ReasonFlags.key_compromise)
-        (folder / "acknowledged").touch()
-
-    def check(self, folder: Path, *, finished: bool) -> None:  # noqa: ARG002
-        check_registry(folder)
-        station = Station.open(folder, passphrase=PASSPHRASE)
-        crl = current_crl(station)
-        assert crl is not None
-        with station.registry.view() as view:
-            revoked = {row.cert_serial for row in view.revoked()}
-            assert crl.current.number <= view.counter(crl_number_counter(crl.current.issuer))
-        assert crl.cert_serials <= revoked
-        if (folder / "acknowledged").exists():
-            assert crl.cert_serials == revoked
-        newer = sign_and_store_crl(station)
-        assert newer.current.number > crl.current.number
-        assert newer.current.this_update > crl.current.this_update
-        assert newer.cert_serials == revoked
-        again = revoke(station, "sensor-1", x509.ReasonFlags.key_compromise)
-        assert len(again.crls.cert_serials) == 1
-        check_registry(folder)
-
-
 class DiskFull:
     """Not a kill: no room for the new state is a clear error, and changes nothing."""
 
@@ -220,7 +124,7 @@ class DiskFull:
         check_registry(folder)
 
 
-SCENARIOS: dict[str, Scenario] = {"write": Write(), "init": Init(), "issue": Issue(), "revoke": Revoke()}
+SCENARIOS: dict[str, Scenario] = {"write": Write()}
 
 
 def die_at(step: int) -> Any:
