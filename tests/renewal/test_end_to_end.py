@@ -110,20 +110,6 @@ def test_a_revoked_device_gets_nowhere_and_keeps_what_it_has(stand: Stand, renew
     assert sorted(path.name for path in state.iterdir()) == ["active", "renewal.lock"]
 
 
-def test_a_certificate_that_the_gateway_refuses_is_rolled_back(stand: Stand, renewd: Renewd) -> None:
-    state, watching = stand.device("unlucky"), Renewing()
-    before = Credentials.from_folder(state)
-    with client(state, watching) as device:
-        device.renew()
-        watching.wait_for_state("granted")
-        # Whatever the reason: here it is revoked between the grant and the trial.
-        stand.revoke_open_renewal("unlucky")
-        watching.wait_for_state("rolled-back")
-        device.publish(device.telemetry("x"), b"1", wait=20)
-        assert device.credentials.leaf_der == before.leaf_der
-    assert Credentials.from_folder(state) == before
-
-
 def test_one_client_renews_and_the_command_says_so(stand: Stand, renewd: Renewd) -> None:
     state = stand.device("busy")
     with client(state, Renewing()) as device:

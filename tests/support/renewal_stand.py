@@ -17,6 +17,7 @@ from support.mqtt_process import broker_process
 from support.renewing import PaperDevice
 from support.repository import ROOT
 from support.station import PASSPHRASE, new_station
+from support.watching import eventually
 
 from birthmark.device import topics
 from birthmark.device.agent.keys import key_to_der
@@ -189,10 +190,13 @@ class Stand:
         self.bring_crl()
 
     def bring_crl(self) -> None:
-        """Put a new CRL where the gateway watches."""
+        """Put a new CRL where the gateway watches, and wait for its receipt."""
+        crls = sign_and_store_crl(self.station)
         part = self.crl_path.with_name("crl.pem.new")
-        part.write_bytes(sign_and_store_crl(self.station).pem)
+        part.write_bytes(crls.pem)
         part.replace(self.crl_path)
+        receipt = self.crl_path.with_name("crl.pem.receipt")
+        eventually(lambda: crls.current.sha256 in receipt.read_text(), "the gateway's receipt")
 
     def birthmark(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the station that goes to the gateway as the renewal service."""
