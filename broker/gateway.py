@@ -38,7 +38,13 @@ from birthmark.broker.trust import Trust, read_trust
 from birthmark.broker.watch import Watch, WatchedFiles
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
-from birthmark.device.topics import gateway_crl, gateway_receipts, gateway_seen, gateway_status
+from birthmark.device.topics import (
+    gateway_crl,
+    gateway_crl_in_force,
+    gateway_receipts,
+    gateway_seen,
+    gateway_status,
+)
 
 if TYPE_CHECKING:
     import ssl
@@ -49,6 +55,8 @@ if TYPE_CHECKING:
 STATUS_INTERVAL_S = 30.0
 GUARD_INTERVAL_S = 1.0
 """How often the age of the CRLs and of the certificate in force is looked at."""
+MAX_TOLD_CRL_BYTES = 1024 * 1024 - 1024
+"""A longer CRL is not told by message: whoever needs it takes it from the data folder."""
 MAX_WAITING_CRLS = 8
 """Brought by message and not judged yet; the next is refused, with a receipt that says so."""
 
@@ -95,6 +103,8 @@ class Gateway:
         self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
         self._alarms = Alarms(time.monotonic)
         self._sightings = Sightings(settings.name, self._publish)
+        self._told_crls: dict[str, str] = {}
+        """The SHA-256 of each CRL that was told, by issuing CA."""
         self._arrived: tuple[list[Installation], float] = ([], 0.0)
         """What became of the CRL file at the start, and when it was read."""
         self._watch = Watch(
@@ -368,6 +378,7 @@ class Gateway:
         return has_changed
 
     def _publish_status(self, *, online: bool) -> None:
+        self._publish_crls()
         crls = self.revocations.crls.values()
         status = GatewayStatus(
             gateway=str(self._settings.name),
@@ -381,6 +392,17 @@ class Gateway:
             counters=self._server.counters.as_dict() if self._server else {},
         )
         self._publish(gateway_status(self._settings.name), status.to_bytes())
+
+    def _publish_crls(self) -> None:
+        """Say which CRLs are in force, whole: a station restored from a backup takes over what they list."""
+        in_force = {crl.issuer: crl for crl in self.revocations.crls.values()}
+        for issuer in self._told_crls.keys() - in_force.keys():
+            self._publish(gateway_crl_in_force(self._settings.name, issuer), b"")
+        for issuer, crl in in_force.items():
+            if self._told_crls.get(issuer) != crl.sha256:
+                told = crl.der if len(crl.der) <= MAX_TOLD_CRL_BYTES else b""
+                self._publish(gateway_crl_in_force(self._settings.name, issuer), told)
+        self._told_crls = {issuer: crl.sha256 for issuer, crl in in_force.items()}
 
     def _publish(self, topic: str, payload: bytes) -> None:
         if self._server:

@@ -3,7 +3,8 @@
 Up:    devices/{id}/telemetry/...  devices/{id}/status  devices/{id}/replies/...
 Down:  devices/{id}/commands/...   fleet/announcements/...
 Both:  devices/{id}/renewal/request|answer   devices/{id}/time/request|answer
-Gateway: gateway/{name}/crl in; gateway/{name}/receipts, gateway/{name}/status and gateway/{name}/seen/{id} out
+Gateway: gateway/{name}/crl in; gateway/{name}/receipts, gateway/{name}/status,
+         gateway/{name}/seen/{id} and gateway/{name}/crl-in-force/{issuer} out
 `$...` is the broker's alone.
 """
 
@@ -72,3 +73,8 @@ def gateway_status(name: BrokerName) -> str:
 def gateway_seen(name: BrokerName, who: str) -> str:
     """Where a gateway retains when and from where it last saw one identity; `+` for all of them."""
     return f"gateway/{name}/seen/{who}"
+
+
+def gateway_crl_in_force(name: BrokerName, issuer: str) -> str:
+    """Where a gateway retains the CRL (DER) that it goes by for one issuing CA; `+` for all of them."""
+    return f"gateway/{name}/crl-in-force/{issuer}"

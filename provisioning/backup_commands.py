@@ -10,6 +10,7 @@ from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import audit
 from birthmark.provisioning.backup import back_up, read_backup
+from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_station_option,
@@ -72,6 +73,13 @@ birthmark restore --crl gateway-2.crl --station ./station""",
     _add_backup_passphrase_option(parser)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="the backup")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the station is to be: not there, or empty")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="how long to wait for each gateway (default: %(default)s)",
+    )
     parser.add_argument(
         "--crl",
         type=Path,
@@ -137,6 +145,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         backup_passphrase=_backup_passphrase(arguments),
         passphrase=passphrase_source(arguments),
         crls=arguments.crl,
+        timeout_s=arguments.timeout,
     )
     with restored.station.registry.view() as view:
         rows = len(view.rows())

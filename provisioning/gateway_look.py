@@ -1,4 +1,4 @@
-"""What the station's gateways say of themselves, for `birthmark doctor`: looked at, and nothing brought.
+"""What the station's gateways say of themselves, for `birthmark doctor` and for a restore; nothing is brought.
 
 Rules:
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.device.errors import BirthmarkError, RefusedError, RemoteProtocolError
+from birthmark.device.errors import BirthmarkError, RefusedError, RemoteProtocolError, UnreachableError
 from birthmark.device.identity import BrokerName
 from birthmark.device.messages import GatewayStatus, Sighting
-from birthmark.device.topics import gateway_seen, gateway_status
+from birthmark.device.topics import gateway_crl_in_force, gateway_seen, gateway_status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +73,7 @@ def look_at(gateways: Sequence[Gateway], *, anchors_path: Path, timeout_s: float
 
 def _look_at_one(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
     try:
-        return _by_mqtt(gateway, anchors_path, deadline)
+        return _look_by_mqtt(gateway, anchors_path, deadline)
     except BirthmarkError as error:
         return Look(gateway.name, gateway.reached_by, error.message)
     except OSError as error:
@@ -82,19 +81,53 @@ def _look_at_one(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
         return Look(gateway.name, gateway.reached_by, f"could not read {where}: {error.strerror or error}")
 
 
-def _by_mqtt(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
+def crls_in_force(gateway: Gateway, *, anchors_path: Path, timeout_s: float) -> list[bytes]:
+    """Return the CRLs (DER) that a gateway which is reached by MQTT goes by, as it says.
+
+    Raises:
+        BirthmarkError: it cannot be reached, does not answer in time, or does not tell its operator.
+    """
+    name = BrokerName(gateway.name)
+    topic = gateway_crl_in_force(name, "+")
+    _, payloads = _retained(gateway, topic, anchors_path, time.monotonic() + timeout_s)
+    if payloads is None:
+        raise RefusedError(f"could not ask {gateway.name} for its CRL: its policy keeps that from its operator")
+    if not payloads:
+        raise BirthmarkError(f"could not take the CRL of {gateway.name}: it does not say which one it goes by")
+    return payloads
+
+
+def _look_by_mqtt(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
+    topic = gateway_seen(BrokerName(gateway.name), "+")
+    status, payloads = _retained(gateway, topic, anchors_path, deadline)
+    sightings = []
+    for payload in payloads or ():
+        with contextlib.suppress(RemoteProtocolError):
+            sightings.append(Sighting.from_bytes(payload))
+    return Look(
+        gateway.name,
+        gateway.reached_by,
+        crl_numbers=tuple(sorted(status.crl_numbers.items())),
+        status=status,
+        sightings=None if payloads is None else tuple(sightings),
+        looked_at_s=time.time(),
+    )
+
+
+def _retained(
+    gateway: Gateway, topic_filter: str, anchors_path: Path, deadline: float
+) -> tuple[GatewayStatus, list[bytes] | None]:
+    """Return a gateway's status, and what it retains on other topics; None if its policy denies these."""
     if gateway.operator_path is None:
         raise BirthmarkError(f"could not reach {gateway.name}: no operator is set for it")
     address = BrokerAddress(gateway.host, gateway.port)
     credentials = Credentials.from_files(gateway.operator_path, anchors_path, address)
-    name = BrokerName(gateway.name)
-    sightings: list[Sighting] = []
+    payloads: list[bytes] = []
     statuses: queue.Queue[GatewayStatus] = queue.Queue()
-    guard = threading.Lock()
 
-    def keep_sighting(message: Message) -> None:
-        with contextlib.suppress(RemoteProtocolError), guard:
-            sightings.append(Sighting.from_bytes(message.payload))
+    def keep(message: Message) -> None:
+        if message.retained:
+            payloads.append(message.payload)
 
     def keep_status(message: Message) -> None:
         with contextlib.suppress(RemoteProtocolError):
@@ -104,29 +137,19 @@ def _by_mqtt(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
     client = Client(credentials, client_suffix=f"look-{secrets.token_hex(4)}", connect_timeout_s=_left(deadline))
     client.connect(timeout_s=_left(deadline))
     try:
-        may_see = True
+        is_denied = False
         try:
-            client.subscribe(gateway_seen(name, "+"), keep_sighting, qos=0, wait=_left(deadline))
+            client.subscribe(topic_filter, keep, qos=0, wait=_left(deadline))
         except RefusedError:
-            may_see = False  # a policy of before: `birthmark doctor` says so
-        client.subscribe(gateway_status(name), keep_status, qos=0, wait=_left(deadline))
+            is_denied = True  # a policy of before
+        client.subscribe(gateway_status(BrokerName(gateway.name)), keep_status, qos=0, wait=_left(deadline))
+        # Callbacks run in order, on one thread: with the status, all that came before it has been kept.
         status = statuses.get(timeout=_left(deadline))
-    except queue.Empty:
-        return Look(
-            gateway.name, gateway.reached_by, f"nothing from a gateway of that name at {gateway.reached_by}"
-        )
+    except queue.Empty as error:
+        raise UnreachableError(f"nothing from a gateway of that name at {gateway.reached_by}") from error
     finally:
         client.stop(timeout_s=_STOP_S)
-    with guard:
-        seen = tuple(sightings)
-    return Look(
-        gateway.name,
-        gateway.reached_by,
-        crl_numbers=tuple(sorted(status.crl_numbers.items())),
-        status=status,
-        sightings=seen if may_see else None,
-        looked_at_s=time.time(),
-    )
+    return status, None if is_denied else payloads
 
 
 def _left(deadline: float) -> float:

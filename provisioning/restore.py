@@ -26,7 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from birthmark.device.durable import durable_file, private_folder, rename_durably
-from birthmark.device.errors import ConfigurationError, CredentialError
+from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit, founding
 from birthmark.provisioning.backup import LAST_BACKUP_AT, Manifest, opened
@@ -38,6 +38,7 @@ from birthmark.provisioning.crls import (
     sign_and_store_crl,
     unlock_all,
 )
+from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, crls_in_force
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
 from birthmark.provisioning.registry.model import REASON_NAMES
 from birthmark.provisioning.revocation import lost_row, mark_revoked
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 ROWS_JUMP: Final = 1_000_000
 _COPY_BYTES: Final = 1 << 16
+_CRL_HINT: Final = "name the file that the gateway keeps: data/crl/KEY-ID.crl"
 _MODES: Final = 0o644
 """No more than this, whatever an archive says."""
 
@@ -103,6 +105,7 @@ def restore(
     backup_passphrase: bytes,
     passphrase: bytes | PassphraseSource,
     crls: Sequence[Path] = (),
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     clock: Callable[[], datetime] = utc_now,
 ) -> Restored:
     """Make a station in `folder` from a backup, and sign its next CRL.
@@ -112,8 +115,9 @@ def restore(
         folder: where the station is to be; must not exist, or be empty.
         backup_passphrase: what the backup is encrypted under.
         passphrase: the issuing CA's.
-        crls: CRLs that gateways hold, PEM or DER. Those of gateways that are reached by a path are found by
-            themselves.
+        crls: CRLs that gateways hold, PEM or DER. Those that a gateway's path, or the gateway itself, has to give
+            are found without.
+        timeout_s: how long to wait for each gateway that is reached by MQTT.
         clock: the current time, aware.
 
     Raises:
@@ -130,7 +134,7 @@ def restore(
             _unpack(members, building)
         station = Station.open(building, passphrase=passphrase, clock=clock)
         try:
-            problems, merged, signed = _continue(station, manifest, crls)
+            problems, merged, signed = _continue(station, manifest, crls, timeout_s)
         finally:
             station.close()
         founding.refuse_occupied(folder)
@@ -155,13 +159,13 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
 
 
 def _continue(
-    station: Station, manifest: Manifest, crls: Sequence[Path]
+    station: Station, manifest: Manifest, crls: Sequence[Path], timeout_s: float
 ) -> tuple[tuple[audit.Problem, ...], tuple[Merged, ...], CrlSet]:
     # Every key that is to sign fits its certificate, or this ends here.
     unlock_all(station, [ca.key_id for ca in station.cas.issuing])
     problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
-    found, unknown = _from_gateways(station)
+    found, unknown = _from_gateways(station, timeout_s)
     now = station.clock()
     with station.registry.transaction() as transaction:
         transaction.record(
@@ -187,19 +191,21 @@ def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
     transaction.set_counter(LAST_BACKUP_AT, max(transaction.counter(LAST_BACKUP_AT), backed_up_at))
 
 
-def _from_gateways(station: Station) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
+def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
     """Return the CRLs that can be had of the gateways, and the gateways of which none can."""
     found: list[tuple[str, KnownCrl]] = []
     unknown: list[Merged] = []
     for gateway in station.settings.gateways:
-        if gateway.crl_path is None:
-            cause = f"it is reached by {gateway.reached_by}: copy data/crl/*.crl from there"
-            unknown.append(Merged(gateway.name, cause=cause))
-            continue
         try:
-            found += [(gateway.name, crl) for crl in read_crls(gateway.crl_path, station.cas)]
-        except ConfigurationError as error:
+            if gateway.crl_path is not None:
+                held = read_crls(gateway.crl_path, station.cas)
+            else:
+                told = crls_in_force(gateway, anchors_path=station.root_path, timeout_s=timeout_s)
+                held = [crl for der in told for crl in parse_crls(der, station.cas, of=gateway.name)]
+        except BirthmarkError as error:
             unknown.append(Merged(gateway.name, cause=error.message))
+        else:
+            found += [(gateway.name, crl) for crl in held]
     return found, unknown
 
 
@@ -232,11 +238,16 @@ def read_crls(path: Path, cas: Iterable[Ca]) -> list[KnownCrl]:
     Raises:
         ConfigurationError: it cannot be read, or none of them is this station's.
     """
-    what, hint = f"could not use the CRL {path}", "name the file that the gateway keeps: data/crl/KEY-ID.crl"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"{what}: {error.strerror}", hint=hint) from error
+        raise ConfigurationError(f"could not use the CRL {path}: {error.strerror}", hint=_CRL_HINT) from error
+    return parse_crls(content, cas, of=str(path))
+
+
+def parse_crls(content: bytes, cas: Iterable[Ca], *, of: str) -> list[KnownCrl]:
+    """Read CRLs, PEM or DER, as `read_crls` does; `of` says in an error whose they are."""
+    what, hint = f"could not use the CRL {of}", _CRL_HINT
     try:
         is_pem = content.lstrip().startswith(b"-----BEGIN")
         blocks = [der for label, der in read_blocks(content) if label == CRL] if is_pem else [content]

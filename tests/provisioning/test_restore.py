@@ -28,7 +28,7 @@ from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.restore import ROWS_JUMP, Restored, merge_crls, read_crls, restore
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Gateway, add_gateway
-from birthmark.provisioning.station import Station
+from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,8 +46,9 @@ def backed_up(station: Station, path: Path) -> Path:
 
 
 def brought_back(backup: Path, folder: Path, *crls: Path, clock: Clock | None = None) -> Restored:
-    clocked = {} if clock is None else {"clock": clock}
-    return restore(backup, folder, backup_passphrase=SECRET, passphrase=PASSPHRASE, crls=crls, **clocked)
+    return restore(
+        backup, folder, backup_passphrase=SECRET, passphrase=PASSPHRASE, crls=crls, clock=clock or utc_now
+    )
 
 
 def rows(station: Station) -> list[Row]:
@@ -110,6 +111,22 @@ def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_pa
     assert not set(forked) & set(lost_log), "the lost station's entries and ours cannot be told apart"
     assert stat.S_IMODE((station.key_path(station.cas.for_clients)).stat().st_mode) == 0o400
     assert stat.S_IMODE(station.folder.stat().st_mode) == 0o700
+
+
+def test_a_gateway_that_is_reached_by_mqtt_gives_its_crl_back(living: Station, tmp_path: Path) -> None:
+    operator = issue_operator(living, "alice", tmp_path)
+    enrolled_row(living, "sensor-1")
+    with station_broker(tmp_path / "gateway", living) as broker:
+        gateway = Gateway("localhost", host="127.0.0.1", port=broker.port, operator_path=operator.key_path)
+        add_gateway(living.settings_path, gateway)
+        backup = backed_up(living, tmp_path / "backup.age")
+        held = revoke(living, "sensor-1", LOST).crls
+        assert deliver_to_all(living, held) == [Outcome.DONE]
+        shutil.rmtree(living.folder)
+        restored = brought_back(backup, tmp_path / "elsewhere")
+        assert [(one.source, one.newly, one.cause) for one in restored.merged] == [("localhost", 1, "")]
+        assert restored.crls.cert_serials == held.cert_serials
+        assert deliver_to_all(restored.station, restored.crls) == [Outcome.DONE]
 
 
 def test_a_backup_restored_twice_repeats_no_crl_number(living: Station, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.pki import Authority, Pki, crl_pem, now
 
+from birthmark.broker import gateway as gateway_module
 from birthmark.broker.config import BrokerSettings, read_settings
 from birthmark.broker.counters import Counters
 from birthmark.broker.gateway import MAX_WAITING_CRLS, Gateway
@@ -201,6 +202,33 @@ def test_a_newer_file_closes_and_is_answered(settings: BrokerSettings) -> None:
             status = recorder.statuses()[-1]
             assert status.crl_numbers == {PKI.issuing.issuer_id: 2}
             assert status.sessions == 3
+
+    asyncio.run(main())
+
+
+def test_the_crl_in_force_is_told_whole_once_and_taken_back_when_it_is_too_long(
+    settings: BrokerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = f"gateway/gw-1/crl-in-force/{PKI.issuing.issuer_id}"
+
+    async def main() -> None:
+        async with running(settings) as (gateway, recorder):
+
+            def told() -> list[bytes]:
+                return [payload for where, payload, qos, retain in recorder.published if where == topic and retain]
+
+            in_force = gateway.revocations.crls[PKI.issuing.issuer_id]
+            assert told() == [in_force.der]
+            second = PKI.issuing.crl([7], number=2, this_update=now())
+            replace(settings.crl_path, crl_pem(second))
+            await until(lambda: len(told()) == 2)
+            assert told()[1] == second
+            gateway.reload()  # the same again says nothing new
+            third = PKI.issuing.crl([7, 8], number=3, this_update=now())
+            monkeypatch.setattr(gateway_module, "MAX_TOLD_CRL_BYTES", len(third) - 1)
+            replace(settings.crl_path, crl_pem(third))
+            await until(lambda: len(told()) == 3)
+            assert told()[2] == b""
 
     asyncio.run(main())
 
