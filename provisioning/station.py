@@ -35,7 +35,7 @@ from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
 from birthmark.provisioning.passphrase import PassphraseSource
-from birthmark.provisioning.registry.tiny import TinyRegistry
+from birthmark.provisioning.registry.tiny import AUDIT_FILE, REGISTRY_FILE, TinyRegistry
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ ISSUE_LOCK_FILE: Final = "issue.lock"
 ROLLOVER_LOCK_FILE: Final = "rollover.lock"
 KEYS_FOLDER: Final = "keys"
 PUBLIC_FILE_MODE: Final = 0o644
+_KEPT_APART: Final = frozenset({".lock", ".db", ".db-wal", ".db-shm", ".db-journal"})
+"""Locks, and what a registry on SQLite is made of."""
+_UNENCRYPTED: Final = b"-----BEGIN PRIVATE KEY-----"
 FOLDER_VARIABLE: Final = "BIRTHMARK_STATION"
 
 
@@ -252,11 +255,11 @@ class Station:
     def files(self) -> list[Path]:
         """Return every file that is the station's own, but for its registry, its audit log and its locks.
 
-        The root's key is among them while it is here.
+        That is whatever lies in its folder and in `keys`, so that nothing is forgotten; a root's key while it is
+        here. What holds an unencrypted private key is somebody else's: an operator's, put here by chance.
         """
-        names = (SETTINGS_FILE, ROOT_FILE, ISSUING_FILE, CRL_FILE, ROOT_CRL_FILE)
-        keys = sorted((self.folder / KEYS_FOLDER).glob("*.pem"))
-        return [path for name in names if (path := self.folder / name).exists()] + keys
+        folders = [folder for folder in (self.folder, self.folder / KEYS_FOLDER) if folder.is_dir()]
+        return [path for folder in folders for path in sorted(folder.iterdir()) if _is_own(path)]
 
     def rollover_lock(self) -> AbstractContextManager[None]:
         """Hold this while a CA is made, put in charge or retired: one at a time."""
@@ -270,3 +273,9 @@ class Station:
 def certificate_pem(certificate: x509.Certificate) -> bytes:
     """Return a certificate as PEM."""
     return certificate.public_bytes(Encoding.PEM)
+
+
+def _is_own(path: Path) -> bool:
+    if path.name.startswith(".") or path.suffix in _KEPT_APART or path.name in (REGISTRY_FILE, AUDIT_FILE):
+        return False
+    return path.is_file() and (path.suffix != ".pem" or _UNENCRYPTED not in path.read_bytes())

@@ -21,6 +21,7 @@ from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.provisioning import audit
 from birthmark.provisioning.age import Encrypting
 from birthmark.provisioning.backup import LAST_BACKUP_AT, BackupError, Manifest, back_up, opened, read_backup
+from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.restore import restore
 
 if TYPE_CHECKING:
@@ -72,6 +73,19 @@ def test_everything_that_is_the_stations_is_in_it_and_age_and_tar_open_it(living
     del in_station["registry.json"], held["registry.json"]
     assert in_station.pop("audit.jsonl").startswith(held.pop("audit.jsonl"))
     assert held == in_station
+
+
+def test_what_lies_in_the_stations_folder_comes_along_but_for_somebodys_key(
+    living: Station, tmp_path: Path
+) -> None:
+    (living.folder / "kept-by-a-later-version.jsonl").write_bytes(b"{}")
+    (living.folder / ".registry.json.12345678.part").write_bytes(b"half")
+    issue_operator(living, "alice", living.folder)
+    held = read_backup(backed_up(living, tmp_path / "backup.age"), SECRET).manifest.files
+    assert "kept-by-a-later-version.jsonl" in held
+    assert "ca.pem" in held
+    assert not any("alice" in name or "lock" in name or "part" in name for name in held)
+    assert len(held) == len(set(held))
 
 
 def test_it_is_on_record_and_says_what_is_in_it(living: Station, tmp_path: Path) -> None:
