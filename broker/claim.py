@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from birthmark.broker.policy import Policy, Rights
 
 
-RENEWAL_SUFFIX = "\0renewal"
-"""A client id has no NUL (MQTT 3.1.1 §1.5.3)."""
+RENEWAL_SUFFIX = "/renewal"
+"""No identity has a slash in its name, and no client id but a service's has anything after the name."""
 
 
 def rights_of(policy: Policy, peer: Peer) -> Rights:

@@ -37,6 +37,7 @@ from birthmark.provisioning.signing_request import requested_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
 
     from birthmark.device.identity import DeviceId
     from birthmark.device.renewal.messages import RenewalRequest
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
 
 _DAY: Final = timedelta(days=1)
+_REFUSALS_EVERY: Final = timedelta(hours=1)
+"""How often at most a device's refusals go into the audit log."""
 _UNCONFIRMED: Final = "another key was asked for before it was confirmed"
 
 
@@ -118,6 +121,8 @@ class Renewals:
     def __init__(self, station: Station, *, anchors: AnchorSource | None = None) -> None:
         self._station = station
         self._anchors: AnchorSource = anchors or NoAnchors()
+        self._told_at: dict[str, datetime] = {}
+        """When a device's refusal was last put in the audit log."""
 
     def answer(self, asked: Sequence[Asked]) -> list[RenewalAnswer]:
         """Answer requests, in their order. What is answered is durable.
@@ -325,7 +330,11 @@ class Renewals:
         return RenewalAnswer("confirmed", request.nonce)
 
     def _refuse(self, transaction: Transaction, one: Asked, refusal: _RefusedError) -> RenewalAnswer:
-        transaction.record("refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind)
+        now, name = self._station.clock(), one.device_id.folded
+        if self._told_at.get(name, now - 2 * _REFUSALS_EVERY) <= now - _REFUSALS_EVERY:
+            # Not each one: a device that is refused, or means ill, must not fill the audit log.
+            self._told_at[name] = now
+            transaction.record("refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind)
         return refusal.answer(one.request.nonce)
 
 

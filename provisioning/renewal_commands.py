@@ -89,13 +89,14 @@ def _renewd(arguments: argparse.Namespace, console: Console) -> int:
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     say = partial(event_lines.say, console)
     watchdog_s = watchdog_interval_s()
+    retiring = _Retiring(station, console)
     service = RenewalService(
         Renewals(station),
         say=say,
         alive=(lambda: notify("WATCHDOG=1")) if watchdog_s else (lambda: None),
+        confirmed=retiring.look,
         turn_s=watchdog_s / 2 if watchdog_s else METRICS_INTERVAL_S,
     )
-    retiring = _Retiring(station, console)
     with ExitStack() as running, stopping_on_signals() as stopping:
         service.start()
         running.callback(service.stop)
@@ -134,19 +135,29 @@ class _Retiring:
     def __init__(self, station: Station, console: Console) -> None:
         self._station = station
         self._console = console
-        self._stop = threading.Event()
+        self._look = threading.Event()
+        self._is_over = False
         self._thread = threading.Thread(target=self._run, name="birthmark-retiring", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
+    def look(self) -> None:
+        """Look again when the next one is due."""
+        self._look.set()
+
     def stop(self) -> None:
-        self._stop.set()
+        self._is_over = True
+        self._look.set()
         self._thread.join()
 
     def _run(self) -> None:
         nap_s = 0.0
-        while not self._stop.wait(nap_s):
+        while True:
+            self._look.wait(nap_s)
+            self._look.clear()
+            if self._is_over:
+                return
             try:
                 retired = retire_due(self._station)
                 if retired:

@@ -49,6 +49,7 @@ class RenewalService:
         renewals: the station's.
         say: prints one line: a name, a text for people, and facts.
         alive: is called at every turn of the loop, at least every `turn_s`.
+        confirmed: is called when devices have confirmed: what they had before is due to be revoked some day.
         turn_s: the longest wait for a request.
     """
 
@@ -58,11 +59,13 @@ class RenewalService:
         *,
         say: Callable[..., None],
         alive: Callable[[], None] = lambda: None,
+        confirmed: Callable[[], None] = lambda: None,
         turn_s: float = 30.0,
     ) -> None:
         self._renewals = renewals
         self._say = say
         self._alive = alive
+        self._confirmed = confirmed
         self._turn_s = turn_s
         self._waiting: queue.Queue[tuple[Client, Asked] | None] = queue.Queue(MAX_WAITING)
         self._asked: dict[str, list[float]] = {}
@@ -151,6 +154,8 @@ class RenewalService:
                 continue
             self.counts[answer.outcome] += 1
             self._tell(one, answer)
+        if any(answer.outcome == "confirmed" for answer in answers):
+            self._confirmed()
         if len(group) > 1:
             self._say(
                 "group",

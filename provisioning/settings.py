@@ -212,6 +212,11 @@ class Settings:
             )
         if len(organization) > MAX_ORGANIZATION_CHARACTERS:  # RFC 5280 appendix A.1: ub-organization-name
             raise ConfigurationError("could not use the organization: it is longer than 64 characters")
+        if self.renewal.grace_days >= self.keep_expired_days:
+            raise ConfigurationError(
+                "could not use grace_days of [renewal]: a revoked certificate would leave the CRL before it ends",
+                hint="keep it below keep_expired_days of [crl]",
+            )
         if self.keep_expired_days not in _DAYS:
             raise ConfigurationError("could not use keep_expired_days: it is not in 1 to 3650")
         try:

@@ -19,6 +19,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import random
 import threading
@@ -28,6 +29,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
 from birthmark.device.certificate_facts import certificate_facts
+from birthmark.device.connection_checks import Check
 from birthmark.device.errors import BirthmarkError, RefusedError
 from birthmark.device.events import RenewalChanged, RenewalState
 from birthmark.device.renewal.messages import RenewalAnswer, RenewalRequest
@@ -109,6 +111,9 @@ class Renewer:
         self._is_online_with: bytes = b""
         """The leaf of the connection that is up; empty if none is."""
         self._current_is_refused = False
+        self._is_called_expired = False
+        self._heard_at = -math.inf
+        """When the station's last word to renew was heeded (time.monotonic)."""
 
     def prepare(self) -> Credentials:
         """Return the credentials to begin with: what was granted and not confirmed comes first.
@@ -192,17 +197,20 @@ class Renewer:
             self._fail(f"a defect: {type(error).__name__}")
 
     def _nap_s(self) -> float:
-        now_s = time.monotonic()
-        waits = [LONGEST_NAP_S]
+        """Return how long there is nothing to do, if nobody says anything."""
+        now_s, current = time.monotonic(), self._current
+        nap_s = LONGEST_NAP_S  # what waits for a connection waits for a word about one
         if self._request is not None:
-            waits.append(self._answer_by - now_s)
-        elif self._candidate is not None or self._forced or self._is_due():
-            waits.append(self._not_before - now_s)
-        elif self._current is not None:
-            due = due_at(self._current.facts, self._current.leaf_der)
-            waits.append((due - self._now()).total_seconds() + 1)
-        # What is due already, and waits for a connection, is looked at when that comes.
-        return max(1.0 if waits[-1] <= 0 else 0.0, min(waits))
+            nap_s = self._answer_by - now_s
+        elif self._candidate is not None:
+            if self._is_online_with or self._current_is_refused or self._unreached >= UNREACHED:
+                nap_s = self._not_before - now_s
+        elif self._forced or self._is_due() or self._has_expired():
+            if self._is_online_with or self._has_expired():
+                nap_s = self._not_before - now_s
+        elif current is not None:
+            nap_s = (due_at(current.facts, current.leaf_der) - self._now()).total_seconds() + 1
+        return min(max(0.0, nap_s), LONGEST_NAP_S)
 
     def _is_due(self) -> bool:
         current = self._current
@@ -225,15 +233,18 @@ class Renewer:
                 self._unreached = 0
                 self._wait(self._pace.answered_within_s)
                 self._connection.use(candidate)
-        elif self._forced or self._is_due():
+        elif self._forced or self._is_due() or self._has_expired():
             if self._is_online_with:
                 self._ask()
             elif self._has_expired():
                 self._ask_apart()
 
     def _has_expired(self) -> bool:
+        """Whether the gateway refuses the current certificate because it has expired, by its clock or by ours."""
         current = self._current
-        return current is not None and self._current_is_refused and self._now() > current.facts.not_after
+        if current is None or not self._current_is_refused:
+            return False
+        return self._is_called_expired or self._now() > current.facts.not_after
 
     # --- asking -------------------------------------------------------------------------------------------
 
@@ -273,7 +284,10 @@ class Renewer:
 
     def _take(self, answer: RenewalAnswer) -> None:
         if answer.outcome == "renew-now":
-            self._renew_within(float(answer.retry_after_s))
+            # Not signed: whoever may speak there may cost us a renewal, but not one after the other.
+            if time.monotonic() >= self._heard_at + self._pace.heed_every_s:
+                self._heard_at = time.monotonic()
+                self._renew_within(float(answer.retry_after_s))
             return
         request = self._request
         if request is None or answer.nonce != request.nonce:
@@ -335,6 +349,7 @@ class Renewer:
         self._unreached = 0 if error is None or is_refused or was_online else self._unreached + 1
         if not is_candidate:
             self._current_is_refused = is_refused
+            self._is_called_expired = error is not None and error.check == Check.EXPIRED
             if is_refused and self._refused_trials == 0:
                 self._not_before = 0.0
         elif error is None:

@@ -15,6 +15,7 @@ from birthmark.provisioning.settings import (
     BrokerDefaults,
     Gateway,
     Lifetimes,
+    RenewalSettings,
     Settings,
     add_gateway,
     read_settings,
@@ -38,6 +39,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         default_role="camera",
         lifetimes=Lifetimes(10, 20, 30),
         broker=BrokerDefaults("gateway-1.example", 1883, 10),
+        renewal=RenewalSettings(grace_days=7, retire_after_hours=1, max_per_day=3),
         gateways=(BY_PATH, BY_MQTT),
     )
     path = tmp_path / "station.toml"
@@ -161,3 +163,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigurationError, match="UTF-8"):
         read_settings(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("grace_days = 90", "would leave the CRL before it ends"),
+        ("grace_days = -1", "out of range"),
+        ("retire_after_hours = 8761", "out of range"),
+        ("max_per_day = 0", "out of range"),
+        ("grace = 3", "unknown"),
+    ],
+)
+def test_what_renewal_cannot_be_is_refused(path: Path, line: str, complaint: str) -> None:
+    key = line.partition(" ")[0]
+    kept = [old for old in path.read_text().splitlines() if not old.startswith(f"{key} =")]
+    kept.insert(kept.index("[renewal]") + 1, line)
+    path.write_text("\n".join(kept))
+    with pytest.raises(ConfigurationError, match=complaint):
+        read_settings(path)

@@ -49,6 +49,15 @@ def test_the_look_is_the_doctor_s() -> None:
     assert parsed.handler.__name__ == "_station"
 
 
+def test_the_renewal_service_starts_what_there_is_and_is_watched() -> None:
+    parsed = parser().parse_args(words("birthmark-renewd"))
+    assert (parsed.passphrase_fd, parsed.identity.name) == (3, "renewd.pem")
+    started = service("birthmark-renewd")
+    assert (started["Type"], started["LoadCredential"]) == ("notify", "ca-passphrase")
+    assert int(started["WatchdogSec"]) > 0
+    assert "PASSPHRASE" not in started["Environment"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_both_run_as_the_station_and_by_a_timer(name: str) -> None:
     renewd = service("birthmark-renewd")

@@ -395,3 +395,15 @@ def test_the_new_key_is_the_one_that_is_certified(station: Station, device: Pape
     renewed(station, device)
     public = device.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     assert live(station).public_key_der == public
+
+
+def test_who_is_refused_all_day_does_not_fill_the_audit_log(
+    station: Station, device: PaperDevice, clock: Clock
+) -> None:
+    renewals = Renewals(station)
+    for _ in range(30):
+        renewals.answer([device.renew(signer=device.new_key)])
+        clock.advance(minutes=10)
+    refusals = [entry for entry in audit.read(station.registry.audit_path) if entry["action"] == "refuse"]
+    assert len(refusals) == 5
+    assert "not signed by the key in use" in refusals[0]["details"]["cause"]

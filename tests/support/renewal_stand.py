@@ -44,18 +44,19 @@ DEADLINE_S = 30.0
 class Renewd:
     """`birthmark renewd` as a process; its lines can be waited for."""
 
-    def __init__(self, stand: Stand, *more: str) -> None:
+    def __init__(
+        self, stand: Stand, *, passphrase: bytes = PASSPHRASE, broker: str = "", **environment: str
+    ) -> None:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "birthmark.provisioning", "renewd", "--json"),
                 *("--station", str(stand.station.folder), "--identity", str(stand.folder / "renewd.pem")),
-                *("--broker", f"localhost:{stand.port}"),
-                *more,
+                *("--broker", broker or f"localhost:{stand.port}"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode()},
+            env={**os.environ, "BIRTHMARK_PASSPHRASE": passphrase.decode(), **environment},
         )
         self.lines: list[dict[str, Any]] = []
         self.noise: list[str] = []
@@ -85,6 +86,10 @@ class Renewd:
             if stream is not None:
                 stream.close()
         return code
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
         """Return the count-th line of this name."""
@@ -116,14 +121,19 @@ class Stand:
     Args:
         folder: for all of it.
         broker_toml: what the gateway's settings have in addition; PORT stands for that of its renewal listener.
+        settings: what takes the place of the table of that name in the station's settings.
         early: devices made two years and a day ago.
     """
 
-    def __init__(self, folder: Path, *, broker_toml: str = "", early: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, broker_toml: str = "", settings: str = "", early: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
         made_at = datetime.now(UTC) - timedelta(days=731)
         founded = new_station(folder / "station", lambda: made_at)
         self._early = {name: PaperDevice.made(founded, name) for name in early}
+        if settings:
+            _replace_table(founded.settings_path, settings)
         self.station = Station.open(folder / "station", passphrase=PASSPHRASE)
         self._broker_folder = folder / "broker"
         self._broker_folder.mkdir(mode=0o700)
@@ -157,8 +167,8 @@ class Stand:
         self._running.close()
         self._running = ExitStack()
 
-    def renewd(self, *more: str) -> Renewd:
-        return Renewd(self, *more)
+    def renewd(self, **options: Any) -> Renewd:
+        return Renewd(self, **options)
 
     @property
     def crl_path(self) -> Path:
@@ -237,6 +247,12 @@ class Stand:
             row = view.live_by_name(name)
         assert row is not None
         return row
+
+
+def _replace_table(path: Path, table: str) -> None:
+    head = table.splitlines()[0]
+    tables = path.read_text().split("\n\n")
+    path.write_text("\n\n".join(table if old.startswith(head) else old for old in tables))
 
 
 def state_folder(folder: Path, station: Station, device: PaperDevice, port: int) -> Path:

@@ -1,0 +1,104 @@
+"""`birthmark renewd` as a process: what it says, what it is told, and what it does besides answering."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+from cryptography import x509
+from support.renewal_stand import Stand
+from support.renewing_client import Renewing, client, client_started
+from support.watching import eventually
+
+from birthmark.device.client import Client
+from birthmark.device.credentials import Credentials
+from birthmark.device.events import AttemptFailed
+from birthmark.provisioning.renewd import MAX_ASKED
+from birthmark.provisioning.settings import Gateway, add_gateway
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.renewal_stand import Renewd
+
+
+def test_systemd_is_told(stand: Stand, tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.settimeout(30)
+        told.bind(str(path))
+        service = stand.renewd(NOTIFY_SOCKET=str(path), WATCHDOG_USEC="200000")
+        try:
+            heard = {told.recv(64)}
+            while not {b"READY=1", b"WATCHDOG=1"} <= heard:
+                heard.add(told.recv(64))
+            assert service.kill(signal.SIGTERM) == 0
+            while b"STOPPING=1" not in heard:
+                heard.add(told.recv(64))
+        finally:
+            service.kill()
+    assert [line["event"] for line in service.lines][-2:] == ["metrics", "stopped"]
+
+
+def test_a_wrong_passphrase_is_said_at_once(stand: Stand) -> None:
+    service = stand.renewd(passphrase=b"wrong")
+    eventually(lambda: service.has_ended, "its end")
+    assert service.kill() == 6
+    assert '"exit_code": 6' in "".join(service.noise) or '"exit_code":6' in "".join(service.noise)
+
+
+def test_it_waits_for_a_gateway_that_is_not_there_yet(stand: Stand) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        service = stand.renewd(broker=f"localhost:{unused.getsockname()[1]}")
+        try:
+            service.wait_for("unreachable")
+        finally:
+            assert service.kill(signal.SIGINT) == 130
+
+
+def test_junk_and_a_flood_cost_it_nothing(stand: Stand, renewd: Renewd) -> None:
+    state, good = stand.device("loud"), stand.device("quiet")
+    with Client.from_folder(state, renewal=False) as loud:
+        for payload in (b"junk", b"{}", b'{"kind": "renew"}'):
+            loud.publish("devices/loud/renewal/request", payload, wait=20)
+        request = (
+            b'{"kind":"confirm","nonce":"' + b"00" * 16 + b'","leaf_sha256":"' + b"00" * 32 + b'",'
+            b'"anchors_sha256":[],"signature":""}'
+        )
+        for _ in range(3 * MAX_ASKED):
+            loud.publish("devices/loud/renewal/request", request)
+        loud.publish("devices/loud/telemetry/x", b"1", wait=20)
+    with client(good, watching := Renewing()) as device:
+        device.renew()
+        watching.wait_for_state("renewed")
+    assert sum(line["event"] == "malformed" for line in renewd.lines) == 3
+    refused = [line for line in renewd.lines if line["event"] == "refused" and line["id"] == "loud"]
+    assert len(refused) == MAX_ASKED
+    assert len(stand.rows("loud")) == 1
+
+
+def test_the_old_certificate_is_revoked_when_its_time_has_come(tmp_path: Path) -> None:
+    with Stand(tmp_path, settings="[renewal]\nretire_after_hours = 0\n") as stand:
+        add_gateway(stand.station.settings_path, Gateway("localhost", crl_path=stand.crl_path))
+        state, watching = stand.device(), Renewing()
+        old = (state / "active").read_bytes()
+        with stand.renewd() as renewd, client(state, watching) as device:
+            device.renew()
+            watching.wait_for_state("renewed")
+            brought = renewd.wait_for("crl")
+            assert [gateway["outcome"] for gateway in brought["gateways"]] == ["done"]
+            device.publish(device.telemetry("x"), b"1", wait=20)
+        row, renewed = stand.rows()
+        assert (row.revocation_reason, renewed.is_revoked) == ("superseded", False)
+        crl = x509.load_pem_x509_crl(stand.crl_path.read_bytes())
+        assert crl.get_revoked_certificate_by_serial_number(row.cert_serial or 0) is not None
+        (tmp_path / "copy").mkdir(mode=0o700)
+        copy = tmp_path / "copy" / "active"
+        copy.write_bytes(old)
+        copy.chmod(0o600)
+        refused = Renewing()
+        with client_started(copy.parent, refused):
+            assert refused.wait_for(AttemptFailed).error.check in ("revoked", "not-authorised")
+        assert Credentials.from_folder(state).leaf_der == renewed.certificate_der
