@@ -19,6 +19,7 @@ Rules:
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.backup import Member
     from birthmark.provisioning.passphrase import PassphraseSource
     from birthmark.provisioning.registry.interface import Transaction
+    from birthmark.provisioning.settings import Gateway
 
 ROWS_JUMP: Final = 1_000_000
 _COPY_BYTES: Final = 1 << 16
@@ -175,8 +177,8 @@ def _continue(
             made_by=manifest.made_by,
             audit_problems=len(problems),
         )
-        merged = tuple(_merge(transaction, source, crl) for source, crl in [*known, *found])
         _jump(transaction, manifest, now)
+        merged = tuple(_merge(transaction, source, crl) for source, crl in [*known, *found])
     return problems, (*merged, *unknown), sign_and_store_crl(station)
 
 
@@ -192,21 +194,29 @@ def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
 
 
 def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
-    """Return the CRLs that can be had of the gateways, and the gateways of which none can."""
-    found: list[tuple[str, KnownCrl]] = []
-    unknown: list[Merged] = []
-    for gateway in station.settings.gateways:
-        try:
-            if gateway.crl_path is not None:
-                held = read_crls(gateway.crl_path, station.cas)
-            else:
-                told = crls_in_force(gateway, anchors_path=station.root_path, timeout_s=timeout_s)
-                held = [crl for der in told for crl in parse_crls(der, station.cas, of=gateway.name)]
-        except BirthmarkError as error:
-            unknown.append(Merged(gateway.name, cause=error.message))
+    """Return the CRLs that can be had of the gateways, all asked at once, and those of which none can."""
+    gateways = station.settings.gateways
+    if not gateways:
+        return [], []
+    with ThreadPoolExecutor(max_workers=min(32, len(gateways))) as pool:
+        held = list(pool.map(lambda gateway: _held_by(gateway, station, timeout_s), gateways))
+    found, unknown = [], []
+    for gateway, answer in zip(gateways, held, strict=True):
+        if isinstance(answer, BirthmarkError):
+            unknown.append(Merged(gateway.name, cause=answer.message))
         else:
-            found += [(gateway.name, crl) for crl in held]
+            found += [(gateway.name, crl) for crl in answer]
     return found, unknown
+
+
+def _held_by(gateway: Gateway, station: Station, timeout_s: float) -> list[KnownCrl] | BirthmarkError:
+    try:
+        if gateway.crl_path is not None:
+            return read_crls(gateway.crl_path, station.cas)
+        told = crls_in_force(gateway, anchors_path=station.root_path, timeout_s=timeout_s)
+        return [crl for der in told for crl in parse_crls(der, station.cas, of=gateway.name)]
+    except BirthmarkError as error:
+        return error
 
 
 def _merge(transaction: Transaction, source: str, crl: KnownCrl) -> Merged:

@@ -100,6 +100,7 @@ def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_pa
     with station.registry.view() as view:
         stand_in = view.by_cert_serial(late.cert_serial or 0)
         assert stand_in is not None
+        assert stand_in.number not in used_numbers
         assert (stand_in.name, stand_in.state) == (f"lost-{late.cert_serial:x}", State.VOID)
         sensor = view.live_by_name("sensor-2")
         assert sensor is not None
