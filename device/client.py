@@ -136,12 +136,13 @@ class Client:
                 credentials.device_id,
                 renewal_port,
                 use=self._use,
+                keep=self._keep,
                 publish=self.publish,
                 tell=self._tell,
                 open_apart=self._open_apart,
             )
             self._renewer = Renewer(store, connection, now=now, pace=renewal_pace)
-            credentials = self._renewer.prepare()
+            credentials = self._renewer.prepare(credentials)
         self._dispatcher = Dispatcher(self._observed, self._make_room)
         self._worker = Worker(
             credentials,
@@ -350,6 +351,9 @@ class Client:
 
     def _use(self, credentials: Credentials) -> None:
         self._worker.use(credentials)
+        self._keep(credentials)
+
+    def _keep(self, credentials: Credentials) -> None:
         self._credentials = credentials
 
     def _tell(self, event: Event) -> None:

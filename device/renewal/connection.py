@@ -32,6 +32,7 @@ class RenewalConnection:
         device_id: whose.
         port: of the renewal listener; None: the port after the gateway's own.
         use: has the client connect anew with other credentials.
+        keep: has the client know the credentials in use by another name.
         publish: publishes on a topic.
         tell: gives an event to the observer.
         open_apart: makes a client, not started, for a connection of its own.
@@ -43,6 +44,7 @@ class RenewalConnection:
         port: int | None,
         *,
         use: Callable[[Credentials], None],
+        keep: Callable[[Credentials], None],
         publish: Callable[[str, bytes], object],
         tell: Callable[[RenewalChanged], None],
         open_apart: Callable[[Credentials], Client],
@@ -51,6 +53,7 @@ class RenewalConnection:
         self._answer_topic = topics.renewal_answer(device_id)
         self._port = port
         self.use = use
+        self.keep = keep
         self._publish = publish
         self.tell = tell
         self._open_apart = open_apart

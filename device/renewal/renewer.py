@@ -58,6 +58,9 @@ class Connection(Protocol):
     def use(self, credentials: Credentials) -> None:
         """Connect anew, with these."""
 
+    def keep(self, credentials: Credentials) -> None:
+        """Know the credentials in use by this name from now on; nothing is done with the connection."""
+
     def publish_request(self, payload: bytes) -> None:
         """Publish on the device's `renewal/request`."""
 
@@ -115,13 +118,13 @@ class Renewer:
         self._heard_at = -math.inf
         """When the station's last word to renew was heeded (time.monotonic)."""
 
-    def prepare(self) -> Credentials:
-        """Return the credentials to begin with: what was granted and not confirmed comes first.
+    def prepare(self, current: Credentials) -> Credentials:
+        """Return the credentials to begin with: what was granted and not confirmed comes before the current ones.
 
         Raises:
-            CredentialError: there are none that can be used.
+            CredentialError: the slot from the enrollment cannot be read.
         """
-        self._current = self._store.current()
+        self._current = current
         self._candidate = self._store.candidate()
         return self._candidate or self._current
 
@@ -378,6 +381,7 @@ class Renewer:
         self._current, self._candidate = self._store.confirm(), None
         self._failures = 0
         self._forced = self._current_is_refused = False
+        self._connection.keep(self._current)
         facts = self._current.facts
         self._tell("renewed", f"renewed until {facts.not_after:%Y-%m-%d}")
 

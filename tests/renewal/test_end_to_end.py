@@ -32,6 +32,7 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
         assert watching.states == ["asked", "granted", "trying", "confirming", "renewed"]
         assert not any(isinstance(event, Disconnected) for event in watching.events)
         assert device.credentials.leaf_der != before.leaf_der
+        assert device.credentials == Credentials.from_folder(state)
         renewd.wait_for("confirmed")
         assert renewd.kill(signal.SIGTERM) == 0
         assert renewd.lines[-1]["event"] == "stopped"
