@@ -135,7 +135,7 @@ class Client:
             connection = RenewalConnection(
                 credentials.device_id,
                 renewal_port,
-                use=self._use,
+                use=self.use,
                 keep=self._keep,
                 publish=self.publish,
                 tell=self._tell,
@@ -334,6 +334,20 @@ class Client:
 
         return register
 
+    def use(self, credentials: Credentials) -> None:
+        """Leave in good order, and connect anew with other credentials of the same identity.
+
+        Subscriptions, and what waits to be acknowledged, come along.
+
+        Raises:
+            CredentialError: key and certificate cannot be used; nothing changes.
+            IdentityError: they are another identity's.
+        """
+        if credentials.device_id != self.device_id:
+            raise IdentityError(f"could not go on as {credentials.device_id}: this client is {self.device_id}")
+        self._worker.use(credentials)
+        self._keep(credentials)
+
     def renew(self) -> None:
         """Renew the certificate as soon as there is a connection, whenever it is due; returns at once.
 
@@ -348,10 +362,6 @@ class Client:
                 "only an enrolled device renews by itself; a service: birthmark issue-operator NAME --renew",
             )
         self._renewer.renew_now()
-
-    def _use(self, credentials: Credentials) -> None:
-        self._worker.use(credentials)
-        self._keep(credentials)
 
     def _keep(self, credentials: Credentials) -> None:
         self._credentials = credentials

@@ -97,6 +97,7 @@ def _renewd(arguments: argparse.Namespace, console: Console) -> int:
         confirmed=retiring.look,
         turn_s=watchdog_s / 2 if watchdog_s else METRICS_INTERVAL_S,
     )
+    clients: list[tuple[str, Client]] = []
     with ExitStack() as running, stopping_on_signals() as stopping:
         service.start()
         running.callback(service.stop)
@@ -112,15 +113,32 @@ def _renewd(arguments: argparse.Namespace, console: Console) -> int:
             client.subscribe(topics.RENEWAL_REQUESTS, partial(service.take, client))
             client.start()
             running.callback(client.stop)
+            clients.append((address, client))
         say("ready", f"renewing for {', '.join(map(escaped, arguments.broker))}", brokers=arguments.broker)
         notify("READY=1")
         while not stopping.wait(METRICS_INTERVAL_S):
             _tell_counts(service, say)
+            for address, client in clients:
+                take_up_new_credentials(client, partial(_credentials, arguments, station, address), say)
         notify("STOPPING=1")
     _tell_counts(service, say)
     say("stopped", "stopped")
     station.close()
     return stopping.exit_code
+
+
+def take_up_new_credentials(client: Client, read: Callable[[], Credentials], say: Callable[..., None]) -> None:
+    """Have a client go on with what is in its files by now: a new certificate, or the roots after a rollover."""
+    try:
+        credentials = read()
+        if credentials == client.credentials:
+            return
+        client.use(credentials)
+    except BirthmarkError as error:  # written only in part, perhaps: the next look finds it whole
+        say("trouble", f"{error.message}\n          {error.hint}", reason=error.message, hint=error.hint)
+    else:
+        until = credentials.facts.not_after
+        say("credentials", f"going on with a certificate until {until:%Y-%m-%d}", not_after=until.isoformat())
 
 
 def _tell_counts(service: RenewalService, say: Callable[..., None]) -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from support.renewal_stand import Stand
 from support.renewing_client import Renewing, client, client_started
-from support.watching import eventually
+from support.watching import Watching, eventually
 
 from birthmark.device.client import Client
-from birthmark.device.credentials import Credentials
-from birthmark.device.events import AttemptFailed
+from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.events import AttemptFailed, Connected
+from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.renewal_commands import take_up_new_credentials
 from birthmark.provisioning.renewd import MAX_ASKED
 from birthmark.provisioning.settings import Gateway, add_gateway
 
@@ -102,3 +104,23 @@ def test_the_old_certificate_is_revoked_when_its_time_has_come(tmp_path: Path) -
         with client_started(copy.parent, refused):
             assert refused.wait_for(AttemptFailed).error.check in ("revoked", "not-authorised")
         assert Credentials.from_folder(state).leaf_der == renewed.certificate_der
+
+
+def test_it_goes_on_with_the_certificate_and_the_roots_that_are_there_by_now(stand: Stand) -> None:
+    path, said = stand.folder / "renewd.pem", []
+
+    def read() -> Credentials:
+        return Credentials.from_files(path, stand.folder / "ca.pem", BrokerAddress("localhost", stand.port))
+
+    watching = Watching()
+    with Client(read(), client_suffix="test", observe=watching) as service:
+        take_up_new_credentials(service, read, lambda name, *_: said.append(name))
+        issue_operator(stand.station, "renewd", stand.folder, role="service-renewal", renew=True)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:200])
+        take_up_new_credentials(service, read, lambda name, *_, **__: said.append(name))
+        path.write_bytes(whole)
+        take_up_new_credentials(service, read, lambda name, *_, **__: said.append(name))
+        assert watching.wait_for(Connected, 2).client_id == "renewd:test"
+        assert service.credentials == read()
+    assert said == ["trouble", "credentials"]
