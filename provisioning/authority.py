@@ -148,8 +148,8 @@ class Authority:
         )
         return crl.public_bytes(Encoding.DER)
 
-    def sign_unlock(self, transcript: bytes) -> bytes:
-        """Sign an UNLOCK transcript (docs/serial-protocol.md section 6) and return the signature (DER)."""
+    def sign_transcript(self, transcript: bytes) -> bytes:
+        """Sign a transcript (docs/serial-protocol.md section 6, docs/renewal.md); return the signature (DER)."""
         return self._issuer.private_key.sign(transcript, ECDSA(SHA256()))
 
     def _check(

@@ -1,10 +1,11 @@
-"""`birthmark ca show`: the station's CAs, their options and their answers."""
+"""`birthmark ca show`, and whose place is below it: the station's CAs, their options and their answers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
+from birthmark.provisioning import rollover_commands
 from birthmark.provisioning.options import add_station_option, open_station
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         title="actions", metavar="ACTION", required=True
     )
     _add_show(actions)
+    rollover_commands.add_to(actions)
 
 
 def _add_show(actions: argparse._SubParsersAction[Parser]) -> None:

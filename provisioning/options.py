@@ -45,6 +45,24 @@ def add_root_passphrase_option(parser: Parser) -> None:
     )
 
 
+def add_timeout_option(parser: Parser) -> None:
+    """Let a command say how long it waits for the gateways."""
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="S",
+        help="how long to wait for the gateways' receipts (default: %(default)g)",
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError("the time-out is more than 0 and at most 3600 seconds")
+    return seconds
+
+
 def revocation_reason(word: str) -> str:
     """Check a reason for a revocation, as an argument's type."""
     if parse_reason(word) is None:

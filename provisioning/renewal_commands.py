@@ -28,6 +28,7 @@ from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.renewd import RenewalService
 from birthmark.provisioning.retirement import next_retirement_at, retire_due
+from birthmark.provisioning.rollover_anchors import StationAnchors
 
 if TYPE_CHECKING:
     import argparse
@@ -91,7 +92,7 @@ def _renewd(arguments: argparse.Namespace, console: Console) -> int:
     watchdog_s = watchdog_interval_s()
     retiring = _Retiring(station, console)
     service = RenewalService(
-        Renewals(station),
+        Renewals(station, anchors=StationAnchors(station)),
         say=say,
         alive=(lambda: notify("WATCHDOG=1")) if watchdog_s else (lambda: None),
         confirmed=retiring.look,

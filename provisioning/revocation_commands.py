@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,11 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
 from birthmark.provisioning.crls import clock_trouble, sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.gateway_receipts import forget_gateway
-from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
     add_station_option,
+    add_timeout_option,
     cert_serial,
     open_station,
     revocation_reason,
@@ -25,6 +24,9 @@ from birthmark.provisioning.revocation import REASONS, parse_reason, revoke, rev
 from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
 
 if TYPE_CHECKING:
+    import argparse
+
+    from birthmark.provisioning.gateways import Delivery
     from birthmark.provisioning.station import Station
 
 
@@ -60,7 +62,7 @@ birthmark revoke --cert-serial 5a0c9d8e7f60514233241506f7e8d9ca --reason lost"""
     parser.add_argument(
         "--reason", required=True, type=revocation_reason, metavar="REASON", help=", ".join(REASONS)
     )
-    _add_timeout(parser)
+    add_timeout_option(parser)
 
 
 def _revoke(arguments: argparse.Namespace, console: Console) -> int:
@@ -110,7 +112,7 @@ birthmark crl --root --root-key /media/safe/root-1a2b3c4d.key.pem""",
         "--root", action="store_true", help="sign the root's own CRL instead; gateways do not use it"
     )
     parser.add_argument("--root-key", type=Path, metavar="FILE", help="where the root's key is kept")
-    _add_timeout(parser)
+    add_timeout_option(parser)
 
 
 def _crl(arguments: argparse.Namespace, console: Console) -> int:
@@ -139,23 +141,6 @@ def _crl(arguments: argparse.Namespace, console: Console) -> int:
 def _warn_of_clock(console: Console, station: Station) -> None:
     if trouble := clock_trouble(station):
         console.warn(trouble)
-
-
-def _add_timeout(parser: Parser) -> None:
-    parser.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="S",
-        help="how long to wait for the gateways' receipts (default: %(default)g)",
-    )
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError("the time-out is more than 0 and at most 3600 seconds")
-    return seconds
 
 
 def _answer(console: Console, record: dict[str, object], head: str, deliveries: list[Delivery]) -> int:

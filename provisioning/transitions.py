@@ -220,7 +220,7 @@ class Transitions:
             # What was renewed over the network since shares the txn: the first one has the CA of the bundle.
             flashed = next((old for old in view.named(row.name) if old.txn == old_txn and old.issuer), None)
         authority = self._authority(flashed.issuer if flashed is not None else "")
-        return hashlib.sha256(authority.issuing_der).digest(), authority.sign_unlock(signed)
+        return hashlib.sha256(authority.issuing_der).digest(), authority.sign_transcript(signed)
 
     def interrupted(self, row: Row) -> None:
         """Leave word in the audit log that a person stopped an enrollment; the row itself needs nothing."""

@@ -101,7 +101,7 @@ def test_serial_numbers_are_not_repeated(station: Station) -> None:
 
 
 def test_an_unlock_is_signed_by_the_issuing_ca(station: Station) -> None:
-    signature = station.authority.sign_unlock(b"transcript")
+    signature = station.authority.sign_transcript(b"transcript")
     public_key = station.issuing.public_key()
     assert isinstance(public_key, ec.EllipticCurvePublicKey)
     public_key.verify(signature, b"transcript", ec.ECDSA(SHA256()))

@@ -358,7 +358,7 @@ class NextAnchors:
         if {sha256(each) for each in self.anchors_der} == set(held_sha256):
             return None
         authority = self.station.authority
-        return PendingAnchors(self.anchors_der, authority.issuing_der, authority.sign_unlock)
+        return PendingAnchors(self.anchors_der, authority.issuing_der, authority.sign_transcript)
 
     def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
         assert transaction.row(row.number) == row

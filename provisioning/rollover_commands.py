@@ -1,0 +1,225 @@
+"""`birthmark ca rollover start | activate | status | retire` and `birthmark ca export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from birthmark.device.console import Console, Parser, command
+from birthmark.device.durable import write_durably
+from birthmark.provisioning import rollover
+from birthmark.provisioning.cas import CaKind, read_cas
+from birthmark.provisioning.crl_delivery import warn_of_pending
+from birthmark.provisioning.crls import sign_and_store_crl
+from birthmark.provisioning.gateway_trust import bring_trust
+from birthmark.provisioning.options import (
+    add_passphrase_option,
+    add_root_passphrase_option,
+    add_station_option,
+    add_timeout_option,
+    open_station,
+    root_passphrase,
+)
+from birthmark.provisioning.registry.model import Kind
+from birthmark.provisioning.station import PUBLIC_FILE_MODE
+from birthmark.provisioning.trust_census import take_census
+
+if TYPE_CHECKING:
+    import argparse
+
+    from birthmark.provisioning.cas import Ca
+    from birthmark.provisioning.station import Station
+
+_KINDS = [kind.value for kind in CaKind]
+_FEW = 3
+
+
+def add_to(actions: argparse._SubParsersAction[Parser]) -> None:
+    """Add these commands to those of `birthmark ca`."""
+    _add_export(actions)
+    parser = actions.add_parser(
+        "rollover",
+        help="replace an issuing CA or the root, while everybody stays connected",
+        description="replace an issuing CA or the root, while everybody stays connected",
+        examples="birthmark ca rollover start issuing\nbirthmark ca rollover status",
+    )
+    phases: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
+    _add_start(phases)
+    _add_activate(phases)
+    _add_status(phases)
+    _add_retire(phases)
+
+
+def _add_export(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "export",
+        _export,
+        "write the certificates of the CAs that are trusted now",
+        "birthmark ca export issuing --out clients-ca.pem\nbirthmark ca export root --out ca.pem",
+    )
+    parser.add_argument("kind", choices=_KINDS, help="issuing: for gateways; root: for services")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the PEM file to write")
+    add_station_option(parser)
+
+
+def _export(arguments: argparse.Namespace, console: Console) -> None:
+    cas = open_station(arguments).cas
+    chosen = cas.issuing if arguments.kind == CaKind.ISSUING else cas.roots
+    write_durably(arguments.out, b"".join(ca.pem for ca in chosen), mode=PUBLIC_FILE_MODE)
+    names = ", ".join(ca.short for ca in chosen)
+    console.emit({"file": str(arguments.out), "cas": [ca.key_id for ca in chosen]}, f"{arguments.out}: {names}")
+
+
+def _add_start(phases: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        phases,
+        "start",
+        _start,
+        "make the next CA, and have the gateways trust it",
+        """\
+birthmark ca rollover start issuing
+birthmark ca rollover start issuing --root-key /media/safe/root-1a2b3c4d.key.pem
+birthmark ca rollover start root""",
+    )
+    parser.add_argument("kind", choices=_KINDS, help="what is to be replaced")
+    parser.add_argument("--root-key", type=Path, metavar="FILE", help="where the root's key is kept")
+    add_root_passphrase_option(parser)
+    _add_common(parser)
+
+
+def _start(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    if arguments.kind == CaKind.ROOT:
+        new = rollover.start_root(station, root_passphrase(arguments))
+    else:
+        new = rollover.start_issuing(
+            station,
+            lambda: rollover.RootKey(root_passphrase(arguments) or station.read_passphrase(), arguments.root_key),
+        )
+    return _bring(arguments, console, station, new, f"{new.short} is made, to issue next")
+
+
+def _add_activate(phases: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        phases,
+        "activate",
+        _activate,
+        "issue from the new CA from now on",
+        "birthmark ca rollover activate\nbirthmark ca rollover activate --brokers",
+    )
+    parser.add_argument(
+        "--brokers", action="store_true", help="brokers' certificates too, once every device holds the new root"
+    )
+    _add_force(parser)
+    _add_common(parser)
+
+
+def _activate(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    step = rollover.activate_for_brokers if arguments.brokers else rollover.activate
+    current = step(station, force=arguments.force)
+    return _bring(arguments, console, station, current, f"{current.short} is {current.phase}")
+
+
+def _add_retire(phases: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        phases,
+        "retire",
+        _retire,
+        "close the old CA for good: a last CRL, and nobody trusts it any more",
+        "birthmark ca rollover retire issuing\nbirthmark ca rollover retire root",
+    )
+    parser.add_argument("kind", choices=_KINDS, help="what was replaced")
+    _add_force(parser)
+    _add_common(parser)
+
+
+def _retire(arguments: argparse.Namespace, console: Console) -> int:
+    station = open_station(arguments)
+    _ = station.authority  # a wrong passphrase must stop this before anything is changed
+    closed = rollover.close_old(station, CaKind(arguments.kind), force=arguments.force)
+    bring_trust(station, timeout_s=arguments.timeout)  # the last CRL, while it still counts
+    retired = rollover.retire_closed(station, closed, force=arguments.force)
+    sign_and_store_crl(station)  # the file without the last one's
+    names = " and ".join(f"the {ca.kind} CA {ca.short}" for ca in retired)
+    code = _bring(arguments, console, station, retired[0], f"{names}: trusted no more")
+    if any(ca.kind is CaKind.ISSUING for ca in retired):
+        console.say("The root's CRL lists it with the next `birthmark crl --root`.")
+    return code
+
+
+def _bring(arguments: argparse.Namespace, console: Console, station: Station, ca: Ca, head: str) -> int:
+    """Bring what a phase changed to the gateways, and say how far that has come."""
+    crls, deliveries, troubles = bring_trust(station, timeout_s=arguments.timeout)
+    record = {
+        "ca": ca.key_id,
+        "kind": ca.kind.value,
+        "phase": ca.phase,
+        "crls": crls.records(),
+        "gateways": [delivery.record() for delivery in deliveries],
+    }
+    console.emit(record, "\n".join([head, *(f"  {delivery.described()}" for delivery in deliveries)]))
+    for trouble in troubles:
+        console.warn(trouble)
+    return 0 if warn_of_pending(console, deliveries) and not troubles else 1
+
+
+def _add_status(phases: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        phases,
+        "status",
+        _status,
+        "say who trusts which CA, and who still presents the old one",
+        "birthmark ca rollover status\nbirthmark ca rollover status --json",
+    )
+    add_station_option(parser)
+
+
+def _status(arguments: argparse.Namespace, console: Console) -> None:
+    rows = status(open_station(arguments))
+    columns = ["ca", "kind", "phase", "root", "devices", "services", "brokers", "replaced", "trusted_by", "not_by"]
+    console.table(rows, columns, empty="there is no CA")
+
+
+def status(station: Station) -> list[dict[str, Any]]:
+    """Return for each CA that is trusted who goes by it, and who does not trust it yet."""
+    described = []
+    with station.registry.view() as view:
+        cas = read_cas(view)
+        census = take_census(station, view)
+        for ca in (*cas.roots, *cas.issuing):
+            record: dict[str, Any] = {
+                "ca": ca.short,
+                "kind": ca.kind.value,
+                "phase": ca.phase,
+                "key_id": ca.key_id,
+            }
+            if ca.kind is CaKind.ROOT:
+                lacking = sorted(row.name for row in census.distrusting(ca.key_id))
+                trusting = len(census.holders()) - len(lacking)
+                record |= {"trusted_by": f"{trusting} of {len(census.holders())}"}
+            else:
+                lacking = rollover.gateways_without(station, view, ca)
+                gateways = len(station.settings.gateways)
+                record |= {
+                    "root": ca.root[: len(ca.short)],
+                    **{f"{kind}s": len(census.used(ca.key_id, kind)) for kind in Kind},
+                    "replaced": len(census.still_valid.get(ca.key_id, ())),
+                    "trusted_by": f"{gateways - len(lacking)} of {gateways} gateways",
+                }
+            few = lacking if len(lacking) <= _FEW else [*lacking[:_FEW], f"and {len(lacking) - _FEW} more"]
+            described.append(record | {"not_by": few, "distrusting": lacking})
+    return described
+
+
+def _add_force(parser: Parser) -> None:
+    parser.add_argument("--force", action="store_true", help="whoever is cut off by it")
+
+
+def _add_common(parser: Parser) -> None:
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    add_timeout_option(parser)
