@@ -113,6 +113,8 @@ class Renewer:
         self._forced = False
         self._is_online_with: bytes = b""
         """The leaf of the connection that is up; empty if none is."""
+        self._using: bytes = b""
+        """The leaf that the client was last told to connect with; a word about another one comes late."""
         self._current_is_refused = False
         self._is_called_expired = False
         self._heard_at = -math.inf
@@ -126,7 +128,9 @@ class Renewer:
         """
         self._current = current
         self._candidate = self._store.candidate()
-        return self._candidate or self._current
+        chosen = self._candidate or self._current
+        self._using = chosen.leaf_der
+        return chosen
 
     def start(self) -> None:
         """Begin."""
@@ -235,7 +239,7 @@ class Renewer:
                 self._tell("trying", "connecting with the new certificate")
                 self._unreached = 0
                 self._wait(self._pace.answered_within_s)
-                self._connection.use(candidate)
+                self._use(candidate)
         elif self._forced or self._is_due() or self._has_expired():
             if self._is_online_with:
                 self._ask()
@@ -353,7 +357,7 @@ class Renewer:
         if not is_candidate:
             self._current_is_refused = is_refused
             self._is_called_expired = error is not None and error.check == Check.EXPIRED
-            if is_refused and self._refused_trials == 0:
+            if is_refused and self._refused_trials == 0 and self._using == credentials.leaf_der:
                 self._not_before = 0.0
         elif error is None:
             self._refused_trials = 0
@@ -365,7 +369,11 @@ class Renewer:
             elif current is not None:
                 self._unreached = 0
                 self._fail(f"could not connect with it: {error.message}")
-                self._connection.use(current)
+                self._use(current)
+
+    def _use(self, credentials: Credentials) -> None:
+        self._using = credentials.leaf_der
+        self._connection.use(credentials)
 
     def _confirm(self) -> None:
         from birthmark.device.renewal import making  # noqa: PLC0415
@@ -390,7 +398,7 @@ class Renewer:
         self._candidate, self._request = None, None
         self._fail(why, state="rolled-back")
         if self._current is not None:
-            self._connection.use(self._current)
+            self._use(self._current)
 
     # --- what is said -------------------------------------------------------------------------------------
 
