@@ -26,8 +26,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
+from birthmark.broker.known_peers import KnownPeers
 from birthmark.broker.own_certificate import read_own_certificate
-from birthmark.broker.peer import Peer, check_peer
 from birthmark.broker.policy_file import read_policy
 from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_receipts
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import ssl
 
     from birthmark.broker.config import BrokerSettings
+    from birthmark.broker.peer import Peer
     from birthmark.broker.server_protocol import Server
 
 STATUS_INTERVAL_S = 30.0
@@ -96,6 +97,7 @@ class Gateway:
     def __init__(self, settings: BrokerSettings, trust: Trust, revocations: Revocations) -> None:
         self._settings = settings
         self._trust = trust
+        self._peers = KnownPeers(trust)
         self.revocations = revocations
         self._server: Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -160,7 +162,7 @@ class Gateway:
     def admit(self, leaf_der: bytes) -> Peer:
         """Judge a peer's certificate, after every handshake. Raises `PeerRefusedError`."""
         moment = now()
-        peer = check_peer(leaf_der, self._trust, moment)
+        peer = self._peers.check(leaf_der, moment)
         self.revocations.check(peer, moment)
         return peer
 
@@ -168,7 +170,7 @@ class Gateway:
         """Judge a certificate on the renewal listener, where it may have expired. Raises `PeerRefusedError`."""
         moment = now()
         listener = self._settings.renewal_listener
-        peer = check_peer(leaf_der, self._trust, moment, expired_by=listener.grace if listener else timedelta())
+        peer = self._peers.check(leaf_der, moment, expired_by=listener.grace if listener else timedelta())
         self.revocations.check(peer, moment)
         return peer
 
@@ -320,6 +322,7 @@ class Gateway:
                 Revocations.open, trust, self._settings.data_folder, self._settings.revocation
             )
             self.revocations, self._trust, self.tls_context = revocations, trust, context
+            self._peers = KnownPeers(trust)
             self.renewal_tls_context = renewal
             self._own_certificate = own_certificate
             if self._server:

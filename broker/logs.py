@@ -36,11 +36,16 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str, separators=(",", ":"))
+        return _encode(fields)
+
+
+_encode = json.JSONEncoder(default=str, separators=(",", ":")).encode
 
 
 def log_to_stderr(*, as_json: bool, is_verbose: bool) -> None:
     """Send the broker's log to stderr; amqtt's own below a warning only where it is asked for."""
+    # No line says where in the code, by which thread or task: then they need not be looked up for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if as_json else PlainFormatter())
     root = logging.getLogger()

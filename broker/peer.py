@@ -20,7 +20,7 @@ explain says CLOCK and both times.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -109,18 +109,49 @@ def check_peer(leaf_der: bytes, trust: Trust, now: datetime, *, expired_by: time
         PeerRefusedError: anything about the certificate is not as the profile says. Nothing else is raised,
             whatever the bytes.
     """
+    return let_in(read_peer(leaf_der, trust), trust, now, expired_by=expired_by)
+
+
+def read_peer(leaf_der: bytes, trust: Trust) -> Peer:
+    """Return whose certificate it is, by all of `check_peer` that does not change with time.
+
+    Raises:
+        PeerRefusedError: as `check_peer`.
+    """
     if len(leaf_der) > MAX_LEAF_BYTES:
         raise PeerRefusedError("malformed", f"its certificate has more than {MAX_LEAF_BYTES} bytes", _REISSUE)
     try:
         with warnings.catch_warnings():
             # `cryptography` warns about odd names and numbers; they are refused here.
             warnings.simplefilter("ignore")
-            return _checked(leaf_der, trust, now, expired_by)
+            return _read(leaf_der, trust)
     except MALFORMED as error:
         raise PeerRefusedError("malformed", "its certificate is malformed", _REISSUE) from error
 
 
-def _checked(leaf_der: bytes, trust: Trust, now: datetime, expired_by: timedelta | None) -> Peer:
+def let_in(peer: Peer, trust: Trust, now: datetime, *, expired_by: timedelta | None = None) -> Peer:
+    """Return the peer, if it may come in at this moment: the rest of `check_peer`.
+
+    Args:
+        peer: from `read_peer`, by this same `trust`.
+        trust: the trusted issuing CAs.
+        now: the gateway's clock, aware.
+        expired_by: as for `check_peer`.
+
+    Raises:
+        PeerRefusedError: it is not its time, or a service asks for what is for devices alone.
+    """
+    if expired_by is None:
+        _check_clock(peer, trust[peer.issuer], now, timedelta())
+        return peer
+    if peer.is_service:
+        message = f"{peer.device_id} is a service: only devices renew over the network"
+        raise PeerRefusedError("role", message, "birthmark issue-operator NAME --renew")
+    _check_clock(peer, trust[peer.issuer], now, expired_by)
+    return replace(peer, for_renewal=True)
+
+
+def _read(leaf_der: bytes, trust: Trust) -> Peer:
     certificate = x509.load_der_x509_certificate(leaf_der)
     if certificate.version is not x509.Version.v3:
         raise PeerRefusedError("malformed", "its certificate is not of version 3", _REISSUE)
@@ -135,10 +166,6 @@ def _checked(leaf_der: bytes, trust: Trust, now: datetime, expired_by: timedelta
     if not 0 < cert_serial < 1 << MAX_SERIAL_BITS:
         raise PeerRefusedError("serial", f"the certificate number of {device_id} is out of range", _REISSUE)
     _check_extensions(extensions, device_id)
-    if expired_by is not None and role.is_reserved:
-        message = f"{device_id} is a service: only devices renew over the network"
-        raise PeerRefusedError("role", message, "birthmark issue-operator NAME --renew")
-    _check_clock(certificate, issuer, device_id, now, expired_by or timedelta())
     return Peer(
         device_id=device_id,
         role=role,
@@ -147,7 +174,6 @@ def _checked(leaf_der: bytes, trust: Trust, now: datetime, expired_by: timedelta
         cert_serial=cert_serial,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
-        for_renewal=expired_by is not None,
     )
 
 
@@ -238,20 +264,17 @@ def _names_only(alternative: x509.ExtensionType, device_id: DeviceId) -> bool:
     return [(a.oid, a.value) for a in attributes] == [(NameOID.COMMON_NAME, str(device_id))]
 
 
-def _check_clock(
-    certificate: x509.Certificate, issuer: Issuer, device_id: DeviceId, now: datetime, expired_by: timedelta
-) -> None:
-    if now < certificate.not_valid_before_utc:
-        since = certificate.not_valid_before_utc
-        message = f"CLOCK: the certificate of {device_id} is valid from {_at(since)}; here it is {_at(now)}"
+def _check_clock(peer: Peer, issuer: Issuer, now: datetime, expired_by: timedelta) -> None:
+    since, until = peer.not_before, peer.not_after
+    if now < since:
+        message = f"CLOCK: the certificate of {peer.device_id} is valid from {_at(since)}; here it is {_at(now)}"
         raise PeerRefusedError("not-yet-valid", message, "compare the clocks of this gateway and of the station")
-    if now > certificate.not_valid_after_utc + expired_by:
-        until = certificate.not_valid_after_utc
-        message = f"CLOCK: the certificate of {device_id} was valid until {_at(until)}; here it is {_at(now)}"
+    if now > until + expired_by:
+        message = f"CLOCK: the certificate of {peer.device_id} was valid until {_at(until)}; here it is {_at(now)}"
         raise PeerRefusedError("expired", message, f"if this gateway's clock is right, {_REISSUE}")
     if not issuer.not_before <= now <= issuer.not_after:
         message = (
-            f"CLOCK: the issuing CA '{issuer.name}' of {device_id} is valid from {_at(issuer.not_before)} "
+            f"CLOCK: the issuing CA '{issuer.name}' of {peer.device_id} is valid from {_at(issuer.not_before)} "
             f"until {_at(issuer.not_after)}; here it is {_at(now)}"
         )
         raise PeerRefusedError("issuer-validity", message, "check this gateway's clock, then roll the CA over")

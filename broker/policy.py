@@ -26,7 +26,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from birthmark.broker.filters import (
@@ -331,10 +331,14 @@ class Policy:
         `for_renewal`: it was let in to renew its certificate, and for nothing else.
         """
         kind = RenewalRights if for_renewal else Rights
-        for number, assignment in enumerate(self.assignments, start=1):
+        for assignment, because in zip(self.assignments, self._because, strict=True):
             if assignment.reaches(device_id, role):
-                return kind(device_id, self._by_name[assignment.role], f"assignment {number}, {assignment}")
+                return kind(device_id, self._by_name[assignment.role], because)
         return kind(device_id, None, f"no assignment matches cn {str(device_id)!r} and ou {role.name!r}")
+
+    @cached_property
+    def _because(self) -> list[str]:
+        return [f"assignment {number}, {each}" for number, each in enumerate(self.assignments, start=1)]
 
     @cached_property
     def _by_name(self) -> dict[str, RoleRules]:
@@ -355,7 +359,16 @@ def decide_delivery(policy: Policy, device_id: DeviceId, role: Role, topic: str)
 
 
 def _levels(entries: tuple[str, ...], own: str) -> _Entries:
-    return tuple((entry, [own if level == ID else level for level in entry.split("/")]) for entry in entries)
+    return tuple(
+        (entry, [own if level == ID else level for level in _split(entry)] if ID in entry else _split(entry))
+        for entry in entries
+    )
+
+
+@lru_cache(maxsize=4096)
+def _split(entry: str) -> list[str]:
+    """Return an entry's levels, which all sessions share: nobody changes them."""
+    return entry.split("/")
 
 
 def glob_matches(glob: str, name: str) -> bool:

@@ -48,7 +48,7 @@ from birthmark.device.errors import SystemFailureError
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from amqtt.events import Events
 
@@ -128,6 +128,7 @@ class GatewayBroker(Broker):
         self._renewal_listener: Listener | None = None
         self._connections = Connections(loop, self)
         self._fired: set[asyncio.Task[None]] = set()
+        self._listening: dict[Events, list[Callable[..., Coroutine[Any, Any, None]]]] = {}
         bound = ListenerConfig(type=ListenerType.EXTERNAL, bind=f"{settings.listen_host}:{settings.listen_port}")
         # Plug-ins are named explicitly: amqtt's default admits anonymous clients.
         config = BrokerConfig(listeners={"default": bound}, plugins=dict(plugins))
@@ -135,7 +136,7 @@ class GatewayBroker(Broker):
             # psutil will be an extra of a later amqtt; this one is pinned.
             warnings.filterwarnings("ignore", message=".*psutil", category=DeprecationWarning)
             super().__init__(config, loop)
-        if self._listens_to(BrokerEvents.MESSAGE_RECEIVED):
+        if self._listeners(BrokerEvents.MESSAGE_RECEIVED):
             self.on_message = self._fire_message
 
     # --- for the gateway ---------------------------------------------------------------------------------
@@ -384,12 +385,20 @@ class GatewayBroker(Broker):
         )
         self._fire(BrokerEvents.MESSAGE_RECEIVED, client_id=session.client_id, message=message)
 
-    def _listens_to(self, event: Events) -> bool:
-        return any(hasattr(plugin, f"on_{event}") for plugin in self.plugins_manager.plugins)
+    def _listeners(self, event: Events) -> list[Callable[..., Coroutine[Any, Any, None]]]:
+        """Return what the plug-ins have for an event; they are loaded once, at the start."""
+        found = self._listening.get(event)
+        if found is None:
+            name = f"on_{event}"
+            found = [getattr(plugin, name) for plugin in self.plugins_manager.plugins if hasattr(plugin, name)]
+            self._listening[event] = found
+        return found
 
     def _fire(self, event: Events, **details: Any) -> None:
-        if self._listens_to(event):
-            task = asyncio.get_running_loop().create_task(self.plugins_manager.fire_event(event, **details))
+        # Each plug-in gets a task of its own, as from amqtt's manager, whose task to make them we leave out.
+        loop = asyncio.get_running_loop()
+        for callback in self._listeners(event):
+            task = loop.create_task(callback(**details))
             self._fired.add(task)
             task.add_done_callback(self._fired.discard)
 

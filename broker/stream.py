@@ -104,6 +104,7 @@ class TlsStream:
     """
 
     __slots__ = (
+        "_fileno",
         "_flusher",
         "_held",
         "_is_flush_due",
@@ -135,6 +136,8 @@ class TlsStream:
     ) -> None:
         self._loop = loop
         self._sock = sock
+        # The loop is given the number: of a socket that it does not know it would first write a description.
+        self._fileno = sock.fileno()
         self._flusher = flusher
         self._owner = owner
         self._state = _State.HANDSHAKE
@@ -417,19 +420,19 @@ class TlsStream:
     def _arm_reader(self) -> None:
         if not self._is_reader_armed:
             self._is_reader_armed = True
-            self._loop.add_reader(self._sock, self._on_readable)
+            self._loop.add_reader(self._fileno, self._on_readable)
 
     def _disarm_reader(self) -> None:
         if self._is_reader_armed:
             self._is_reader_armed = False
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._fileno)
 
     def _arm_writer(self) -> None:
         if not self._is_writer_armed:
             self._is_writer_armed = True
-            self._loop.add_writer(self._sock, self._on_writable)
+            self._loop.add_writer(self._fileno, self._on_writable)
 
     def _disarm_writer(self) -> None:
         if self._is_writer_armed:
             self._is_writer_armed = False
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fileno)

@@ -98,6 +98,10 @@ class Trust:
         """Whether the issuing CA with this key identifier, in hex, is trusted."""
         return key_id in self._by_key_id
 
+    def __getitem__(self, key_id: str) -> Issuer:
+        """Return the issuing CA with this key identifier, in hex; it is one of them."""
+        return self._by_key_id[key_id]
+
     def get(self, key_id: bytes) -> Issuer | None:
         """Return the issuing CA with this key identifier."""
         return self._by_key_id.get(key_id.hex())
