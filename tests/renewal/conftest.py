@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """Whoever kills its broker, or needs another clock, makes one of their own."""
     with Stand(tmp_path_factory.mktemp("stand"), broker_toml=RENEWAL_LISTENER, early=("late",)) as stand:
         yield stand
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def renewd(stand: Stand) -> Iterator[Renewd]:
-    """A renewal service for the tests of a module."""
+    """A renewal service that stays."""
     with stand.renewd() as renewd:
         yield renewd
 

@@ -37,7 +37,7 @@ with client_started(Path(sys.argv[1]), watching) as device:
 
 
 @pytest.mark.proof
-@pytest.mark.parametrize(("scenario", "stride", "at_least"), [("renew", 31, 14), ("retire", 17, 5)])
+@pytest.mark.parametrize(("scenario", "stride", "at_least"), [("renew", 61, 7), ("retire", 41, 2)])
 def test_a_kill_at_any_step_of_either_side(tmp_path: Path, scenario: str, stride: int, at_least: int) -> None:
     command = [sys.executable, str(KILLS), scenario, str(tmp_path), "1" if WHOLE else str(stride)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
