@@ -12,6 +12,7 @@ from birthmark.provisioning import (
     ca_commands,
     doctor_command,
     flash,
+    inspect_command,
     label_command,
     quarantine_commands,
     reflash,
@@ -49,6 +50,7 @@ birthmark revoke sensor-17 --reason lost""",
     revocation_commands.add_to(commands)
     audit_commands.add_to(commands)
     ca_commands.add_to(commands)
+    inspect_command.add_to(commands)
     backup_commands.add_to(commands)
     renewal_commands.add_to(commands)
     return top

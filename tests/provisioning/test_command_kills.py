@@ -29,6 +29,7 @@ ONLY_READ = {
     "audit verify",
     "audit show",
     "ca show",
+    "inspect",
 }
 KILLED_ELSEWHERE = {
     "flash": "tests/flash/test_processes.py",
