@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crls import CrlSet, sign_and_store_crl
-from birthmark.provisioning.gateway_receipts import note_deliveries
+from birthmark.provisioning.gateway_receipts import note_deliveries, standing_of
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery, Outcome, deliver
 
 if TYPE_CHECKING:
@@ -18,17 +18,26 @@ if TYPE_CHECKING:
 
 
 def deliver_crl(
-    station: Station, crls: CrlSet, timeout_s: float, *, gateways: Sequence[Gateway] | None = None
+    station: Station,
+    crls: CrlSet,
+    timeout_s: float,
+    *,
+    gateways: Sequence[Gateway] | None = None,
+    again: bool = False,
 ) -> list[Delivery]:
-    """Bring the CRLs to every gateway of the station (or to these), and put what became of them on record."""
+    """Bring the CRLs to every gateway of the station (or to these), and put what became of them on record.
+
+    With `again`, what is wrong at a gateway still is not put on record another time.
+    """
     gateways = station.settings.gateways if gateways is None else gateways
     station.publish_certificates()
     deliveries = deliver(gateways, crls, station.cas, anchors_path=station.root_path, timeout_s=timeout_s)
-    if deliveries:
+    told = [delivery for delivery in deliveries if not (again and _is_known(station, delivery))]
+    if told:
         numbers = " ".join(f"{crl.issuer[:SHORT]}:{crl.number}" for crl in crls.crls)
         with station.registry.transaction() as transaction:
-            note_deliveries(transaction, deliveries, crls, station.clock())
-            for delivery in deliveries:
+            note_deliveries(transaction, told, crls, station.clock())
+            for delivery in told:
                 transaction.record(
                     "deliver",
                     delivery.gateway,
@@ -38,6 +47,13 @@ def deliver_crl(
                     cause=delivery.cause or None,
                 )
     return deliveries
+
+
+def _is_known(station: Station, delivery: Delivery) -> bool:
+    if delivery.outcome is Outcome.DONE:
+        return False
+    with station.registry.view() as view:
+        return standing_of(view, delivery.gateway).trouble == delivery.cause
 
 
 def warn_of_pending(console: Console, deliveries: Sequence[Delivery]) -> bool:

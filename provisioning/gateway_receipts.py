@@ -16,9 +16,9 @@ from birthmark.device.errors import RegistryError
 from birthmark.provisioning.gateways import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crls import CrlSet, StoredCrl
     from birthmark.provisioning.gateways import Delivery
     from birthmark.provisioning.registry.interface import Transaction, View
 
@@ -47,10 +47,10 @@ class Standing:
     """Why the last delivery did not succeed; empty if it did."""
     trouble_since: datetime | None = None
 
-    def has(self, crls: CrlSet) -> bool:
+    def has(self, crls: Iterable[StoredCrl]) -> bool:
         """Whether it has confirmed each of these CRLs."""
-        found = {crl.issuer: crl.sha256 for crl in crls.crls}
-        return all(key_id in self.confirmed and self.confirmed[key_id].sha256 == found[key_id] for key_id in found)
+        known = {key_id: confirmed.sha256 for key_id, confirmed in self.confirmed.items()}
+        return all(known.get(crl.issuer) == crl.sha256 for crl in crls)
 
 
 def standing_of(view: View, gateway: str) -> Standing:

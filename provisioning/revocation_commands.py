@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.provisioning import crl_commands
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
 from birthmark.provisioning.crls import clock_trouble, sign_and_store_crl, sign_root_crl
-from birthmark.provisioning.gateway_receipts import forget_gateway
+from birthmark.provisioning.gateway_receipts import forget_gateway, standing_of
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
@@ -113,6 +114,10 @@ birthmark crl --root --root-key /media/safe/root-1a2b3c4d.key.pem""",
     )
     parser.add_argument("--root-key", type=Path, metavar="FILE", help="where the root's key is kept")
     add_timeout_option(parser)
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", help="do something else about CRLs instead"
+    )
+    crl_commands.add_to(actions)
 
 
 def _crl(arguments: argparse.Namespace, console: Console) -> int:
@@ -206,8 +211,13 @@ def _gateway_add(arguments: argparse.Namespace, console: Console) -> None:
 
 def _gateway_list(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
-    rows = [_gateway_record(gateway) for gateway in station.settings.gateways]
-    console.table(rows, ["name", "reached_by", "operator"], empty="no gateway is configured")
+    with station.registry.view() as view:
+        rows = [
+            {**_gateway_record(gateway), **crl_commands.standing_record(standing_of(view, gateway.name))}
+            for gateway in station.settings.gateways
+        ]
+    columns = ["name", "reached_by", "operator", "crl", "confirmed_at", "trouble"]
+    console.table(rows, columns, empty="no gateway is configured")
 
 
 def _gateway_remove(arguments: argparse.Namespace, console: Console) -> None:
