@@ -261,6 +261,7 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
         "anchors": row.anchors.split(" ") if row.anchors else None,
         "replaces": row.replaces,
         "replaced_by": row.replaced_by,
+        "renews": row.renews,
         "void_reason": row.void_reason or None,
         "revoked_at": _moment(row.revoked_at),
         **_certificate_facts(row),
