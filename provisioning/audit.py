@@ -9,6 +9,8 @@ Rules:
   last number and hash. Only then are they appended here and fsynced. After a kill in between, the next
   transaction appends what is missing; an entry that is here already is not appended again. So the two agree,
   and a cut at the log's end shows too.
+- What a transaction finds missing of the one before it, it puts back and records as RESTORED: a command was
+  killed there, or somebody cut the log's end. `verify` names every such place.
 - A torn last line, which a power cut can leave, is replaced when it is the beginning of the missing entry;
   anything else is evidence and stays.
 - The chain makes tampering evident, it does not stop it: a log that was damaged never keeps anybody from
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 GENESIS: Final = "0" * 64
 """What the first entry has as `previous`."""
+RESTORED: Final = "audit-restored"
+"""The action of the entry that says how many lines were missing at the log's end, and were put back."""
 _KEYS: Final = {"seq", "at", "actor", "action", "subject", "details", "previous", "hash"}
 
 
@@ -62,14 +66,17 @@ def chained(
     return _dumped({**entry, "hash": digest}), Head(head.seq + 1, digest)
 
 
-def append_missing(path: Path, lines: Sequence[str]) -> None:
+def append_missing(path: Path, lines: Sequence[str]) -> int:
     """Append those of `lines` that the log does not end with, and fsync. The caller holds the registry's lock.
+
+    Returns:
+        How many lines were missing.
 
     Raises:
         OSError: the log cannot be written; call again with the same lines.
     """
     if not lines:
-        return
+        return 0
     is_new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -80,6 +87,7 @@ def append_missing(path: Path, lines: Sequence[str]) -> None:
         *whole, torn = tail.split(b"\n")
         present = set(whole)
         missing = [line.encode() for line in lines if line.encode() not in present]
+        count = len(missing)
         if torn and any(line.startswith(torn) for line in missing):
             size -= len(torn)
             os.ftruncate(descriptor, size)
@@ -92,6 +100,7 @@ def append_missing(path: Path, lines: Sequence[str]) -> None:
         os.close(descriptor)
     if is_new:
         sync_folder(path.parent)
+    return count
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,8 @@ class Verdict:
     entries: int
     head: Head
     problems: tuple[Problem, ...] = field(default=())
+    restored: tuple[str, ...] = field(default=())
+    """Where lines were missing at the log's end, and were put back: a kill, or a cut."""
 
 
 def verify(path: Path, expected: Head) -> Verdict:
@@ -125,6 +136,7 @@ def verify(path: Path, expected: Head) -> Verdict:
     problems: list[Problem] = []
     head = Head()
     entries = 0
+    restored: list[str] = []
     seen: dict[int, int] = {}
     for number, raw in _lines(path):
         entry = _parsed(raw)
@@ -133,6 +145,8 @@ def verify(path: Path, expected: Head) -> Verdict:
             continue
         entries += 1
         seq = entry["seq"]
+        if entry["action"] == RESTORED:
+            restored.append(_shown_restored(number, entry))
         problem = _check(number, raw, entry, head, seen)
         if problem:
             problems.append(problem)
@@ -141,7 +155,7 @@ def verify(path: Path, expected: Head) -> Verdict:
             # Go on from what the entry says of itself, so that one edit is reported once and in its place.
             head = Head(seq, entry["hash"])
     problems.extend(_check_end(head, expected))
-    return Verdict(entries, head, tuple(problems))
+    return Verdict(entries, head, tuple(problems), tuple(restored))
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -154,6 +168,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         entry = _parsed(raw)
         if entry is not None:
             yield entry
+
+
+def _shown_restored(number: int, entry: Mapping[str, Any]) -> str:
+    count = entry["details"].get("lines")
+    what = "1 line was missing and was" if count == 1 else f"{count} lines were missing and were"
+    return f"before line {number} (entry {entry['seq']}, {escaped(entry['at'][:19])}Z), {what} put back"
 
 
 def _check(number: int, raw: bytes, entry: dict[str, Any], head: Head, seen: Mapping[int, int]) -> Problem | None:

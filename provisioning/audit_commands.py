@@ -12,6 +12,8 @@ from birthmark.provisioning.options import add_station_option, open_station
 if TYPE_CHECKING:
     import argparse
 
+_MOST_PLACES = 20
+
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add these commands."""
@@ -59,7 +61,10 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
         "problems": [
             {"line": problem.line, "kind": problem.kind, "text": problem.text} for problem in verdict.problems
         ],
+        "restored": list(verdict.restored),
     }
+    for place in verdict.restored[-_MOST_PLACES:]:
+        console.warn(f"{place}: a command was killed then, or somebody cut the end of the log")
     if not verdict.problems:
         console.emit(record, f"{verdict.entries} entries, all sound; the last one's hash is {verdict.head.hash}")
         return 0

@@ -8,7 +8,8 @@ Rules:
 - Uniqueness (docs/serial-protocol.md section 8) holds at every insert and update: hwid and name among the live
   rows (neither VOID, nor being replaced, nor a renewal under way), names without regard to case and across
   devices, services and brokers; public key and certificate serial number among all rows ever.
-- The audit entries of a transaction are durable with it, and reach the audit log after a crash too.
+- The audit entries of a transaction are durable with it, and reach the audit log after a crash too. What had to
+  be put back into the log is recorded there (`audit.RESTORED`): a crash and a cut look the same.
 - The counter `last_issued_at` follows the newest issuance: the seconds since 1970 at which a row got its
   certificate.
 - Transactions do not nest.

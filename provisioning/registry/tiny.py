@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import BirthmarkError, RegistryError
-from birthmark.provisioning.audit import Head, append_missing
+from birthmark.provisioning.audit import RESTORED, Head, append_missing
 from birthmark.provisioning.registry.interface import Snapshot
 from birthmark.provisioning.registry.storage import (
     META,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 REGISTRY_FILE: Final = "registry.json"
 LOCK_FILE: Final = "registry.lock"
 AUDIT_FILE: Final = "audit.jsonl"
+_Tables = dict[str, dict[str, dict[str, Any]]]
 
 
 class TinyRegistry:
@@ -77,8 +78,7 @@ class TinyRegistry:
         """Open a transaction (`interface.Registry.transaction`)."""
         with self._locked():
             self._file.remove_leftovers()
-            tables = self._file.load()
-            self._settle(tables)
+            tables = self._settle(self._file.load())
             storage = TransactionStorage(tables, writable=True)
             work = TinyTransaction(storage, self._clock, self._actor)
             try:
@@ -106,16 +106,14 @@ class TinyRegistry:
             RegistryError: registry or log cannot be used.
         """
         with self._locked():
-            tables = self._file.load()
-            self._settle(tables)
+            tables = self._settle(self._file.load())
             return audit_head_of(tables[META][str(META_ID)])
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """Hold everybody else off and open the registry's content (`interface.Registry.snapshot`)."""
         with self._locked():
-            tables = self._file.load()
-            self._settle(tables)
+            self._settle(self._file.load())
             size = self.audit_path.stat().st_size if self.audit_path.exists() else 0
             yield Snapshot(self._file.content(), size)
 
@@ -136,18 +134,30 @@ class TinyRegistry:
             finally:
                 self._held.held = False
 
-    def _settle(self, tables: dict[str, dict[str, dict[str, Any]]]) -> None:
-        """Append to the log what an earlier transaction could not."""
+    def _settle(self, tables: _Tables) -> _Tables:
+        """Append to the log what an earlier transaction could not, or what was cut since, and leave word of it."""
         try:
-            append_missing(self.audit_path, _waiting(tables))
+            missing = append_missing(self.audit_path, _waiting(tables))
+            if not missing:
+                return tables
+            storage = TransactionStorage(tables, writable=True)
+            work = TinyTransaction(storage, self._clock, self._actor)
+            try:
+                work.record(RESTORED, "audit-log", lines=missing)
+                work.finish()
+                self._file.save(storage.tables)
+            finally:
+                storage.close()
+            append_missing(self.audit_path, _waiting(storage.tables))
         except OSError as error:
             raise RegistryError(
                 f"could not write the audit log {self.audit_path}: {error.strerror}",
                 hint="nothing was changed; make room or repair the permissions, then try again",
             ) from error
+        return storage.tables
 
 
-def _waiting(tables: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+def _waiting(tables: _Tables) -> list[str]:
     """Return the outbox's lines in their order."""
     outbox = tables[OUTBOX]
     try:

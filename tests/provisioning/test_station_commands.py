@@ -418,3 +418,25 @@ def test_no_private_key_leaves_its_file(birthmark: Command, living: Station) -> 
     assert "PRIVATE" not in text
     assert "PRIVATE" not in (living.folder / "registry.json").read_text()
     assert "PRIVATE" not in living.registry.audit_path.read_text()
+
+
+@pytest.mark.parametrize("next_command", [["audit", "verify"], ["batch", "open", "W47"], ["crl"]])
+def test_cutting_just_what_the_registry_puts_back_leaves_a_trace(
+    birthmark: Command, living: Station, next_command: list[str]
+) -> None:
+    log = living.registry.audit_path
+    assert birthmark("batch", "open", "W46").exit_code == 0
+    assert birthmark("batch", "close").exit_code == 0
+    whole = log.read_bytes()
+    log.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+
+    birthmark(*next_command)
+
+    answer = birthmark("audit", "verify", "--json")
+    assert log.read_bytes().startswith(whole)
+    assert answer.records[0]["sound"] is True
+    number = len(whole.splitlines()) + 1
+    (place,) = answer.records[0]["restored"]
+    assert place.startswith(f"before line {number} (entry {number}, ")
+    assert place.endswith("1 line was missing and was put back")
+    assert "somebody cut the end of the log" in answer.stderr
