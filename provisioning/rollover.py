@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
+from birthmark.device.durable import remove_leftovers
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning import profile
 from birthmark.provisioning.cas import (
@@ -41,6 +42,7 @@ from birthmark.provisioning.gateway_receipts import standing_of
 from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
 from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.revocation import mark_revoked
+from birthmark.provisioning.station import KEYS_FOLDER
 from birthmark.provisioning.trust_census import Census, take_census
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def start_issuing(
                 raise _refused("start the next issuing CA", "a root is being replaced", "finish that first")
             return new
         _check_room(cas, CaKind.ISSUING)
+        remove_leftovers(station.folder / KEYS_FOLDER)  # of a killed attempt
         _ = station.authority  # the new key gets the passphrase that opens this one
         held = root_key()
         root = station.root_issuer(held.passphrase, held.path)
@@ -127,6 +130,7 @@ def start_root(
             return new
         _check_room(cas, CaKind.ROOT)
         _check_room(cas, CaKind.ISSUING)
+        remove_leftovers(station.folder / KEYS_FOLDER)
         _ = station.authority
         now = station.clock()
         root_key, certificate = _distinct(

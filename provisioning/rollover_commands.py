@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.durable import write_durably
+from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.provisioning import rollover
 from birthmark.provisioning.cas import CaKind, read_cas
 from birthmark.provisioning.crl_delivery import warn_of_pending
@@ -68,6 +68,7 @@ def _add_export(actions: argparse._SubParsersAction[Parser]) -> None:
 def _export(arguments: argparse.Namespace, console: Console) -> None:
     cas = open_station(arguments).cas
     chosen = cas.issuing if arguments.kind == CaKind.ISSUING else cas.roots
+    remove_leftovers(arguments.out.parent, arguments.out.name)
     write_durably(arguments.out, b"".join(ca.pem for ca in chosen), mode=PUBLIC_FILE_MODE)
     names = ", ".join(ca.short for ca in chosen)
     console.emit({"file": str(arguments.out), "cas": [ca.key_id for ca in chosen]}, f"{arguments.out}: {names}")

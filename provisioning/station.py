@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from birthmark.device.durable import exclusive_lock, write_durably
+from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.authority import Authority
@@ -231,11 +231,13 @@ class Station:
         Raises:
             OSError: one could not be written; it is as it was.
         """
-        cas = self.cas
-        for name, trusted in ((ROOT_FILE, cas.roots), (ISSUING_FILE, cas.issuing)):
-            path, content = self.folder / name, b"".join(ca.pem for ca in trusted)
-            if not path.exists() or path.read_bytes() != content:
-                write_durably(path, content, mode=PUBLIC_FILE_MODE)
+        with self.rollover_lock():  # nobody writes what was so before
+            cas = self.cas
+            for name, trusted in ((ROOT_FILE, cas.roots), (ISSUING_FILE, cas.issuing)):
+                path, content = self.folder / name, b"".join(ca.pem for ca in trusted)
+                remove_leftovers(self.folder, name)
+                if not path.exists() or path.read_bytes() != content:
+                    write_durably(path, content, mode=PUBLIC_FILE_MODE)
 
     def _key_of(self, ca: Ca) -> EllipticCurvePrivateKey:
         with self._unlocking:

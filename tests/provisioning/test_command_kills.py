@@ -30,6 +30,8 @@ ONLY_READ = {
     "audit show",
     "ca show",
     "inspect",
+    "ca rollover status",
+    "crl status",
 }
 KILLED_ELSEWHERE = {
     "flash": "tests/flash/test_processes.py",
@@ -38,6 +40,7 @@ KILLED_ELSEWHERE = {
     "reflash": "tests/faults/test_kills.py",
     "renewd": "tests/renewal",
     "renew": "tests/renewal",
+    "crl serve": "tests/provisioning/test_crl_service.py",
 }
 """With a board or a broker at the other end, which is killed too."""
 

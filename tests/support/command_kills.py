@@ -31,11 +31,11 @@ from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_stat
 from birthmark.device.console import run
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.pem import CRL, read_blocks
-from birthmark.provisioning import audit, backup_commands, station_commands
+from birthmark.provisioning import audit, backup_commands, rollover, station_commands
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.cli import parser
-from birthmark.provisioning.crls import crl_number_counter, current_crl
+from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.line import Quarantined
@@ -202,6 +202,42 @@ def has_labels(root: Path) -> None:
     assert (root / "labels" / "sensor-1.svg").read_bytes().endswith(b"</svg>\n")
 
 
+def with_next_ca(root: Path) -> None:
+    opened = station(root)
+    rollover.start_issuing(opened, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    sign_and_store_crl(opened)
+
+
+def with_old_ca(root: Path) -> None:
+    enrolled_row(station(root), "sensor-1")
+    with_next_ca(root)
+    opened = station(root)
+    rollover.activate(opened, force=True)
+    revoke(opened, "sensor-1", LOST)
+
+
+def with_next_root(root: Path) -> None:
+    opened = station(root)
+    rollover.start_root(opened, PASSPHRASE, derivation=CHEAP)
+    rollover.activate(opened, force=True)
+    sign_and_store_crl(opened)
+
+
+def cas_are(root: Path, *phases: str) -> None:
+    """The issuing CAs that are trusted stand so, each with its CRL; the copies of the certificates are theirs."""
+    opened = station(root)
+    assert [ca.phase for ca in opened.cas.issuing] == list(phases)
+    crls = current_crl(opened)
+    assert crls is not None
+    assert [crl.issuer for crl in crls.crls] == [ca.key_id for ca in opened.cas.issuing]
+    for path, cas in ((opened.folder / "issuing.pem", opened.cas.issuing), (opened.root_path, opened.cas.roots)):
+        assert path.read_bytes() == b"".join(ca.pem for ca in cas)
+
+
+def has_roots(root: Path) -> None:
+    assert (root / "ca.pem").read_bytes() == b"".join(ca.pem for ca in station(root).cas.roots)
+
+
 def crl_number_of(root: Path) -> int:
     crls = current_crl(station(root))
     assert crls is not None
@@ -275,6 +311,30 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "restore --crl": Scenario(
         ["restore", "--crl", "@/gateway.crl"], prepare=with_foreign_crl, finished=is_revoked
+    ),
+    "ca export": Scenario(["ca", "export", "root", "--out", "@/ca.pem"], finished=has_roots),
+    "ca rollover start issuing": Scenario(
+        ["ca", "rollover", "start", "issuing"], finished=lambda root: cas_are(root, "current", "new")
+    ),
+    "ca rollover start root": Scenario(
+        ["ca", "rollover", "start", "root"], finished=lambda root: cas_are(root, "current", "new")
+    ),
+    "ca rollover activate": Scenario(
+        ["ca", "rollover", "activate", "--force"],
+        prepare=with_next_ca,
+        finished=lambda root: cas_are(root, "current", "old"),
+        done_already=["none was started"],
+    ),
+    "ca rollover activate --brokers": Scenario(
+        ["ca", "rollover", "activate", "--brokers"],
+        prepare=with_next_root,
+        finished=lambda root: cas_are(root, "current", "old"),
+    ),
+    "ca rollover retire": Scenario(
+        ["ca", "rollover", "retire", "issuing"],
+        prepare=with_old_ca,
+        finished=lambda root: cas_are(root, "current"),
+        done_already=["there is none"],
     ),
     "doctor": Scenario(["doctor", "--offline"], prepare=with_devices, code=1),
 }
@@ -368,8 +428,8 @@ class History:
     seen: dict[tuple[str, int], str] = field(default_factory=dict)
     dated: dict[tuple[str, int], datetime] = field(default_factory=dict)
 
-    def look(self, folder: Path) -> None:
-        """Look at a station, as the next process does."""
+    def look(self, folder: Path, *, killed: bool = False) -> None:
+        """Look at a station, as the next process does; just after a kill a CA may still be without its CRL."""
         opened = Station.open(folder, passphrase=PASSPHRASE)
         with opened.registry.transaction() as transaction:
             transaction.record("look", "station")
@@ -386,9 +446,9 @@ class History:
         for ca in opened.cas.issuing:
             assert opened.authority_of(ca.key_id).key_id == ca.key_id
         crls = current_crl(opened)
-        assert crls is not None, "its CRL is half written"
-        assert crls.cert_serials <= revoked
-        for crl in crls.crls:
+        assert crls is not None or killed, "a CA has no CRL"
+        assert crls is None or crls.cert_serials <= revoked
+        for crl in () if crls is None else crls.crls:
             assert crl.number <= numbers[crl.issuer]
         for path in (opened.crl_path, folder / "root-crl.pem"):
             for label, der in read_blocks(path.read_bytes()):
@@ -424,7 +484,7 @@ def kill_once(scenario: Scenario, prepared: Path, root: Path, at: int) -> bool:
         assert code == scenario.code, said
         return False
     for folder in stations(root):
-        history.look(folder)
+        history.look(folder, killed=True)
     code, _, said = in_child(root, scenario.words, 0)
     if code != scenario.code:
         assert any(word in said for word in scenario.done_already), (code, said)
@@ -473,6 +533,8 @@ def main(root: Path, kills: int, names: Sequence[str]) -> None:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
+    for start in (rollover.start_issuing, rollover.start_root):
+        monkeypatch.setattr(rollover, start.__name__, functools.partial(start, derivation=CHEAP))
     for name in names or SCENARIOS:
         steps, killed = survive(SCENARIOS[name], root / name.replace(" ", "_"), kills)
         print(f"{name}: {killed} of {steps}", flush=True)
