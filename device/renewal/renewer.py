@@ -353,16 +353,17 @@ class Renewer:
         is_candidate = candidate is not None and credentials.leaf_der == candidate.leaf_der
         was_online, self._is_online_with = self._is_online_with, credentials.leaf_der if error is None else b""
         is_refused = isinstance(error, RefusedError)
+        is_late = credentials.leaf_der != self._using  # the other one is being connected with already
         self._unreached = 0 if error is None or is_refused or was_online else self._unreached + 1
         if not is_candidate:
             self._current_is_refused = is_refused
             self._is_called_expired = error is not None and error.check == Check.EXPIRED
-            if is_refused and self._refused_trials == 0 and self._using == credentials.leaf_der:
+            if is_refused and self._refused_trials == 0 and not is_late:
                 self._not_before = 0.0
         elif error is None:
             self._refused_trials = 0
             self._not_before = 0.0
-        elif is_refused or self._unreached >= UNREACHED:
+        elif not is_late and (is_refused or self._unreached >= UNREACHED):
             self._refused_trials += is_refused
             if self._refused_trials >= TRIALS and not self._current_is_refused:
                 self._roll_back(f"it was refused {self._refused_trials} times: {error.message}")

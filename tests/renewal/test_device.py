@@ -31,7 +31,7 @@ from birthmark.device.renewal.messages import AnchorUpdate, RenewalAnswer
 from birthmark.device.renewal.proofs import anchors_transcript
 from birthmark.device.renewal.schedule import due_at
 from birthmark.device.renewal.store import RenewalStore
-from birthmark.provisioning.renewal import Asked, Renewals
+from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.retirement import RETIREMENTS, retire_due
 
 if TYPE_CHECKING:
@@ -149,24 +149,11 @@ def test_a_fleet_is_spread_over_a_part_of_the_life() -> None:
 # --- between two steps, on a real gateway ------------------------------------------------------------------
 
 
-def granted(stand: Stand, state: Path) -> Asked:
-    """Bring a device to `granted` without its client; return the confirmation that it would send."""
-    store, renewals = RenewalStore(state), Renewals(stand.station)
-    current = store.current_slot()
-    device_id = current.bundle.config.device_id
-    asked = making.new_key(device_id)
-    store.keep_asked(asked)
-    request = making.renewal_request(current, asked)
-    (answer,) = renewals.answer([Asked(device_id, request)])
-    store.keep_candidate(making.granted(answer, request, current=current, asked=asked, now=now()))
-    return Asked(device_id, making.confirmation(store.candidate_slot()))
-
-
 def test_cut_off_after_the_station_confirmed_and_away_until_the_old_one_is_revoked(
     stand: Stand, renewd: Renewd
 ) -> None:
     state, watching = stand.device("away"), Renewing()
-    (answer,) = Renewals(stand.station).answer([granted(stand, state)])
+    (answer,) = Renewals(stand.station).answer([stand.grant(state)])
     assert answer.outcome == "confirmed"
     with stand.station.registry.transaction() as transaction:
         for key, note in transaction.notes(RETIREMENTS).items():
@@ -183,7 +170,7 @@ def test_cut_off_after_the_station_confirmed_and_away_until_the_old_one_is_revok
 def test_what_was_granted_and_revoked_while_it_was_away_is_given_up(stand: Stand, renewd: Renewd) -> None:
     state, watching = stand.device("unlucky-2"), Renewing()
     before = Credentials.from_folder(state)
-    granted(stand, state)
+    stand.grant(state)
     stand.revoke_open_renewal("unlucky-2")
     with client_started(state, watching) as device:
         watching.wait_for_state("rolled-back")
@@ -197,7 +184,7 @@ def test_what_was_granted_and_revoked_while_it_was_away_is_given_up(stand: Stand
 def test_a_damaged_record_is_no_obstacle(stand: Stand, renewd: Renewd, damage: bytes) -> None:
     name = f"damaged-{len(damage)}"
     state, watching = stand.device(name), Renewing()
-    granted(stand, state)
+    stand.grant(state)
     (state / "renewal").write_bytes(damage)
     with client(state, watching) as device:
         device.renew()
@@ -207,7 +194,7 @@ def test_a_damaged_record_is_no_obstacle(stand: Stand, renewd: Renewd, damage: b
 
 def test_a_record_of_an_enrollment_before_does_not_count(stand: Stand) -> None:
     state, other = stand.device("again-1"), stand.device("again-2")
-    granted(stand, other)
+    stand.grant(other)
     (other / "renewal").rename(state / "renewal")
     store = RenewalStore(state)
     assert (store.candidate(), store.asked()) == (None, None)

@@ -26,8 +26,11 @@ from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.bundle import Bundle, BundleConfig
+from birthmark.device.renewal import making
+from birthmark.device.renewal.store import RenewalStore
 from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.renewal import Asked, Renewals
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,6 +192,19 @@ class Stand:
     def expired_device(self, name: str) -> Path:
         """Return the state folder of a device that was made early: its certificate ended yesterday."""
         return state_folder(self.folder / "devices" / name, self.station, self._early[name], self.port)
+
+    def grant(self, state: Path) -> Asked:
+        """Bring a device to `granted` without its client; return the confirmation that it would send."""
+        store = RenewalStore(state)
+        current = store.current_slot()
+        device_id = current.bundle.config.device_id
+        asked = making.new_key(device_id)
+        store.keep_asked(asked)
+        request = making.renewal_request(current, asked)
+        (answer,) = Renewals(self.station).answer([Asked(device_id, request)])
+        now = datetime.now(UTC)
+        store.keep_candidate(making.granted(answer, request, current=current, asked=asked, now=now))
+        return Asked(device_id, making.confirmation(store.candidate_slot()))
 
     def revoke_open_renewal(self, name: str) -> None:
         """Revoke what was granted and not confirmed, and bring that to the gateway."""

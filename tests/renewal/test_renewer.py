@@ -1,0 +1,121 @@
+"""Which of two certificates a client goes by, where neither leads anywhere: by turns, with growing pauses."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from support.watching import eventually
+
+from birthmark.device.backoff import Backoff
+from birthmark.device.credentials import Credentials
+from birthmark.device.errors import RefusedError, UnreachableError
+from birthmark.device.renewal.renewer import TRIALS, UNREACHED, Renewer
+from birthmark.device.renewal.schedule import Pace
+from birthmark.device.renewal.store import RenewalStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.renewal_stand import Stand
+
+    from birthmark.device.errors import ConnectionFailedError
+    from birthmark.device.events import RenewalChanged
+    from birthmark.device.renewal.messages import RenewalAnswer
+
+PACE = Pace(answered_within_s=30.0, repeat=Backoff(0.01, 0.08))
+
+
+class Connection:
+    """A client that never gets anywhere: each certificate ends in what `fate` says."""
+
+    def __init__(self, fate: dict[bytes, ConnectionFailedError]) -> None:
+        self.fate = fate
+        self.renewer: Renewer
+        self.used: list[bytes] = []
+        self.told: list[RenewalChanged] = []
+
+    def attempt(self, credentials: Credentials) -> None:
+        """One attempt, as the client's worker reports it."""
+        self.renewer.settled(credentials, self.fate.get(credentials.leaf_der))
+
+    def use(self, credentials: Credentials) -> None:
+        self.used.append(credentials.leaf_der)
+        for _ in range(UNREACHED):
+            self.attempt(credentials)
+
+    def keep(self, credentials: Credentials) -> None:
+        pass
+
+    def publish_request(self, payload: bytes) -> None:
+        pass
+
+    def ask_apart(self, *_: object) -> RenewalAnswer | None:
+        raise AssertionError("nothing has expired")
+
+    def tell(self, event: RenewalChanged) -> None:
+        self.told.append(event)
+
+    def waits(self) -> list[float]:
+        return [event.retry_in_s for event in self.told if event.retry_in_s is not None]
+
+
+def renewer(state: Path, fate: dict[bytes, ConnectionFailedError]) -> tuple[Renewer, Connection, Credentials]:
+    connection = Connection(fate)
+    made = Renewer(
+        RenewalStore(state),
+        connection,
+        now=lambda: datetime.now(UTC),
+        pace=PACE,
+        uniform=lambda _low, high: high,
+    )
+    connection.renewer = made
+    return made, connection, made.prepare(Credentials.from_folder(state))
+
+
+@pytest.mark.parametrize("error", [RefusedError("no"), UnreachableError("nobody")])
+def test_neither_leads_anywhere(stand: Stand, error: ConnectionFailedError) -> None:
+    name = f"nowhere-{type(error).__name__}".lower().replace("error", "")
+    state = stand.device(name)
+    stand.grant(state)
+    candidate, current = RenewalStore(state).candidate(), Credentials.from_folder(state)
+    assert candidate is not None
+    made, connection, first = renewer(state, {candidate.leaf_der: error, current.leaf_der: error})
+    assert first == candidate
+    made.start()
+    try:
+        for _ in range(UNREACHED):
+            connection.attempt(first)
+        eventually(lambda: len(connection.used) >= 8, f"turns; there were {connection.told}")
+    finally:
+        made.stop(timeout_s=20)
+    turns = [current.leaf_der, candidate.leaf_der] * 20
+    assert connection.used == turns[: len(connection.used)]
+    waits = connection.waits()
+    assert waits == sorted(waits), "each pause is at least as long as the one before"
+    assert len(waits) >= 4, "there is one for each failure of the new one"
+    assert waits[3] == 0.08
+    assert RenewalStore(state).candidate() is not None, "it may be the one that the station counts on"
+
+
+def test_a_new_one_that_is_refused_is_given_up_where_the_old_one_is_let_in(stand: Stand) -> None:
+    state = stand.device("half-way")
+    stand.grant(state)
+    candidate = RenewalStore(state).candidate()
+    assert candidate is not None
+    made, connection, first = renewer(state, {candidate.leaf_der: RefusedError("no")})
+    made.start()
+    try:
+        connection.attempt(first)
+        eventually(
+            lambda: (
+                [event.state for event in connection.told][-1:] == ["rolled-back"]
+                and RenewalStore(state).candidate() is None
+            ),
+            f"the end; there was {connection.told}",
+        )
+    finally:
+        made.stop(timeout_s=20)
+    assert connection.used.count(candidate.leaf_der) <= TRIALS
+    assert connection.used[-1] == Credentials.from_folder(state).leaf_der
