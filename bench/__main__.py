@@ -7,17 +7,22 @@ and with `--json` and `--svg` a file and a picture. Traffic goes to 127.0.0.1 al
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
 
-from bench import messages
+from bench import certificates, connections, messages
 from bench.fleet_pki import FleetPki
 from bench.peers import MOSQUITTO, available
 from bench.report import Figure, line, machine, to_json, to_svg
 
 ROUNDS, SECONDS = 5, 1.0
 QUICK_ROUNDS, QUICK_SECONDS = 1, 0.4
+VISITORS, QUICK_VISITORS = 1_000, 150
+CONNECTION_ROUNDS = 3
+HELD = 5_000
+"""Connections that stay, once."""
 
 
 def main() -> int:
@@ -47,7 +52,13 @@ def main() -> int:
         for number in range(messages.OPERATORS):
             pki.client(f"op-{number}", "operator")
         section = ""
-        for figure in messages.figures(folder, rounds, seconds, _say):
+        visitors, held = (QUICK_VISITORS, 0) if arguments.quick else (VISITORS, HELD)
+        measured = itertools.chain(
+            messages.figures(folder, rounds, seconds, _say),
+            connections.figures(pki, min(rounds, CONNECTION_ROUNDS), visitors, held, _say),
+            certificates.figures(folder, rounds, seconds, _say),
+        )
+        for figure in measured:
             _say("")
             if figure.section != section:
                 section = figure.section
