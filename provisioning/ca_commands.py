@@ -1,12 +1,20 @@
-"""`birthmark ca show`, and whose place is below it: the station's CAs, their options and their answers."""
+"""`birthmark ca show | detach-root`, and the place of `ca rollover`: their options and their answers."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.provisioning import rollover_commands
-from birthmark.provisioning.options import add_station_option, open_station
+from birthmark.provisioning.key_custody import detach_roots
+from birthmark.provisioning.options import (
+    add_passphrase_option,
+    add_root_passphrase_option,
+    add_station_option,
+    open_station,
+    root_passphrase,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -27,6 +35,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         title="actions", metavar="ACTION", required=True
     )
     _add_show(actions)
+    _add_detach_root(actions)
     rollover_commands.add_to(actions)
 
 
@@ -63,3 +72,32 @@ def _described(station: Station, ca: Ca) -> dict[str, Any]:
         "cert_serial": f"{certificate.serial_number:x}",
         "key_path": str(station.key_path(ca)),
     }
+
+
+def _add_detach_root(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "detach-root",
+        _detach_root,
+        "move the root's key to a medium that is kept in a safe place",
+        """\
+birthmark ca detach-root --to /media/safe
+birthmark ca detach-root --to /media/safe --root-passphrase-fd 3 3< root-passphrase-file""",
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    add_root_passphrase_option(parser)
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a folder on the medium")
+    parser.add_argument(
+        "--same-disk", action="store_true", help="take a folder on the station's own file system as well"
+    )
+
+
+def _detach_root(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    passphrase = root_passphrase(arguments) or station.read_passphrase()
+    for done in detach_roots(station, arguments.to, passphrase, same_disk=arguments.same_disk):
+        record = {"root": done.root.key_id, "root_key": str(done.path), "newly": done.newly}
+        again = "" if done.newly else " (it was moved before)"
+        console.emit(record, f"the key of the root CA {done.root.short} is at {done.path}{again}")
+    console.say("What needs it takes it from there with --root-key; the station issues and revokes without it.")
