@@ -127,8 +127,8 @@ class AuditFacts:
     found: Head | None
     """None: the last line is no entry."""
     expected: Head
-    lacked: int = 0
-    """Entries at its end that it did not have, and has been given again by the registry."""
+    lacks: bool = False
+    """Whether entries were missing at its end, which the registry has given it again."""
 
 
 @dataclass(slots=True)
@@ -229,7 +229,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
     now = station.clock()
     log = station.registry.audit_path
     before, expected = _last_entry(log), station.registry.audit_head()
-    lacked = 0 if before is None else max(0, expected.seq - before.seq)
+    lacks = before is not None and before.seq < expected.seq
     with station.registry.view() as view:
         cas = _cas(station, view)
         census = Census(now, frozenset(ca.key_id for ca in read_cas(view) if ca.kind is CaKind.ISSUING))
@@ -255,7 +255,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         cas=tuple(cas),
         files=tuple(_files(station)),
         user=os.geteuid(),
-        audit=AuditFacts(_last_entry(log), expected, lacked),
+        audit=AuditFacts(_last_entry(log), expected, lacks),
         free_bytes=shutil.disk_usage(station.folder).free,
         gateways=tuple(looks),
         looked_at_gateways=timeout_s is not None,

@@ -79,7 +79,7 @@ def _check_services(facts: Facts) -> Iterator[Remark]:
 def _check_cas(facts: Facts) -> Iterator[Remark]:
     for ca in facts.cas:
         signs = timedelta(days=facts.lifetimes.device_days if ca.is_issuing and not ca.is_root else 0)
-        hint = f"replace it: birthmark ca rollover {'root' if ca.is_root else 'issuing'}"
+        hint = f"replace it: birthmark ca rollover start {'root' if ca.is_root else 'issuing'}"
         if ca.not_after < facts.now:
             text = f"{ca.name} has ended on {ca.not_after:%Y-%m-%d}: nothing under it is accepted any more"
             yield Remark("cas", Level.BROKEN, text, hint, (ca.name,))
@@ -129,7 +129,7 @@ def _check_root_key(facts: Facts) -> Iterator[Remark]:
     for ca in facts.cas:
         if ca.is_root and ca.has_key:
             text = f"the key of {ca.name} is still on this station: whoever takes the station takes the root"
-            hint = "move it to a safe place: birthmark ca detach-root"
+            hint = "move it to a safe place, with a copy; what needs it takes --root-key"
             yield Remark("root-key", Level.SOON, text, hint, (ca.name,))
 
 
@@ -226,11 +226,9 @@ def _check_audit(facts: Facts) -> Iterator[Remark]:
     elif found != expected:
         text = f"the audit log ends with an entry {found.seq} that is not the registry's {expected.seq}"
         yield Remark("audit", Level.BROKEN, text, hint)
-    elif facts.audit.lacked:
-        text = (
-            f"the audit log lacked {counted(facts.audit.lacked, 'entry', 'entries')} at its end; it is whole again"
-        )
-        hint = "a command was killed or is at work; otherwise somebody cut the log's end"
+    elif facts.audit.lacks:
+        text = "the audit log lacked entries at its end, and has been given them again"
+        hint = "a command was killed or is at work; otherwise somebody cut it: birthmark audit show --last 5"
         yield Remark("audit", Level.NOTE, text, hint)
 
 
