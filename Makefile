@@ -68,7 +68,7 @@ soak: $(DEV)
 demo: $(RUN)
 	@$(BIN)/python -m demo.run
 
-# Leaves bench.json and bench.svg. About ten minutes; bench-quick takes two, and says less.
+# Leaves bench.json and bench.svg. Some ten minutes; bench-quick takes two, and says less.
 bench: $(RUN)
 	@$(BIN)/python -m bench --json bench.json --svg bench.svg
 	@$(BIN)/python -m bench.run

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.load import Workload, as_json
@@ -18,7 +19,8 @@ from bench.report import Figure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
+
+    from bench.peers import Peer
 
 SECTION: Final = "Messages"
 DEVICES: Final = 100
@@ -53,9 +55,9 @@ def _work(
 
 
 TASKS: Final = (
-    Task("1 to 1, 64 B, QoS 0", _work(1, 1, 0, window=2048), 2.3),
+    Task("1 to 1, 64 B, QoS 0", _work(1, 1, 0, window=8192), 2.3),
     Task("1 to 1, 64 B, QoS 1", _work(1, 1, 1, window=400), 2.8),
-    Task("1 to 1, 1 KB, QoS 0", _work(1, 1, 0, window=1024, payload_bytes=1024), 1.3),
+    Task("1 to 1, 1 KB, QoS 0", _work(1, 1, 0, window=2048, payload_bytes=1024), 1.3),
     Task("1 to 1, 1 KB, QoS 1", _work(1, 1, 1, window=400, payload_bytes=1024), 1.8),
     Task("fan-in 100 to 1, QoS 0", _work(100, 1, 0, window=800), 1.0),
     Task("fan-in 100 to 1, QoS 1", _work(100, 1, 1, window=800), 1.0),
@@ -100,19 +102,25 @@ def run(name: str, folder: Path, **work: Any) -> dict[str, Any]:
     """Run one workload on a fresh broker; return the generator's result, or an `error` instead of figures."""
     try:
         with peer(name, folder, operators=OPERATORS) as broker:
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.load"],
-                input=as_json(Workload(port=broker.port, pid=broker.pid, folder=str(folder), **work)),
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT_S,
-                check=False,
-            )
-        if done.returncode:
-            return {"error": done.stderr.strip().rpartition("\n")[2]}
-        result: dict[str, Any] = json.loads(done.stdout)
-    except (RuntimeError, OSError, ValueError, subprocess.TimeoutExpired) as error:
+            return generate(broker, folder, **work)
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         return {"error": str(error)}
+
+
+def generate(broker: Peer, folder: Path, **work: Any) -> dict[str, Any]:
+    """Put a workload on a broker that runs, with the certificates in `folder`; as `run`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.load"],
+        input=as_json(Workload(port=broker.port, pid=broker.pid, folder=str(folder), **work)),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    if done.returncode:
+        return {"error": done.stderr.strip().rpartition("\n")[2]}
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 

@@ -225,7 +225,14 @@ class Connection:
         gateway = self._gateway
         if gateway.on_message is not None:
             gateway.on_message(session, packet)
-        qos = packet.qos
+        if packet.qos or packet.retain:
+            self._publish_kept(session, packet)
+        elif not self._exchange.accept(session, packet) and gateway.disconnects_denied:
+            self._end_denied()
+
+    def _publish_kept(self, session: Session, packet: Publish) -> None:
+        """A message that is to be acknowledged, or retained."""
+        gateway, qos = self._gateway, packet.qos
         journal = self._exchange.journal
         if qos and journal.is_failing and self._exchange.must_store(session, packet):
             gateway.counters.unstored_closed += 1
@@ -244,14 +251,17 @@ class Connection:
             allowed = self._exchange.accept(session, packet)
             number = journal.recorded if journal.recorded != recorded else 0
         if not allowed and gateway.disconnects_denied:
-            self._say_closed("the policy denied a PUBLISH")
-            self.end(with_will=True)
+            self._end_denied()
         elif qos == 1:
             self._acknowledge(mqtt.puback(packet.packet_id), number)
         elif qos == 2:
             self._acknowledge(mqtt.pubrec(packet.packet_id), number)
         if journal.pending_bytes > HIGH_WATER_BYTES and journal.recorded != recorded:
             journal.slow_down(self.stream)
+
+    def _end_denied(self) -> None:
+        self._say_closed("the policy denied a PUBLISH")
+        self.end(with_will=True)
 
     def _acknowledge(self, acknowledgement: bytes, number: int) -> None:
         """Say that what a client gave is in our hands now: at once, or when that change is on disk."""

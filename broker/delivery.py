@@ -128,7 +128,8 @@ class Exchange:
         if verdict is True and packet.retain and session.peer.for_renewal:
             verdict = False  # a request to renew is for now: nothing of it stays here
         if verdict is True:
-            self.publish(packet.topic, packet.payload, packet.qos, retain=packet.retain, publisher=session.peer)
+            topic, payload, qos, retain, _, _, frame = packet
+            self.publish(topic, payload, qos, retain=retain, publisher=session.peer, frame=frame)
             return True
         if verdict is False:
             self.counters.publishes_denied += 1
@@ -146,15 +147,20 @@ class Exchange:
             return
         self.accept(session, Publish(will.topic, will.payload, will.qos, retain=will.retain))
 
-    def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None) -> None:
-        """Retain and deliver a message that is allowed. `publisher` is None for the broker's own."""
+    def publish(
+        self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None, frame: bytes = b""
+    ) -> None:
+        """Retain and deliver a message that is allowed.
+
+        `publisher` is None for the broker's own; `frame` is the PUBLISH of QoS 0 for whoever gets it, if there is
+        one already.
+        """
         self.counters.messages_in += 1
         if retain:
             self.retain(Retained(topic, payload, qos, publisher))
         route = self.router.route(topic)
         if not route.targets:
             return
-        frame: bytes | None = None
         message: Message | None = None
         max_waiting_bytes = self._max_waiting_bytes
         sent = 0
@@ -166,7 +172,7 @@ class Exchange:
                 if stream.waiting_bytes > max_waiting_bytes:
                     self.outbound.drop_slow(session, topic)
                     continue
-                if frame is None:
+                if not frame:
                     frame = publish_head(route.topic_bytes, len(payload), 0, retain=False) + payload
                 stream.write(frame)
                 sent += 1

@@ -83,8 +83,7 @@ class Outbound:
         session.inflight[packet_id] = outgoing
         session.inflight_bytes += message.size_bytes
         payload = message.payload
-        head = publish_head(message.topic_bytes, len(payload), qos, retain=message.retain)
-        frame = head + packet_id.to_bytes(2, "big") + payload
+        frame = message.head(qos) + packet_id.to_bytes(2, "big") + payload
         if session.key:
             self.journal.note_delivery(session, outgoing, packet_id)
             if qos == 2:
@@ -231,8 +230,7 @@ class Outbound:
                 self._send_in_state(session, pubrel(packet_id))
                 continue
             message = outgoing.message
-            head = publish_head(message.topic_bytes, len(message.payload), outgoing.qos, retain=message.retain)
-            frame = as_duplicate(head) + packet_id.to_bytes(2, "big") + message.payload
+            frame = as_duplicate(message.head(outgoing.qos)) + packet_id.to_bytes(2, "big") + message.payload
             if outgoing.qos == 2:
                 self._send_in_state(session, frame)
             else:

@@ -47,6 +47,8 @@ class Publish(NamedTuple):
     retain: bool = False
     dup: bool = False
     packet_id: int = 0
+    frame: bytes = b""
+    """The packet as it came, where it may go on to others as it is: QoS 0, not retained; else empty."""
 
 
 class PubAck(NamedTuple):

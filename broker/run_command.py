@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.broker.config import BrokerSettings, override_listen, read_settings
+from birthmark.broker.event_loop import run_loop
 from birthmark.broker.gateway import Gateway
 from birthmark.broker.listener import shown_address
 from birthmark.broker.logs import log_to_stderr
@@ -63,7 +64,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         host, port = override_listen(arguments.listen)
         settings = dataclasses.replace(settings, listen_host=host, listen_port=port)
     with _locked(settings.data_folder):
-        asyncio.run(serve(settings, console))
+        run_loop(serve(settings, console))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
+from birthmark.broker.packets import publish_head
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -32,7 +34,7 @@ MESSAGE_OVERHEAD_BYTES = 128
 class Message:
     """A message on its way, shared by all its recipients."""
 
-    __slots__ = ("key", "owed", "payload", "qos", "retain", "size_bytes", "topic", "topic_bytes")
+    __slots__ = ("_heads", "key", "owed", "payload", "qos", "retain", "size_bytes", "topic", "topic_bytes")
 
     def __init__(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool = False) -> None:
         self.topic = topic
@@ -46,6 +48,15 @@ class Message:
         """In the store; 0: it is not in it."""
         self.owed = 0
         """To how many persistent sessions it is owed."""
+        self._heads: tuple[int, bytes] = (0, b"")
+
+    def head(self, qos: int) -> bytes:
+        """The PUBLISH up to its packet identifier, at QoS 1 or 2; encoded once for all who get it at that QoS."""
+        known, head = self._heads
+        if known != qos:
+            head = publish_head(self.topic_bytes, len(self.payload), qos, retain=self.retain)
+            self._heads = (qos, head)
+        return head
 
 
 class Outgoing:

@@ -27,14 +27,14 @@ import ssl
 import struct
 from collections import deque
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     import asyncio
 
 RECORD_BYTES = 16_384
 """The plaintext of one TLS record (RFC 8446 §5.1)."""
-MAX_READS_PER_EVENT = 16
+MAX_READS_PER_EVENT = 4
 MAX_SEND_BYTES = 262_144
 LINGER_S = 1.0
 MAX_LINGER_BYTES = 262_144
@@ -90,6 +90,9 @@ class _State(Enum):
     FINISHING = auto()  # close() was called: what waits is being sent
     LINGERING = auto()
     CLOSED = auto()
+
+
+_OPEN: Final = _State.OPEN  # a lookup less for what runs once a message
 
 
 class TlsStream:
@@ -188,7 +191,7 @@ class TlsStream:
 
     def write(self, data: bytes) -> None:
         """Send data at the end of this turn of the loop; nothing once the stream is closing."""
-        if self._state is not _State.OPEN:
+        if self._state is not _OPEN:
             return
         self.waiting_bytes += len(data)
         if self._held:
@@ -335,6 +338,8 @@ class TlsStream:
                 owner.on_data(data)
             if self.is_paused or self._state not in (_State.OPEN, _State.FINISHING):
                 return
+            if len(data) < RECORD_BYTES and not sock.pending():
+                return  # nothing decrypted is left: asking for more costs an exception, being told costs nothing
         if sock.pending():
             self._loop.call_soon(self._on_readable)
 

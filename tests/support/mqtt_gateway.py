@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from support.mqtt_client import RawClient, client_context, connect
 
 from birthmark.broker.config import BrokerSettings, Limits, OnDenied
+from birthmark.broker.event_loop import run_loop
 from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
 from birthmark.broker.policy_file import parse_policy
 from birthmark.broker.server import GatewayBroker
@@ -201,7 +202,7 @@ def running_gateway(
 
     def main() -> None:
         try:
-            asyncio.run(serve())
+            run_loop(serve())
         except BaseException as error:  # noqa: BLE001 - told to the test below
             failures.append(error)
         finally:

@@ -40,7 +40,7 @@ GOOD: list[tuple[bytes, Packet]] = [
     ),
     (mqtt.connect("a", level=5, tail=b"\x00"), UnsupportedConnect("MQTT", 5)),
     (mqtt.connect("a", level=3, name="MQIsdp"), UnsupportedConnect("MQIsdp", 3)),
-    (mqtt.publish("a/b", b"x"), Publish("a/b", b"x")),
+    (mqtt.publish("a/b", b"x"), Publish("a/b", b"x", frame=mqtt.publish("a/b", b"x"))),
     (mqtt.publish("a", b"", retain=True), Publish("a", b"", retain=True)),
     (mqtt.publish("a", b"xyz", qos=1, pid=1), Publish("a", b"xyz", 1, packet_id=1)),
     (
@@ -259,3 +259,28 @@ def test_the_short_packets_of_the_broker() -> None:
     assert packets.pubcomp(1) == mqtt.pubcomp(1)
     assert packets.suback(1, b"\x00\x80") == b"\x90\x04\x00\x01\x00\x80"
     assert packets.unsuback(1) == b"\xb0\x02\x00\x01"
+
+
+@pytest.mark.parametrize("length", [5, 127, 128, 300, LIMIT - 10])
+def test_a_message_that_goes_on_as_it_came_is_what_the_broker_would_write(length: int) -> None:
+    data = mqtt.publish("a/b", b"p" * length)
+    (packet,) = PacketReader(LIMIT).feed(data)
+    assert isinstance(packet, Publish)
+    head = packets.publish_head(packets.topic_field("a/b"), length, 0, retain=False)
+    assert packet.frame == data == head + b"p" * length
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        mqtt.publish("a/b", b"x", retain=True),  # delivered with RETAIN 0 to those who are subscribed (§3.3.1-9)
+        mqtt.publish("a/b", b"x", qos=1, pid=1),
+        b"\x30\x86\x00\x00\x03a/bx",  # a length in more bytes than it needs: others get it in its shortest form
+    ],
+    ids=["retained", "QoS 1", "padded length"],
+)
+def test_a_message_that_changes_on_its_way_has_no_frame(data: bytes) -> None:
+    (packet,) = PacketReader(LIMIT).feed(data)
+    assert isinstance(packet, Publish)
+    assert packet.payload == b"x"
+    assert packet.frame == b""
