@@ -18,7 +18,7 @@ ARROWS = {"device": set(), "broker": {"device"}, "provisioning": {"device"}, "fi
 # The libraries that each part may use; `cryptography` and `paho` are the device's own, and so everybody's.
 LIBRARIES = {
     "device": {"paho", "cryptography", "serial"},
-    "broker": {"amqtt", "cryptography"},
+    "broker": {"amqtt", "cryptography", "uvloop"},
     "provisioning": {"tinydb", "orjson", "segno", "cryptography", "paho", "serial"},
     "firmware_sim": {"cryptography"},
 }
