@@ -33,7 +33,7 @@ from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.station import ROOT_CRL_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
     from pathlib import Path
 
@@ -193,12 +193,18 @@ def sign_root_crl(station: Station, root: profile.Issuer) -> Path:
 
 
 def current_crl(station: Station) -> CrlSet | None:
-    """Return the CRLs in the station's `crl.pem`; None if one of them is missing or damaged (sign new ones)."""
+    """Return the CRLs in the station's `crl.pem`; None if one of them is missing or damaged (sign new ones).
+
+    That of a CA that has issued nothing yet may be missing.
+    """
     issuing = station.cas.issuing
-    found = {crl.issuer: crl for crl in _read(station.crl_path, issuing)}
-    if any(ca.key_id not in found for ca in issuing):
+    return _whole(station, issuing, {crl.issuer: crl for crl in _read(station.crl_path, issuing)})
+
+
+def _whole(station: Station, issuing: Iterable[Ca], found: Mapping[str, StoredCrl]) -> CrlSet | None:
+    if any(ca.key_id not in found and ca.activated_at is not None for ca in issuing):
         return None
-    return CrlSet(station.crl_path, tuple(found[ca.key_id] for ca in issuing))
+    return CrlSet(station.crl_path, tuple(found[ca.key_id] for ca in issuing if ca.key_id in found))
 
 
 def successor(station_cas: Iterable[Ca], crls: CrlSet) -> CrlSet | None:
@@ -267,9 +273,7 @@ def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
         )
 
     stale = [ca for ca in issuing if not is_fresh(ca)]
-    whole = all(ca.key_id in found for ca in issuing)
-    crls = CrlSet(station.crl_path, tuple(found[ca.key_id] for ca in issuing)) if whole else None
-    return stale, crls
+    return stale, _whole(station, issuing, found)
 
 
 def kept_crls(station: Station, view: View) -> list[tuple[Ca, StoredCrl | None, int]]:

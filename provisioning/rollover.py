@@ -93,6 +93,7 @@ def start_issuing(
         _check_room(cas, CaKind.ISSUING)
         remove_leftovers(station.folder / KEYS_FOLDER)  # of a killed attempt
         _ = station.authority  # the new key gets the passphrase that opens this one
+        _clear_keys(station)
         held = root_key()
         root = station.root_issuer(held.passphrase, held.path)
         key, issuing = _issuing_under(station, root, cas.for_clients.root)
@@ -132,6 +133,7 @@ def start_root(
         _check_room(cas, CaKind.ISSUING)
         remove_leftovers(station.folder / KEYS_FOLDER)
         _ = station.authority
+        _clear_keys(station)
         now = station.clock()
         root_key, certificate = _distinct(
             cas,
@@ -210,7 +212,7 @@ def close_old(station: Station, kind: CaKind, *, force: bool = False) -> tuple[C
     """Close the CAs that are to be retired: whatever they issued is revoked, for their last CRL.
 
     Returns:
-        The issuing CAs that are closed, and for a root that root.
+        The issuing CAs that are closed, and for a root that root; none if they are retired already.
 
     Raises:
         RolloverRefusedError: somebody still uses what one of them issued, or trusts no other root.
@@ -219,6 +221,8 @@ def close_old(station: Station, kind: CaKind, *, force: bool = False) -> tuple[C
         cas = read_cas(transaction)
         old = to_retire(cas, kind)
         if not old:
+            if any(ca.kind is kind and not ca.is_standing for ca in cas):
+                return ()  # a run of before may have been killed on its way to the gateways
             raise _refused(f"retire the old {kind} CA", "there is none", "see `birthmark ca rollover status`")
         census = take_census(station, transaction)
         if not force:
@@ -352,6 +356,12 @@ def _issuing_under(station: Station, root: profile.Issuer, root_id: str) -> tupl
         ),
     )
     return key, Ca.made(CaKind.ISSUING, certificate, root_id, now)
+
+
+def _clear_keys(station: Station) -> None:
+    """Remove what a kill in the middle of writing a key left."""
+    for kind in CaKind:
+        remove_leftovers(station.folder / KEYS_FOLDER, f"{kind}-*.key.pem")
 
 
 def _distinct(

@@ -145,8 +145,9 @@ def _retire(arguments: argparse.Namespace, console: Console) -> int:
     bring_trust(station, timeout_s=arguments.timeout)  # the last CRL, while it still counts
     retired = rollover.retire_closed(station, closed, force=arguments.force)
     sign_and_store_crl(station)  # the file without the last one's
-    names = " and ".join(f"the {ca.kind} CA {ca.short}" for ca in retired)
-    code = _bring(arguments, console, station, retired[0], f"{names}: trusted no more")
+    names = " and ".join(f"the {ca.kind} CA {ca.short}" for ca in retired) or "what was retired before"
+    first = retired[0] if retired else next(ca for ca in station.cas if not ca.is_standing)
+    code = _bring(arguments, console, station, first, f"{names}: trusted no more")
     if any(ca.kind is CaKind.ISSUING for ca in retired):
         console.say("The root's CRL lists it with the next `birthmark crl --root`.")
     return code
