@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import certificates, connections, messages
+from bench import certificates, connections, handshakes, messages
 from bench.fleet_pki import FleetPki
 from bench.peers import MOSQUITTO, available
 from bench.report import Figure, line, machine, to_json, to_svg
@@ -56,6 +56,7 @@ def main() -> int:
         measured = itertools.chain(
             messages.figures(folder, rounds, seconds, _say),
             connections.figures(pki, min(rounds, CONNECTION_ROUNDS), visitors, held, _say),
+            handshakes.figures(pki, rounds, _say),
             certificates.figures(folder, rounds, seconds, _say),
         )
         for figure in measured:
