@@ -58,6 +58,7 @@ class Workers:
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(600)
 def test_processes_at_once_with_kills_give_nothing_out_twice(tmp_path: Path) -> None:
     new_station(tmp_path / "station").close()
     workers = Workers(tmp_path)

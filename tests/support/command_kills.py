@@ -529,7 +529,7 @@ def survive(scenario: Scenario, root: Path, kills: int) -> tuple[int, int]:
     scenario.finished(whole)
     assert steps > 0, "it writes nothing"
     count = min(kills, steps) if kills else steps
-    chosen = sorted({1 + round(n * (steps - 1) / max(1, count - 1)) for n in range(count)})
+    chosen = [1 + int((n + 0.5) * steps / count) for n in range(count)]
     for at in chosen:
         try:
             came = kill_once(scenario, prepared, root / str(at), at)
