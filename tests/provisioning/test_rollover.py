@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.hashes import SHA256
 from support.station import CHEAP, PASSPHRASE, enrolled_row, issue, keyed_row
 from support.station_gateways import receipt_for
@@ -18,11 +19,13 @@ from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.gateway_receipts import note_deliveries
 from birthmark.provisioning.gateways import Delivery, Outcome
 from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.one_unit import journal_of
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover import RolloverRefusedError, RootKey
 from birthmark.provisioning.rollover_anchors import StationAnchors
 from birthmark.provisioning.settings import Gateway, add_gateway
 from birthmark.provisioning.station import Station
+from birthmark.provisioning.transitions import BrokerAddress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,6 +136,18 @@ def test_a_row_that_was_keyed_before_is_signed_by_the_ca_of_then(station: Statio
             cert_serial=row.cert_serial,
             now=station.clock(),
         )
+
+
+def test_a_lock_opens_to_the_ca_that_its_device_was_flashed_under(station: Station) -> None:
+    flashed = enrolled_row(station, "sensor-1")
+    start_issuing(station)
+    rollover.activate(station, force=True)
+    journal = journal_of(station, BrokerAddress("localhost", 8883))
+    assert flashed.txn is not None
+    signer_sha256, signature = journal.sign_unlock(flashed, flashed.txn, b"transcript")
+    old = station.cas.get(flashed.issuer).certificate
+    assert signer_sha256 == old.fingerprint(SHA256())
+    old.public_key().verify(signature, b"transcript", ECDSA(SHA256()))  # type: ignore[union-attr, call-arg, arg-type]
 
 
 def test_retiring_is_refused_while_somebody_goes_by_it(station: Station) -> None:
