@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 from support.station import PASSPHRASE, enrolled_row
 
 from birthmark.provisioning import audit
@@ -11,7 +12,6 @@ from birthmark.provisioning import audit
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
     from support.station import Command
 
     from birthmark.provisioning.station import Station
@@ -113,3 +113,41 @@ def test_another_file_in_its_place_is_never_replaced(birthmark: Command, living:
     assert "there is another file" in said
     assert place.read_bytes() == b"somebody's"
     assert living.root_issuer(PASSPHRASE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ca", "show"],
+        ["list"],
+        ["show", "sensor-1"],
+        ["inspect", "crl.pem"],
+        ["audit", "verify"],
+        ["audit", "show"],
+        ["gateway", "list"],
+        ["batch", "report", "W46"],
+        ["doctor", "--offline"],
+    ],
+)
+def test_a_locked_station_still_answers(
+    birthmark: Command, living: Station, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    enrolled_row(living, "sensor-1")
+    assert birthmark("batch", "open", "W46").exit_code == 0
+    assert birthmark("batch", "close").exit_code == 0
+    monkeypatch.delenv("BIRTHMARK_PASSPHRASE")
+    monkeypatch.chdir(living.folder)
+
+    answer = birthmark(*words, "--json")
+
+    assert answer.exit_code in ({0, 1} if words[0] == "doctor" else {0}), answer.stderr
+    assert answer.records or words[0] == "gateway"  # there is none
+    assert "passphrase" not in answer.stderr
+
+
+def test_a_locked_station_signs_nothing(
+    birthmark: Command, living: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BIRTHMARK_PASSPHRASE")
+
+    assert birthmark("crl").exit_code == 6
