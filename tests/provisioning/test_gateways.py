@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from support.station import CHEAP, PASSPHRASE
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
 
 from birthmark.device.durable import write_durably
-from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl
+from birthmark.provisioning import rollover
+from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.gateways import Outcome, deliver
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.settings import Gateway
@@ -271,3 +273,24 @@ def test_one_silent_gateway_delays_no_other(living: Station, tmp_path: Path) -> 
 
 def test_no_gateway_is_no_delivery(living: Station) -> None:
     assert deliver_all(living) == []
+
+
+def test_by_mqtt_a_ca_that_is_not_trusted_yet_hinders_nothing_until_it_issues(
+    living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gateway]
+) -> None:
+    new = rollover.start_issuing(living, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    crls = up_to_date_crl(living)
+
+    def answer(crl: bytes) -> list[bytes]:
+        ours = crl == crls.current.der
+        return [receipt_for(crl, gateway="localhost", outcome="current" if ours else "refused").to_bytes()]
+
+    with mqtt_gateway(tmp_path, answer) as gateway:
+        (delivery,) = deliver_all(living, by_mqtt(gateway.port))
+        assert (delivery.outcome, delivery.distrusted) == (Outcome.DONE, (new.key_id,)), delivery
+        assert [receipt.issuer for receipt in delivery.receipts] == [crls.current.issuer]
+        assert f"does not trust {new.short} yet" in delivery.described()
+        rollover.activate(living, force=True)
+        (delivery,) = deliver_all(living, by_mqtt(gateway.port))
+    assert delivery.outcome is Outcome.REFUSED
+    assert gateway.topics.count("gateway/localhost/crl") == 4
