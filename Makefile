@@ -71,7 +71,6 @@ demo: $(RUN)
 # Leaves bench.json and bench.svg. Some ten minutes; bench-quick takes two, and says less.
 bench: $(RUN)
 	@$(BIN)/python -m bench --json bench.json --svg bench.svg
-	@$(BIN)/python -m bench.line
 
 bench-quick: $(RUN)
 	@$(BIN)/python -m bench --quick --json bench.json --svg bench.svg

@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import certificates, connections, handshakes, messages
+from bench import certificates, connections, device, handshakes, messages, registry
+from bench import line as enrolment
 from bench.fleet_pki import FleetPki
 from bench.peers import MOSQUITTO, available
 from bench.report import Figure, line, machine, to_json, to_svg
@@ -20,7 +21,9 @@ from bench.report import Figure, line, machine, to_json, to_svg
 ROUNDS, SECONDS = 5, 1.0
 QUICK_ROUNDS, QUICK_SECONDS = 1, 0.4
 VISITORS, QUICK_VISITORS = 1_000, 150
-CONNECTION_ROUNDS = 3
+CONNECTION_ROUNDS = 5
+AGES = (100, 10_000)
+"""Rows in the registry of a line."""
 HELD = 5_000
 """Connections that stay, once."""
 
@@ -58,6 +61,9 @@ def main() -> int:
             connections.figures(pki, min(rounds, CONNECTION_ROUNDS), visitors, held, _say),
             handshakes.figures(pki, rounds, _say),
             certificates.figures(folder, rounds, seconds, _say),
+            device.figures(folder, rounds, _say),
+            registry.figures(folder, rounds, registry.SIZES[:2] if arguments.quick else registry.SIZES, _say),
+            enrolment.figures(folder, rounds, AGES[:1] if arguments.quick else AGES, _say),
         )
         for figure in measured:
             _say("")

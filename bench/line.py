@@ -1,28 +1,24 @@
 """The line's figures: one board, cables that fall out, and sixteen at once, on simulated lines at 115,200 baud.
 
-Run as `python -m bench.line`; `BENCH=json` prints JSON lines. The boards run in a process of their own, so that
-the CPU is the station's alone. The floor of one board is the time that the bytes which crossed take on the wire; a
-figure is the median of `ROUNDS`; of the cables that fall out for a second, each after another number of bytes, it
-is the longest time from the port's return to ATTESTED. Registries of `AGES` rows show what a station's age costs.
+The boards run in a process of their own, so that the CPU is the station's alone. The floor of one board is the
+time that the bytes which crossed take on the wire. Cables fall out for a second, each after another number of
+bytes; the time runs from the port's return to ATTESTED. Registries of several sizes show what a station's age
+costs.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import shutil
 import signal
-import statistics
-import sys
-import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.peers import BIRTHMARK
+from bench.registry import fill
+from bench.report import Figure
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.identity import DeviceId
 from birthmark.device.link.timers import BITS_PER_BYTE, DEFAULT_BAUD
@@ -34,11 +30,7 @@ from birthmark.provisioning.line_view import Tally
 from birthmark.provisioning.one_unit import journal_of
 from birthmark.provisioning.port import PortName, SerialPort
 from birthmark.provisioning.port_choice import read_fixture
-from birthmark.provisioning.registry.document import to_document
 from birthmark.provisioning.registry.grouped import GroupedRegistry
-from birthmark.provisioning.registry.model import Kind, Row, State
-from birthmark.provisioning.registry.storage import META, META_ID, ROWS, RegistryFile
-from birthmark.provisioning.registry.tiny import REGISTRY_FILE
 from birthmark.provisioning.session import Session, drive
 from birthmark.provisioning.slot import Slot
 from birthmark.provisioning.station import Station
@@ -47,13 +39,13 @@ from birthmark.provisioning.unit_ids import Listed, from_template
 from demo.processes import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from birthmark.provisioning.slot import Report
 
 SLOTS = 16
-ROUNDS = 5
-AGES = (100, 10_000)
+SECTION = "The line"
+WIRE = "the wire"
 UNPLUGGED_AT = (20, 100, 400, 700, 1200, 1700, 2100, 2500)
 """Bytes, of the 2800 or so that cross in both directions."""
 BROKER = BrokerAddress("gateway-1.example.com", 8883, 60)
@@ -74,14 +66,6 @@ class CountingPort(SerialPort):
         data = super().read(timeout_s)
         self.crossed += len(data)
         return data
-
-
-def say(name: str, text: str, **figures: float) -> None:
-    """Print one figure."""
-    if os.environ.get("BENCH") == "json":
-        print(json.dumps({"bench": name, **{key: round(value, 4) for key, value in figures.items()}}), flush=True)
-    else:
-        print(f"{name:<58}{text}", flush=True)
 
 
 @contextmanager
@@ -170,74 +154,43 @@ def sixteen(station: Station, path: Path, template: str) -> tuple[float, float]:
     return elapsed_s, cpu_s
 
 
-def fill(folder: Path, count: int) -> None:
-    """Bring a registry that nobody uses to `count` rows of devices, each with what a made one has."""
-    file = RegistryFile(folder / REGISTRY_FILE)
-    tables = file.load()
-    now = datetime.now(UTC)
-    for number in range(len(tables[ROWS]) + 1, count + 1):
-        row = Row(
-            number=number,
-            kind=Kind.DEVICE,
-            name=f"old-{number}",
-            role="sensor",
-            state=State.ATTESTED,
-            created_at=now,
-            changed_at=now,
-            hwid=secrets.token_bytes(8),
-            txn=secrets.token_bytes(16),
-            public_key_der=secrets.token_bytes(91),
-            cert_serial=secrets.randbits(150) + 1,
-            certificate_der=secrets.token_bytes(640),
-            bundle_sha256=secrets.token_bytes(32),
-        )
-        tables[ROWS][str(number)] = to_document(row)
-    tables[META][str(META_ID)]["counter rows"] = f"{max(count, len(tables[ROWS])):x}"
-    file.save(tables)
-    file.close()
-
-
-def measure(stage: Stage, station: Station, rows: int) -> None:
-    """Measure with a registry of so many rows."""
-    with fixture(stage, f"one-{rows}", ROUNDS) as path:
-        ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
-        runs = [one_board(station, port, f"one-{rows}-{number}") for number, port in enumerate(ports)]
-    elapsed_s, wire_s = (statistics.median(values) for values in zip(*runs, strict=True))
-    text = f"{elapsed_s * 1000:>7.0f} ms, wire {wire_s * 1000:.0f} ms: x {elapsed_s / wire_s:.2f}"
-    name = f"line: one board, port open to ATTESTED, {rows} rows"
-    say(name, text, elapsed_s=elapsed_s, wire_s=wire_s, of_wire=elapsed_s / wire_s)
-    faults = [f"{n}:unplug=1@{offset}" for n, offset in enumerate(UNPLUGGED_AT, 1)]
-    with fixture(stage, f"cable-{rows}", len(faults), *faults) as path:
-        ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
-        resumed = [one_unplugged(station, port, f"cable-{rows}-{n}") for n, port in enumerate(ports)]
-    name = f"line: unplugged for 1 s, port back to ATTESTED, {rows} rows"
-    say(name, f"{max(resumed) * 1000:>7.0f} ms at most", elapsed_s=max(resumed))
-    runs = []
-    for number in range(ROUNDS):
-        with fixture(stage, f"many-{rows}-{number}", SLOTS) as path:
-            runs.append(sixteen(station, path, f"many-{rows}-{number}-{{n}}"))
-    wall_s, cpu_s = (statistics.median(values) for values in zip(*runs, strict=True))
-    text = f"{wall_s * 1000:>7.0f} ms, station CPU {cpu_s * 1000:.0f} ms"
-    say(f"line: {SLOTS} boards at once, one process, {rows} rows", text, wall_s=wall_s, cpu_s=cpu_s)
-
-
-def main() -> int:
-    """Measure everything."""
-    folder = Path(tempfile.mkdtemp(prefix="birthmark-bench-"))
+def figures(folder: Path, rounds: int, ages: Sequence[int], say: Callable[[str], None]) -> Iterator[Figure]:
+    """Measure at a station made in `folder`, with registries of `ages` rows: `rounds` boards, and fixtures."""
     passphrase = secrets.token_urlsafe(24)
-    stage = Stage(folder, {"BIRTHMARK_PASSPHRASE": passphrase, "BIRTHMARK_STATION": "station"})
+    (folder / "line").mkdir()
+    stage = Stage(folder / "line", {"BIRTHMARK_PASSPHRASE": passphrase, "BIRTHMARK_STATION": "station"})
     try:
         stage.run("init", "birthmark init --organization Bench --json")
-        station = Station.open(folder / "station", passphrase=passphrase.encode())
-        for rows in AGES:
+        station = Station.open(folder / "line" / "station", passphrase=passphrase.encode())
+        for rows in ages:
             fill(station.folder, rows)
-            measure(stage, station, rows)
+            yield from _measure(stage, station, rows, rounds, say)
         station.close()
     finally:
         stage.stop()
-        shutil.rmtree(folder)
-    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _measure(
+    stage: Stage, station: Station, rows: int, rounds: int, say: Callable[[str], None]
+) -> Iterator[Figure]:
+    where = f"{rows:,} rows"
+    say(f"the line, {where}: one board after the other")
+    with fixture(stage, f"one-{rows}", rounds) as path:
+        ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
+        runs = [one_board(station, port, f"one-{rows}-{number}") for number, port in enumerate(ports)]
+    elapsed_s, wire_s = ([value * 1e3 for value in values] for values in zip(*runs, strict=True))
+    values = {BIRTHMARK: elapsed_s, WIRE: wire_s}
+    yield Figure(SECTION, f"one board, port open to ATTESTED, {where}", "ms", values, reference=WIRE)
+    say(f"the line, {where}: cables that fall out")
+    faults = [f"{n}:unplug=1@{offset}" for n, offset in enumerate(UNPLUGGED_AT, 1)]
+    with fixture(stage, f"cable-{rows}", len(faults), *faults) as path:
+        ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
+        resumed = [one_unplugged(station, port, f"cable-{rows}-{n}") * 1e3 for n, port in enumerate(ports)]
+    yield Figure(SECTION, f"unplugged for 1 s, port back to ATTESTED, {where}", "ms", {BIRTHMARK: resumed})
+    runs = []
+    for number in range(rounds):
+        say(f"the line, {where}: {SLOTS} boards at once, round {number + 1} of {rounds}")
+        with fixture(stage, f"many-{rows}-{number}", SLOTS) as path:
+            runs.append(sixteen(station, path, f"many-{rows}-{number}-{{n}}"))
+    wall_s, cpu_s = ([value * 1e3 for value in values] for values in zip(*runs, strict=True))
+    yield Figure(SECTION, f"{SLOTS} boards at once, {where}", "ms", {BIRTHMARK: wall_s, "station's CPU": cpu_s})

@@ -37,7 +37,7 @@ from birthmark.device.agent.storage import Storage
 from birthmark.device.durable import private_folder, remove_leftovers
 from birthmark.device.errors import BirthmarkError, CredentialError, SystemFailureError
 from birthmark.device.link.bundle import Bundle
-from birthmark.device.link.messages import MAX_HWID_BYTES, MIN_HWID_BYTES, TXN_BYTES
+from birthmark.device.link.vocabulary import MAX_HWID_BYTES, MIN_HWID_BYTES, TXN_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

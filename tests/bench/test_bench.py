@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import messages
+from bench import device, messages, registry
 from bench.fleet_pki import FleetPki
 from bench.peers import BIRTHMARK, MOSQUITTO, peer
 from bench.report import Figure, line, to_json, to_svg
@@ -150,3 +150,19 @@ def test_figures_are_told_drawn_and_written() -> None:
     }
     picture = ET.fromstring(to_svg(figures, {"mosquitto": "2"}))  # noqa: S314 - our own
     assert "worse <&>" in "".join(picture.itertext())
+
+
+def test_both_programs_of_a_device_start(folder: Path) -> None:
+    with peer(BIRTHMARK, folder) as broker:
+        found = {name: device.start(name, folder, broker) for name in device.PROGRAMS}
+        assert all(result["ms"] > 0 and result["mb"] > 5 for result in found.values()), found
+        with pytest.raises(RuntimeError, match="did not connect"):
+            device.start(BIRTHMARK, folder / "nowhere", broker)
+
+
+def test_a_registry_is_measured_by_its_size(tmp_path: Path) -> None:
+    told: list[str] = []
+    figures = list(registry.figures(tmp_path, 1, (5, 50), told.append))
+    assert [list(figure.values) for figure in figures] == [["5 rows", "50 rows"]] * 3
+    assert all(figure.ratio is not None for figure in figures)
+    assert len(told) == 2
