@@ -129,21 +129,20 @@ class _Work:
         return 1
 
     def by_station(self) -> int:
-        """Make a key, and have the certificate of a row that is recorded already."""
-        generate_private_key(SECP256R1())
-        self._sign(self._rows[self._next % ROWS])
-        self._next += 1
-        return 1
+        """Make `ROWS` keys, and have the certificates of as many rows that are recorded already."""
+        for _ in self._rows:
+            generate_private_key(SECP256R1())
+        self._authority.issue_devices(self._rows, now=self._station.clock())
+        return ROWS
 
     def recorded(self) -> int:
         """Record `ROWS` rows with a key each, sign them, and record that: two transactions."""
-        issued = [
-            replace(row, state=State.ISSUED, certificate_der=self._sign(row), anchors=self._authority.anchor_ids)
-            for row in self._key_rows()
-        ]
+        rows = self._key_rows()
+        certificates = self._authority.issue_devices(rows, now=self._station.clock())
         with self._station.registry.transaction() as transaction:
-            for row in issued:
-                transaction.update(row)
+            for row, certificate_der in zip(rows, certificates, strict=True):
+                issued = replace(row, state=State.ISSUED, certificate_der=certificate_der)
+                transaction.update(replace(issued, anchors=self._authority.anchor_ids))
         return ROWS
 
     def _key_rows(self) -> list[Row]:
@@ -166,17 +165,6 @@ class _Work:
                     )
                 )
         return made
-
-    def _sign(self, row: Row) -> bytes:
-        if row.public_key_der is None or row.cert_serial is None:
-            raise ValueError("a row in KEYED has a key and a serial number")
-        return self._authority.issue_device(
-            name=row.name,
-            role=row.role,
-            public_key_der=row.public_key_der,
-            cert_serial=row.cert_serial,
-            now=self._station.clock(),
-        )
 
     def by_openssl(self) -> int:
         """Make a key and its certificate with `openssl req -x509 -CA`."""

@@ -188,6 +188,8 @@ class Journal:
             self._counters.publishers_paused += 1
             self._paused[stream] = None
             stream.pause()
+            if self._due is not None and not self._waits and not self.is_failing:
+                self._hand_over()  # the period is over early: nobody is to wait for its end with so much noted
 
     # --- what changes ------------------------------------------------------------------------------------
 

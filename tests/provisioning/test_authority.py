@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.station import PASSPHRASE, Clock, enrolled_row, issue, keyed_row, public_key_der
 
 from birthmark.device.errors import AuthorityError
@@ -115,3 +117,41 @@ def test_a_station_asks_for_the_passphrase_only_when_it_is_needed(station: Stati
     with pytest.raises(AuthorityError, match="passphrase is wrong"):
         _ = opened.authority
     assert Station.open(station.folder, passphrase=PASSPHRASE).authority.key_id == station.authority.key_id
+
+
+def test_many_get_what_one_would(station: Station) -> None:
+    rows = [keyed_row(station, f"sensor-{number}", role="camera") for number in range(3)]
+    for row, der in zip(rows, station.authority.issue_devices(rows, now=station.clock()), strict=True):
+        certificate = x509.load_der_x509_certificate(der)
+        assert certificate.subject.rfc4514_string() == f"CN={row.name},OU=camera,O=Acme"
+        assert certificate.serial_number == row.cert_serial
+        key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        assert key == row.public_key_der
+        certificate.verify_directly_issued_by(x509.load_der_x509_certificate(station.authority.issuing_der))
+
+
+@pytest.mark.parametrize("wrong", ["number", "name", "role", "key", "serial", "state", "foreign CA"])
+def test_one_of_many_that_is_not_recorded_so_stops_all(
+    station: Station, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed: list[object] = []
+    authority = station.authority
+    monkeypatch.setattr("birthmark.provisioning.profile.device_certificate", lambda *a, **_: signed.append(a))
+    good, bad = keyed_row(station, "sensor-1"), keyed_row(station, "sensor-2")
+    if wrong == "state":
+        with station.registry.transaction() as transaction:
+            bad = transaction.update(replace(bad, state=State.VOID, void_reason="test"))
+    elif wrong == "foreign CA":
+        monkeypatch.setattr(authority, "key_id", "00" * 20)
+    else:
+        changes: dict[str, dict[str, Any]] = {
+            "number": {"number": bad.number + 7},
+            "name": {"name": "sensor-3"},
+            "role": {"role": "camera"},
+            "key": {"public_key_der": public_key_der()},
+            "serial": {"cert_serial": station.authority.new_cert_serial()},
+        }
+        bad = replace(bad, **changes[wrong])
+    with pytest.raises(AuthorityError, match="could not issue"):
+        authority.issue_devices([good, bad], now=station.clock())
+    assert not signed

@@ -242,6 +242,20 @@ def test_periodic_promises_nothing_and_writes_at_a_stop() -> None:
     assert len(run(test, Durability.PERIODIC).groups) == 1
 
 
+def test_periodic_does_not_have_publishers_wait_for_the_end_of_the_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "PERIOD_S", 1e9)
+
+    async def test(journal: Journal, sink: Sink, counters: Counters) -> None:
+        journal.note_retained(Retained("a/b", b"x", 1, PEER))
+        stream = Stream()
+        journal.slow_down(stream)
+        assert await journal.settle(10)
+        assert len(sink.groups) == 1
+        assert stream.pauses == [True, False]
+
+    run(test, Durability.PERIODIC)
+
+
 def test_nothing_is_noted_of_the_brokers_own_topics() -> None:
     async def test(journal: Journal, sink: Sink, counters: Counters) -> None:
         journal.note_retained(Retained("$SYS/broker/uptime", b"1", 0, None))
