@@ -3,6 +3,7 @@
 #   make demo                    the whole mission on this machine, in about half a minute
 #   make test                    every test
 #   PYTHON=python3.12 VENV=.venv-3.12 make test     on another Python, in an environment of its own
+#   PYTEST='-m "not proof"' make test               with options for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +28,7 @@ help:
 	@echo "make demo    a station, a broker and three simulated boards: enrolled, online, one revoked"
 	@echo "make test    every test"
 	@echo "make check   ruff, formatting and types"
-	@echo "make bench   birthmark beside Mosquitto and stock amqtt, as ratios; make bench-quick in two minutes"
+	@echo "make bench   birthmark beside Mosquitto and stock amqtt, as ratios; make bench-quick for less"
 	@echo "make proof   the long proofs, whole"
 	@echo "make soak    a gateway under everything at once, ten minutes; SECONDS=60 make soak for less"
 	@echo "make dev     only the development environment, in $(VENV)"
@@ -55,7 +56,7 @@ check: $(DEV)
 	@$(BIN)/mypy --no-error-summary
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -q -n 4
+	@$(BIN)/python -m pytest -q -n 4 $(PYTEST)
 
 # The proofs are in the suite too, at a quick count; here each runs whole.
 proof: $(DEV)
@@ -68,7 +69,7 @@ soak: $(DEV)
 demo: $(RUN)
 	@$(BIN)/python -m demo.run
 
-# Leaves bench.json and bench.svg. Some ten minutes; bench-quick takes two, and says less.
+# Leaves bench.json and bench.svg. A quarter of an hour; bench-quick takes a few minutes, and says less.
 bench: $(RUN)
 	@$(BIN)/python -m bench --json bench.json --svg bench.svg
 

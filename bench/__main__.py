@@ -19,8 +19,8 @@ from bench.peers import MOSQUITTO, available
 from bench.report import Figure, line, machine, to_json, to_svg
 
 ROUNDS, SECONDS = 5, 1.0
-QUICK_ROUNDS, QUICK_SECONDS = 1, 0.4
-VISITORS, QUICK_VISITORS = 1_000, 150
+QUICK_ROUNDS, QUICK_SECONDS = 1, 0.3
+VISITORS, QUICK_VISITORS = 1_000, 100
 CONNECTION_ROUNDS = 5
 AGES = (100, 10_000)
 """Rows in the registry of a line."""
@@ -57,12 +57,12 @@ def main() -> int:
         section = ""
         visitors, held = (QUICK_VISITORS, 0) if arguments.quick else (VISITORS, HELD)
         measured = itertools.chain(
-            messages.figures(folder, rounds, seconds, _say),
+            messages.figures(folder, rounds, seconds, _say, with_amqtt=not arguments.quick),
             connections.figures(pki, min(rounds, CONNECTION_ROUNDS), visitors, held, _say),
             handshakes.figures(pki, rounds, _say),
             certificates.figures(folder, rounds, seconds, _say),
             device.figures(folder, rounds, _say),
-            registry.figures(folder, rounds, registry.SIZES[:2] if arguments.quick else registry.SIZES, _say),
+            registry.figures(folder, rounds, registry.SIZES[:1] if arguments.quick else registry.SIZES, _say),
             enrolment.figures(folder, rounds, AGES[:1] if arguments.quick else AGES, _say),
         )
         for figure in measured:

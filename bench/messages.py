@@ -74,20 +74,23 @@ TASKS: Final = (
 )
 
 
-def figures(folder: Path, rounds: int, seconds: float, say: Callable[[str], None]) -> Iterator[Figure]:
+def figures(
+    folder: Path, rounds: int, seconds: float, say: Callable[[str], None], *, with_amqtt: bool
+) -> Iterator[Figure]:
     """Measure everything, a task at a time.
 
     Args:
         folder: has the certificates of `DEVICES` devices (`dev-000`...) and `OPERATORS` operators (`op-0`...).
-        rounds: how often each broker is measured; amqtt, as a reference, once.
+        rounds: how often each broker is measured.
         seconds: how long messages are sent each time.
         say: is told what comes.
+        with_amqtt: whether amqtt as it comes is measured as well, once.
     """
     for task in TASKS:
         results: dict[str, list[dict[str, Any]]] = defaultdict(list)
         errors: list[str] = []
         for number in range(rounds):
-            for name in (*task.peers, *((AMQTT,) if number == 0 else ())):
+            for name in (*task.peers, *((AMQTT,) if with_amqtt and number == 0 else ())):
                 say(f"{task.name}: {name}, round {number + 1} of {rounds}")
                 result = run(name, folder, seconds=seconds, **task.work)
                 if "error" in result:
