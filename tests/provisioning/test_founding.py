@@ -27,6 +27,7 @@ FILES = {
     "registry.lock": 0o600,
     "audit.jsonl": 0o600,
     "crl.lock": 0o600,
+    "rollover.lock": 0o600,
     "root.pem": 0o644,
     "issuing.pem": 0o644,
     "crl.pem": 0o644,
