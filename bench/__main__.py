@@ -1,6 +1,6 @@
 """`make bench`: birthmark beside its peers, in the same run, as ratios.
 
-`python -m bench` measures every section; `--quick` takes two minutes. What it found is a table on the terminal,
+`python -m bench` measures every section; `--quick` is one short round. What it found is a table on the terminal,
 and with `--json` and `--svg` a file and a picture. Traffic goes to 127.0.0.1 alone, and the run ends by itself.
 """
 
