@@ -57,14 +57,11 @@ class Console:
     def say(self, text: str) -> None:
         """Tell a person something; nothing with `--json`."""
         if not self.as_json:
-            print(text, flush=True)
+            _write_line(text)
 
     def emit(self, record: Mapping[str, Any], text: str) -> None:
         """Give one answer: the record with `--json`, else the text."""
-        if self.as_json:
-            print(json.dumps(record, separators=(",", ":")), flush=True)
-        else:
-            print(text, flush=True)
+        _write_line(json.dumps(record, separators=(",", ":")) if self.as_json else text)
 
     def warn(self, text: str) -> None:
         """Say on stderr what does not stop the command."""
@@ -114,6 +111,12 @@ class Console:
         if self.as_json or not stream.isatty() or "NO_COLOR" in os.environ:
             return text
         return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def _write_line(text: str) -> None:
+    """Write a line to stdout in one piece: between what `print` writes and its end, another thread may get."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _cell(value: Any) -> str:

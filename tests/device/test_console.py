@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,19 @@ def test_ctrl_c_while_it_loads_is_no_traceback(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "slow_libraries.py").write_text("raise KeyboardInterrupt\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert console.main_of("slow_libraries", "station") == console.INTERRUPTED
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Services print from several threads: what is written in two pieces, another's line gets between."""
+    written: list[str] = []
+
+    class Recorder(StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    monkeypatch.setattr("sys.stdout", Recorder())
+    console.Console(as_json=True).emit({"a": 1}, "text")
+    console.Console().emit({"a": 1}, "text")
+    console.Console().say("more")
+    assert written == ['{"a":1}\n', "text\n", "more\n"]
