@@ -290,7 +290,7 @@ class Journal:
 
     def _schedule(self) -> None:
         self._settled.clear()
-        if self._waits and not self.is_failing:
+        if (self._waits or self._paused) and not self.is_failing:
             # Not at once: what else happens in this turn of the loop shares the group.
             self._due = self._loop.call_soon(self._hand_over)
         else:

@@ -413,6 +413,14 @@ def test_s14_qos_and_retain_are_as_the_standard_says(gateway: RunningGateway) ->
     assert delivered_qos(gateway) == 0
 
 
+def test_s14_each_gets_one_message_at_the_qos_granted_to_it(gateway: RunningGateway) -> None:
+    granted = (1, 2, 0, 2, 1)
+    subscribers = [gateway.client(f"free-{n}").subscribed(("t", qos)) for n, qos in enumerate(granted, start=1)]
+    gateway.client("free-9").send(mqtt.publish("t", b"x", qos=2, pid=1))
+    found = [subscriber.read_delivery() for subscriber in subscribers]
+    assert [(one.topic, one.payload, one.qos) for one in found] == [("t", b"x", qos) for qos in granted]
+
+
 def test_s14_a_second_subscribe_changes_the_qos(gateway: RunningGateway) -> None:
     assert subscribed_again_qos(gateway) == 1
 
