@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.interface import View
 
 _WHOSE: Final = "ask where it comes from; trust nothing that it says"
+_UNRECORDED: Final = (
+    "nothing is signed here that is not recorded: the CA's key was used elsewhere, or a backup is old"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,8 @@ class Issuers:
         elif not _is_signed(what, issuer):
             why = "it was changed after it was signed, or signed by another key under the CA's name"
             yield error("signature", "its signature is not its issuer's", why, _WHOSE)
-        elif isinstance(what, x509.Certificate) and what.not_valid_after_utc > issuer.not_valid_after_utc:
-            why = "validators stop at the first certificate of a chain that has ended"
-            yield warning("validity", "it is to end later than its issuer", why, "have it issued anew")
+        else:
+            yield from _allowed(what, issuer)
 
     def _issuer_of(self, what: x509.Certificate | x509.CertificateRevocationList) -> x509.Certificate | None:
         try:
@@ -60,18 +62,37 @@ class Issuers:
         return None
 
 
+def _allowed(
+    what: x509.Certificate | x509.CertificateRevocationList, issuer: x509.Certificate
+) -> Iterator[Finding]:
+    """Say whether its issuer may sign such a thing (RFC 5280 section 4.2.1.9)."""
+    constraints = extension_of(issuer, x509.BasicConstraints)
+    if constraints is None or not constraints.value.ca:
+        yield error("issuer", "what signed it is no CA", "any end entity could make identities so", _WHOSE)
+    elif isinstance(what, x509.Certificate) and what != issuer:
+        if constraints.value.path_length == 0 and claim_of(what).is_ca:
+            why = "its issuer signs end entities only (pathLen 0): validators refuse whatever this CA issues"
+            yield error("path-length", "it is a CA below an issuing CA", why, _WHOSE)
+        if what.not_valid_after_utc > issuer.not_valid_after_utc:
+            why = "validators stop at the first certificate of a chain that has ended"
+            yield warning("validity", "it is to end later than its issuer", why, "have it issued anew")
+
+
 def recorded(certificate: x509.Certificate, view: View, cas: Cas) -> Iterator[Finding]:
     """Say what the registry knows of a certificate that one of the station's CAs has signed."""
     if claim_of(certificate).is_ca:
-        for ca in cas:
-            if ca.certificate == certificate and not ca.is_standing:
-                why = "the station retired it: no gateway and no device trusts it any more"
-                yield warning("retired", "this CA is retired", why, "issue anew under the CA in charge")
+        own = next((ca for ca in cas if ca.certificate == certificate), None)
+        if own is None:
+            yield error("recorded", "it is none of this station's CAs", _UNRECORDED, "see docs/recovery.md")
+        elif not own.is_standing:
+            why = "the station retired it: no gateway and no device trusts it any more"
+            yield warning("retired", "this CA is retired", why, "issue anew under the CA in charge")
         return
     row = view.by_cert_serial(certificate.serial_number)
     if row is None:
-        why = "nothing is signed here that is not recorded: the CA's key was used elsewhere, or a backup is old"
-        yield error("recorded", "its serial number is not recorded at this station", why, "see docs/recovery.md")
+        yield error(
+            "recorded", "its serial number is not recorded at this station", _UNRECORDED, "see docs/recovery.md"
+        )
         return
     if row.public_key_der is not None and _public_key(certificate) != row.public_key_der:
         why = "a serial number stands for one certificate"
