@@ -4,6 +4,8 @@ Rules:
 
 - Slots share nothing but the journal and the source of ids; one that hangs or fails delays nobody.
 - SIGINT, SIGTERM and SIGHUP stop all of them, each between two actions; a second signal says the same again.
+  Their handler only puts a word into the queue of reports: setting an event takes a lock, and a handler that
+  interrupts its holder (the handler of the signal before, say) would wait for that lock for ever.
 - A defect in one slot's thread stops the line and is raised here: it is not a board's fault.
 """
 
@@ -39,15 +41,15 @@ def run_line(
         make: makes the slots, given what takes their reports.
         display: is shown every report, in this thread.
         tally: counts every attempt's end.
-        stop: set by a signal while this runs.
+        stop: set once a signal has come while this runs.
     """
-    reports: SimpleQueue[Report | _Done] = SimpleQueue()
+    reports: SimpleQueue[Report | _Done | _Signal] = SimpleQueue()
     slots = make(reports.put)
     threads = [
         threading.Thread(target=_work, args=(slot, reports), name=f"slot-{slot.port.slot}") for slot in slots
     ]
     defects: list[BaseException] = []
-    with _stopping(stop):
+    with _signals_into(reports):
         for thread in threads:
             thread.start()
         running = len(threads)
@@ -56,6 +58,9 @@ def run_line(
                 report = reports.get(timeout=_TICK_S)
             except Empty:
                 display.tick()
+                continue
+            if isinstance(report, _Signal):
+                stop.set()
                 continue
             if isinstance(report, _Done):
                 running -= 1
@@ -85,7 +90,11 @@ class _Done:
         self.defect = defect
 
 
-def _work(slot: Slot, reports: SimpleQueue[Report | _Done]) -> None:
+class _Signal:
+    """Somebody wishes the line to stop."""
+
+
+def _work(slot: Slot, reports: SimpleQueue[Report | _Done | _Signal]) -> None:
     defect: BaseException | None = None
     try:
         slot.run()
@@ -95,13 +104,13 @@ def _work(slot: Slot, reports: SimpleQueue[Report | _Done]) -> None:
 
 
 @contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Let signals set `stop`, for the block."""
+def _signals_into(reports: SimpleQueue[Report | _Done | _Signal]) -> Iterator[None]:
+    """Let a signal put its word into `reports`, whose `put` is reentrant, for the block."""
 
-    def set_stop(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    def note(_number: int, _frame: FrameType | None) -> None:
+        reports.put(_Signal())
 
-    kept = {number: signal.signal(number, set_stop) for number in _SIGNALS}
+    kept = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
         yield
     finally:

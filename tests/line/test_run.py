@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from support.board_agent import AgentThread
@@ -19,7 +20,10 @@ from support.line_board import LineBoard
 from support.station import PASSPHRASE
 
 from birthmark.provisioning.enrol import Stored
+from birthmark.provisioning.line_run import run_line
+from birthmark.provisioning.line_view import Tally
 from birthmark.provisioning.registry.model import KeyMode, State
+from birthmark.provisioning.slot import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -257,6 +261,39 @@ def test_ctrl_c_stops_every_slot_and_says_how_to_go_on(
             after = {row.name: row.cert_serial for row in rows(station) if row.state is State.ATTESTED}
             assert set(after) == set(before)
             assert all(serial in (None, after[name]) for name, (_, serial) in before.items())
+
+
+class FragileEvent(threading.Event):
+    """Is interrupted by another signal while it is set, when it must not be set again: it holds its lock."""
+
+    is_being_set = False
+
+    def set(self) -> None:
+        assert not self.is_being_set, "the handler set what it had interrupted: a threading.Event hangs here"
+        self.is_being_set = True
+        if not self.is_set():
+            signal.raise_signal(signal.SIGINT)
+        super().set()
+        self.is_being_set = False
+
+
+def test_a_signal_may_come_on_top_of_another() -> None:
+    stop = FragileEvent()
+
+    class Waiting:
+        port = SimpleNamespace(slot="1")
+
+        def run(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.wait(30)
+
+    class Blind:
+        def show(self, report: object) -> None: ...
+        def tick(self) -> None: ...
+        def close(self) -> None: ...
+
+    run_line(lambda _: [cast(Slot, Waiting())], Blind(), Tally(), stop)
+    assert stop.is_set()
 
 
 KILLS = 12 if os.environ.get("BIRTHMARK_PROOF") == "whole" else 2
