@@ -70,17 +70,24 @@ def run_line(
                 continue
             if isinstance(report, Ended):
                 tally.add(report)
-            try:
-                display.show(report)
-                display.tick()
-            except OSError as error:  # nobody sees us any more: `birthmark run ... | head`
-                defects.append(error)
+            defects += _show(display, report)
+            if defects:
                 stop.set()
         for thread in threads:
             thread.join()
     if defects:
         raise defects[0]
     display.close()
+
+
+def _show(display: Display, report: Report) -> list[OSError]:
+    """Show a report; return what was in the way."""
+    try:
+        display.show(report)
+        display.tick()
+    except OSError as error:  # nobody sees us any more: `birthmark run ... | head`
+        return [error]
+    return []
 
 
 class _Done:
