@@ -59,19 +59,14 @@ def run_line(
             except Empty:
                 display.tick()
                 continue
-            if isinstance(report, _Signal):
-                stop.set()
-                continue
             if isinstance(report, _Done):
                 running -= 1
-                if report.defect is not None:
-                    defects.append(report.defect)
-                    stop.set()
-                continue
-            if isinstance(report, Ended):
-                tally.add(report)
-            defects += _show(display, report)
-            if defects:
+                defects += [] if report.defect is None else [report.defect]
+            elif not isinstance(report, _Signal):
+                if isinstance(report, Ended):
+                    tally.add(report)
+                defects += _show(display, report)
+            if defects or isinstance(report, _Signal):
                 stop.set()
         for thread in threads:
             thread.join()
