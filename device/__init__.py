@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from birthmark.device.client import Client
+    from birthmark.device.commands import CommandFailedError
     from birthmark.device.credentials import Credentials
     from birthmark.device.errors import BirthmarkError
     from birthmark.device.identity import DeviceId
 
-__all__ = ["BirthmarkError", "Client", "Credentials", "DeviceId"]
+__all__ = ["BirthmarkError", "Client", "CommandFailedError", "Credentials", "DeviceId"]
 
 _HOMES = {
     "BirthmarkError": "birthmark.device.errors",
     "Client": "birthmark.device.client",
+    "CommandFailedError": "birthmark.device.commands",
     "Credentials": "birthmark.device.credentials",
     "DeviceId": "birthmark.device.identity",
 }

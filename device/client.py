@@ -6,10 +6,14 @@
 
     @client.command("reboot")
     def reboot(command):
-        return {"rebooting": True}          # published on devices/{id}/replies/reboot
+        return {"rebooting": True}          # goes back to whoever asked
+
+    @client.every(30, telemetry="temperature")
+    def temperature():
+        return {"celsius": 21.5}
 
     with client:
-        client.publish(client.telemetry("temperature"), {"celsius": 21.5})
+        client.publish(client.telemetry("started"), {"version": "1.4"}, wait=10)
 
 Rules:
 
@@ -21,7 +25,6 @@ Rules:
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
@@ -30,11 +33,11 @@ from birthmark.device.backoff import RetryTimer
 from birthmark.device.credentials import Credentials
 from birthmark.device.dispatch import Dispatcher
 from birthmark.device.errors import IdentityError, LocalProtocolError
-from birthmark.device.escape import escaped, quoted
+from birthmark.device.escape import escaped
 from birthmark.device.events import Event, HandlerFailed
-from birthmark.device.mqtt import topic_matches
-from birthmark.device.publication import MAX_TOPIC_BYTES, Acknowledgement, Outgoing, Payload, as_bytes, is_utf8
-from birthmark.device.received import Command, Message
+from birthmark.device.handlers import Handlers
+from birthmark.device.identity import DeviceId
+from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
@@ -45,18 +48,18 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from birthmark.device.asking import Reply
+    from birthmark.device.commands import CommandHandler, Commands
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.errors import ConnectionFailedError
-    from birthmark.device.identity import DeviceId
+    from birthmark.device.handlers import MessageHandler
+    from birthmark.device.periodic import Periodic, Reading
+    from birthmark.device.received import Message
     from birthmark.device.renewal.schedule import Pace
 
-    MessageHandler = Callable[[Message], object]
-    CommandHandler = Callable[[Command], Payload | None]
 
 CONNECT_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
-
-_log = logging.getLogger("birthmark.device")
 
 
 class ClientOptions(TypedDict, total=False):
@@ -124,9 +127,11 @@ class Client:
             )
         self._credentials = credentials
         self._observe = observe
+        self._now = now
         self._takes_all = takes_all
-        self._handlers: list[tuple[str, MessageHandler]] = []
-        self._command_handlers: dict[str, CommandHandler] = {}
+        self._handlers = Handlers(self._failed)
+        self._commands: Commands | None = None
+        self._periodic: Periodic | None = None
         self._started = False
         self._connect_timeout_s = connect_timeout_s
         self._renewer: Renewer | None = None
@@ -207,6 +212,8 @@ class Client:
         if self._renewer is not None:
             self._renewer.start()
         self._worker.start()
+        if self._periodic is not None:
+            self._periodic.start()
 
     def connect(self, timeout_s: float = 0.0) -> None:
         """Start, and wait until connected.
@@ -231,6 +238,8 @@ class Client:
         Args:
             timeout_s: how long to wait for acknowledgements; what has none by then is given up.
         """
+        if self._periodic is not None:
+            self._periodic.stop()
         if self._renewer is not None:
             self._renewer.stop(timeout_s)
         self._worker.stop(timeout_s)
@@ -290,12 +299,11 @@ class Client:
             RefusedError: the broker's policy denies it (with `wait`).
             UnreachableError: there was no answer in time (with `wait`).
         """
-        _check_filter(topic_filter)
         if qos not in (0, 1):
             raise LocalProtocolError(
                 f"could not subscribe to {escaped(topic_filter)}: the quality of service is 0 or 1"
             )
-        self._handlers = [*self._handlers, (topic_filter, handler)]
+        self._handlers.add(topic_filter, handler)
         acknowledgement = self._worker.subscriptions.add(topic_filter, qos)
         self._worker.wake()
         if wait is not None:
@@ -304,7 +312,7 @@ class Client:
 
     def unsubscribe(self, topic_filter: str) -> None:
         """Take every handler of this filter away, and tell the broker."""
-        self._handlers = [entry for entry in self._handlers if entry[0] != topic_filter]
+        self._handlers.remove(topic_filter)
         self._worker.subscriptions.remove(topic_filter)
         self._worker.wake()
 
@@ -320,19 +328,73 @@ class Client:
     def command(self, name: str = "#") -> Callable[[CommandHandler], CommandHandler]:
         """Decorate the handler of one command to this device (`#`: of every command that has no other).
 
-        What it returns, if not None, is published as the reply.
+        What it returns goes back to whoever asked (`request`); of a plain command, if it is not None. A request is
+        begun at most once, and not after its deadline; see `commands`.
+
+        Raises:
+            LocalProtocolError: when it decorates: a command cannot have that name.
         """
 
         def register(handler: CommandHandler) -> CommandHandler:
-            if name != "#":
-                Outgoing(topics.command(self.device_id, name), b"")  # a name that is part of a topic
-            first = not self._command_handlers
-            self._command_handlers[name] = handler
-            if first:
-                self.subscribe(topics.commands(self.device_id), self._commanded)
+            commands = self._commands or self._new_commands()
+            commands.add(name, handler)
+            if self._commands is None:
+                self._commands = commands
+                self.subscribe(topics.commands(self.device_id), commands.take)
             return handler
 
         return register
+
+    def every(
+        self, interval_s: float, *, telemetry: str | None = None, delay_s: float = 0.0
+    ) -> Callable[[Reading], Reading]:
+        """Decorate what is to be done every `interval_s` seconds while the client runs, connected or not.
+
+        Args:
+            interval_s: from 0.001 to a year.
+            telemetry: publish what it returns, if not None, as this kind of our readings.
+            delay_s: when the first time comes. Many devices that get their power back at once should not all
+                speak at once: `delay_s=random.uniform(0, interval_s)`.
+
+        Raises:
+            LocalProtocolError: when it decorates: there is no such interval or topic.
+        """
+        topic = None if telemetry is None else Outgoing(self.telemetry(telemetry), b"").topic
+
+        def register(reading: Reading) -> Reading:
+            if self._periodic is None:
+                self._periodic = self._new_periodic()
+            self._periodic.add(interval_s, reading, topic=topic, delay_s=delay_s)
+            return reading
+
+        return register
+
+    def request(
+        self, device_id: DeviceId | str, command: str, payload: Payload = b"", *, timeout_s: float
+    ) -> Reply:
+        """Have a device carry out a command, and wait for its reply; for operators.
+
+        Args:
+            device_id: the device.
+            command: the command's name.
+            payload: what goes with it.
+            timeout_s: how long to wait. A device that gets the command later than that does not begin.
+
+        Raises:
+            CommandFailedError: the device answered that it was not done, or not in time.
+            RefusedError: the policy does not let us listen for the reply.
+            UnreachableError: no reply within `timeout_s`; the device does not begin after that.
+            LocalProtocolError: no such command, payload or time; or called from a callback, on whose thread the
+                reply would come.
+        """
+        from birthmark.device.asking import ask  # noqa: PLC0415 - a device does not need it
+
+        if self._dispatcher.is_current_thread:
+            raise LocalProtocolError(
+                "could not wait for a reply in a callback: replies come on the same thread",
+                hint="call request() on a thread of your own",
+            )
+        return ask(self, DeviceId(str(device_id)), command, as_bytes(payload), timeout_s=timeout_s, now=self._now)
 
     def use(self, credentials: Credentials) -> None:
         """Leave in good order, and connect anew with other credentials of the same identity.
@@ -373,35 +435,32 @@ class Client:
         timeout_s = self._connect_timeout_s
         return Client(credentials, presence=False, clean_session=True, renewal=False, connect_timeout_s=timeout_s)
 
-    def _commanded(self, message: Message) -> None:
-        name = message.topic.removeprefix(topics.command(self.device_id, ""))
-        handler = self._command_handlers.get(name) or self._command_handlers.get("#")
-        if handler is None or name == message.topic:
-            return
-        answer = handler(
-            Command(
-                topic=message.topic,
-                payload=message.payload,
-                qos=message.qos,
-                retained=message.retained,
-                name=name,
-            )
+    def _new_commands(self) -> Commands:
+        from birthmark.device.commands import Commands  # noqa: PLC0415 - only for who takes commands
+
+        credentials = self._credentials
+        return Commands(
+            self.device_id,
+            publish=self.publish,
+            failed=self._failed,
+            now=self._now,
+            folder=credentials.pem_path.parent if credentials.is_slot else None,
         )
-        if answer is not None:
-            self.publish(topics.reply(self.device_id, name), answer)
+
+    def _new_periodic(self) -> Periodic:
+        from birthmark.device.periodic import Periodic  # noqa: PLC0415 - only for who has something to repeat
+
+        periodic = Periodic(self._dispatcher.run, self.publish, self._failed)
+        if self._started:
+            periodic.start()
+        return periodic
 
     def _received(self, message: Message) -> bool:
         """Call who wants a message; return whether it is done with."""
-        is_done = self._takes_all
-        for topic_filter, handler in self._handlers:
-            if topic_matches(topic_filter, message.topic):
-                is_done = True
-                try:
-                    handler(message)
-                except Exception as error:  # noqa: BLE001 - it is somebody else's code; it is reported
-                    _log.exception("a handler of %s failed", escaped(topic_filter))
-                    self._observed(HandlerFailed(message.topic, error))
-        return is_done
+        return self._handlers.call(message) or self._takes_all
+
+    def _failed(self, topic: str, error: Exception) -> None:
+        self._observed(HandlerFailed(topic, error))
 
     def _make_room(self) -> None:
         self._worker.wake()
@@ -413,18 +472,3 @@ class Client:
 
 def _nobody(credentials: Credentials, error: ConnectionFailedError | None) -> None:
     del credentials, error
-
-
-def _check_filter(topic_filter: str) -> None:
-    """Refuse what is no filter (MQTT 3.1.1 §4.7.1)."""
-    levels = topic_filter.split("/")
-    wrong = not topic_filter or "\0" in topic_filter or not is_utf8(topic_filter)
-    wrong = wrong or len(topic_filter.encode()) > MAX_TOPIC_BYTES
-    for position, level in enumerate(levels):
-        wrong |= "+" in level and level != "+"
-        wrong |= "#" in level and (level != "#" or position != len(levels) - 1)
-    if wrong:
-        raise LocalProtocolError(
-            f"could not subscribe to {quoted(topic_filter)}: it is no MQTT filter",
-            hint="+ stands for a whole level, # for the rest, at the end",
-        )

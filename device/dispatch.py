@@ -62,6 +62,10 @@ class Dispatcher:
         """Queue an event for the observer."""
         self._put(lambda: self._observe(event))
 
+    def run(self, job: Callable[[], object]) -> None:
+        """Queue anything else that is the user's."""
+        self._put(job)
+
     def take(self, job: Callable[[], object]) -> None:
         """Queue the handling of one message."""
 

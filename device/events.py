@@ -52,6 +52,7 @@ class HandlerFailed:
     """A callback raised; the client goes on."""
 
     topic: str
+    """Of the message that it was given; for what is done at intervals, the function's name."""
     error: Exception
 
 

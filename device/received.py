@@ -40,3 +40,7 @@ class Command(Message):
     """A message on `devices/{id}/commands/{name}`."""
 
     name: str
+    request_id: str | None = None
+    """What its reply is found by; None: a plain command, that nobody waits for."""
+    expires: float | None = None
+    """When nobody waits for the reply any more, in seconds since 1970 by the asker's clock; None: never."""

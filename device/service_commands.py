@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ from birthmark.device import topics
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.device.errors import UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import Disconnected
 from birthmark.device.identity import DeviceId
@@ -54,7 +51,10 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         "payload", metavar="PAYLOAD", nargs="?", default="", help="what goes with it (default: nothing)"
     )
     send.add_argument(
-        "--wait", type=float, metavar="S", help="print the device's reply, waiting so many seconds for it"
+        "--wait",
+        type=float,
+        metavar="S",
+        help="print the device's reply, waiting S seconds for it; later, the device does not begin",
     )
     for parser in (watch, send):
         parser.add_argument(
@@ -103,39 +103,22 @@ class _Watching:
 
 def _send(arguments: argparse.Namespace, console: Console) -> int:
     device_id = DeviceId(arguments.id)
-    outgoing = Outgoing(topics.command(device_id, arguments.command), arguments.payload.encode())
-    replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    payload = arguments.payload.encode()
+    outgoing = Outgoing(topics.command(device_id, arguments.command), payload)
     client = _client(arguments, console)
+    record: dict[str, Any] = {"id": str(device_id), "command": arguments.command, "sent": True}
     with client:
-        if arguments.wait is not None:
-            client.subscribe(topics.reply(device_id, arguments.command), replies.put, wait=ANSWER_TIMEOUT_S)
-        began = time.monotonic()
-        client.publish(outgoing.topic, outgoing.payload, wait=ANSWER_TIMEOUT_S)
-        record: dict[str, Any] = {"id": str(device_id), "command": arguments.command, "sent": True}
-        text = f"sent {escaped(arguments.command)} to {device_id}: the broker has it"
-        if arguments.wait is not None:
-            reply = _reply(replies, device_id, arguments)
-            elapsed_ms = round((time.monotonic() - began) * 1000, 1)
+        if arguments.wait is None:
+            client.publish(outgoing.topic, outgoing.payload, wait=ANSWER_TIMEOUT_S)
+            text = f"sent {escaped(arguments.command)} to {device_id}: the broker has it"
+        else:
+            reply = client.request(device_id, arguments.command, payload, timeout_s=arguments.wait)
+            elapsed_ms = round(reply.elapsed_s * 1000, 1)
             shown = escaped(reply.payload, LONGEST_SHOWN)
             record |= {"reply": shown, "elapsed_ms": elapsed_ms}
             text = f"{device_id} replied in {elapsed_ms} ms: {shown}"
         console.emit(record, text)
     return 0
-
-
-def _reply(replies: queue.SimpleQueue[Message], device_id: DeviceId, arguments: argparse.Namespace) -> Message:
-    deadline = time.monotonic() + arguments.wait
-    while True:
-        try:
-            reply = replies.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise UnreachableError(
-                f"could not get a reply from {device_id}: none came within {arguments.wait:g} s",
-                hint=f"is it online? `birthmark-device watch devices/{device_id}/status` shows it",
-                check="no-answer",
-            ) from None
-        if not reply.retained:
-            return reply
 
 
 def _client(arguments: argparse.Namespace, console: Console) -> Client:

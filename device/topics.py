@@ -41,7 +41,7 @@ def commands(device_id: DeviceId) -> str:
 
 
 def reply(device_id: DeviceId, name: str) -> str:
-    """Where a device answers one command."""
+    """Where a device answers one command; for one that asks for it, see `requests.reply_name`."""
     return f"devices/{device_id}/replies/{name}"
 
 
