@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 from birthmark.device import topics
 from birthmark.device.backoff import RetryTimer
+from birthmark.device.clock import Clock
 from birthmark.device.credentials import Credentials
 from birthmark.device.dispatch import Dispatcher
 from birthmark.device.errors import IdentityError, LocalProtocolError
@@ -72,6 +73,7 @@ class ClientOptions(TypedDict, total=False):
     connect_timeout_s: float
     retry: RetryTimer | None
     now: Callable[[], datetime]
+    clock: Clock | None
     takes_all: bool
     renewal: bool | None
     renewal_port: int | None
@@ -90,7 +92,8 @@ class Client:
         observe: is given every `events.Event`, on the callbacks' thread.
         connect_timeout_s: for TCP, for the TLS handshake and for the broker's answer, each.
         retry: how long to wait between attempts.
-        now: the clock.
+        now: the system's clock.
+        clock: what is known of the time; by default of a device what its state folder holds (docs/clock.md).
         takes_all: whether messages of QoS 1 that no handler takes are acknowledged, and gone; otherwise they wait
             at the broker for the next client of this session.
         renewal: whether to renew the certificate by itself when it is time (docs/renewal.md); by default a device
@@ -114,6 +117,7 @@ class Client:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         retry: RetryTimer | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Clock | None = None,
         takes_all: bool = True,
         renewal: bool | None = None,
         renewal_port: int | None = None,
@@ -134,6 +138,7 @@ class Client:
         self._periodic: Periodic | None = None
         self._started = False
         self._connect_timeout_s = connect_timeout_s
+        self._clock = clock or Clock.of(credentials, system=now)
         self._renewer: Renewer | None = None
         if credentials.is_slot if renewal is None else renewal:
             store = RenewalStore(credentials.pem_path.parent, broker=credentials.broker)
@@ -146,7 +151,7 @@ class Client:
                 tell=self._tell,
                 open_apart=self._open_apart,
             )
-            self._renewer = Renewer(store, connection, now=now, pace=renewal_pace)
+            self._renewer = Renewer(store, connection, clock=self._clock, pace=renewal_pace)
             credentials = self._renewer.prepare(credentials)
         self._dispatcher = Dispatcher(self._observed, self._make_room)
         self._worker = Worker(
@@ -156,7 +161,7 @@ class Client:
             has_presence=not is_service if presence is None else presence,
             connect_timeout_s=connect_timeout_s,
             retry=retry or RetryTimer(),
-            now=now,
+            clock=self._clock,
             dispatcher=self._dispatcher,
             on_message=self._received,
             settled=self._renewer.settled if self._renewer else _nobody,
@@ -432,8 +437,14 @@ class Client:
         self._dispatcher.tell(event)
 
     def _open_apart(self, credentials: Credentials) -> Client:
-        timeout_s = self._connect_timeout_s
-        return Client(credentials, presence=False, clean_session=True, renewal=False, connect_timeout_s=timeout_s)
+        return Client(
+            credentials,
+            presence=False,
+            clean_session=True,
+            renewal=False,
+            connect_timeout_s=self._connect_timeout_s,
+            clock=self._clock,
+        )
 
     def _new_commands(self) -> Commands:
         from birthmark.device.commands import Commands  # noqa: PLC0415 - only for who takes commands

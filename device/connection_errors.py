@@ -19,12 +19,14 @@ import errno
 import re
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from birthmark.device.connection_checks import ALERTS, CONNACKS, Check
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.escape import escaped
+from birthmark.device.tls import OutOfTimeError
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
     from birthmark.device.certificate_facts import CertificateFacts
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.identity import DeviceId
+
+
+LONGEST_ABSENCE = timedelta(days=30)
+"""A clock that is further ahead of the last time that is known may be wrong: the device was off, or it jumped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +48,16 @@ class Circumstances:
     device_id: DeviceId
     own: CertificateFacts
     now: datetime
-    issued_at: datetime | None = None
-    """No earlier moment can be now."""
+    """By this machine's clock."""
+    floor: datetime | None = None
+    """A moment that has passed for certain (`clock`)."""
     server: CertificateFacts | None = None
     """The broker's certificate, unverified, where it could be had."""
+
+    @property
+    def believed_now(self) -> datetime:
+        """The best guess at the time."""
+        return self.now if self.floor is None else max(self.now, self.floor)
 
     def refused(self, check: Check, cause: str, hint: str) -> RefusedError:
         """Return a refusal of this attempt."""
@@ -98,7 +110,7 @@ def _is_mere_close(error: OSError) -> bool:
 
 
 def _closed_before_connack(around: Circumstances) -> RefusedError:
-    if verdict := around.own.out_of_time_at(around.now):
+    if verdict := around.own.out_of_time_at(around.believed_now):
         return around.refused(
             Check.EXPIRED,
             f"the broker closed the connection without a word; our certificate is {verdict}: {_validity(around)}",
@@ -122,7 +134,7 @@ def refused_by_connack(code: int, around: Circumstances) -> ConnectionFailedErro
             Check.MQTT, f"the broker refused with the unknown CONNACK code {code}", "is this an MQTT 3.1.1 broker?"
         )
     check, cause, hint = CONNACKS[code]
-    if code == 5 and (verdict := around.own.out_of_time_at(around.now)):
+    if code == 5 and (verdict := around.own.out_of_time_at(around.believed_now)):
         check, cause = Check.EXPIRED, f"{cause}: it is {verdict}: {_validity(around)}"
     return around.refused(check, f"{cause} (CONNACK {code})", hint)
 
@@ -180,13 +192,14 @@ def fell_silent(keepalive_s: int, around: Circumstances) -> UnreachableError:
 
 def is_about_time(error: Exception) -> bool:
     """Whether the dates in the broker's certificate would help to explain `error`."""
-    return isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (
-        _EXPIRED_CODE,
-        _NOT_YET_VALID_CODE,
-    )
+    if not isinstance(error, ssl.SSLCertVerificationError) or isinstance(error, OutOfTimeError):
+        return False  # the latter has them
+    return error.verify_code in (_EXPIRED_CODE, _NOT_YET_VALID_CODE)
 
 
 def _server_refused(error: ssl.SSLCertVerificationError, around: Circumstances) -> ConnectionFailedError:
+    if isinstance(error, OutOfTimeError):
+        return _server_ended(error, around)
     code, broker = error.verify_code, around.broker
     if code in (_EXPIRED_CODE, _NOT_YET_VALID_CODE):
         return _server_out_of_time(around, not_yet=code == _NOT_YET_VALID_CODE)
@@ -210,28 +223,51 @@ def _server_refused(error: ssl.SSLCertVerificationError, around: Circumstances) 
 
 
 def _server_out_of_time(around: Circumstances, *, not_yet: bool) -> ConnectionFailedError:
-    dates = ""
-    if around.server is not None:
-        dates = f": it is valid from {around.server.not_before:{_TIME}} to {around.server.not_after:{_TIME}}"
+    dates = f": it is valid {_dates(around.server)}" if around.server is not None else ""
     clock = f"by this clock it is {around.now:{_TIME}}"
-    if around.issued_at is not None and around.now < around.issued_at:
-        return around.unreachable(
-            Check.CLOCK,
-            f"this machine's clock is wrong: it says {around.now:{_TIME}}, and our identity was issued at"
-            f" {around.issued_at:{_TIME}}; the broker's certificate cannot be checked{dates}",
-            "set the clock (NTP, or an RTC), then it connects by itself",
-        )
     if not_yet:
         return around.unreachable(
             Check.CLOCK,
             f"the broker's certificate is not yet valid{dates}; {clock}",
-            "set this machine's clock, or the clock of the station that issued the certificate",
+            "set this machine's clock (NTP, or an RTC), or the clock of the station that issued the certificate",
+        )
+    if _is_doubtful(around):
+        return around.unreachable(
+            Check.CLOCK,
+            f"the broker's certificate has expired if this machine's clock is right{dates}; {clock}, and the last"
+            f" time that is known for certain is {around.floor:{_TIME}}",
+            "set the clock (NTP, or an RTC), then it connects by itself; if it is right, renew the broker's"
+            " certificate with `birthmark issue-broker`",
         )
     return around.refused(
         Check.SERVER_EXPIRED,
         f"the broker's certificate has expired{dates}; {clock}",
         "renew it with `birthmark issue-broker`; if it should be valid, set this machine's clock",
     )
+
+
+def _is_doubtful(around: Circumstances) -> bool:
+    """Whether the clock is so far ahead of what is known that it, and not the certificate, may be at fault."""
+    if around.floor is None or around.now - around.floor <= LONGEST_ABSENCE:
+        return False
+    return around.server is None or around.server.not_after >= around.floor
+
+
+def _server_ended(error: OutOfTimeError, around: Circumstances) -> ConnectionFailedError:
+    """Say what our own check of the broker's validity found (`clock.out_of_time`)."""
+    if not error.moment.or_later:
+        seen = replace(around, server=error.certificate, now=error.moment.at)
+        return _server_out_of_time(seen, not_yet=error.moment.at < error.certificate.not_before)
+    return around.refused(
+        Check.SERVER_EXPIRED,
+        f"a certificate of the broker has expired: it is valid {_dates(error.certificate)};"
+        f" {error.moment.at:{_TIME}} has passed for certain, though by this clock it is {around.now:{_TIME}}",
+        "renew it with `birthmark issue-broker`",
+    )
+
+
+def _dates(certificate: CertificateFacts) -> str:
+    return f"from {certificate.not_before:{_TIME}} to {certificate.not_after:{_TIME}}"
 
 
 def _handshake_failed(error: ssl.SSLError, around: Circumstances) -> ConnectionFailedError:
@@ -273,10 +309,14 @@ def _alerted(alert: str, around: Circumstances) -> RefusedError:
 
 def _validity(around: Circumstances) -> str:
     own = around.own
-    return (
-        f"it is valid from {own.not_before:{_TIME}} to {own.not_after:{_TIME}}, and by this clock it is"
-        f" {around.now:{_TIME}}"
-    )
+    return f"it is valid {_dates(own)}, and by this clock it is {around.now:{_TIME}}{_floor(around)}"
+
+
+def _floor(around: Circumstances) -> str:
+    """Say what is known of the time where this machine's clock is certainly wrong."""
+    if around.floor is None or around.now >= around.floor:
+        return ""
+    return f", which is wrong: {around.floor:{_TIME}} has passed"
 
 
 def _timed_out(error: TimeoutError, around: Circumstances) -> UnreachableError:

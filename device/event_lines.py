@@ -26,15 +26,18 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
     match event:
         case Connected():
             resumed = ", resumed" if event.tls_resumed else ""
+            floor = event.moment.at.isoformat(timespec="seconds") if event.moment.or_later else None
+            wrong = f"\n          this machine's clock is wrong: {floor} has passed" if floor else ""
             say(
                 console,
                 "connected",
-                f"connected to {event.broker} as {event.client_id} ({event.tls_version}{resumed})",
+                f"connected to {event.broker} as {event.client_id} ({event.tls_version}{resumed}){wrong}",
                 broker=str(event.broker),
                 client_id=event.client_id,
                 tls=event.tls_version,
                 resumed=event.tls_resumed,
                 session_present=event.session_present,
+                clock_is_before=floor,
             )
         case Disconnected():
             _failed(console, "disconnected", event.error, None if is_last else event.retry_in_s)

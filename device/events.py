@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from birthmark.device.clock import Moment
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.errors import ConnectionFailedError
 
@@ -21,6 +22,8 @@ class Connected:
     """Whether the TLS session of an earlier connection was used again."""
     session_present: bool
     """Whether the broker had kept our MQTT session."""
+    moment: Moment
+    """The time that the broker's certificate was checked by."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ Rules:
 - TLS 1.2 at least. The broker's certificate must lead to one of the anchors in the bundle and to nothing else: the
   system's CAs are never loaded. Its name or address must be the one asked for, and RFC 5280 is held to strictly
   (VERIFY_X509_STRICT, the default of newer Pythons, on all of them).
+- The validity of every certificate in the broker's chain is checked after each handshake, before the first byte of
+  MQTT: OpenSSL does not check it when a session is resumed. Where this machine's clock is certainly wrong
+  (`clock`), OpenSSL is told to leave validity alone, and this is the only check.
 - An anchor is an anchor even if it is no root (partial chains): a device may be given an issuing CA to trust.
 - TCP_NODELAY: MQTT's small packets must not wait for the acknowledgement of the one before.
 - The session of the last good connection to a host is offered to the next one in this process (RFC 8446 §2.2).
@@ -21,15 +24,37 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from birthmark.device.certificate_facts import certificate_facts
+from birthmark.device.clock import Clock, Moment, out_of_time
 from birthmark.device.errors import CredentialError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from birthmark.device.certificate_facts import CertificateFacts
     from birthmark.device.credentials import Credentials
 
 HEAD_BYTES = 4
 """The length of a CONNACK, the first packet a broker sends (MQTT 3.1.1 §3.2)."""
+X509_V_FLAG_NO_CHECK_TIME = 0x200000
+"""OpenSSL's x509_vfy.h."""
+_UNSPECIFIED = 1
+"""X509_V_ERR_UNSPECIFIED, of the same header."""
+_ENCODING_DER = 2
+
+
+class OutOfTimeError(ssl.SSLCertVerificationError):
+    """A certificate of the broker's chain is not valid at the moment that we know.
+
+    Args:
+        certificate: the first of them.
+        moment: as far as we know the time.
+    """
+
+    def __init__(self, certificate: CertificateFacts, moment: Moment) -> None:
+        super().__init__(1, "a certificate of the broker is out of time")
+        self.certificate = certificate
+        self.moment = moment
 
 
 def is_alert(error: OSError) -> bool:
@@ -45,17 +70,26 @@ class DeviceSocket(ssl.SSLSocket):
             other side takes the place of a mere broken pipe.
         head: the first bytes that were read, at most `HEAD_BYTES`.
         ended: whether the other side closed the connection.
+        chain: the broker's certificates, from the leaf to the anchor, after the handshake.
+        moment: the time that they were checked by.
     """
 
     failure: OSError | None = None
     head: bytes = b""
     ended: bool = False
+    chain: tuple[CertificateFacts, ...] = ()
+    moment: Moment | None = None
     _usable: bool = False
 
     def do_handshake(self, block: bool = False) -> None:
-        """Do the handshake; a socket whose handshake failed is closed."""
+        """Do the handshake and check the broker's validity; a socket whose handshake failed is closed.
+
+        Raises:
+            OutOfTimeError: a certificate of the broker is not valid.
+        """
         try:
             super().do_handshake(block)
+            self._check_time()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except BaseException:
@@ -110,6 +144,31 @@ class DeviceSocket(ssl.SSLSocket):
         self._usable = False
         self._forget_session()
 
+    def _check_time(self) -> None:
+        context = self.context
+        if not isinstance(context, DeviceContext):
+            return
+        name, leaf_der = str(self.server_hostname), self.getpeercert(binary_form=True)
+        if not self.session_reused:
+            context.chains[name] = self._verified_chain()
+        chain_der = context.chains.get(name, ())
+        if not chain_der or chain_der[0] != leaf_der:
+            raise ssl.SSLError(1, "the chain of the broker's certificate is not known")
+        try:
+            self.chain, self.moment = tuple(map(certificate_facts, chain_der)), context.moment
+        except CredentialError as error:
+            unreadable = ssl.SSLCertVerificationError(1, error.message)
+            unreadable.verify_code, unreadable.verify_message = _UNSPECIFIED, error.message
+            raise unreadable from error
+        wrong = out_of_time(self.chain, self.moment)
+        if wrong is not None:
+            raise OutOfTimeError(wrong, self.moment)
+
+    def _verified_chain(self) -> tuple[bytes, ...]:
+        # Python 3.13 has it as a method of its own; before, it is one of the object beneath.
+        found = cast("Any", self)._sslobj.get_verified_chain() or ()
+        return tuple(certificate.public_bytes(_ENCODING_DER) for certificate in found)
+
     def _note(self, error: OSError) -> None:
         if self.failure is None or is_alert(error):
             self.failure = error
@@ -130,13 +189,20 @@ class DeviceContext(ssl.SSLContext):
 
     sslsocket_class = DeviceSocket
     sessions: dict[str, ssl.SSLSession]
+    chains: dict[str, tuple[bytes, ...]]
+    """Of the last full handshake with each broker: OpenSSL does not show them again when a session is resumed."""
+    clock: Clock
+    moment: Moment
+    """The time that the connection being made is checked by."""
     successor: DeviceContext | None = None
     """The one to use in this one's place: an MQTT library takes a context once, and credentials are renewed."""
 
     def __new__(cls) -> Self:
         """Make a client's context that trusts nobody yet."""
         context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
-        context.sessions = {}
+        context.sessions, context.chains = {}, {}
+        context.clock = Clock()
+        context.moment = context.clock.moment()
         return context
 
     def wrap_socket(  # noqa: D102, PLR0917 - the standard library's method
@@ -153,6 +219,11 @@ class DeviceContext(ssl.SSLContext):
                 sock, server_side, do_handshake_on_connect, suppress_ragged_eofs, server_hostname, session
             )
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.moment = self.clock.moment()
+        if self.moment.or_later:
+            self.verify_flags |= X509_V_FLAG_NO_CHECK_TIME
+        else:
+            self.verify_flags &= ~X509_V_FLAG_NO_CHECK_TIME
         wrapped = super().wrap_socket(
             sock,
             server_side=server_side,
@@ -164,13 +235,19 @@ class DeviceContext(ssl.SSLContext):
         return cast(DeviceSocket, wrapped)
 
 
-def device_context(credentials: Credentials) -> DeviceContext:
+def device_context(credentials: Credentials, clock: Clock | None = None) -> DeviceContext:
     """Return the TLS settings of `credentials`.
+
+    Args:
+        credentials: who we are, and whom we trust.
+        clock: what is known of the time; by default the system's clock.
 
     Raises:
         CredentialError: the key does not fit the certificate, or either cannot be used.
     """
     context = DeviceContext()
+    if clock is not None:
+        context.clock = clock
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     try:

@@ -29,9 +29,9 @@ from birthmark.device.tls import device_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from datetime import datetime
 
     from birthmark.device.backoff import RetryTimer
+    from birthmark.device.clock import Clock
     from birthmark.device.credentials import Credentials
     from birthmark.device.dispatch import Dispatcher
     from birthmark.device.errors import ConnectionFailedError
@@ -63,7 +63,7 @@ class Worker:
         has_presence: whether to keep `devices/{id}/status`.
         connect_timeout_s: for TCP, for TLS and for CONNACK each.
         retry: how long to wait between attempts.
-        now: the clock, for messages.
+        clock: what is known of the time.
         dispatcher: runs callbacks.
         on_message: on the dispatcher's thread; is given each message, and returns whether to acknowledge it.
         settled: on the worker's thread; is told what became of each attempt to connect, with which credentials.
@@ -81,7 +81,7 @@ class Worker:
         has_presence: bool,
         connect_timeout_s: float,
         retry: RetryTimer,
-        now: Callable[[], datetime],
+        clock: Clock,
         dispatcher: Dispatcher,
         on_message: Callable[[Message], bool],
         settled: Callable[[Credentials, ConnectionFailedError | None], object] = lambda _credentials, _error: None,
@@ -91,7 +91,7 @@ class Worker:
         self._has_presence = has_presence
         self._connect_timeout_s = connect_timeout_s
         self._retry = retry
-        self._now = now
+        self._clock = clock
         self._dispatcher = dispatcher
         self._on_message = on_message
         self._settled = settled
@@ -100,7 +100,7 @@ class Worker:
             clean_session=clean_session,
             broker=credentials.broker,
             keepalive_s=credentials.keepalive_s,
-            context=device_context(credentials),
+            context=device_context(credentials, clock),
             connect_timeout_s=connect_timeout_s,
             listener=self,
         )
@@ -136,7 +136,7 @@ class Worker:
         Raises:
             CredentialError: key and certificate cannot be used; nothing changes.
         """
-        context = device_context(credentials)
+        context = device_context(credentials, self._clock)
         with self._changed:
             self._next = (credentials, context)
             self._changed.notify_all()
@@ -202,7 +202,7 @@ class Worker:
         """Return why the connection ended (None: we were stopped) and how long it held."""
         self._connection += 1
         self._take_next()
-        will = presence.last_will(self._credentials.device_id, self._now()) if self._has_presence else None
+        will = presence.last_will(self._credentials.device_id, self._clock.now()) if self._has_presence else None
         try:
             self._set_opening(is_opening=True)
             opened = self._link.open(will)
@@ -217,6 +217,7 @@ class Worker:
         while self._link.turn(
             self._next_look_s(began, answer_by), reading=not (self._online and self._dispatcher.is_full)
         ):
+            self._clock.keep()
             if began is None and self._link.ending().connected:
                 began = time.monotonic()
                 self._come_online(opened)
@@ -258,7 +259,7 @@ class Worker:
         if departure is Departure.NOT_YET and not (has_time and not self.publications.is_empty):
             departure = Departure.GOODBYE_SAID
             if self._online and self._has_presence:
-                said = presence.goodbye(self._credentials.device_id, self._now())
+                said = presence.goodbye(self._credentials.device_id, self._clock.now())
                 self.publications.send_now(said, self._link.publish)
         if departure is Departure.GOODBYE_SAID and not (has_time and not self.publications.is_empty):
             departure = Departure.LEFT
@@ -300,8 +301,8 @@ class Worker:
             broker=self._credentials.broker,
             device_id=self._credentials.device_id,
             own=self._own,
-            now=self._now(),
-            issued_at=self._credentials.issued_at,
+            now=self._clock.system(),
+            floor=self._clock.floor,
             server=seen_at(self._credentials.broker, timeout_s=self._connect_timeout_s) if timed else None,
         )
 
@@ -323,6 +324,8 @@ class Worker:
             self._online = True
             self._changed.notify_all()
         self._settled(self._credentials, None)
+        moment = opened.moment or self._clock.moment()
+        self._clock.connected(moment)
         self._dispatcher.tell(
             Connected(
                 broker=self._credentials.broker,
@@ -330,6 +333,7 @@ class Worker:
                 tls_version=opened.version() or "",
                 tls_resumed=bool(opened.session_reused),
                 session_present=self._session_present,
+                moment=moment,
             )
         )
 
@@ -367,7 +371,7 @@ class Worker:
         self.subscriptions.ask_for_all(self._link.subscribe)
         if self._has_presence:
             self.publications.send_now(
-                presence.online(self._credentials.device_id, self._now()), self._link.publish
+                presence.online(self._credentials.device_id, self._clock.now()), self._link.publish
             )
 
     def mqtt_message(self, packet_id: int, message: Message) -> None:

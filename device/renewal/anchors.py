@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from birthmark.device.certificate_facts import certificate_facts
+from birthmark.device.clock import out_of_time
 from birthmark.device.errors import RemoteProtocolError
 from birthmark.device.link.bundle import MAX_ANCHORS
 from birthmark.device.link.transcript import verify
@@ -27,8 +29,8 @@ from birthmark.device.renewal.proofs import anchors_transcript
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
+    from birthmark.device.clock import Moment
     from birthmark.device.identity import DeviceId
     from birthmark.device.renewal.messages import AnchorUpdate
 
@@ -36,7 +38,7 @@ _HINT: Final = "nothing was changed; ask the station's operator: its CA, or the 
 
 
 def verified_anchors(
-    update: AnchorUpdate, *, device_id: DeviceId, nonce: bytes, trusted_der: Sequence[bytes], now: datetime
+    update: AnchorUpdate, *, device_id: DeviceId, nonce: bytes, trusted_der: Sequence[bytes], moment: Moment
 ) -> tuple[bytes, ...]:
     """Check an update, and return the anchors that the device goes by from now on.
 
@@ -45,13 +47,13 @@ def verified_anchors(
         device_id: the device's own.
         nonce: of the device's own request that is answered.
         trusted_der: the anchors that the device goes by now.
-        now: the time, as far as the device knows it.
+        moment: the time, as far as the device knows it.
 
     Raises:
         RemoteProtocolError: a rule of this module is broken; nothing may be taken from the update.
     """
     try:
-        cause = _fault(update, device_id, nonce, trusted_der, now)
+        cause = _fault(update, device_id, nonce, trusted_der, moment)
     except Exception as error:  # noqa: BLE001 - hostile DER: whatever the parser trips over is a refusal
         cause = f"a certificate does not parse ({type(error).__name__})"
     if cause:
@@ -60,7 +62,7 @@ def verified_anchors(
 
 
 def _fault(
-    update: AnchorUpdate, device_id: DeviceId, nonce: bytes, trusted_der: Sequence[bytes], now: datetime
+    update: AnchorUpdate, device_id: DeviceId, nonce: bytes, trusted_der: Sequence[bytes], moment: Moment
 ) -> str:
     anchors = [x509.load_der_x509_certificate(der) for der in update.anchors_der]
     if not 1 <= len(anchors) <= MAX_ANCHORS or len(set(update.anchors_der)) != len(anchors):
@@ -70,7 +72,7 @@ def _fault(
     signer = x509.load_der_x509_certificate(update.signer_der)
     if not may_sign_certificates(signer):
         return "they are signed by somebody who is no CA"
-    if not signer.not_valid_before_utc <= now <= signer.not_valid_after_utc:
+    if out_of_time([certificate_facts(update.signer_der)], moment) is not None:
         return "the CA that signed them is not valid now"
     if not any(_leads_to(signer, update.signer_der, der) for der in trusted_der):
         return "they are signed by a CA that leads to no anchor of this device"

@@ -31,8 +31,8 @@ from birthmark.device.renewal.store import AskedKey
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
+    from birthmark.device.clock import Moment
     from birthmark.device.identity import DeviceId
 
 
@@ -70,7 +70,7 @@ def confirmation(renewed: Slot) -> RenewalRequest:
 
 
 def granted(
-    answer: RenewalAnswer, request: RenewalRequest, *, current: Slot, asked: AskedKey, now: datetime
+    answer: RenewalAnswer, request: RenewalRequest, *, current: Slot, asked: AskedKey, moment: Moment
 ) -> Slot:
     """Check what came back, by the rules of this module, and return the slot that is to be tried.
 
@@ -84,7 +84,7 @@ def granted(
     anchors = trusted
     if answer.anchors is not None:
         anchors = verified_anchors(
-            answer.anchors, device_id=config.device_id, nonce=request.nonce, trusted_der=trusted, now=now
+            answer.anchors, device_id=config.device_id, nonce=request.nonce, trusted_der=trusted, moment=moment
         )
     try:
         begins_at = int(certificate_facts(answer.leaf_der).not_before.timestamp())

@@ -25,7 +25,6 @@ import random
 import threading
 import time
 from collections import deque
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
 from birthmark.device.certificate_facts import certificate_facts
@@ -38,6 +37,7 @@ from birthmark.device.renewal.schedule import Pace, due_at
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from birthmark.device.clock import Clock
     from birthmark.device.credentials import Credentials
     from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.renewal.store import RenewalStore
@@ -77,7 +77,7 @@ class Renewer:
     Args:
         store: the device's record of it.
         connection: the client.
-        now: the clock.
+        clock: what is known of the time.
         pace: how long to wait for what.
         uniform: draws a number between two others.
     """
@@ -87,13 +87,13 @@ class Renewer:
         store: RenewalStore,
         connection: Connection,
         *,
-        now: Callable[[], datetime],
+        clock: Clock,
         pace: Pace | None = None,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._store = store
         self._connection = connection
-        self._now = now
+        self._clock = clock
         self._uniform = uniform
         self._pace = pace or Pace()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -216,12 +216,15 @@ class Renewer:
             if self._is_online_with or self._has_expired():
                 nap_s = self._not_before - now_s
         elif current is not None:
-            nap_s = (due_at(current.facts, current.leaf_der) - self._now()).total_seconds() + 1
+            left_s = (due_at(current.facts, current.leaf_der) - self._clock.now()).total_seconds()
+            nap_s = left_s + 1 if left_s > 0 else LONGEST_NAP_S
         return min(max(0.0, nap_s), LONGEST_NAP_S)
 
     def _is_due(self) -> bool:
-        current = self._current
-        return current is not None and self._now() >= due_at(current.facts, current.leaf_der)
+        current, now = self._current, self._clock.now()
+        if current is None or (self._is_online_with and now > current.facts.not_after):
+            return False  # the gateway lets us in: it is the clock that is wrong
+        return now >= due_at(current.facts, current.leaf_der)
 
     def _step(self) -> None:
         """Do what it is time for."""
@@ -251,7 +254,7 @@ class Renewer:
         current = self._current
         if current is None or not self._current_is_refused:
             return False
-        return self._is_called_expired or self._now() > current.facts.not_after
+        return self._is_called_expired or self._clock.now() > current.facts.not_after
 
     # --- asking -------------------------------------------------------------------------------------------
 
@@ -319,9 +322,8 @@ class Renewer:
         asked, current = self._store.asked(), self._store.current_slot()
         if asked is None:
             raise BirthmarkError("could not take a renewed certificate: its key is gone")
-        now = max(self._now(), _moment(current.bundle.issued_at))
         try:
-            slot = making.granted(answer, request, current=current, asked=asked, now=now)
+            slot = making.granted(answer, request, current=current, asked=asked, moment=self._clock.moment())
         except BirthmarkError:
             self._store.drop()
             raise
@@ -414,7 +416,3 @@ class Renewer:
 
     def _tell(self, state: RenewalState, detail: str, *, retry_in_s: float | None = None) -> None:
         self._connection.tell(RenewalChanged(state, detail, retry_in_s))
-
-
-def _moment(unix_s: int) -> datetime:
-    return datetime.fromtimestamp(unix_s, UTC)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography import x509
 
+from birthmark.device.clock import Moment
 from birthmark.device.renewal import making
 from birthmark.device.renewal.store import RenewalStore
 from birthmark.provisioning.registry.model import State
@@ -33,7 +34,7 @@ def renew(station: Station, board: LineBoard, how_far: str) -> None:
     store.keep_asked(asked)
     request = making.renewal_request(current, asked)
     (answer,) = renewals.answer([Asked(device_id, request)])
-    slot = making.granted(answer, request, current=current, asked=asked, now=datetime.now(UTC))
+    slot = making.granted(answer, request, current=current, asked=asked, moment=Moment(datetime.now(UTC)))
     store.keep_candidate(slot)
     if how_far == DONE:
         (answer,) = renewals.answer([Asked(device_id, making.confirmation(slot))])

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """Whoever kills its broker, or needs another clock, makes one of their own."""
-    with Stand(tmp_path_factory.mktemp("stand"), broker_toml=RENEWAL_LISTENER, early=("late",)) as stand:
+    due = ("due", "clockless-due")
+    with Stand(tmp_path_factory.mktemp("stand"), broker_toml=RENEWAL_LISTENER, early=("late",), due=due) as stand:
         yield stand
 
 

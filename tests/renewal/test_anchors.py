@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 from support.pki import Authority, Pki, new_key, now
 
+from birthmark.device.clock import Moment
 from birthmark.device.errors import RemoteProtocolError
 from birthmark.device.identity import DeviceId
 from birthmark.device.link.transcript import sign, transcript
@@ -39,7 +40,7 @@ def update(
 
 
 def taken(told: AnchorUpdate, *, trusted: Sequence[bytes] = (PKI.root.der,)) -> tuple[bytes, ...]:
-    return verified_anchors(told, device_id=DEVICE, nonce=NONCE, trusted_der=trusted, now=now())
+    return verified_anchors(told, device_id=DEVICE, nonce=NONCE, trusted_der=trusted, moment=Moment(now()))
 
 
 @pytest.mark.parametrize("signer", [PKI.issuing, PKI.root], ids=["issued by an anchor", "an anchor itself"])

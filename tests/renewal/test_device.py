@@ -18,6 +18,7 @@ from birthmark.device import topics
 from birthmark.device.agent.keys import key_from_der, key_to_der
 from birthmark.device.agent.slots import Slot
 from birthmark.device.certificate_facts import certificate_facts
+from birthmark.device.clock import Moment
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import ProtocolError
@@ -77,7 +78,7 @@ class Exchange:
         return RenewalAnswer("issued", self.request.nonce, **fields)
 
     def taken(self, answer: RenewalAnswer) -> Slot:
-        return making.granted(answer, self.request, current=self.current, asked=self.asked, now=now())
+        return making.granted(answer, self.request, current=self.current, asked=self.asked, moment=Moment(now()))
 
     def anchors(self, *anchors: bytes, signer: Authority = PKI.issuing) -> AnchorUpdate:
         signed = anchors_transcript(DEVICE, nonce=self.request.nonce, anchors_der=anchors)
@@ -233,7 +234,7 @@ def test_answers_that_nobody_asked_for_change_nothing(stand: Stand, renewd: Rene
         device.renew()
         watching.wait_for_state("renewed")
     assert len(stand.rows("calm")) == 2
-    assert sorted(path.name for path in state.iterdir()) == ["active", "renewal.lock", "renewed"]
+    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock", "renewed"]
 
 
 def test_what_is_retained_there_asks_for_nothing(stand: Stand, renewd: Renewd) -> None:

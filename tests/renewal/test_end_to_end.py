@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import stat
+import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from support.device_command import DeviceCommand, needs_faketime, run
 from support.renewing_client import Renewing, client, client_started, device_command
 from support.watching import eventually
 
 from birthmark.device.client import Client
+from birthmark.device.clock import FLOOR_FILE
 from birthmark.device.credentials import Credentials
 from birthmark.device.events import AttemptFailed, Connected, Disconnected
 from birthmark.provisioning.registry.model import State
@@ -39,7 +43,7 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
     after = Credentials.from_folder(state)
     assert after.pem_path.name == "renewed"
     assert stat.S_IMODE(after.pem_path.stat().st_mode) == 0o600
-    assert sorted(path.name for path in state.iterdir()) == ["active", "renewal.lock", "renewed"]
+    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock", "renewed"]
     assert (state / "active").read_bytes() != after.pem_path.read_bytes()
     assert stand.live().certificate_der == after.leaf_der
     old, new = stand.rows()
@@ -50,12 +54,38 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
 
 
 def test_what_is_due_is_renewed_without_being_asked(stand: Stand, renewd: Renewd) -> None:
-    state, watching = stand.device("due"), Renewing()
-    due = Credentials.from_folder(state).facts
-    late = due.not_before + (due.not_after - due.not_before) * 0.75
-    with client(state, watching, now=lambda: late):
+    state, watching = stand.early_device("due"), Renewing()
+    with client(state, watching):
         watching.wait_for_state("renewed")
     assert Credentials.from_folder(state).pem_path.name == "renewed"
+
+
+@needs_faketime
+def test_a_clock_in_1970_keeps_nobody_from_renewing(stand: Stand, renewd: Renewd) -> None:
+    """Nor from finding out that it is time to: the floor says so, once a connection has brought it up to date."""
+    state = stand.device("clockless")
+    done = run("renew", "--state", state, "--json", at="1970-01-01 12:00:00")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Credentials.from_folder(state).pem_path.name == "renewed"
+    due = stand.early_device("clockless-due")
+    (due / FLOOR_FILE).write_text(json.dumps({"floor": int(time.time()) - 60}))
+    with DeviceCommand("run", "--state", due, "--json", at="1970-01-01 12:00:00") as device:
+        device.wait_for("renewal", lambda record: record["state"] == "renewed")
+        assert device.end(signal.SIGTERM) == 0
+
+
+def test_a_clock_that_jumps_past_its_end_renews_nothing(stand: Stand, renewd: Renewd) -> None:
+    """The gateway lets it in: so it is the clock that is wrong, and not the certificate that has expired."""
+    state, watching, ahead = stand.device("jumping"), Renewing(), [timedelta()]
+    with client(state, watching, now=lambda: datetime.now(UTC) + ahead[0]) as device:
+        watching.wait_for(Connected)
+        ahead[0] = timedelta(days=9999)
+        stand.answer_as_service("jumping", b"junk")  # it looks at the time again
+        device.publish(device.telemetry("x"), b"1", wait=20)
+        watching.wait_for_state("failed")
+        device.publish(device.telemetry("x"), b"2", wait=20)
+    assert watching.states == ["failed"]
+    assert len(stand.rows("jumping")) == 1
 
 
 def test_what_is_not_due_is_left_alone(stand: Stand, renewd: Renewd) -> None:
@@ -92,7 +122,7 @@ def test_asked_by_the_station_it_renews(stand: Stand, renewd: Renewd) -> None:
 
 def test_an_expired_device_renews_on_the_listener_for_that(stand: Stand, renewd: Renewd) -> None:
     """Its certificate has expired for the gateway: only the renewal listener lets it in."""
-    state, watching = stand.expired_device("late"), Renewing()
+    state, watching = stand.early_device("late"), Renewing()
     with client_started(state, watching, renewal_port=stand.renewal_port) as device:
         watching.wait_for_state("renewed")
         device.publish(device.telemetry("x"), b"1", wait=20)
@@ -109,7 +139,7 @@ def test_a_revoked_device_gets_nowhere_and_keeps_what_it_has(stand: Stand, renew
         watching.wait_for_state("refused")
         (refusal,) = [line for line in renewd.lines if line["event"] == "refused" and line["id"] == "lost"]
         assert "revoked" in refusal["reason"]
-    assert sorted(path.name for path in state.iterdir()) == ["active", "renewal.lock"]
+    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock"]
 
 
 def test_one_client_renews_and_the_command_says_so(stand: Stand, renewd: Renewd) -> None:

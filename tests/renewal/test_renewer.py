@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
 from support.watching import eventually
 
 from birthmark.device.backoff import Backoff
+from birthmark.device.clock import Clock
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import RefusedError, UnreachableError
 from birthmark.device.renewal.renewer import TRIALS, UNREACHED, Renewer
@@ -66,7 +66,7 @@ def renewer(state: Path, fate: dict[bytes, ConnectionFailedError]) -> tuple[Rene
     made = Renewer(
         RenewalStore(state),
         connection,
-        now=lambda: datetime.now(UTC),
+        clock=Clock(),
         pace=PACE,
         uniform=lambda _low, high: high,
     )

@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 from support.renewing import PaperDevice, csr, new_key, sha256
 from support.station import Clock, new_station
 
+from birthmark.device.clock import Moment
 from birthmark.device.identity import DeviceId
 from birthmark.device.renewal.anchors import verified_anchors
 from birthmark.provisioning import audit
@@ -381,7 +382,7 @@ def test_new_anchors_come_with_the_certificate_and_are_confirmed_with_it(
         device_id=device.device_id,
         nonce=asked.request.nonce,
         trusted_der=(root_der,),
-        now=clock.now,
+        moment=Moment(clock.now),
     )
     device.anchors_sha256 = tuple(sha256(each) for each in taken)
     renewals.answer([device.confirm(answered.leaf_der)])

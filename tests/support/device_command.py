@@ -4,36 +4,58 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 DEADLINE_S = 30.0
+needs_faketime = pytest.mark.skipif(
+    shutil.which("faketime") is None and not os.environ.get("CI"), reason="faketime is not installed"
+)
 COMMAND = [sys.executable, "-W", "error", "-m", "birthmark.device"]
 
 
-def run(*arguments: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def run(*arguments: str | Path, timeout_s: float = DEADLINE_S, at: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; with `at`, its clock begins there (libfaketime)."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", **clock_beginning(at)},
     )
 
 
-class DeviceCommand:
-    """A command that goes on until it is told to stop; give it `--json`."""
+def clock_beginning(at: str) -> dict[str, str]:
+    """Return the environment in which a process's clock begins at a time of its own (libfaketime); none for ""."""
+    if not at:
+        return {}
+    # Its wrapper does not pass signals on: what it sets for its child is asked for, and the child started without.
+    told = subprocess.run(["faketime", at, "env"], capture_output=True, text=True, check=True).stdout
+    found = dict(line.split("=", 1) for line in told.splitlines() if "=" in line)
+    return {name: found[name] for name in ("LD_PRELOAD", "FAKETIME")}
 
-    def __init__(self, *arguments: str | Path) -> None:
+
+class DeviceCommand:
+    """A command that goes on until it is told to stop; give it `--json`.
+
+    Args:
+        arguments: of `birthmark-device`.
+        at: where its clock begins (libfaketime); "": with the system's.
+    """
+
+    def __init__(self, *arguments: str | Path, at: str = "") -> None:
+        self._at = at
         self._arguments = [*COMMAND, *map(str, arguments)]
         self.records: list[dict[str, Any]] = []
         self._changed = threading.Condition()
@@ -41,7 +63,12 @@ class DeviceCommand:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            self._arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+            self._arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **clock_beginning(self._at)},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

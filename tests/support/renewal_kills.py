@@ -18,6 +18,7 @@ from support.renewal_stand import state_folder
 from support.renewing import PaperDevice
 from support.station import PASSPHRASE, new_station
 
+from birthmark.device.clock import Moment
 from birthmark.device.credentials import Credentials
 from birthmark.device.renewal import making
 from birthmark.device.renewal.store import RenewalStore
@@ -61,7 +62,7 @@ def renew(station: Station, store: RenewalStore) -> None:
             store.keep_asked(asked)
         request = making.renewal_request(current, asked)
         answer = answered(station, store, request)
-        slot = making.granted(answer, request, current=current, asked=asked, now=datetime.now(UTC))
+        slot = making.granted(answer, request, current=current, asked=asked, moment=Moment(datetime.now(UTC)))
         store.keep_candidate(slot)
     answer = answered(station, store, making.confirmation(store.candidate_slot()))
     assert answer.outcome == "confirmed", answer.reason

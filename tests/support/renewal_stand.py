@@ -23,6 +23,7 @@ from birthmark.device import topics
 from birthmark.device.agent.keys import key_to_der
 from birthmark.device.agent.slots import Slot
 from birthmark.device.client import Client
+from birthmark.device.clock import Moment
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.bundle import Bundle, BundleConfig
@@ -126,15 +127,25 @@ class Stand:
         broker_toml: what the gateway's settings have in addition; PORT stands for that of its renewal listener.
         settings: what takes the place of the table of that name in the station's settings.
         early: devices made two years and a day ago.
+        due: devices made 540 days ago, whose renewals are due by now.
     """
 
     def __init__(
-        self, folder: Path, *, broker_toml: str = "", settings: str = "", early: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        *,
+        broker_toml: str = "",
+        settings: str = "",
+        early: tuple[str, ...] = (),
+        due: tuple[str, ...] = (),
     ) -> None:
         self.folder = folder
         made_at = datetime.now(UTC) - timedelta(days=731)
         founded = new_station(folder / "station", lambda: made_at)
         self._early = {name: PaperDevice.made(founded, name) for name in early}
+        due_from = made_at + timedelta(days=191)
+        earlier = Station.open(folder / "station", passphrase=PASSPHRASE, clock=lambda: due_from)
+        self._early |= {name: PaperDevice.made(earlier, name) for name in due}
         if settings:
             _replace_table(founded.settings_path, settings)
         self.station = Station.open(folder / "station", passphrase=PASSPHRASE)
@@ -189,8 +200,8 @@ class Stand:
         made = PaperDevice.made_all(self.station, [f"fleet-{number}" for number in range(count)])
         return [state_folder(self.folder / "fleet" / one.name, self.station, one, self.port) for one in made]
 
-    def expired_device(self, name: str) -> Path:
-        """Return the state folder of a device that was made early: its certificate ended yesterday."""
+    def early_device(self, name: str) -> Path:
+        """Return the state folder of a device of `early`, whose certificate ended yesterday, or of `due`."""
         return state_folder(self.folder / "devices" / name, self.station, self._early[name], self.port)
 
     def grant(self, state: Path) -> Asked:
@@ -203,7 +214,7 @@ class Stand:
         request = making.renewal_request(current, asked)
         (answer,) = Renewals(self.station).answer([Asked(device_id, request)])
         now = datetime.now(UTC)
-        store.keep_candidate(making.granted(answer, request, current=current, asked=asked, now=now))
+        store.keep_candidate(making.granted(answer, request, current=current, asked=asked, moment=Moment(now)))
         return Asked(device_id, making.confirmation(store.candidate_slot()))
 
     def revoke_open_renewal(self, name: str) -> None:
