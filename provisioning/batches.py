@@ -235,7 +235,7 @@ def _open(view: View) -> Batch:
 
 
 def _rows_of(view: View, batch: Batch) -> list[Row]:
-    return [row for row in view.rows() if row.batch == batch.name]
+    return view.rows(batch=batch.name)
 
 
 def _boards(attempts: Iterable[dict[str, Any]]) -> list[str]:

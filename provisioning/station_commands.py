@@ -25,11 +25,13 @@ from birthmark.provisioning.options import (
     root_passphrase,
     station_folder,
 )
-from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.row_filters import add_filter_options, picked_rows
 from birthmark.provisioning.settings import BrokerDefaults, Settings
 
 if TYPE_CHECKING:
     import argparse
+
+    from birthmark.provisioning.registry.model import Row
 
 _USAGES = {ExtendedKeyUsageOID.CLIENT_AUTH: "clientAuth", ExtendedKeyUsageOID.SERVER_AUTH: "serverAuth"}
 
@@ -186,28 +188,17 @@ def _add_list(commands: argparse._SubParsersAction[Parser]) -> None:
         """\
 birthmark list
 birthmark list --state ATTESTED --role sensor
+birthmark list --name 'pump-*' --expiring 30d --not-revoked
 birthmark list --kind broker --json""",
     )
     add_station_option(parser)
-    parser.add_argument(
-        "--state",
-        type=str.upper,
-        choices=[state.value for state in State],
-        action="append",
-        help="only those in this state (may be given several times)",
-    )
-    parser.add_argument("--role", help="only those with this role")
-    parser.add_argument("--kind", choices=[kind.value for kind in Kind], help="only those of this kind")
+    add_filter_options(parser)
 
 
 def _list(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     with station.registry.view() as view:
-        rows = view.rows(
-            kind=Kind(arguments.kind) if arguments.kind else None,
-            states={State(state) for state in arguments.state} if arguments.state else None,
-            role=arguments.role,
-        )
+        rows = picked_rows(view, arguments, station.clock())
     columns = ["name", "kind", "role", "state", "revoked", "not_after", "hwid"]
     console.table([_summary(row) for row in rows], columns, empty="nothing is enrolled that fits")
 
@@ -219,6 +210,7 @@ def _summary(row: Row) -> dict[str, Any]:
         "kind": row.kind.value,
         "role": row.role or None,
         "state": row.state.value,
+        "batch": row.batch or None,
         "revoked": row.revocation_reason or None,
         "not_after": _moment(row.not_after),
         "hwid": row.hwid.hex() if row.hwid else None,

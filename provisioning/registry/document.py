@@ -41,7 +41,7 @@ def to_document(row: Row) -> dict[str, Any]:
     """Return the row's document. An unset field is None there: an update has to overwrite what was set."""
     document: dict[str, Any] = {"name_folded": row.name_folded}
     for name in _NAMES:
-        document[name] = _encoded(name, getattr(row, name))
+        document[name] = encoded(name, getattr(row, name))
     return document
 
 
@@ -66,8 +66,8 @@ def batch_document(batch: Batch) -> dict[str, Any]:
     return {
         "name": batch.name,
         "name_folded": batch.name.lower(),
-        "opened_at": _encoded("opened_at", batch.opened_at),
-        "closed_at": _encoded("closed_at", batch.closed_at),
+        "opened_at": encoded("opened_at", batch.opened_at),
+        "closed_at": encoded("closed_at", batch.closed_at),
     }
 
 
@@ -82,7 +82,7 @@ def batch_from(document: dict[str, Any]) -> Batch:
 
 def quarantined_document(unit: Quarantined) -> dict[str, Any]:
     """Return the document of a unit in quarantine."""
-    return {name: _encoded(name, getattr(unit, name)) for name in _QUARANTINED}
+    return {name: encoded(name, getattr(unit, name)) for name in _QUARANTINED}
 
 
 def quarantined_from(document: dict[str, Any]) -> Quarantined:
@@ -108,7 +108,8 @@ def _read(what: str, make: Callable[[], _T]) -> _T:
         ) from error
 
 
-def _encoded(name: str, value: Any) -> Any:
+def encoded(name: str, value: Any) -> Any:
+    """Return a field's value as it is stored."""
     if value is None:
         return None
     if name in _BINARY:

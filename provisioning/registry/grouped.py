@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.audit import Head
     from birthmark.provisioning.registry.interface import Transaction, View
-    from birthmark.provisioning.registry.tiny_views import Savepoint
+    from birthmark.provisioning.registry.tiny_transaction import Savepoint
 
 MAX_GROUP: Final = 64
 """How many may share one write: whoever leads a group gets done in the end."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
     from contextlib import AbstractContextManager
 
     from birthmark.provisioning.audit import Head
@@ -75,9 +75,28 @@ class View(Protocol):
     """One consistent state of the registry, for reading."""
 
     def rows(
-        self, *, kind: Kind | None = None, states: Collection[State] | None = None, role: str | None = None
+        self,
+        *,
+        kind: Kind | None = None,
+        states: Collection[State] | None = None,
+        role: str | None = None,
+        batch: str | None = None,
+        name_glob: str | None = None,
+        expires_before: datetime | None = None,
+        revoked: bool | None = None,
     ) -> list[Row]:
-        """Return the rows that fit every given filter, by ascending number."""
+        """Return the rows that fit every given filter, by ascending number.
+
+        Args:
+            kind: of this kind.
+            states: in one of these states.
+            role: with exactly this role.
+            batch: made in exactly this batch; empty for those of none.
+            name_glob: of such a name: `*` stands for any characters, `?` for one, everything else for itself,
+                without regard to case.
+            expires_before: with a certificate that ends, or has ended, before this time.
+            revoked: whether the certificate is revoked.
+        """
 
     def row(self, number: int) -> Row | None:
         """Return the row with this number."""
@@ -146,6 +165,22 @@ class Transaction(View, Protocol):
 
         Raises:
             DuplicateError: what must be unique is taken; nothing was added.
+        """
+
+    def insert_all(self, rows: Sequence[Row]) -> list[Row]:
+        """Add many rows at the cost of few, as `insert` does one; return them as stored, in their order.
+
+        Their number, `created_at` and `changed_at` are the registry's to give: what the rows say there is
+        ignored. Rules and errors are those of `insert`, among the rows themselves too.
+
+        Raises:
+            DuplicateError: what must be unique is taken; nothing at all was added.
+        """
+
+    def update_all(self, rows: Sequence[Row]) -> list[Row]:
+        """Change many rows, each another one, at the cost of few; rules and errors are those of `update`.
+
+        If one cannot be changed, none is. Return them as stored, in their order.
         """
 
     def update(self, row: Row) -> Row:

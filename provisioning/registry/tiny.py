@@ -27,7 +27,8 @@ from birthmark.provisioning.registry.storage import (
     TransactionStorage,
     empty_tables,
 )
-from birthmark.provisioning.registry.tiny_views import TinyTransaction, TinyView, audit_head_of
+from birthmark.provisioning.registry.tiny_transaction import TinyTransaction
+from birthmark.provisioning.registry.tiny_views import TinyView, audit_head_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

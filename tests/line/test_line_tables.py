@@ -18,7 +18,7 @@ from birthmark.provisioning.registry.line import Batch, Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.registry.storage import META, META_ID, TransactionStorage, empty_tables
 from birthmark.provisioning.registry.tiny import REGISTRY_FILE, TinyRegistry
-from birthmark.provisioning.registry.tiny_views import TinyTransaction
+from birthmark.provisioning.registry.tiny_transaction import TinyTransaction
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from datetime import timedelta
+from datetime import timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -97,6 +97,144 @@ def test_rows_are_found_by_kind_state_and_role(registry: Registry) -> None:
         assert view.rows(states=set()) == []
         assert view.rows(role="camera") == [two]
         assert view.rows(kind=Kind.DEVICE, states=[State.RESERVED], role="camera") == []
+
+
+def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: Registry) -> None:
+    def made(transaction: Transaction, name: str, serial: int, days: int, **fields: Any) -> Row:
+        row = keyed(transaction, device(transaction, name, **fields), serial, name.encode())
+        return attested(transaction, row, not_before=NOON, not_after=NOON + timedelta(days=days))
+
+    with registry.transaction() as transaction:
+        one = made(transaction, "Pump-1", SERIAL + 1, 10, batch="W47")
+        two = made(transaction, "pump-12", SERIAL + 2, 20)
+        three = made(transaction, "valve-1", SERIAL + 3, 30, batch="w47")
+        bare = device(transaction, "pump", batch="W47")
+        two = transaction.update(replace(two, revoked_at=NOON, revocation_reason="superseded"))
+    with registry.view() as view:
+        assert view.rows(batch="W47") == [one, bare]
+        assert view.rows(batch="") == [two]
+        assert view.rows(name_glob="PUMP-*") == [one, two]
+        assert view.rows(name_glob="pump-?") == [one]
+        assert view.rows(name_glob="pump") == [bare]
+        assert view.rows(name_glob="*-1") == [one, three]
+        assert view.rows(name_glob="*") == view.rows(name_glob="*?*") == [one, two, three, bare]
+        assert view.rows(name_glob="pump-[12]") == view.rows(name_glob="pump_1") == view.rows(name_glob="p%") == []
+        assert view.rows(name_glob="") == view.rows(name_glob="pum.") == view.rows(name_glob="\\") == []
+        assert view.rows(expires_before=NOON + timedelta(days=20)) == [one], "the end itself is not before it"
+        assert view.rows(expires_before=NOON + timedelta(days=20, microseconds=1)) == [one, two]
+        elsewhere = timezone(timedelta(hours=-11))
+        assert view.rows(expires_before=(NOON + timedelta(days=20, hours=1)).astimezone(elsewhere)) == [one, two]
+        assert view.rows(revoked=True) == view.revoked() == [two]
+        assert view.rows(revoked=False) == [one, three, bare]
+        assert view.rows(revoked=False, name_glob="pump*", expires_before=NOON + timedelta(days=99)) == [one]
+
+
+def test_many_rows_are_added_and_changed_as_one(registry: Registry, clock: Clock) -> None:
+    with registry.transaction() as transaction:
+        first = device(transaction, "first")
+        clock.advance(seconds=2)
+        wanted = [replace(first, number=77, name=f"d-{each}", hwid=bytes([each] * 4)) for each in range(3)]
+        rows = transaction.insert_all(wanted)
+        assert transaction.insert_all([]) == transaction.update_all([]) == []
+        assert [row.number for row in rows] == [2, 3, 4]
+        assert {row.created_at for row in rows} == {row.changed_at for row in rows} == {clock()}
+        assert [(row.name, row.hwid) for row in rows] == [(row.name, row.hwid) for row in wanted]
+        changed = transaction.update_all(
+            [
+                replace(row, state=State.KEYED, public_key_der=row.name.encode(), cert_serial=row.number)
+                for row in reversed(rows)
+            ]
+        )
+        assert transaction.counter(LAST_ISSUED_AT) == 0
+        attested_rows = [replace(row, state=State.ATTESTED, certificate_der=b"c", bundle=b"b") for row in changed]
+        changed = transaction.update_all(attested_rows)
+        assert [(row.number, row.state, row.bundle) for row in changed] == [
+            (number, State.ATTESTED, None) for number in (4, 3, 2)
+        ]
+        assert transaction.counter(LAST_ISSUED_AT) == clock().timestamp()
+    with registry.view() as view:
+        assert view.rows() == [first, *reversed(changed)]
+    with registry.transaction() as transaction:
+        assert device(transaction, "next").number == 5
+
+
+def test_rows_can_be_added_with_their_certificate(registry: Registry, clock: Clock) -> None:
+    with registry.transaction() as transaction:
+        row = device(transaction, "known")
+        made = replace(
+            row,
+            name="brought",
+            hwid=b"brought",
+            state=State.ATTESTED,
+            public_key_der=b"key",
+            cert_serial=SERIAL,
+            certificate_der=b"certificate",
+            revoked_at=NOON,
+            revocation_reason="superseded",
+        )
+        (added,) = transaction.insert_all([made])
+        assert added == replace(made, number=2)
+        assert transaction.counter(LAST_ISSUED_AT) == clock().timestamp()
+        assert transaction.revoked() == [added]
+
+
+@pytest.mark.parametrize(
+    ("field", "clash"),
+    [
+        ("name", {"name": "D-0"}),
+        ("hwid", {"hwid": b"0000"}),
+        ("public_key", {"public_key_der": b"key 0"}),
+        ("cert_serial", {"cert_serial": 1}),
+        ("name", {"name": "Taken"}),
+        ("public_key", {"public_key_der": b"taken"}),
+        ("cert_serial", {"cert_serial": SERIAL}),
+    ],
+)
+def test_of_many_rows_none_is_added_or_changed_if_one_may_not(
+    registry: Registry, field: str, clash: dict[str, Any]
+) -> None:
+    with registry.transaction() as transaction:
+        taken = keyed(transaction, device(transaction, "taken"), key=b"taken")
+        several = [
+            replace(
+                taken, name=f"d-{n}", hwid=b"%d" % (n * 1111) * (4 if n == 0 else 1), public_key_der=b"key %d" % n
+            )
+            for n in range(3)
+        ]
+        several = [replace(row, cert_serial=n + 1) for n, row in enumerate(several)]
+    with registry.transaction() as transaction:
+        with pytest.raises(DuplicateError) as caught:
+            transaction.insert_all([*several[:2], replace(several[2], **clash)])
+        assert caught.value.field == field
+        assert transaction.rows() == [taken]
+        assert device(transaction, "next").number == 2, "no number is lost"
+    if "name" in clash or "hwid" in clash:
+        return  # these may not change at all
+    with registry.transaction() as transaction:
+        bare = transaction.insert_all(
+            [replace(row, state=State.RESERVED, public_key_der=None, cert_serial=None) for row in several]
+        )
+        to_be = [
+            replace(old, state=State.KEYED, public_key_der=row.public_key_der, cert_serial=row.cert_serial)
+            for old, row in zip(bare, several, strict=True)
+        ]
+        with pytest.raises(DuplicateError) as caught:
+            transaction.update_all([*to_be[:2], replace(to_be[2], **clash)])
+        assert caught.value.field == field
+        assert transaction.rows(name_glob="d-*") == bare
+
+
+def test_of_many_changes_none_is_made_if_one_is_of_a_stale_row(registry: Registry) -> None:
+    with registry.transaction() as transaction:
+        rows = [device(transaction, f"d-{each}") for each in range(3)]
+        gone = replace(rows[2], state=State.VOID, void_reason="test")
+        transaction.update(gone)
+        with pytest.raises(RegistryError, match="VOID for good"):
+            transaction.update_all([replace(row, label="x: y") for row in rows])
+        assert [row.label for row in transaction.rows()] == ["", "", ""]
+        with pytest.raises(RegistryError, match="no such row"):
+            transaction.update_all([replace(rows[0], label="x: y"), replace(rows[1], number=99)])
+        assert [row.label for row in transaction.rows()] == ["", "", ""]
 
 
 def test_an_exception_undoes_the_whole_transaction(registry: Registry) -> None:

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from support.station import PASSPHRASE, Command, enrolled_row, keyed_row
 
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.pem import read_blocks
-from birthmark.provisioning.registry.model import State
+from birthmark.provisioning.registry.line import Batch
+from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -313,7 +315,34 @@ def test_list(birthmark: Command, living: Station) -> None:
     assert names("--state", "KEYED", "--state", "VOID") == ["camera-1", "alice"]
     assert names("--role", "sensor") == ["sensor-1"]
     assert names("--kind", "service") == ["alice"]
+    assert names("--name", "*-1") == ["sensor-1", "camera-1"]
+    assert names("--name", "CAMERA-?") == ["camera-1"]
+    assert names("--revoked") == ["alice"]
+    assert names("--not-revoked") == ["sensor-1", "camera-1"]
     assert birthmark("list", "--state", "nonsense").exit_code == 2
+    assert birthmark("list", "--revoked", "--not-revoked").exit_code == 2
+    for words, cause in ((["--name", "pump[12]"], "can match no name"), (["--expiring", "soon"], "like 30d")):
+        answer = birthmark("list", *words)
+        assert (answer.exit_code, answer.stdout) == (2, "")
+        assert cause in answer.stderr
+
+
+def test_list_by_batch_and_end(birthmark: Command, living: Station) -> None:
+    enrolled_row(living, "sensor-2")
+    with living.registry.transaction() as transaction:
+        transaction.put_batch(Batch("2026-W47", living.clock()))
+        row = transaction.insert(
+            kind=Kind.DEVICE, name="sensor-1", role="sensor", hwid=b"unit", txn=bytes(16), batch="2026-W47"
+        )
+        transaction.update(replace(row, not_after=living.clock() + timedelta(days=10)))
+
+    def names(*filters: str) -> list[str]:
+        return [record["name"] for record in birthmark("list", "--json", *filters).records]
+
+    assert names("--batch", "2026-w47") == ["sensor-1"]
+    assert names("--batch", "2026-W48") == []
+    assert names("--expiring", "11d") == names("--expiring", "2w") == ["sensor-1"]
+    assert names("--expiring", "9d") == names("--expiring", "12h") == []
 
 
 def test_show(birthmark: Command, living: Station) -> None:
