@@ -11,6 +11,9 @@ Rules:
   ISSUED before it is sent; ATTESTED once the device has proven that it connected with it. Until then the old row
   stands. There is at most one such row beside the live one: another key voids it, and revokes what was signed.
 - The same request again, after whatever crash, gets the same certificate; the same confirmation the same answer.
+  A request that is made with a renewed certificate confirms it: its device goes by nothing else any more.
+- Nobody is told anything of consequence unless a key of the device's asked. What is said then is signed (`Seals`):
+  a confirmation, or a refusal, after which nothing will ever stand for that key, or that certificate.
 - With ATTESTED the old certificate is due to be revoked (superseded) after `retire_after_hours`, durably noted.
 - Requests are answered in groups: each step is one transaction for all of them, and one that is refused spoils
   nothing for the others.
@@ -19,30 +22,34 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from birthmark.device.errors import BirthmarkError, RegistryError
-from birthmark.device.renewal.messages import AnchorUpdate, RenewalAnswer
+from birthmark.device.errors import AuthorityError, BirthmarkError, RegistryError
+from birthmark.device.renewal.messages import MAX_WAIT_S, AnchorUpdate, RenewalAnswer
 from birthmark.device.renewal.proofs import anchors_transcript, is_proven
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.retirement import note_retirement
 from birthmark.provisioning.revocation import mark_revoked
+from birthmark.provisioning.rollover_anchors import NoAnchors
 from birthmark.provisioning.signing_request import requested_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from datetime import datetime
 
     from birthmark.device.identity import DeviceId
     from birthmark.device.renewal.messages import RenewalRequest
     from birthmark.provisioning.authority import Authority
     from birthmark.provisioning.registry.interface import Transaction, View
+    from birthmark.provisioning.rollover_anchors import AnchorSource, PendingAnchors
     from birthmark.provisioning.station import Station
 
 _DAY: Final = timedelta(days=1)
@@ -57,42 +64,6 @@ class Asked:
 
     device_id: DeviceId
     request: RenewalRequest
-
-
-@dataclass(frozen=True, slots=True)
-class PendingAnchors:
-    """New trust anchors for a device, and the CA that vouches for them: one that the device trusts already."""
-
-    anchors_der: tuple[bytes, ...]
-    """All that the device is to have from now on."""
-    signer_der: bytes
-    """The CA's certificate."""
-    sign: Callable[[bytes], bytes]
-    """Returns its signature over a transcript."""
-
-
-class AnchorSource(Protocol):
-    """What a renewal asks about trust anchors, while a root is being replaced."""
-
-    def pending_anchors(self, row: Row, held_sha256: Sequence[bytes]) -> PendingAnchors | None:
-        """Return what the device of `row`, which goes by the anchors with these digests, is to go by instead."""
-
-    def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
-        """Remember which anchors its device goes by, in the transaction that made `row` ATTESTED; return it."""
-
-
-class NoAnchors:
-    """No root is being replaced."""
-
-    def pending_anchors(self, row: Row, held_sha256: Sequence[bytes]) -> PendingAnchors | None:
-        """Return nothing."""
-        del row, held_sha256
-        return None
-
-    def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
-        """Return the row as it is."""
-        del transaction, held_sha256
-        return row
 
 
 class _RefusedError(Exception):
@@ -132,16 +103,18 @@ class Renewals:
             RegistryError: the registry cannot be used; what was not answered may be asked again.
         """
         answers: dict[int, RenewalAnswer] = {}
+        provers: dict[int, Row] = {}
         rows: dict[int, Row] = {}
         authority = self._station.authority
-        authorities = {authority.key_id: authority}
+        seals = Seals(self._station, authority)
         with self._station.registry.transaction() as transaction:
             for index, one in enumerate(asked):
                 try:
+                    prover = provers[index] = _prover(transaction, one)
                     if one.request.kind == "confirm":
-                        answers[index] = self._confirmed(transaction, one)
+                        answers[index] = self._confirmed(transaction, one, prover)
                     else:
-                        rows[index] = self._keyed(transaction, one, authority)
+                        rows[index] = self._keyed(transaction, one, prover, authority)
                 except _RefusedError as refusal:
                     answers[index] = self._refuse(transaction, one, refusal)
         signed = {row.number: self._sign(row, authority) for row in rows.values() if row.certificate_der is None}
@@ -152,17 +125,24 @@ class Renewals:
         with self._station.registry.view() as view:
             stored = {index: view.row(row.number) for index, row in rows.items()}
         for index, row in stored.items():
-            answers[index] = self._issue_answer(asked[index], row, authorities)
+            answers[index] = self._issue_answer(asked[index], row, seals)
+        for index, prover in provers.items():
+            if answers[index].outcome != "issued":
+                with suppress(AuthorityError, RegistryError):  # unsigned it costs the device one attempt
+                    answers[index] = seals.sealed(answers[index], prover)
         return [answers[index] for index in range(len(asked))]
 
     # --- a certificate ------------------------------------------------------------------------------------
 
-    def _keyed(self, transaction: Transaction, one: Asked, authority: Authority) -> Row:
+    def _keyed(self, transaction: Transaction, one: Asked, prover: Row, authority: Authority) -> Row:
         """Return the row of a request for a certificate: in KEYED, or further if it was asked for before."""
-        current = self._current(transaction, one)
         request = one.request
         public_key_der = self._new_key(one)
         known = transaction.by_public_key(public_key_der)
+        is_successor = known is not None and known.renews == prover.number and known.state is State.ATTESTED
+        if known is not None and is_successor and not known.is_revoked:
+            return known  # what the device asks with may be revoked: this is what took its place
+        current = self._current(transaction, one, prover)
         if known is not None:
             # Asked for before: its answer was lost, or is about to be.
             signer = authority.key_id if known.state is State.KEYED else known.issuer
@@ -206,21 +186,17 @@ class Renewals:
         )
         return row
 
-    def _current(self, view: View, one: Asked) -> Row:
-        """Return the row of the certificate that the request is made with, if its key signed the request."""
-        named = view.named(str(one.device_id))
-        row = next((row for row in named if _leaf_sha256(row) == one.request.leaf_sha256), None)
-        if row is None or row.kind is not Kind.DEVICE:
-            raise _RefusedError("the certificate in use is not one of this device's in the registry")
-        if not is_proven(one.request, one.device_id, _public_key(row)):
-            raise _RefusedError("the request is not signed by the key in use")
+    def _current(self, transaction: Transaction, one: Asked, row: Row) -> Row:
+        """Return the row of the certificate that the request is made with, if it stands."""
         if row.is_revoked:
             raise _RefusedError("the certificate in use is revoked")
-        successor = None if row.replaced_by is None else view.row(row.replaced_by)
+        successor = None if row.replaced_by is None else transaction.row(row.replaced_by)
         if successor is not None and successor.renews != row.number:
             raise _RefusedError("the device is being enrolled anew", retry=True)
-        if row.state is not State.ATTESTED or row.is_open_renewal:
-            raise _RefusedError("the certificate in use is not confirmed yet: confirm it first", retry=True)
+        if row.is_open_renewal:
+            return self._attested(transaction, one, row)
+        if row.state is not State.ATTESTED:
+            raise _RefusedError("the certificate in use is not confirmed yet", retry=True)
         return row
 
     def _check_current(self, transaction: Transaction, current: Row) -> None:
@@ -234,7 +210,7 @@ class Renewals:
             if row.renews is not None and row.created_at > now - _DAY
         ]
         if len(lately) >= settings.max_per_day:
-            wait_s = int((min(lately) + _DAY - now).total_seconds()) + 1
+            wait_s = min(int((min(lately) + _DAY - now).total_seconds()) + 1, MAX_WAIT_S)
             raise _RefusedError(
                 f"there were {len(lately)} renewals within a day", retry=True, retry_after_s=wait_s
             )
@@ -278,43 +254,41 @@ class Renewals:
             )
         )
 
-    def _issue_answer(self, one: Asked, row: Row | None, authorities: dict[str, Authority]) -> RenewalAnswer:
+    def _issue_answer(self, one: Asked, row: Row | None, seals: Seals) -> RenewalAnswer:
         nonce = one.request.nonce
         if row is None or row.certificate_der is None or row.is_revoked or row.state is State.VOID:
-            cause = "the renewal was revoked meanwhile" if row is not None and row.is_revoked else "try again"
-            return RenewalAnswer("refused", nonce, reason=cause, retry=True)
-        if row.issuer not in authorities:
-            authorities[row.issuer] = self._station.authority_of(row.issuer)
+            return RenewalAnswer("refused", nonce, reason="the renewal was revoked meanwhile", retry=True)
         anchors = self._anchors.pending_anchors(row, one.request.anchors_sha256)
         return RenewalAnswer(
             "issued",
             nonce,
             leaf_der=row.certificate_der,
-            chain_der=(authorities[row.issuer].issuing_der,),
+            chain_der=(seals.authority_of(row.issuer).issuing_der,),
             anchors=None if anchors is None else _update(one, anchors),
         )
 
     # --- its confirmation ---------------------------------------------------------------------------------
 
-    def _confirmed(self, transaction: Transaction, one: Asked) -> RenewalAnswer:
+    def _confirmed(self, transaction: Transaction, one: Asked, row: Row) -> RenewalAnswer:
         """Make a renewal the device's certificate: it has connected with it."""
-        request = one.request
-        named = transaction.named(str(one.device_id))
-        row = next((row for row in named if _leaf_sha256(row) == request.leaf_sha256), None)
-        if row is None or row.renews is None:
+        if row.renews is None:
             raise _RefusedError("there is no such renewal")
-        if not is_proven(request, one.device_id, _public_key(row)):
-            raise _RefusedError("the confirmation is not signed by the new key")
         if row.is_revoked or row.state is State.VOID:
             raise _RefusedError("the renewed certificate is revoked")
-        if row.state is State.ATTESTED:
-            return RenewalAnswer("confirmed", request.nonce)
+        if row.state is not State.ATTESTED:
+            self._attested(transaction, one, row)
+        return RenewalAnswer("confirmed", one.request.nonce)
+
+    def _attested(self, transaction: Transaction, one: Asked, row: Row) -> Row:
+        """Have a renewal stand, and the certificate that it renews be due to be revoked."""
+        if row.renews is None:
+            raise ValueError(f"row {row.number} renews nothing")
         old = transaction.row(row.renews)
         if old is None or not old.is_live or old.is_revoked:
             raise _RefusedError("the certificate that it renews was revoked or replaced meanwhile")
         transaction.update(replace(old, replaced_by=row.number))
         made = transaction.update(replace(row, state=State.ATTESTED))
-        made = self._anchors.confirmed_anchors(transaction, made, request.anchors_sha256)
+        made = self._anchors.confirmed_anchors(transaction, made, one.request.anchors_sha256)
         due_at = self._station.clock() + timedelta(hours=self._station.settings.renewal.retire_after_hours)
         note_retirement(transaction, old, due_at)
         transaction.record(
@@ -327,12 +301,13 @@ class Renewals:
             old_revoked_after=due_at.isoformat(timespec="seconds"),
             by=str(one.device_id),
         )
-        return RenewalAnswer("confirmed", request.nonce)
+        return made
 
     def _refuse(self, transaction: Transaction, one: Asked, refusal: _RefusedError) -> RenewalAnswer:
         now, name = self._station.clock(), one.device_id.folded
-        if self._told_at.get(name, now - 2 * _REFUSALS_EVERY) <= now - _REFUSALS_EVERY:
-            # Not each one: a device that is refused, or means ill, must not fill the audit log.
+        is_due = self._told_at.get(name, now - 2 * _REFUSALS_EVERY) <= now - _REFUSALS_EVERY
+        if is_due and transaction.named(name):
+            # Not each one, and none in a name that we never gave: whoever means ill must not fill the audit log.
             self._told_at[name] = now
             transaction.record("refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind)
         return refusal.answer(one.request.nonce)
@@ -341,6 +316,17 @@ class Renewals:
 def open_renewals(view: View, row: Row) -> list[Row]:
     """Return the renewals of `row` that its device has not confirmed."""
     return [other for other in view.named(row.name) if other.renews == row.number and other.is_open_renewal]
+
+
+def _prover(view: View, one: Asked) -> Row:
+    """Return the row of the certificate that a request is made with: its key signed the request."""
+    named = view.named(str(one.device_id))
+    row = next((row for row in named if _leaf_sha256(row) == one.request.leaf_sha256), None)
+    if row is None or row.kind is not Kind.DEVICE:
+        raise _RefusedError("the certificate in use is not one of this device's in the registry")
+    if not is_proven(one.request, one.device_id, _public_key(row)):
+        raise _RefusedError("the request is not signed by the key in use")
+    return row
 
 
 def _leaf_sha256(row: Row) -> bytes | None:

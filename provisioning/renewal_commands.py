@@ -19,13 +19,14 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import DeviceId
-from birthmark.device.renewal.messages import RenewalAnswer
+from birthmark.device.renewal.messages import MAX_WAIT_S, RenewalAnswer
 from birthmark.device.stopping import stopping_on_signals
 from birthmark.device.systemd import notify, watchdog_interval_s
 from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.renewal import Renewals
+from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.renewd import RenewalService
 from birthmark.provisioning.retirement import next_retirement_at, retire_due
 from birthmark.provisioning.rollover_anchors import StationAnchors
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 SENT_WITHIN_S: Final = 10.0
 DEFAULT_SPREAD_S: Final = 60
-MAX_SPREAD_S: Final = 86_400
 METRICS_INTERVAL_S: Final = 60.0
 _LONGEST_NAP_S: Final = 60.0
 _TROUBLE_NAP_S: Final = 300.0
@@ -60,7 +60,6 @@ birthmark renew 'camera-*' --spread 3600 {_IDENTITY} --json
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add these commands."""
     renewd = command(commands, "renewd", _renewd, "renew devices' certificates over the network", _RENEWD_EXAMPLES)
-    add_passphrase_option(renewd)
     renew = command(commands, "renew", _renew, "ask devices to renew their certificates now", _RENEW_EXAMPLES)
     renew.add_argument("id", metavar="ID|GLOB", help="a device, or a pattern such as 'camera-*'")
     renew.add_argument(
@@ -71,6 +70,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         help="each device draws its moment within so many seconds (default: %(default)s)",
     )
     for parser in (renewd, renew):
+        add_passphrase_option(parser)
         parser.add_argument(
             "--broker", required=True, action="append", metavar="HOST:PORT", help="a gateway; may be repeated"
         )
@@ -197,15 +197,16 @@ class _Retiring:
 
 def _renew(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
-    if not 0 <= arguments.spread <= MAX_SPREAD_S:
-        raise RegistryError(f"could not spread renewals over {arguments.spread} s: it is not 0 to {MAX_SPREAD_S}")
+    if not 0 <= arguments.spread <= MAX_WAIT_S:
+        raise RegistryError(f"could not spread renewals over {arguments.spread} s: it is not 0 to {MAX_WAIT_S}")
     rows = _wanted(station, arguments.id)
-    payload = RenewalAnswer("renew-now", retry_after_s=arguments.spread).to_bytes()
+    seals, word = Seals(station), RenewalAnswer("renew-now", retry_after_s=arguments.spread)
+    payloads = {topics.renewal_answer(DeviceId(row.name)): seals.sealed(word, row).to_bytes() for row in rows}
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     for address in arguments.broker:
         credentials = _credentials(arguments, station, address)
         with Client(credentials, client_suffix=f"renew-{secrets.token_hex(4)}") as client:
-            sent = [client.publish(topics.renewal_answer(DeviceId(row.name)), payload) for row in rows]
+            sent = [client.publish(topic, payload) for topic, payload in payloads.items()]
             for acknowledgement in sent:
                 acknowledgement.wait(SENT_WITHIN_S)
     names = [row.name for row in rows]

@@ -11,19 +11,54 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 from birthmark.provisioning.cas import CaKind
-from birthmark.provisioning.renewal import PendingAnchors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from birthmark.provisioning.cas import Ca
     from birthmark.provisioning.registry.interface import Transaction
     from birthmark.provisioning.registry.model import Row
     from birthmark.provisioning.station import Station
+
+
+@dataclass(frozen=True, slots=True)
+class PendingAnchors:
+    """New trust anchors for a device, and the CA that vouches for them: one that the device trusts already."""
+
+    anchors_der: tuple[bytes, ...]
+    """All that the device is to have from now on."""
+    signer_der: bytes
+    """The CA's certificate."""
+    sign: Callable[[bytes], bytes]
+    """Returns its signature over a transcript."""
+
+
+class AnchorSource(Protocol):
+    """What a renewal asks about trust anchors, while a root is being replaced."""
+
+    def pending_anchors(self, row: Row, held_sha256: Sequence[bytes]) -> PendingAnchors | None:
+        """Return what the device of `row`, which goes by the anchors with these digests, is to go by instead."""
+
+    def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
+        """Remember which anchors its device goes by, in the transaction that made `row` ATTESTED; return it."""
+
+
+class NoAnchors:
+    """No root is being replaced."""
+
+    def pending_anchors(self, row: Row, held_sha256: Sequence[bytes]) -> PendingAnchors | None:
+        """Return nothing."""
+        del row, held_sha256
+        return None
+
+    def confirmed_anchors(self, transaction: Transaction, row: Row, held_sha256: Sequence[bytes]) -> Row:
+        """Return the row as it is."""
+        del transaction, held_sha256
+        return row
 
 
 class StationAnchors:

@@ -33,6 +33,8 @@ class Label(StrEnum):
     """Parts: device id, nonce, new leaf SHA-256, anchors' SHA-256; signed by the new key."""
     ANCHORS = "BIRTHMARK-ANCHORS-1"
     """Parts: device id, nonce of the request, new anchors' SHA-256; signed by a CA of the device."""
+    ANSWER = "BIRTHMARK-ANSWER-1"
+    """Parts: device id, outcome, nonce, leaf SHA-256; signed by the CA that issued that leaf."""
 
 
 def transcript(label: str, *parts: bytes) -> bytes:

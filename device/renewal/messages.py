@@ -5,7 +5,8 @@
     devices/{id}/renewal/answer    RenewalAnswer: issued, confirmed, refused, or renew-now (asked for by a person)
 
 Rules: as in `device.messages`. A message says nothing that is believed for being said: each signature is checked
-with `device.renewal.proofs`, each certificate by whoever takes it.
+with `device.renewal.proofs`, each certificate by whoever takes it. What costs a device something that it has, or
+keeps the station busy, is signed: `confirmed`, `renew-now`, and a refusal after which a key is not used again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from birthmark.device.link.vocabulary import MAX_CSR_BYTES, SHA256_BYTES
 NONCE_BYTES: Final = 16
 MAX_SIGNATURE_BYTES: Final = 80
 """ECDSA over P-256, DER: at most 72."""
+
+MAX_WAIT_S: Final = 86_400
+"""What an answer may have a device wait: one word must not put off a renewal for good."""
+MAX_REASON_CHARACTERS: Final = 300
 
 Kind = Literal["renew", "confirm"]
 Outcome = Literal["issued", "confirmed", "refused", "renew-now"]
@@ -125,7 +130,11 @@ class RenewalAnswer:
     retry: bool = False
     """`refused`: whether asking again later makes sense."""
     retry_after_s: int = 0
-    """`refused` with `retry`: not before so many seconds; `renew-now`: within so many, when the device draws."""
+    """`refused` with `retry`: not before so many seconds; `renew-now`: within so many, when the device draws. At
+    most `MAX_WAIT_S`."""
+    signature: bytes = b""
+    """Of the CA that issued the certificate which the request was made with, or, for `renew-now`, the one in use;
+    over the outcome, the nonce and that certificate. Empty where anybody may have said it."""
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
@@ -139,6 +148,8 @@ class RenewalAnswer:
             value |= {"reason": self.reason, "retry": self.retry}
         if self.retry_after_s:
             value["retry_after_s"] = self.retry_after_s
+        if self.signature:
+            value["signature"] = base64_text(self.signature)
         return dump(value)
 
     @classmethod
@@ -153,13 +164,17 @@ class RenewalAnswer:
         if bool(leaf_der) != (outcome == "issued"):
             raise fields.error("`issued` has a certificate, and nothing else has")
         anchors = fields.inner("anchors")
+        retry_after_s = fields.whole("retry_after_s", default=0)
+        if retry_after_s > MAX_WAIT_S:
+            raise fields.error(f"'retry_after_s' is more than {MAX_WAIT_S}")
         return cls(
             outcome=outcome,
             nonce=fields.hex("nonce", length=NONCE_BYTES, default=b""),
             leaf_der=leaf_der,
             chain_der=fields.octets_list("chain", most=MAX_ISSUING, most_each=MAX_CERTIFICATE_BYTES),
             anchors=None if anchors is None else AnchorUpdate.from_fields(anchors),
-            reason=fields.text("reason", default=""),
+            reason=fields.text("reason", default="")[:MAX_REASON_CHARACTERS],
             retry=fields.boolean("retry") if outcome == "refused" else False,
-            retry_after_s=fields.whole("retry_after_s", default=0),
+            retry_after_s=retry_after_s,
+            signature=fields.octets("signature", most=MAX_SIGNATURE_BYTES, default=b""),
         )

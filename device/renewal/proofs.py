@@ -3,6 +3,7 @@
     RENEWAL   the current key over: device id, nonce, leaf SHA-256, request SHA-256, the anchors' SHA-256s in a row
     CONFIRM   the new key over: device id, nonce, new leaf SHA-256, the anchors' SHA-256s in a row
     ANCHORS   a CA of the device over: device id, nonce, the new anchors' SHA-256s in a row
+    ANSWER    the CA that issued a leaf over: device id, outcome, nonce (none for `renew-now`), that leaf's SHA-256
 
 Loads `cryptography`: a client imports this when it renews, and not before.
 """
@@ -42,6 +43,11 @@ def anchors_transcript(device_id: DeviceId, *, nonce: bytes, anchors_der: Sequen
     """Return what a CA signs to give one device, in answer to one request, new trust anchors."""
     digests = b"".join(hashlib.sha256(each).digest() for each in anchors_der)
     return transcript(Label.ANCHORS, _id(device_id), nonce, digests)
+
+
+def answer_transcript(device_id: DeviceId, *, outcome: str, nonce: bytes, leaf_sha256: bytes) -> bytes:
+    """Return what a CA signs to say something about one of its certificates to the device that has it."""
+    return transcript(Label.ANSWER, _id(device_id), outcome.encode("ascii"), nonce, leaf_sha256)
 
 
 def is_proven(request: RenewalRequest, device_id: DeviceId, public_key: EllipticCurvePublicKey) -> bool:

@@ -10,7 +10,9 @@ Rules:
   when the station has confirmed it. Until then the current one stays on disk, and is gone back to after a failure.
 - After a restart what was granted is tried first: the station may have confirmed it, and retired the old one.
 - Whichever of the two is refused (or leads nowhere, `UNREACHED` times in a row), the other is tried next, with
-  growing pauses. What was granted is given up after `TRIALS` refusals, and only while the current one is let in.
+  growing pauses. After `TRIALS` refusals of what was granted the station is asked about it, with the current one.
+- What was granted is given up only when the station says so, signed (`making.is_from_station`): it may have had
+  the confirmation, whatever a gateway says, and retired the current one. Nor is it counted on before that.
 - Once the current certificate has expired, the gateways' renewal listener is asked, over a connection of its own.
 - Nothing here ends the client: a full disk, a refusal, a station that does not answer are reported, and tried
   again later (`schedule`).
@@ -19,7 +21,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import math
 import queue
 import random
 import threading
@@ -40,10 +41,10 @@ if TYPE_CHECKING:
     from birthmark.device.clock import Clock
     from birthmark.device.credentials import Credentials
     from birthmark.device.errors import ConnectionFailedError
-    from birthmark.device.renewal.store import RenewalStore
+    from birthmark.device.renewal.store import AskedKey, RenewalStore
 
 TRIALS: Final = 3
-"""How often a new certificate may be refused by the gateways before it is given up."""
+"""How often a new certificate may be refused by the gateways before the station is asked what has become of it."""
 UNREACHED: Final = 2
 """How often nobody is reached with one of two certificates before the other is tried."""
 MAX_KEPT: Final = 100
@@ -117,8 +118,6 @@ class Renewer:
         """The leaf that the client was last told to connect with; a word about another one comes late."""
         self._current_is_refused = False
         self._is_called_expired = False
-        self._heard_at = -math.inf
-        """When the station's last word to renew was heeded (time.monotonic)."""
 
     def prepare(self, current: Credentials) -> Credentials:
         """Return the credentials to begin with: what was granted and not confirmed comes before the current ones.
@@ -238,6 +237,8 @@ class Renewer:
         if candidate is not None:
             if self._is_online_with == candidate.leaf_der:
                 self._confirm()
+            elif self._is_online_with and self._refused_trials >= TRIALS:
+                self._ask()
             elif self._is_online_with or self._current_is_refused or self._unreached >= UNREACHED:
                 self._tell("trying", "connecting with the new certificate")
                 self._unreached = 0
@@ -280,12 +281,18 @@ class Renewer:
         # Imported here: a device that does not renew never loads the cryptography library.
         from birthmark.device.renewal import making  # noqa: PLC0415
 
-        asked = self._store.asked()
         current = self._store.current_slot()
+        asked = self._asked()
         if asked is None:
             asked = making.new_key(current.bundle.config.device_id)
             self._store.keep_asked(asked)
         return making.renewal_request(current, asked)
+
+    def _asked(self) -> AskedKey | None:
+        """Return the key that a certificate is asked for: that of what was granted, if it is asked about."""
+        from birthmark.device.renewal import making  # noqa: PLC0415
+
+        return self._store.asked() if self._candidate is None else making.key_of(self._store.candidate_slot())
 
     # --- what comes back ----------------------------------------------------------------------------------
 
@@ -294,21 +301,28 @@ class Renewer:
 
     def _take(self, answer: RenewalAnswer) -> None:
         if answer.outcome == "renew-now":
-            # Not signed: whoever may speak there may cost us a renewal, but not one after the other.
-            if time.monotonic() >= self._heard_at + self._pace.heed_every_s:
-                self._heard_at = time.monotonic()
+            if not self._forced and self._is_from_station(answer):
                 self._renew_within(float(answer.retry_after_s))
             return
         request = self._request
         if request is None or answer.nonce != request.nonce:
             return  # of an attempt before, or of somebody else's session of this identity
-        self._request = None
         if answer.outcome == "refused":
+            self._request = None
             self._refused(request, answer)
         elif answer.outcome == "issued" and request.kind == "renew":
+            self._request = None
             self._granted(answer, request)
         elif answer.outcome == "confirmed" and request.kind == "confirm":
-            self._confirmed()
+            self._request = None
+            self._confirmed(answer)
+
+    def _is_from_station(self, answer: RenewalAnswer, *, about_new: bool = False) -> bool:
+        """Whether an answer about the current certificate, or about what was granted, is the station's."""
+        from birthmark.device.renewal import making  # noqa: PLC0415
+
+        slot = self._store.candidate_slot() if about_new else self._store.current_slot()
+        return making.is_from_station(answer, slot)
 
     def _renew_within(self, spread_s: float) -> None:
         if self._candidate is None and self._request is None:
@@ -319,30 +333,30 @@ class Renewer:
     def _granted(self, answer: RenewalAnswer, request: RenewalRequest) -> None:
         from birthmark.device.renewal import making  # noqa: PLC0415
 
-        asked, current = self._store.asked(), self._store.current_slot()
+        asked, current = self._asked(), self._store.current_slot()
         if asked is None:
             raise BirthmarkError("could not take a renewed certificate: its key is gone")
-        try:
-            slot = making.granted(answer, request, current=current, asked=asked, moment=self._clock.moment())
-        except BirthmarkError:
-            self._store.drop()
-            raise
+        # What cannot be taken may be the gateway's doing: the same key asks again.
+        slot = making.granted(answer, request, current=current, asked=asked, moment=self._clock.moment())
+        if self._candidate is None or self._candidate.leaf_der != slot.bundle.leaf_der:
+            self._failures = 0
         self._candidate = self._store.keep_candidate(slot)
-        self._failures = self._refused_trials = 0
+        self._refused_trials = 0
         self._not_before = 0.0
         facts = certificate_facts(slot.bundle.leaf_der)
         anchors = ", and new trust anchors" if answer.anchors is not None else ""
         self._tell("granted", f"a certificate until {facts.not_after:%Y-%m-%d}{anchors}")
 
     def _refused(self, request: RenewalRequest, answer: RenewalAnswer) -> None:
-        # A refusal ends this attempt: its key is not used again.
         reason = answer.reason or "no reason was given"
-        if request.kind == "confirm":
-            if answer.retry:
-                self._fail(f"the station does not confirm it yet: {reason}", at_least_s=answer.retry_after_s)
-                return
-            self._roll_back(f"the station does not confirm it: {reason}")
+        if not self._is_from_station(answer, about_new=request.kind == "confirm"):
+            # The gateway's own, or of a station that does not know us: it costs this attempt, and no key.
+            self._fail(f"refused, without the station's signature: {reason}", at_least_s=answer.retry_after_s)
             return
+        if self._candidate is not None:
+            self._roll_back(f"the station gives it up: {reason}")
+            return
+        # It ends this attempt: its key is not used again.
         self._store.drop()
         wait_s = float(answer.retry_after_s) if answer.retry else self._pace.refused_wait_s
         self._forced = self._forced and answer.retry
@@ -367,9 +381,7 @@ class Renewer:
             self._not_before = 0.0
         elif not is_late and (is_refused or self._unreached >= UNREACHED):
             self._refused_trials += is_refused
-            if self._refused_trials >= TRIALS and not self._current_is_refused:
-                self._roll_back(f"it was refused {self._refused_trials} times: {error.message}")
-            elif current is not None:
+            if current is not None:
                 self._unreached = 0
                 self._fail(f"could not connect with it: {error.message}")
                 self._use(current)
@@ -386,8 +398,9 @@ class Renewer:
         self._connection.publish_request(request.to_bytes())
         self._tell("confirming", "connected with the new certificate")
 
-    def _confirmed(self) -> None:
-        if self._candidate is None:
+    def _confirmed(self, answer: RenewalAnswer) -> None:
+        if not self._is_from_station(answer, about_new=True):
+            self._fail("a confirmation without the station's signature")
             return
         self._current, self._candidate = self._store.confirm(), None
         self._failures = 0
@@ -398,9 +411,9 @@ class Renewer:
 
     def _roll_back(self, why: str) -> None:
         self._store.drop()
-        self._candidate, self._request = None, None
+        self._candidate, self._request, self._refused_trials = None, None, 0
         self._fail(why, state="rolled-back")
-        if self._current is not None:
+        if self._current is not None and self._using != self._current.leaf_der:
             self._use(self._current)
 
     # --- what is said -------------------------------------------------------------------------------------

@@ -33,8 +33,6 @@ class Pace:
     """After this a request or a confirmation counts as lost."""
     repeat: Backoff = field(default_factory=lambda: Backoff(first_s=60.0, longest_s=6 * 3600.0))
     """Between attempts at a renewal, at trying a new certificate, and at confirming it."""
-    heed_every_s: float = 10.0
-    """How often at most a word of the station to renew now is heeded."""
     refused_wait_s: float = 24 * 3600.0
     """After a refusal for which the station says that asking again does not help: a person may change that."""
 

@@ -11,9 +11,13 @@ from birthmark.device.backoff import Backoff
 from birthmark.device.clock import Clock
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import RefusedError, UnreachableError
+from birthmark.device.identity import DeviceId
+from birthmark.device.renewal import making
+from birthmark.device.renewal.messages import RenewalAnswer, RenewalRequest
 from birthmark.device.renewal.renewer import TRIALS, UNREACHED, Renewer
 from birthmark.device.renewal.schedule import Pace
 from birthmark.device.renewal.store import RenewalStore
+from birthmark.provisioning.renewal import Asked, Renewals
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
     from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.events import RenewalChanged
-    from birthmark.device.renewal.messages import RenewalAnswer
+    from birthmark.provisioning.station import Station
 
 PACE = Pace(answered_within_s=30.0, repeat=Backoff(0.01, 0.08))
 
@@ -33,6 +37,9 @@ class Connection:
     def __init__(self, fate: dict[bytes, ConnectionFailedError]) -> None:
         self.fate = fate
         self.renewer: Renewer
+        self.device_id: DeviceId
+        self.station: Station | None = None
+        self.asked: list[RenewalRequest] = []
         self.used: list[bytes] = []
         self.told: list[RenewalChanged] = []
 
@@ -49,7 +56,14 @@ class Connection:
         pass
 
     def publish_request(self, payload: bytes) -> None:
-        pass
+        self.asked.append(RenewalRequest.from_bytes(payload))
+        self.answer(self.asked[-1])
+
+    def answer(self, request: RenewalRequest) -> None:
+        """Have the station answer, if there is one."""
+        if self.station is not None:
+            (answer,) = Renewals(self.station).answer([Asked(self.device_id, request)])
+            self.renewer.answered(answer.to_bytes())
 
     def ask_apart(self, *_: object) -> RenewalAnswer | None:
         raise AssertionError("nothing has expired")
@@ -99,15 +113,54 @@ def test_neither_leads_anywhere(stand: Stand, error: ConnectionFailedError) -> N
     assert RenewalStore(state).candidate() is not None, "it may be the one that the station counts on"
 
 
-def test_a_new_one_that_is_refused_is_given_up_where_the_old_one_is_let_in(stand: Stand) -> None:
-    state = stand.device("half-way")
+def half_way(stand: Stand, name: str) -> tuple[Renewer, Connection, Credentials, Path]:
+    """A device with a new certificate that the gateways refuse, while they let the old one in."""
+    state = stand.device(name)
     stand.grant(state)
     candidate = RenewalStore(state).candidate()
     assert candidate is not None
     made, connection, first = renewer(state, {candidate.leaf_der: RefusedError("no")})
+    assert first == candidate
+    connection.device_id = DeviceId(name)
+    return made, connection, candidate, state
+
+
+@pytest.mark.parametrize("is_confirmed", [True, False])
+def test_a_new_one_that_is_refused_is_kept_for_as_long_as_the_station_keeps_it(
+    stand: Stand, *, is_confirmed: bool
+) -> None:
+    """Also by a gateway that lags, or lies: who gives up what the station counts on has nothing in the end."""
+    made, connection, candidate, state = half_way(stand, f"half-way-{is_confirmed}")
+    connection.station = stand.station
+    if is_confirmed:
+        confirmation = making.confirmation(RenewalStore(state).candidate_slot())
+        Renewals(stand.station).answer([Asked(connection.device_id, confirmation)])
     made.start()
     try:
-        connection.attempt(first)
+        connection.attempt(candidate)
+        eventually(lambda: len(connection.asked) >= 2, f"two questions; there was {connection.told}")
+    finally:
+        made.stop(timeout_s=20)
+    assert RenewalStore(state).candidate() == candidate
+    assert "rolled-back" not in [event.state for event in connection.told]
+    waits = connection.waits()
+    assert max(waits) == waits[-1] == 0.08, "with growing pauses"
+
+
+def test_a_new_one_that_is_refused_is_given_up_when_the_station_gives_it_up(stand: Stand) -> None:
+    made, connection, candidate, state = half_way(stand, "half-void")
+    made.start()
+    try:
+        connection.attempt(candidate)
+        eventually(lambda: len(connection.asked) >= 1, f"a question; there was {connection.told}")
+        assert connection.used.count(candidate.leaf_der) < TRIALS
+        nonce = connection.asked[0].nonce
+        made.answered(RenewalAnswer("refused", nonce, reason="forged").to_bytes())
+        eventually(lambda: len(connection.asked) >= 2, f"another question; there was {connection.told}")
+        assert RenewalStore(state).candidate() == candidate
+        stand.revoke_open_renewal("half-void")
+        connection.station = stand.station
+        connection.answer(connection.asked[-1])
         eventually(
             lambda: (
                 [event.state for event in connection.told][-1:] == ["rolled-back"]
@@ -117,5 +170,4 @@ def test_a_new_one_that_is_refused_is_given_up_where_the_old_one_is_let_in(stand
         )
     finally:
         made.stop(timeout_s=20)
-    assert connection.used.count(candidate.leaf_der) <= TRIALS
     assert connection.used[-1] == Credentials.from_folder(state).leaf_der

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP384R1,
+    EllipticCurvePublicKey,
+    generate_private_key,
+)
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as rsa_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
@@ -17,14 +21,19 @@ from support.renewing import PaperDevice, csr, new_key, sha256
 from support.station import Clock, new_station
 
 from birthmark.device.clock import Moment
+from birthmark.device.errors import AuthorityError
 from birthmark.device.identity import DeviceId
+from birthmark.device.link.transcript import verify
 from birthmark.device.renewal.anchors import verified_anchors
+from birthmark.device.renewal.proofs import answer_transcript
 from birthmark.provisioning import audit
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.renewal import Asked, PendingAnchors, Renewals, open_renewals
+from birthmark.provisioning.renewal import Asked, Renewals, _prover, open_renewals
+from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.retirement import next_retirement_at, retire_due
 from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.rollover_anchors import PendingAnchors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +142,7 @@ def test_a_row_that_was_keyed_when_the_service_died_is_signed_under_its_number(
     renewals = Renewals(station)
     asked = device.renew()
     with station.registry.transaction() as transaction:
-        row = renewals._keyed(transaction, asked, station.authority)
+        row = renewals._keyed(transaction, asked, _prover(transaction, asked), station.authority)
     leaf = x509.load_der_x509_certificate(answer(station, device.renew()).leaf_der)
     assert leaf.serial_number == row.cert_serial
     assert len(rows(station)) == 2
@@ -408,3 +417,97 @@ def test_who_is_refused_all_day_does_not_fill_the_audit_log(
     refusals = [entry for entry in audit.read(station.registry.audit_path) if entry["action"] == "refuse"]
     assert len(refusals) == 5
     assert "not signed by the key in use" in refusals[0]["details"]["cause"]
+
+
+def test_names_that_the_station_never_gave_leave_nothing_in_the_audit_log(
+    station: Station, device: PaperDevice
+) -> None:
+    """A hostile gateway has as many as it likes."""
+    renewals = Renewals(station)
+    asked = [replace(device.renew(), device_id=DeviceId(f"nobody-{number}")) for number in range(20)]
+    answered = renewals.answer([*asked, device.renew(signer=device.new_key)])
+    assert [one.outcome for one in answered] == ["refused"] * 21
+    refusals = [entry for entry in audit.read(station.registry.audit_path) if entry["action"] == "refuse"]
+    assert [entry["subject"] for entry in refusals] == ["sensor-17"]
+    assert list(renewals._told_at) == ["sensor-17"]
+
+
+def is_sealed(answered: RenewalAnswer, station: Station, device: PaperDevice, leaf_der: bytes) -> bool:
+    key = station.issuing.public_key()
+    assert isinstance(key, EllipticCurvePublicKey)
+    signed = answer_transcript(
+        device.device_id, outcome=answered.outcome, nonce=answered.nonce, leaf_sha256=sha256(leaf_der)
+    )
+    return verify(key, answered.signature, signed)
+
+
+def test_what_a_device_is_to_act_on_is_signed_for_whoever_has_proven_a_key(
+    station: Station, device: PaperDevice
+) -> None:
+    assert answer(station, device.renew(signer=device.new_key)).signature == b"", "anybody could ask for it"
+    assert answer(station, replace(device.renew(), device_id=DeviceId("nobody"))).signature == b""
+    used = answer(station, device.renew(csr_der=csr("sensor-17", device.key)))
+    assert (used.outcome, is_sealed(used, station, device, device.leaf_der)) == ("refused", True)
+    leaf_der = issued(station, device)
+    forged = answer(station, device.confirm(leaf_der, signer=device.key))
+    assert (forged.outcome, forged.signature) == ("refused", b"")
+    confirmed = answer(station, device.confirm(leaf_der))
+    assert (confirmed.outcome, is_sealed(confirmed, station, device, leaf_der)) == ("confirmed", True)
+
+
+def test_a_ca_whose_key_is_gone_costs_its_devices_the_signature_and_the_others_nothing(
+    station: Station, device: PaperDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = PaperDevice.made(station, "sensor-18")
+
+    def gone(_seals: Seals, _answer: RenewalAnswer, _row: Row) -> RenewalAnswer:
+        raise AuthorityError("could not use the issuing CA's key: it is gone")
+
+    monkeypatch.setattr(Seals, "sealed", gone)
+    refused, granted = Renewals(station).answer(
+        [device.renew(csr_der=csr("sensor-17", device.key)), other.renew()]
+    )
+    assert (refused.outcome, refused.signature, granted.outcome) == ("refused", b"", "issued")
+
+
+def test_a_request_made_with_a_renewed_certificate_confirms_it(
+    station: Station, device: PaperDevice, clock: Clock
+) -> None:
+    """The registry was put back to before the confirmation; the device goes by the new one alone."""
+    first = device.row
+    leaf_der = issued(station, device)
+    device.has_renewed(leaf_der)
+    later = issued(station, device)
+    old, new, next_one = rows(station)
+    assert (old.number, old.replaced_by) == (first.number, new.number)
+    assert (new.state, new.certificate_der, next_one.certificate_der) == (State.ATTESTED, leaf_der, later)
+    assert next_one.renews == new.number
+    with station.registry.view() as view:
+        assert next_retirement_at(view) == clock.now + timedelta(hours=24)
+    actions = [entry["action"] for entry in audit.read(station.registry.audit_path)]
+    assert actions[-2:] == ["renewed", "renew"]
+
+
+def test_what_took_its_place_is_given_also_when_the_old_one_is_revoked(
+    station: Station, device: PaperDevice, clock: Clock
+) -> None:
+    leaf_der = issued(station, device)
+    assert answer(station, device.confirm(leaf_der)).outcome == "confirmed"
+    clock.advance(hours=25)
+    assert retire_due(station) == 1
+    assert answer(station, device.renew()).leaf_der == leaf_der
+    device.new_key = new_key()
+    assert answer(station, device.renew()).outcome == "refused"
+
+
+def test_a_clock_that_went_back_has_nobody_wait_for_longer_than_a_day(
+    station: Station, device: PaperDevice, clock: Clock
+) -> None:
+    """Whatever began in the time to come counts; it ends nothing for good."""
+    for _ in range(10):
+        device.new_key = new_key()
+        issued(station, device)
+    clock.advance(days=-300)
+    device.new_key = new_key()
+    answered = answer(station, device.renew())
+    assert (answered.outcome, answered.retry, answered.retry_after_s) == ("refused", True, 86_400)

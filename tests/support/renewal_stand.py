@@ -247,6 +247,7 @@ class Stand:
             text=True,
             timeout=60,
             check=False,
+            env={**os.environ, "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode()},
         )
 
     def send_command(self, name: str, command: str, payload: bytes) -> None:
