@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from birthmark.broker.claim import rights_of
+from birthmark.broker.filters import matches
 from birthmark.broker.outbound import MAX_REMEMBERED_TOPIC_CHARACTERS, Outbound
 from birthmark.broker.packets import SUBACK_FAILURE, Publish, publish_head
 from birthmark.broker.retained import Retained, RetainedStore
@@ -106,9 +107,9 @@ class Exchange:
         self.outbound.take_up(session)
         self.renew_rights(session)
 
-    def take_for_gateway(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
-        """Have what clients may publish on a topic (or below it, if it ends in `/`) given to the gateway alone."""
-        self._hooks[topic] = callback
+    def take_for_gateway(self, topic_filter: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        """Have what clients may publish on the topics of a filter given to the gateway alone."""
+        self._hooks[topic_filter] = callback
         for session in self.sessions:
             session.may_publish.clear()
 
@@ -205,7 +206,7 @@ class Exchange:
 
     def _hook(self, topic: str) -> Callable[[str, bytes, Peer], None] | None:
         for taken, callback in self._hooks.items():
-            if topic == taken or (taken.endswith("/") and topic.startswith(taken)):
+            if matches(taken, topic):
                 return callback
         return None
 

@@ -33,12 +33,14 @@ from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_rece
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
 from birthmark.broker.server import RenewalDoor
 from birthmark.broker.sightings import Sightings
+from birthmark.broker.time_answers import TimeAnswers
 from birthmark.broker.tls import renewal_context, server_context
 from birthmark.broker.trust import Trust, read_trust
 from birthmark.broker.watch import Watch, WatchedFiles
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
 from birthmark.device.topics import (
+    TIME_REQUESTS,
     gateway_crl,
     gateway_crl_in_force,
     gateway_receipts,
@@ -196,6 +198,7 @@ class Gateway:
             self._give_receipts([self._receipt(answer, started_s, some) for answer, some in closed])
         self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
+        server.on_gateway_message(TIME_REQUESTS, TimeAnswers(server.publish, time.time).asked)
         self._publish_status(online=True)
         self._tasks = [
             asyncio.create_task(work)

@@ -165,12 +165,12 @@ class GatewayBroker(Broker):
         found = (self.exchange.retained.get(topic) for topic in self.exchange.retained.topics(topic_filter))
         return [message.payload for message in found if message is not None and message.publisher is None]
 
-    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
-        """Have messages on a topic (or below it, if it ends in `/`) given to `callback`, and to nobody else.
+    def on_gateway_message(self, topic_filter: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        """Have messages on the topics of a filter given to `callback`, and to nobody else.
 
         The policy decides first. With QoS 1 the acknowledgement follows when the callback has returned.
         """
-        self.exchange.take_for_gateway(topic, callback)
+        self.exchange.take_for_gateway(topic_filter, callback)
 
     def set_policy(self, policy: Policy) -> int:
         """Go by another policy, for what is connected and subscribed as well; return the subscriptions dropped."""

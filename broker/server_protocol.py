@@ -31,8 +31,8 @@ class Server(Protocol):
     def own_retained(self, topic_filter: str) -> list[bytes]:
         """Return the payloads that the broker itself has retained on some topics."""
 
-    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
-        """Have messages on a topic given to `callback`, and to nobody else."""
+    def on_gateway_message(self, topic_filter: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        """Have messages on the topics of a filter given to `callback`, and to nobody else."""
 
     def set_policy(self, policy: Policy) -> int:
         """Go by another policy; return how many subscriptions it ended."""

@@ -35,13 +35,14 @@ from birthmark.device.credentials import Credentials
 from birthmark.device.dispatch import Dispatcher
 from birthmark.device.errors import IdentityError, LocalProtocolError
 from birthmark.device.escape import escaped
-from birthmark.device.events import Event, HandlerFailed
+from birthmark.device.events import Connected, Event, HandlerFailed
 from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
 from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
+from birthmark.device.time_asking import TimeAsking
 from birthmark.device.worker import Worker
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class ClientOptions(TypedDict, total=False):
     retry: RetryTimer | None
     now: Callable[[], datetime]
     clock: Clock | None
+    trusts_gateway_clock: bool
     takes_all: bool
     renewal: bool | None
     renewal_port: int | None
@@ -94,6 +96,7 @@ class Client:
         retry: how long to wait between attempts.
         now: the system's clock.
         clock: what is known of the time; by default of a device what its state folder holds (docs/clock.md).
+        trusts_gateway_clock: whether to ask the gateway for the time, and go by it if it is later.
         takes_all: whether messages of QoS 1 that no handler takes are acknowledged, and gone; otherwise they wait
             at the broker for the next client of this session.
         renewal: whether to renew the certificate by itself when it is time (docs/renewal.md); by default a device
@@ -118,6 +121,7 @@ class Client:
         retry: RetryTimer | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         clock: Clock | None = None,
+        trusts_gateway_clock: bool = False,
         takes_all: bool = True,
         renewal: bool | None = None,
         renewal_port: int | None = None,
@@ -168,6 +172,14 @@ class Client:
         )
         if self._renewer is not None:
             self.subscribe(topics.renewal_answer(credentials.device_id), answers_to(self._renewer))
+        self._time_asking: TimeAsking | None = None
+        if trusts_gateway_clock:
+            self._time_asking = asking = TimeAsking(
+                self._clock,
+                publish=lambda payload: self.publish(topics.time_request(self.device_id), payload, qos=0),
+                own=lambda: self._credentials.facts,
+            )
+            self.subscribe(topics.time_answer(credentials.device_id), asking.answered, qos=0)
 
     @classmethod
     def from_credentials(cls, credentials: Credentials, **options: Unpack[ClientOptions]) -> Self:
@@ -477,6 +489,8 @@ class Client:
         self._worker.wake()
 
     def _observed(self, event: Event) -> None:
+        if self._time_asking is not None and isinstance(event, Connected):
+            self._time_asking.connected()
         if self._observe is not None:
             self._observe(event)
 

@@ -45,7 +45,7 @@ KEPT_AFTER_CONNECTING: Final = timedelta(minutes=1)
 _MAX_FILE_BYTES: Final = 1024
 _ONE_SECOND: Final = timedelta(seconds=1)
 
-_log = logging.getLogger("birthmark.device")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,8 @@ class Clock:
         self._kept = kept
         self._look_at_s = self._floor_at_s
         self._has_failed = False
+        self._chain: tuple[CertificateFacts, ...] = ()
+        """The gateway's, of the last good connection."""
 
     @classmethod
     def of(cls, credentials: Credentials, *, system: Callable[[], datetime] = _system) -> Clock:
@@ -131,25 +133,26 @@ class Clock:
         """Return the best guess at the time: the system's clock, or the floor if that is later."""
         return self.moment().at
 
-    def connected(self, moment: Moment) -> None:
+    def connected(self, moment: Moment, chain: Sequence[CertificateFacts] = ()) -> None:
         """Take note of a good connection, at a moment when all of the gateway's certificates were valid.
 
         The file is written if that is news; that it cannot be written is logged, and stops nothing.
         """
+        self._chain = tuple(chain)
         self._move_to(moment.at)
         self._keep(KEPT_AFTER_CONNECTING)
 
-    def told(self, at: datetime, certificates: Sequence[CertificateFacts]) -> bool:
-        """Move the floor forward to what the gateway says the time is, if its certificates are valid then.
+    def told(self, at: datetime, own: CertificateFacts) -> bool:
+        """Move the floor forward to the gateway's time, if its certificates and ours are valid then.
 
         Args:
-            at: the time, from a gateway that proved who it is.
-            certificates: the gateway's chain, and our own certificate, which it holds to be valid.
+            at: the time, from the gateway of the last good connection.
+            own: our certificate; the gateway let us in, so by its clock it is valid.
 
         Returns:
             Whether it could be true; if not, nothing is changed.
         """
-        if out_of_time(certificates, Moment(at)) is not None:
+        if out_of_time([*self._chain, own], Moment(at)) is not None:
             return False
         self._move_to(at)
         self._keep(KEPT_AFTER_CONNECTING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from birthmark.device.events import (
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console
+
+
+LONGEST_WARNING = 1024
 
 
 def show(console: Console, event: Event, *, is_last: bool = False) -> None:
@@ -66,6 +70,22 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
                 f"the handler of {shown} failed: {type(event.error).__name__}",
                 topic=shown,
             )
+
+
+def show_warnings(console: Console) -> None:
+    """Print what the library logs from now on, as events; what it tells an observer of is not printed twice."""
+    logging.getLogger("birthmark.device").addHandler(_Warnings(console))
+
+
+class _Warnings(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info is None:  # a callback's exception is an event of its own
+            shown = escaped(record.getMessage(), LONGEST_WARNING)
+            say(self._console, "warning", f"warning: {shown}", text=shown)
 
 
 def say(console: Console, name: str, text: str, /, **facts: Any) -> None:

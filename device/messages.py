@@ -14,6 +14,7 @@ from typing import Literal, get_args
 from birthmark.device.escape import quoted
 from birthmark.device.json_fields import Fields, dump
 
+NONCE_BYTES = 16
 Outcome = Literal["installed", "current", "refused"]
 
 
@@ -40,6 +41,42 @@ class Presence:
             since=fields.number("since"),
             reason=fields.text("reason", default=""),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRequest:
+    """A device asks its gateway for the time, on `devices/{id}/time/request`."""
+
+    nonce: bytes
+    """16 octets, in lower-case hex in the message; new for each request."""
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return dump({"nonce": self.nonce.hex()})
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> TimeRequest:
+        """Read a payload; raises `RemoteProtocolError` if it is no request for the time."""
+        return cls(Fields("request for the time", payload).hex("nonce", length=NONCE_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class TimeAnswer:
+    """The gateway's clock when it read a request, on `devices/{id}/time/answer`; never retained."""
+
+    nonce: bytes
+    """The request's."""
+    time: float
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return dump({"nonce": self.nonce.hex(), "time": self.time})
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> TimeAnswer:
+        """Read a payload; raises `RemoteProtocolError` if it tells no time."""
+        fields = Fields("telling of the time", payload)
+        return cls(fields.hex("nonce", length=NONCE_BYTES), fields.number("time"))
 
 
 @dataclass(frozen=True, slots=True)

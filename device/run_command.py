@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from pathlib import Path
@@ -69,8 +68,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     forbid_core_dumps()
     broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
     credentials = Credentials.from_folder(arguments.state, broker=broker)
-    # The observer prints failures; Python's last-resort handler would print them a second time.
-    logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
+    event_lines.show_warnings(console)
     with stopping_on_signals() as stopping:
         running = _Running(console, stopping, once=arguments.once, give_up_after_s=arguments.give_up_after)
         client = Client(credentials, observe=running.observe, renewal_port=arguments.renewal_port)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from birthmark.device.identity import BrokerName, DeviceId
 
 ANNOUNCEMENTS = "fleet/announcements/#"
+TIME_REQUESTS = "devices/+/time/request"
+"""What a gateway takes for itself, and answers."""
 RENEWAL_REQUESTS = "devices/+/renewal/request"
 """What the renewal service listens to."""
 
@@ -53,6 +55,16 @@ def renewal_request(device_id: DeviceId) -> str:
 def renewal_answer(device_id: DeviceId) -> str:
     """Where the renewal service answers a device, or asks it to renew."""
     return f"devices/{device_id}/renewal/answer"
+
+
+def time_request(device_id: DeviceId) -> str:
+    """Where a device asks its gateway for the time."""
+    return f"devices/{device_id}/time/request"
+
+
+def time_answer(device_id: DeviceId) -> str:
+    """Where the gateway tells a device the time."""
+    return f"devices/{device_id}/time/answer"
 
 
 def gateway_crl(name: BrokerName) -> str:

@@ -325,7 +325,7 @@ class Worker:
             self._changed.notify_all()
         self._settled(self._credentials, None)
         moment = opened.moment or self._clock.moment()
-        self._clock.connected(moment)
+        self._clock.connected(moment, opened.chain)
         self._dispatcher.tell(
             Connected(
                 broker=self._credentials.broker,

@@ -6,7 +6,8 @@ import datetime as dt
 import json
 import signal
 import ssl
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.broker_process import BrokerProcess
@@ -24,6 +25,7 @@ from birthmark.device.connection_checks import Check
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected
+from birthmark.device.messages import TimeAnswer, TimeRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,11 +125,14 @@ def test_the_floor_moves_on_with_the_time_that_passes_and_never_back() -> None:
 
 def test_what_is_told_is_bounded_by_the_certificates() -> None:
     clock = Times(EPOCH).clock(NOON)
-    assert not clock.told(NOON + DAY + SECOND, [LEAF, CA])
+    own = valid(NOON - HOUR, NOON + DAY + SECOND)
+    clock.connected(Moment(NOON, or_later=True), [LEAF, CA])
+    assert not clock.told(NOON + DAY + SECOND, own)
+    assert not clock.told(NOON + DAY, valid(NOON, NOON + DAY - SECOND))
     assert clock.floor == NOON
-    assert clock.told(NOON + DAY, [LEAF, CA])
+    assert clock.told(NOON + DAY, own)
     assert clock.floor == NOON + DAY
-    assert clock.told(NOON, [LEAF, CA])
+    assert clock.told(NOON, own)
     assert clock.floor == NOON + DAY  # and only moves forward
 
 
@@ -304,6 +309,72 @@ def test_a_clock_that_jumps_between_two_connections(tmp_path: Path, pki: Pki, ve
     assert [event.moment.or_later for event in met] == [False, True, False, False]
     floor = json.loads((state / FLOOR_FILE).read_bytes())["floor"]
     assert floor == pytest.approx((now() + 2 * HOUR).timestamp(), abs=60)
+
+
+# --- the gateway's clock ----------------------------------------------------------------------------------
+
+
+def asking(state: Path, watching: Watching, **options: Any) -> Client:
+    return Client.from_folder(state, observe=watching, now=lambda: EPOCH, trusts_gateway_clock=True, **options)
+
+
+def floor_of(state: Path) -> dt.datetime:
+    return Clock.of(Credentials.from_folder(state), system=lambda: EPOCH).now()
+
+
+def test_the_gateway_tells_the_time(tmp_path: Path, pki: Pki) -> None:
+    with BrokerProcess(tmp_path / "broker", pki) as broker:
+        early = int((now() - DAY / 2).timestamp())
+        state = enrolled(tmp_path / "s", pki, port=broker.port, issued_at=early)
+        with asking(state, Watching()):
+            eventually(lambda: floor_of(state) >= now() - 60 * SECOND, "the floor is at the gateway's time")
+        with Client.from_folder(
+            enrolled(tmp_path / "b", pki, port=broker.port, issued_at=early), now=lambda: EPOCH
+        ) as client:
+            client.publish(client.telemetry("x"), b"1", wait=20)
+        assert floor_of(tmp_path / "b") < now() - DAY / 3  # nobody asked
+
+
+def test_only_the_answer_to_its_own_request_counts_and_only_once(tmp_path: Path, pki: Pki) -> None:
+    begins = now() - 200 * DAY
+    with BrokerStub(pki, server=server(pki, begins, now() + DAY)) as broker:
+        leaf = pki.issuing.issue(not_before=begins)
+        state = enrolled(tmp_path / "s", pki, leaf, port=broker.port, issued_at=int(begins.timestamp()))
+        topic = "devices/sensor-1/time/answer"
+        with asking(state, Watching()) as client:
+            heard = threading.Semaphore(0)
+            client.subscribe(topic, lambda _: heard.release())
+            request = broker.wait_for(PUBLISH, lambda packet: packet.topic == "devices/sensor-1/time/request")
+            assert (request.qos, request.retain) == (0, False)
+            nonce = TimeRequest.from_bytes(request.payload).nonce
+
+            def tell(at: dt.datetime, nonce: bytes = nonce, *, retain: bool = False) -> dt.datetime:
+                broker.deliver(topic, TimeAnswer(nonce, at.timestamp()).to_bytes(), retain=retain)
+                assert heard.acquire(timeout=20)
+                return client._clock.now()
+
+            far = begins + 10 * DAY
+            assert tell(begins + 100 * DAY, bytes(16)) < far
+            assert tell(begins + 100 * DAY, retain=True) < far
+            for junk in (b"", b"{", json.dumps({"nonce": nonce.hex(), "time": 1e300}).encode()):
+                broker.deliver(topic, junk)
+                assert heard.acquire(timeout=20)
+            assert client._clock.now() < far
+            assert begins + 100 * DAY <= tell(begins + 100 * DAY) < begins + 101 * DAY
+            assert tell(begins + 150 * DAY) < begins + 101 * DAY  # that request is answered
+
+
+def test_a_gateway_cannot_tell_a_time_that_its_certificate_does_not_reach(
+    tmp_path: Path, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    with BrokerStub(pki, server=server(pki, now() - DAY, now() + DAY)) as broker:
+        state = enrolled(tmp_path / "s", pki, port=broker.port)
+        with asking(state, Watching()) as client:
+            request = broker.wait_for(PUBLISH, lambda packet: packet.topic == "devices/sensor-1/time/request")
+            nonce = TimeRequest.from_bytes(request.payload).nonce
+            broker.deliver("devices/sensor-1/time/answer", TimeAnswer(nonce, FAR.timestamp()).to_bytes())
+            eventually(lambda: "could not go by the gateway's time, 2099-01-01" in caplog.text, "a warning")
+            assert client._clock.now() < now() + HOUR
 
 
 # --- the real thing ---------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ class Recorder:
     def publish(self, topic: str, payload: bytes, qos: int = 0, *, retain: bool = False) -> None:
         self.published.append((topic, payload, qos, retain))
 
-    def on_gateway_message(self, topic: str, callback: Callable[[str, bytes, Peer], None]) -> None:
-        self.hooks[topic] = callback
+    def on_gateway_message(self, topic_filter: str, callback: Callable[[str, bytes, Peer], None]) -> None:
+        self.hooks[topic_filter] = callback
 
     def set_policy(self, policy: Policy) -> int:
         self.policies.append(policy)
