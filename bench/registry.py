@@ -13,10 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from bench.report import Figure
+from birthmark.provisioning.registry.content import META, META_ID, ROWS
 from birthmark.provisioning.registry.document import to_document
 from birthmark.provisioning.registry.model import Kind, Row, State
-from birthmark.provisioning.registry.storage import META, META_ID, ROWS, RegistryFile
-from birthmark.provisioning.registry.tiny import REGISTRY_FILE, TinyRegistry
+from birthmark.provisioning.registry.place import REGISTRY_FILE
+from birthmark.provisioning.registry.storage import RegistryFile
+from birthmark.provisioning.registry.tiny import TinyRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

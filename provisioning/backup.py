@@ -21,21 +21,23 @@ import io
 import json
 import stat
 import tarfile
-from contextlib import contextmanager
+import tempfile
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from birthmark.device.durable import durable_file, remove_leftovers
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning.age import DEFAULT_COST_LOG2, AgeError, Decrypting, Encrypting
-from birthmark.provisioning.registry.tiny import AUDIT_FILE, REGISTRY_FILE
+from birthmark.provisioning.registry.content import write_json
+from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
 from birthmark.provisioning.station import actor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from birthmark.provisioning.station import Station
 
@@ -142,12 +144,12 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One member to be written: what it holds, or the file of which so many bytes are copied."""
+    """One member to be written: what it holds, or the file, by its path or open, of which so much is copied."""
 
     name: str
     content: bytes = b""
     mode: int = 0o600
-    source: Path | None = None
+    source: Path | IO[bytes] | None = None
     size_bytes: int = 0
 
 
@@ -177,15 +179,17 @@ def back_up(
     path = path.absolute()
     _check_target(path, station.folder)
     started_at = station.clock()
-    manifest, parts = _taken(station, started_at, _extra_parts(extra))
-    remove_leftovers(path.parent, path.name)
-    with durable_file(path) as file, naming("write", path):
-        encrypting = Encrypting(file, passphrase, cost_log2=cost_log2)
-        with tarfile.open(fileobj=encrypting, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-            for part in parts:
-                _add(archive, part, manifest.created_at)
-        encrypting.finish()
-        _check_target(path, station.folder)
+    # What the registry holds may be much: it is on its way in a file without a name, and in memory bit by bit.
+    with tempfile.TemporaryFile(dir=path.parent) as content:
+        manifest, parts = _taken(station, started_at, _extra_parts(extra), content)
+        remove_leftovers(path.parent, path.name)
+        with durable_file(path) as file, naming("write", path):
+            encrypting = Encrypting(file, passphrase, cost_log2=cost_log2)
+            with tarfile.open(fileobj=encrypting, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+                for part in parts:
+                    _add(archive, part, manifest.created_at)
+            encrypting.finish()
+            _check_target(path, station.folder)
     with station.registry.transaction() as transaction:
         transaction.set_counter(
             LAST_BACKUP_AT, max(transaction.counter(LAST_BACKUP_AT), int(started_at.timestamp()))
@@ -245,12 +249,17 @@ def _members(archive: tarfile.TarFile, manifest: Manifest) -> Iterator[Member]:
         raise AgeError("it holds more than its list says")
 
 
-def _taken(station: Station, started_at: datetime, extra: Sequence[_Part]) -> tuple[Manifest, list[_Part]]:
-    """Take one consistent state of the station."""
+def _taken(
+    station: Station, started_at: datetime, extra: Sequence[_Part], content: IO[bytes]
+) -> tuple[Manifest, list[_Part]]:
+    """Take one consistent state of the station; the registry goes into the file `content`."""
     registry = station.registry
-    with station.crl_lock(), registry.snapshot() as snapshot:
+    with ExitStack() as others:
+        others.enter_context(station.crl_lock())
+        snapshot = others.enter_context(registry.snapshot())
         parts = [_part_of(path, path.relative_to(station.folder).as_posix()) for path in station.files()]
-        parts.append(_Part(REGISTRY_FILE, snapshot.content))
+        snapshot.release()
+        parts.append(_Part(REGISTRY_FILE, source=content, size_bytes=write_json(snapshot.documents, content)))
     parts.append(_Part(AUDIT_FILE, source=registry.audit_path, size_bytes=snapshot.audit_bytes))
     parts += extra
     names = tuple(part.name for part in parts)
@@ -279,6 +288,10 @@ def _add(archive: tarfile.TarFile, part: _Part, at: datetime) -> None:
     if part.source is None:
         member.size = len(part.content)
         archive.addfile(member, io.BytesIO(part.content))
+    elif not isinstance(part.source, Path):
+        member.size = part.size_bytes
+        part.source.seek(0)
+        archive.addfile(member, part.source)
     elif part.size_bytes:
         member.size = part.size_bytes
         with part.source.open("rb") as file:

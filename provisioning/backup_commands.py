@@ -18,6 +18,7 @@ from birthmark.provisioning.options import (
     passphrase_source,
 )
 from birthmark.provisioning.passphrase import PassphraseSource
+from birthmark.provisioning.registry.opening import setting_from
 from birthmark.provisioning.restore import Merged, Restored, merge_crls, restore
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ birthmark restore --crl gateway-2.crl --station ./station""",
     _add_backup_passphrase_option(parser)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="the backup")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the station is to be: not there, or empty")
+    parser.add_argument(
+        "--registry",
+        metavar="URL",
+        help="where the registry is to be: `tinydb`, or a database (default: where the lost station had it)",
+    )
     parser.add_argument(
         "--timeout",
         type=float,
@@ -146,6 +152,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         passphrase=passphrase_source(arguments),
         crls=arguments.crl,
         timeout_s=arguments.timeout,
+        registry=None if arguments.registry is None else setting_from(arguments.registry),
     )
     with restored.station.registry.view() as view:
         rows = len(view.rows())

@@ -25,7 +25,7 @@ from birthmark.provisioning import profile
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.crls import sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
-from birthmark.provisioning.registry.tiny import TinyRegistry
+from birthmark.provisioning.registry.opening import new_registry
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
 from birthmark.provisioning.station import KEYS_FOLDER, Station, actor, utc_now
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from datetime import datetime
     from pathlib import Path
+
+    from birthmark.provisioning.registry.interface import StoredRegistry
 
 _UNFINISHED: Final = ".unfinished"
 
@@ -64,8 +66,19 @@ def found_station(
     folder = folder.absolute()
     refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(folder) as building:
-        _build(building, settings, passphrase, root_passphrase or passphrase, clock=clock, derivation=derivation)
+    with (
+        unfinished(folder) as building,
+        new_registry(building, settings.registry, clock=clock, actor=actor()) as registry,
+    ):
+        _build(
+            building,
+            settings,
+            registry,
+            passphrase,
+            root_passphrase or passphrase,
+            clock=clock,
+            derivation=derivation,
+        )
         refuse_occupied(folder)
         rename_durably(building, folder)
     return Station.open(folder, passphrase=passphrase, clock=clock)
@@ -74,6 +87,7 @@ def found_station(
 def _build(
     folder: Path,
     settings: Settings,
+    registry: StoredRegistry,
     passphrase: bytes,
     root_passphrase: bytes,
     *,
@@ -100,7 +114,6 @@ def _build(
     )
     private_folder(folder / KEYS_FOLDER)
     write_durably(folder / SETTINGS_FILE, settings.to_toml().encode())
-    registry = TinyRegistry.create(folder, clock=clock, actor=actor())
     with registry.transaction() as transaction:
         for ca in (root_ca, issuing_ca):
             put_ca(transaction, ca)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -40,10 +41,15 @@ from birthmark.provisioning.crls import (
     unlock_all,
 )
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, crls_in_force
+from birthmark.provisioning.registry.content import from_tables
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
 from birthmark.provisioning.registry.model import REASON_NAMES
+from birthmark.provisioning.registry.opening import new_registry
+from birthmark.provisioning.registry.place import REGISTRY_FILE
+from birthmark.provisioning.registry.storage import RegistryFile
 from birthmark.provisioning.revocation import lost_row, mark_revoked
-from birthmark.provisioning.station import Station, utc_now
+from birthmark.provisioning.settings import SETTINGS_FILE, put_registry, read_settings
+from birthmark.provisioning.station import Station, actor, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +59,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.backup import Member
     from birthmark.provisioning.passphrase import PassphraseSource
     from birthmark.provisioning.registry.interface import Transaction
-    from birthmark.provisioning.settings import Gateway
+    from birthmark.provisioning.settings import Gateway, RegistrySetting
 
 ROWS_JUMP: Final = 1_000_000
 _COPY_BYTES: Final = 1 << 16
@@ -108,6 +114,7 @@ def restore(
     passphrase: bytes | PassphraseSource,
     crls: Sequence[Path] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    registry: RegistrySetting | None = None,
     clock: Callable[[], datetime] = utc_now,
 ) -> Restored:
     """Make a station in `folder` from a backup, and sign its next CRL.
@@ -120,10 +127,12 @@ def restore(
         crls: CRLs that gateways hold, PEM or DER. Those that a gateway's path, or the gateway itself, has to give
             are found without.
         timeout_s: how long to wait for each gateway that is reached by MQTT.
+        registry: where the registry is to be; where the lost station had it, if that is not given.
         clock: the current time, aware.
 
     Raises:
         ConfigurationError: there is something in `folder`; or a CRL that was named is not of this station's CA.
+        RegistryError: there is a registry already where this one is to be.
         BackupError: the backup cannot be used.
         AuthorityError: the issuing CA cannot be unlocked, or its key does not fit.
         OSError: something cannot be read or written. After any of these there is nothing in `folder`.
@@ -134,16 +143,34 @@ def restore(
     with founding.unfinished(folder) as building:
         with opened(backup, backup_passphrase) as (manifest, members):
             _unpack(members, building)
-        station = Station.open(building, passphrase=passphrase, clock=clock)
-        try:
-            problems, merged, signed = _continue(station, manifest, crls, timeout_s)
-        finally:
-            station.close()
-        founding.refuse_occupied(folder)
-        rename_durably(building, folder)
+        if registry is not None:
+            put_registry(building / SETTINGS_FILE, registry)
+        with _registry_in_place(building, clock):
+            station = Station.open(building, passphrase=passphrase, clock=clock)
+            try:
+                problems, merged, signed = _continue(station, manifest, crls, timeout_s)
+            finally:
+                station.close()
+            founding.refuse_occupied(folder)
+            rename_durably(building, folder)
     station = Station.open(folder, passphrase=passphrase, clock=clock)
     signed = replace(signed, path=station.folder / signed.path.relative_to(building))
     return Restored(station, manifest, signed, merged, problems)
+
+
+@contextmanager
+def _registry_in_place(folder: Path, clock: Callable[[], datetime]) -> Iterator[None]:
+    """Bring the registry of a backup to where the settings say; it is gone again if the block fails."""
+    setting = read_settings(folder / SETTINGS_FILE).registry
+    if not setting.url:
+        yield
+        return
+    file = RegistryFile(folder / REGISTRY_FILE)
+    documents = from_tables(file.load())
+    with new_registry(folder, setting, clock=clock, actor=actor(), documents=documents):
+        file.close()
+        file.path.unlink()
+        yield
 
 
 def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ...], CrlSet]:

@@ -28,6 +28,8 @@ _DAYS: Final = range(1, 3651)
 _PORTS: Final = range(1, 65536)
 _KEEPALIVES_S: Final = range(1, 65536)
 _GATEWAY: Final = re.compile(r"(?m)^[ \t]*\[\[[ \t]*gateway[ \t]*\]\]")
+_REGISTRY: Final = re.compile(r"(?m)^[ \t]*\[[ \t]*registry[ \t]*\]")
+_LOG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TABLE: Final = re.compile(r"(?m)^[ \t]*\[")
 
 TEMPLATE: Final = """\
@@ -64,6 +66,10 @@ retire_after_hours = {retire_after_hours}
 max_per_day = {renewals_per_day}
 
 # Gateways that are sent every new CRL: `birthmark gateway add --help`.
+"""
+REGISTRY_TEMPLATE: Final = """\
+[registry]
+# Where the registry is. `birthmark registry migrate` moves it and changes this; a change by hand leaves it behind.
 """
 
 
@@ -122,6 +128,32 @@ class RenewalSettings:
                 raise ConfigurationError(
                     f"could not use {name} = {value} of [renewal]: it is out of range", hint=f"at most {most}"
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySetting:
+    """Where the registry is."""
+
+    url: str = field(default="", repr=False)
+    """Of a database, as SQLAlchemy writes it, perhaps with a password; empty for `registry.json` in the folder."""
+    log: str = ""
+    """The name of this station's audit log among those of the stations that share the database."""
+
+    def __post_init__(self) -> None:
+        if not self.url.isprintable():
+            raise ConfigurationError("could not use the url of [registry]: it is not printable")
+        if self.log and not _LOG.fullmatch(self.log):
+            raise ConfigurationError(
+                f"could not use {quoted(self.log, 80)} as the log of [registry]",
+                hint="1 to 64 letters, digits, '.', '-' and '_', beginning with a letter or a digit",
+            )
+
+    def to_toml(self) -> str:
+        """Return its table; empty for `registry.json`."""
+        if not self.url:
+            return ""
+        log = f"log = {toml_text(self.log)}\n" if self.log else ""
+        return f"{REGISTRY_TEMPLATE}url = {toml_text(self.url)}\n{log}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +234,7 @@ class Settings:
     keep_expired_days: int = 90
     """How long after its end a revoked certificate stays on the CRL."""
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
+    registry: RegistrySetting = field(default_factory=RegistrySetting)
     gateways: tuple[Gateway, ...] = ()
 
     def __post_init__(self) -> None:
@@ -240,7 +273,10 @@ class Settings:
             retire_after_hours=self.renewal.retire_after_hours,
             renewals_per_day=self.renewal.max_per_day,
         )
-        return head + "".join("\n" + gateway.to_toml() for gateway in self.gateways)
+        registry = self.registry.to_toml()
+        return head + "".join(
+            "\n" + table for table in (registry, *(each.to_toml() for each in self.gateways)) if table
+        )
 
 
 def read_settings(path: Path) -> Settings:
@@ -298,6 +334,29 @@ def remove_gateway(path: Path, name: str) -> None:
     _edit(path, removed)
 
 
+def put_registry(path: Path, registry: RegistrySetting) -> None:
+    """Say in `station.toml` where the registry is, durably.
+
+    Raises:
+        ConfigurationError: the file cannot be used; it is as it was.
+    """
+
+    def put(text: str, _settings: Settings) -> str:
+        for match in reversed(list(_REGISTRY.finditer(text))):
+            after = _TABLE.search(text, match.end())
+            rest = text[after.start() :] if after else ""
+            text = text[: match.start()].rstrip("\n") + "\n" + ("\n" + rest if rest else "")
+        changed = "\n\n".join(filter(None, (text.rstrip("\n"), registry.to_toml().rstrip("\n")))) + "\n"
+        if _parsed(path, changed).registry != registry:
+            raise ConfigurationError(
+                f"could not change [registry] in {path}: it is not written as this program writes it",
+                hint="write it as a table [registry] with a key url",
+            )
+        return changed
+
+    _edit(path, put)
+
+
 def toml_text(text: str) -> str:
     """Return a TOML basic string."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -341,6 +400,7 @@ def _parsed(path: Path, text: str) -> Settings:
         broker = top.table("broker")
         crl = top.table("crl")
         renewal = top.table("renewal")
+        registry = top.table("registry")
         settings = Settings(
             organization=station.text("organization"),
             default_role=station.text("default_role", "sensor"),
@@ -356,9 +416,10 @@ def _parsed(path: Path, text: str) -> Settings:
                 renewal.whole("retire_after_hours", 24),
                 renewal.whole("max_per_day", 10),
             ),
+            registry=RegistrySetting(registry.text("url", ""), registry.text("log", "")),
             gateways=tuple(_gateway(table) for table in top.tables("gateway")),
         )
-        for table in (station, lifetimes, broker, crl, renewal, top):
+        for table in (station, lifetimes, broker, crl, renewal, registry, top):
             table.finish()
     except ConfigurationError as error:
         raise ConfigurationError(f"could not read {path}: {error.message}", hint=error.hint) from error

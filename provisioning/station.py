@@ -1,7 +1,7 @@
 """A station's folder, opened: registry, settings and, once the passphrase is there, the authority.
 
     station.toml, station.lock     settings, and the lock for changing them
-    registry.json, registry.lock   the registry and its lock
+    registry.json, registry.lock   the registry, unless it is in a database (`[registry]`), and its lock
     audit.jsonl                    the audit log
     root.pem, issuing.pem          copies, for others, of the certificates of the CAs that are trusted
     crl.pem, root-crl.pem          the CRLs, one for each issuing CA or root; crl.lock keeps them in order
@@ -35,8 +35,9 @@ from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
 from birthmark.provisioning.passphrase import PassphraseSource
-from birthmark.provisioning.registry.tiny import AUDIT_FILE, REGISTRY_FILE, TinyRegistry
-from birthmark.provisioning.settings import SETTINGS_FILE, Settings, read_settings
+from birthmark.provisioning.registry.opening import InForce, open_registry
+from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
+from birthmark.provisioning.settings import SETTINGS_FILE, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+    from birthmark.provisioning.registry.interface import StoredRegistry
 
 ROOT_FILE: Final = "root.pem"
 ISSUING_FILE: Final = "issuing.pem"
@@ -96,7 +99,7 @@ class Station:
         self,
         folder: Path,
         settings: Settings,
-        registry: TinyRegistry,
+        registry: StoredRegistry,
         *,
         passphrase: bytes | PassphraseSource,
         clock: Callable[[], datetime],
@@ -129,8 +132,9 @@ class Station:
                 f"could not open the station in {folder}: there is none",
                 hint="make one with `birthmark init`, or name its folder with --station",
             )
-        settings = read_settings(folder / SETTINGS_FILE)
-        registry = TinyRegistry(folder, clock=clock, actor=actor())
+        in_force = InForce(folder)
+        settings = in_force.settings
+        registry = open_registry(folder, settings.registry, clock=clock, actor=actor(), in_force=in_force)
         with registry.view():
             pass  # says at once if it cannot be read
         return cls(folder, settings, registry, passphrase=passphrase or PassphraseSource(), clock=clock)
@@ -261,7 +265,9 @@ class Station:
         here. What holds an unencrypted private key is somebody else's: an operator's, put here by chance.
         """
         folders = [folder for folder in (self.folder, self.folder / KEYS_FOLDER) if folder.is_dir()]
-        return [path for folder in folders for path in sorted(folder.iterdir()) if _is_own(path)]
+        apart = self.registry.files()
+        found = [path for folder in folders for path in sorted(folder.iterdir()) if path not in apart]
+        return [path for path in found if _is_own(path)]
 
     def rollover_lock(self) -> AbstractContextManager[None]:
         """Hold this while a CA is made, put in charge or retired: one at a time."""

@@ -25,6 +25,7 @@ from birthmark.provisioning.options import (
     root_passphrase,
     station_folder,
 )
+from birthmark.provisioning.registry.opening import TINYDB, setting_from
 from birthmark.provisioning.row_filters import add_filter_options, picked_rows
 from birthmark.provisioning.settings import BrokerDefaults, Settings
 
@@ -54,6 +55,7 @@ def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
         """\
 birthmark init --organization 'Acme Sensors'
 birthmark init --station ./station --broker-host gateway-1.example.com
+birthmark init --registry sqlite:///registry.db
 birthmark init --passphrase-fd 3 3< passphrase-file""",
     )
     add_station_option(parser)
@@ -77,6 +79,12 @@ birthmark init --passphrase-fd 3 3< passphrase-file""",
         metavar="S",
         help="of devices (default: %(default)s)",
     )
+    parser.add_argument(
+        "--registry",
+        default=TINYDB,
+        metavar="URL",
+        help="keep the registry in a database: sqlite:///registry.db, postgresql://HOST/NAME (default: TinyDB)",
+    )
 
 
 def _init(arguments: argparse.Namespace, console: Console) -> None:
@@ -85,6 +93,7 @@ def _init(arguments: argparse.Namespace, console: Console) -> None:
         organization=arguments.organization,
         default_role=arguments.default_role,
         broker=BrokerDefaults(arguments.broker_host, arguments.broker_port, arguments.keepalive_s),
+        registry=setting_from(arguments.registry),
     )
     station = found_station(
         station_folder(arguments),
@@ -99,6 +108,7 @@ def _init(arguments: argparse.Namespace, console: Console) -> None:
             "organization": settings.organization,
             "root_sha256": _fingerprint(station.root),
             "issuing_sha256": _fingerprint(station.issuing),
+            "registry": station.registry.shown,
             "crl": str(station.crl_path),
             "root_key": str(root_key),
         }

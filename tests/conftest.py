@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.postgres import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from support.postgres import Server
 
 settings.register_profile("birthmark", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("birthmark")
@@ -21,6 +24,13 @@ def interruptible() -> None:
     """Let what the tests start be interrupted: a shell's background job ignores SIGINT, and so do its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL of this worker's own, on which nothing is durable."""
+    with running() as server:
+        yield server
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import RegistryError
 
@@ -23,41 +23,17 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from birthmark.provisioning.audit import Head
-    from birthmark.provisioning.registry.interface import Transaction, View
-    from birthmark.provisioning.registry.tiny_transaction import Savepoint
+    from birthmark.provisioning.registry.interface import Registry, Transaction, View
 
 MAX_GROUP: Final = 64
 """How many may share one write: whoever leads a group gets done in the end."""
-
-
-class Undoable(Protocol):
-    """What a registry beneath must offer in addition to its transactions."""
-
-    def savepoint(self) -> Savepoint:
-        """Return what `roll_back` needs to undo everything from here on."""
-
-    def roll_back(self, savepoint: Savepoint) -> None:
-        """Undo every change since `savepoint`."""
-
-
-if TYPE_CHECKING:
-
-    class _Shared(Transaction, Undoable, Protocol):
-        """A transaction that can be shared."""
-
-    class _Beneath(Protocol):
-        def transaction(self) -> AbstractContextManager[_Shared]: ...
-
-        def view(self) -> AbstractContextManager[View]: ...
-
-        def audit_head(self) -> Head: ...
 
 
 class _Group:
     """One write, and those who share it. Guarded by the registry's condition."""
 
     def __init__(self) -> None:
-        self.transaction: _Shared | None = None
+        self.transaction: Transaction | None = None
         """There while somebody may join."""
         self.joined = 0
         self.is_busy = True
@@ -72,7 +48,7 @@ class GroupedRegistry:
         beneath: the registry.
     """
 
-    def __init__(self, beneath: _Beneath) -> None:
+    def __init__(self, beneath: Registry) -> None:
         self._beneath = beneath
         self._turn = threading.Condition()
         self._group: _Group | None = None
@@ -124,11 +100,10 @@ class GroupedRegistry:
         failure: BaseException | None = None
         try:
             with self._beneath.transaction() as transaction:
-                mark = transaction.savepoint()
                 try:
-                    yield transaction
+                    with transaction.apart():
+                        yield transaction
                 except BaseException as error:  # noqa: BLE001 - it is raised again when the others are done
-                    transaction.roll_back(mark)
                     failure = error
                 self._let_others_in(group, transaction)
         except BaseException as error:
@@ -143,7 +118,7 @@ class GroupedRegistry:
         if failure is not None:
             raise failure
 
-    def _let_others_in(self, group: _Group, transaction: _Shared) -> None:
+    def _let_others_in(self, group: _Group, transaction: Transaction) -> None:
         with self._turn:
             group.transaction = transaction
             group.is_busy = False
@@ -156,14 +131,12 @@ class GroupedRegistry:
         transaction = group.transaction
         if transaction is None:
             raise RuntimeError("a group let somebody in without a transaction")
-        mark = transaction.savepoint()
         failed = True
         try:
-            yield transaction
+            with transaction.apart():
+                yield transaction
             failed = False
         finally:
-            if failed:
-                transaction.roll_back(mark)
             with self._turn:
                 group.is_busy = False
                 self._turn.notify_all()

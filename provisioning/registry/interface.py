@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from birthmark.provisioning.audit import Head
+    from birthmark.provisioning.registry.content import Placed
     from birthmark.provisioning.registry.line import Batch, Quarantined
     from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 
@@ -194,6 +196,9 @@ class Transaction(View, Protocol):
             RegistryError: there is no such row, or it may not change so (`model.check_change`): read it again.
         """
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Undo what was done in the block, and that alone, if it ends in an exception."""
+
     def set_counter(self, name: str, value: int) -> None:
         """Set a counter (never below its value: a `RegistryError` otherwise)."""
 
@@ -217,10 +222,12 @@ class Transaction(View, Protocol):
 class Snapshot:
     """Everything that a registry holds, and as much of the audit log as belongs to it."""
 
-    content: bytes
-    """As a `registry.json` of TinyDB's back end, whichever back end it comes from."""
+    documents: Iterable[Placed]
+    """Everything in it; to be taken once, before the block ends."""
     audit_bytes: int
     """The length of the audit log; what is appended later is not of this state."""
+    release: Callable[[], None]
+    """Lets the others go on; the documents stay those of this state."""
 
 
 class Registry(Protocol):
@@ -257,3 +264,49 @@ class StoredRegistry(Registry, Protocol):
         Raises:
             RegistryError: registry or log cannot be read.
         """
+
+    def make(self, documents: Iterable[Placed] = (), *, standing: str = "") -> None:
+        """Write a new registry, empty or of these documents, whole or not at all.
+
+        The caller keeps everybody else away from the folder.
+
+        Args:
+            documents: what it is to hold.
+            standing: what it is to say of itself (`content.UNFINISHED`).
+
+        Raises:
+            RegistryError: there is one already, or it cannot be written; nothing was changed.
+        """
+
+    def documents(self) -> AbstractContextManager[Iterable[Placed]]:
+        """Open everything that it holds, to be taken once; `RegistryError` if it cannot be read."""
+
+    def arrive(self, standing: str, action: str, subject: str, **details: str | int | bool | None) -> list[str]:
+        """Record, as the last thing before it is in force, how it came here; the log is not written yet.
+
+        Returns:
+            The lines that the audit log is to get.
+
+        Raises:
+            RegistryError: it cannot be written, or does not stand so any more: somebody else was here.
+        """
+
+    def stand(self, standing: str) -> None:
+        """Say of this registry how it stands: `content.MOVED`, or empty; `RegistryError` if it cannot."""
+
+    def shares(self) -> bool:
+        """Whether other stations, with audit logs of their own, use it, too."""
+
+    @property
+    def audit_path(self) -> Path:
+        """Where the audit log is."""
+
+    @property
+    def shown(self) -> str:
+        """Where the registry is, for people."""
+
+    def files(self) -> frozenset[Path]:
+        """Return the files that it consists of."""
+
+    def close(self) -> None:
+        """Let go of files and connections; they are opened again if the registry is used again."""

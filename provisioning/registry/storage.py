@@ -17,37 +17,31 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import orjson
 from tinydb.storages import Storage
 
 from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import RegistryError
+from birthmark.provisioning.registry.content import (
+    FORMAT,
+    META,
+    META_ID,
+    OUTBOX,
+    PROGRAM,
+    ROWS,
+    STANDING,
+    check_not_moved,
+    may_be_overwritten,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import TypeAlias
 
-Tables: TypeAlias = "dict[str, dict[str, dict[str, Any]]]"
-"""What TinyDB stores: documents by id (as text), by table."""
+    from birthmark.provisioning.registry.content import Tables
 
-PROGRAM: Final = "birthmark registry"
-FORMAT: Final = 1
-META: Final = "meta"
-ROWS: Final = "rows"
-OUTBOX: Final = "outbox"
-BATCHES: Final = "batches"
-QUARANTINE: Final = "quarantine"
-NOTES: Final = "notes"
-"""These three are made when they are first needed; a file without them has none."""
-META_ID: Final = 1
 _REQUIRED: Final = frozenset({"kind", "name", "name_folded", "role", "state", "created_at", "changed_at"})
-
-
-def empty_tables() -> Tables:
-    """Return the content of a new registry."""
-    return {META: {str(META_ID): {"program": PROGRAM, "format": FORMAT}}, ROWS: {}, OUTBOX: {}}
 
 
 class TransactionStorage(Storage):
@@ -128,12 +122,14 @@ class RegistryFile:
                 raise self._failure("write", error) from error
             self._descriptor, self._tables = descriptor, tables
 
-    def content(self) -> bytes:
-        """Return the last durable state as it is in the file; errors as in `load`."""
+    def may_be_made(self) -> bool:
+        """Whether there is nothing in the way of a new registry."""
+        if not self.path.exists():
+            return True
         try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise self._failure("read", error) from error
+            return may_be_overwritten(orjson.loads(self.path.read_bytes())[META][str(META_ID)].get(STANDING))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
 
     def remove_leftovers(self) -> None:
         """Remove what a crash in the middle of a write left. The caller holds the registry's lock.
@@ -169,6 +165,7 @@ class RegistryFile:
         facts = meta.get(str(META_ID)) if isinstance(meta, dict) else None
         if not isinstance(facts, dict) or facts.get("program") != PROGRAM:
             raise self._refusal("it is no registry of birthmark's")
+        check_not_moved(facts.get(STANDING), str(self.path))
         version = facts.get("format")
         if not isinstance(version, int) or version < 1:
             raise self._refusal("it is damaged (no format number)")

@@ -11,34 +11,36 @@ Rules:
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING
 
-from birthmark.device.durable import exclusive_lock, private_folder
+from birthmark.device.durable import private_folder
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.audit import RESTORED, Head, append_missing
-from birthmark.provisioning.registry.interface import Snapshot
-from birthmark.provisioning.registry.storage import (
+from birthmark.provisioning.registry.content import (
     META,
     META_ID,
     OUTBOX,
-    RegistryFile,
-    TransactionStorage,
-    empty_tables,
+    STANDING,
+    UNFINISHED,
+    audit_head_of,
+    check_standing,
+    from_tables,
+    to_tables,
 )
+from birthmark.provisioning.registry.interface import Snapshot
+from birthmark.provisioning.registry.place import REGISTRY_FILE, Place, always
+from birthmark.provisioning.registry.storage import RegistryFile, TransactionStorage
 from birthmark.provisioning.registry.tiny_transaction import TinyTransaction
-from birthmark.provisioning.registry.tiny_views import TinyView, audit_head_of
+from birthmark.provisioning.registry.tiny_views import TinyView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
     from pathlib import Path
+    from typing import Self
 
-REGISTRY_FILE: Final = "registry.json"
-LOCK_FILE: Final = "registry.lock"
-AUDIT_FILE: Final = "audit.jsonl"
-_Tables = dict[str, dict[str, dict[str, Any]]]
+    from birthmark.provisioning.registry.content import Placed, Tables
 
 
 class TinyRegistry:
@@ -50,54 +52,99 @@ class TinyRegistry:
         actor: who is at work, for the audit log: `user@host`.
     """
 
-    def __init__(self, folder: Path, *, clock: Callable[[], datetime], actor: str) -> None:
-        self.audit_path = folder / AUDIT_FILE
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        clock: Callable[[], datetime],
+        actor: str,
+        in_force: Callable[[], None] = always,
+    ) -> None:
+        self._place = Place(folder, in_force)
         self._file = RegistryFile(folder / REGISTRY_FILE)
-        self._lock_path = folder / LOCK_FILE
         self._clock = clock
         self._actor = actor
-        self._held = threading.local()
 
     @classmethod
-    def create(cls, folder: Path, *, clock: Callable[[], datetime], actor: str) -> TinyRegistry:
-        """Make an empty registry in `folder`.
+    def create(
+        cls,
+        folder: Path,
+        *,
+        clock: Callable[[], datetime],
+        actor: str,
+        documents: Iterable[Placed] = (),
+    ) -> Self:
+        """Make a registry in `folder`, empty or of these documents.
 
         Raises:
             RegistryError: there is one already, or it could not be written.
         """
         registry = cls(private_folder(folder), clock=clock, actor=actor)
-        with registry._locked():
-            if registry._file.path.exists():
-                raise RegistryError(
-                    f"could not make a registry in {folder}: there is one already", hint="choose another folder"
-                )
-            registry._file.save(empty_tables())
+        with registry._place.locked():
+            registry.make(documents)
         return registry
+
+    def make(self, documents: Iterable[Placed] = (), *, standing: str = "") -> None:
+        """Write a new registry (`interface.StoredRegistry.make`)."""
+        if not self._file.may_be_made():
+            raise RegistryError(
+                f"could not make a registry in {self._place.folder}: there is one already",
+                hint="choose another folder; a registry is never overwritten",
+            )
+        tables = to_tables(documents)
+        if standing:
+            tables[META][str(META_ID)][STANDING] = standing
+        self._file.save(tables)
+
+    @contextmanager
+    def documents(self) -> Iterator[Iterable[Placed]]:
+        """Open everything that it holds (`interface.StoredRegistry.documents`)."""
+        yield from_tables(self._file.load())
+
+    def arrive(self, standing: str, action: str, subject: str, **details: str | int | bool | None) -> list[str]:
+        """Record how it came here (`interface.StoredRegistry.arrive`)."""
+        with self._work_on(self._file.load()) as work:
+            check_standing(standing, work.standing, self.shown)
+            work.record(action, subject, **details)
+        return work.lines
+
+    def stand(self, standing: str) -> None:
+        """Say how it stands (`interface.StoredRegistry.stand`)."""
+        with self._work_on(self._file.load()) as work:
+            work.stand(standing)
+
+    def shares(self) -> bool:
+        """Whether other stations use it, too: never."""
+        return False
+
+    @property
+    def audit_path(self) -> Path:
+        """Where the audit log is."""
+        return self._place.audit_path
+
+    @property
+    def shown(self) -> str:
+        """Where the registry is, for people."""
+        return str(self._file.path)
 
     @contextmanager
     def transaction(self) -> Iterator[TinyTransaction]:
         """Open a transaction (`interface.Registry.transaction`)."""
-        with self._locked():
+        with self._place.locked():
             self._file.remove_leftovers()
-            tables = self._settle(self._file.load())
-            storage = TransactionStorage(tables, writable=True)
-            work = TinyTransaction(storage, self._clock, self._actor)
-            try:
+            with self._work_on(self._settle(self._file.load())) as work:
+                if str(work.standing).startswith(UNFINISHED):
+                    work.stand("")  # it was killed who brought it here, after station.toml had changed
                 yield work
-                if not work.changed:
-                    return
-                work.finish()
-                self._file.save(storage.tables)
-            finally:
-                storage.close()
             # The entries are durable already; if the log cannot take them now, the next transaction
             # appends them before it does anything else, or fails.
             with suppress(OSError):
-                append_missing(self.audit_path, _waiting(storage.tables))
+                append_missing(self.audit_path, work.lines)
 
     @contextmanager
     def view(self) -> Iterator[TinyView]:
         """Open a view (`interface.Registry.view`)."""
+        self._place.check_in_force()
         yield TinyView(TransactionStorage(self._file.load(), writable=False))
 
     def audit_head(self) -> Head:
@@ -106,59 +153,54 @@ class TinyRegistry:
         Raises:
             RegistryError: registry or log cannot be used.
         """
-        with self._locked():
+        with self._place.locked():
             tables = self._settle(self._file.load())
             return audit_head_of(tables[META][str(META_ID)])
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """Hold everybody else off and open the registry's content (`interface.Registry.snapshot`)."""
-        with self._locked():
-            self._settle(self._file.load())
-            size = self.audit_path.stat().st_size if self.audit_path.exists() else 0
-            yield Snapshot(self._file.content(), size)
+        with ExitStack() as others:
+            others.enter_context(self._place.locked())
+            tables = self._settle(self._file.load())
+            yield Snapshot(from_tables(tables), self._place.audit_bytes(), others.close)
+
+    def files(self) -> frozenset[Path]:
+        """Return the files that it consists of."""
+        return frozenset({self._file.path})
 
     def close(self) -> None:
         """Let go of the file; the registry opens it again if it is used again."""
         self._file.close()
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        if getattr(self._held, "held", False):
-            raise RuntimeError("transactions of one registry do not nest")
-        if not self._lock_path.parent.is_dir():
-            self._file.load()  # says what is missing
-        with exclusive_lock(self._lock_path):
-            self._held.held = True
-            try:
-                yield
-            finally:
-                self._held.held = False
-
-    def _settle(self, tables: _Tables) -> _Tables:
+    def _settle(self, tables: Tables) -> Tables:
         """Append to the log what an earlier transaction could not, or what was cut since, and leave word of it."""
         try:
             missing = append_missing(self.audit_path, _waiting(tables))
             if not missing:
                 return tables
-            storage = TransactionStorage(tables, writable=True)
-            work = TinyTransaction(storage, self._clock, self._actor)
-            try:
+            with self._work_on(tables) as work:
                 work.record(RESTORED, "audit-log", lines=missing)
+            append_missing(self.audit_path, work.lines)
+        except OSError as error:
+            raise self._place.log_failure(error) from error
+        return self._file.load()
+
+    @contextmanager
+    def _work_on(self, tables: Tables) -> Iterator[TinyTransaction]:
+        """Open a transaction that starts from `tables`, and write what it changes."""
+        storage = TransactionStorage(tables, writable=True)
+        work = TinyTransaction(storage, self._clock, self._actor)
+        try:
+            yield work
+            if work.changed:
                 work.finish()
                 self._file.save(storage.tables)
-            finally:
-                storage.close()
-            append_missing(self.audit_path, _waiting(storage.tables))
-        except OSError as error:
-            raise RegistryError(
-                f"could not write the audit log {self.audit_path}: {error.strerror}",
-                hint="nothing was changed; make room or repair the permissions, then try again",
-            ) from error
-        return storage.tables
+        finally:
+            storage.close()
 
 
-def _waiting(tables: _Tables) -> list[str]:
+def _waiting(tables: Tables) -> list[str]:
     """Return the outbox's lines in their order."""
     outbox = tables[OUTBOX]
     try:

@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tinydb import TinyDB, where
 
-from birthmark.device.errors import RegistryError
-from birthmark.provisioning.audit import GENESIS, Head
+from birthmark.provisioning.registry.content import (
+    BATCHES,
+    META,
+    META_ID,
+    NOTES,
+    OUTBOX,
+    QUARANTINE,
+    ROWS,
+    damaged,
+)
 from birthmark.provisioning.registry.document import (
     batch_from,
     binary,
@@ -20,7 +28,6 @@ from birthmark.provisioning.registry.document import (
     quarantined_from,
 )
 from birthmark.provisioning.registry.model import Kind, Row, State
-from birthmark.provisioning.registry.storage import BATCHES, META, META_ID, NOTES, OUTBOX, QUARANTINE, ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -114,7 +121,7 @@ class TinyView:
         """Return a counter's value; 0 if it was never set."""
         value = self._facts().get(f"counter {name}", "0")
         if not isinstance(value, str) or not _HEX.fullmatch(value):
-            raise _damaged(f"its counter {name}")
+            raise damaged(f"its counter {name}")
         return int(value, 16)
 
     def batches(self) -> list[Batch]:
@@ -133,7 +140,7 @@ class TinyView:
         """Return everything noted under a topic, by key (`interface.View.notes`)."""
         found = self._notes.search(where("topic") == topic)
         if not all(isinstance(hit.get("key"), str) and isinstance(hit.get("note"), dict) for hit in found):
-            raise _damaged(f"what it notes of {topic}")
+            raise damaged(f"what it notes of {topic}")
         return {hit["key"]: dict(hit["note"]) for hit in sorted(found, key=lambda one: one.doc_id)}
 
     def _facts(self) -> dict[str, Any]:
@@ -162,18 +169,3 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 def _table(database: TinyDB, name: str) -> Table:
     return database.table(name, cache_size=0)
-
-
-def audit_head_of(facts: dict[str, Any]) -> Head:
-    """Return the head of the audit log that the registry remembers in its facts."""
-    seq, digest = facts.get("audit_seq", 0), facts.get("audit_hash", GENESIS)
-    if isinstance(seq, bool) or not isinstance(seq, int) or seq < 0 or not isinstance(digest, str):
-        raise _damaged("what it remembers of the audit log")
-    return Head(seq, digest)
-
-
-def _damaged(what: str) -> RegistryError:
-    return RegistryError(
-        f"could not read the registry: {what} is damaged",
-        hint="restore it from a backup, together with the audit log",
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from support.station import NOON, Clock
 
 from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.provisioning.registry.content import META, META_ID, empty_tables
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.line import Batch, Quarantined
 from birthmark.provisioning.registry.model import Kind, State
-from birthmark.provisioning.registry.storage import META, META_ID, TransactionStorage, empty_tables
-from birthmark.provisioning.registry.tiny import REGISTRY_FILE, TinyRegistry
+from birthmark.provisioning.registry.place import REGISTRY_FILE
+from birthmark.provisioning.registry.storage import TransactionStorage
+from birthmark.provisioning.registry.tiny import TinyRegistry
 from birthmark.provisioning.registry.tiny_transaction import TinyTransaction
 
 if TYPE_CHECKING:
@@ -119,6 +122,10 @@ class _Shares:
         return {name: copy.deepcopy(table) for name, table in self.storage.tables.items() if table}
 
 
+class _UndoneError(Exception):
+    pass
+
+
 CHANGES = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), max_size=12)
 
 
@@ -130,10 +137,10 @@ def test_what_is_rolled_back_leaves_nothing(
     with_undone, without = _Shares(), _Shares()
     for shares in (with_undone, without):
         _apply(shares, before)
-    mark, was_changed = with_undone.transaction.savepoint(), with_undone.transaction.changed
-    content = with_undone.content()
-    _apply(with_undone, undone)
-    with_undone.transaction.roll_back(mark)
+    was_changed, content = with_undone.transaction.changed, with_undone.content()
+    with suppress(_UndoneError), with_undone.transaction.apart():
+        _apply(with_undone, undone)
+        raise _UndoneError
     assert with_undone.content() == content
     assert with_undone.transaction.changed == was_changed
     for shares in (with_undone, without):

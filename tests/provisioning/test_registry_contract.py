@@ -10,28 +10,36 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.station import NOON, Clock, public_key_der
 
+from birthmark.device.durable import private_folder
 from birthmark.device.errors import IdentityError, RegistryError
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, DuplicateError
 from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.sql import SqlRegistry
 from birthmark.provisioning.registry.tiny import TinyRegistry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from birthmark.provisioning.registry.interface import Registry, Transaction
+    from birthmark.provisioning.registry.interface import StoredRegistry, Transaction
 
 SERIAL = 1 << 158
+BACK_ENDS = ["tinydb", "sqlite", "postgresql"]
 
 
-def tiny(folder: Path, clock: Clock) -> Registry:
-    return TinyRegistry.create(folder, clock=clock, actor="test@host")
-
-
-@pytest.fixture(params=[tiny])
-def registry(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Registry:
-    make: Callable[[Path, Clock], Registry] = request.param
-    return make(tmp_path, clock)
+@pytest.fixture(params=BACK_ENDS)
+def registry(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[StoredRegistry]:
+    folder = private_folder(tmp_path / "station")
+    made: StoredRegistry
+    if request.param == "tinydb":
+        made = TinyRegistry.create(folder, clock=clock, actor="test@host")
+    else:
+        url = "sqlite:///registry.db"
+        if request.param == "postgresql":
+            url = request.getfixturevalue("postgres").new_schema()
+        made = SqlRegistry.create(folder, url, clock=clock, actor="test@host")
+    yield made
+    made.close()
 
 
 def device(transaction: Transaction, name: str = "sensor-1", **fields: Any) -> Row:
@@ -47,7 +55,7 @@ def attested(transaction: Transaction, row: Row, **fields: Any) -> Row:
     return transaction.update(replace(row, state=State.ATTESTED, certificate_der=b"certificate", **fields))
 
 
-def test_a_row_comes_back_as_it_was_stored(registry: Registry, clock: Clock) -> None:
+def test_a_row_comes_back_as_it_was_stored(registry: StoredRegistry, clock: Clock) -> None:
     key = public_key_der()
     with registry.transaction() as transaction:
         row = keyed(transaction, device(transaction), key=key)
@@ -74,7 +82,7 @@ def test_a_row_comes_back_as_it_was_stored(registry: Registry, clock: Clock) -> 
     assert stored.changed_at == NOON + timedelta(seconds=1.5)
 
 
-def test_what_is_not_there_is_none(registry: Registry) -> None:
+def test_what_is_not_there_is_none(registry: StoredRegistry) -> None:
     with registry.view() as view:
         assert view.row(1) is None
         assert view.live_by_name("sensor-1") is None
@@ -85,7 +93,7 @@ def test_what_is_not_there_is_none(registry: Registry) -> None:
         assert view.counter("anything") == 0
 
 
-def test_rows_are_found_by_kind_state_and_role(registry: Registry) -> None:
+def test_rows_are_found_by_kind_state_and_role(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         one = device(transaction, "one")
         two = keyed(transaction, device(transaction, "two", role="camera"))
@@ -99,7 +107,7 @@ def test_rows_are_found_by_kind_state_and_role(registry: Registry) -> None:
         assert view.rows(kind=Kind.DEVICE, states=[State.RESERVED], role="camera") == []
 
 
-def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: Registry) -> None:
+def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: StoredRegistry) -> None:
     def made(transaction: Transaction, name: str, serial: int, days: int, **fields: Any) -> Row:
         row = keyed(transaction, device(transaction, name, **fields), serial, name.encode())
         return attested(transaction, row, not_before=NOON, not_after=NOON + timedelta(days=days))
@@ -129,7 +137,7 @@ def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: Registry) 
         assert view.rows(revoked=False, name_glob="pump*", expires_before=NOON + timedelta(days=99)) == [one]
 
 
-def test_many_rows_are_added_and_changed_as_one(registry: Registry, clock: Clock) -> None:
+def test_many_rows_are_added_and_changed_as_one(registry: StoredRegistry, clock: Clock) -> None:
     with registry.transaction() as transaction:
         first = device(transaction, "first")
         clock.advance(seconds=2)
@@ -158,7 +166,7 @@ def test_many_rows_are_added_and_changed_as_one(registry: Registry, clock: Clock
         assert device(transaction, "next").number == 5
 
 
-def test_rows_can_be_added_with_their_certificate(registry: Registry, clock: Clock) -> None:
+def test_rows_can_be_added_with_their_certificate(registry: StoredRegistry, clock: Clock) -> None:
     with registry.transaction() as transaction:
         row = device(transaction, "known")
         made = replace(
@@ -191,7 +199,7 @@ def test_rows_can_be_added_with_their_certificate(registry: Registry, clock: Clo
     ],
 )
 def test_of_many_rows_none_is_added_or_changed_if_one_may_not(
-    registry: Registry, field: str, clash: dict[str, Any]
+    registry: StoredRegistry, field: str, clash: dict[str, Any]
 ) -> None:
     with registry.transaction() as transaction:
         taken = keyed(transaction, device(transaction, "taken"), key=b"taken")
@@ -224,7 +232,7 @@ def test_of_many_rows_none_is_added_or_changed_if_one_may_not(
         assert transaction.rows(name_glob="d-*") == bare
 
 
-def test_of_many_changes_none_is_made_if_one_is_of_a_stale_row(registry: Registry) -> None:
+def test_of_many_changes_none_is_made_if_one_is_of_a_stale_row(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         rows = [device(transaction, f"d-{each}") for each in range(3)]
         gone = replace(rows[2], state=State.VOID, void_reason="test")
@@ -237,7 +245,7 @@ def test_of_many_changes_none_is_made_if_one_is_of_a_stale_row(registry: Registr
         assert [row.label for row in transaction.rows()] == ["", "", ""]
 
 
-def test_an_exception_undoes_the_whole_transaction(registry: Registry) -> None:
+def test_an_exception_undoes_the_whole_transaction(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         kept = device(transaction, "kept")
 
@@ -258,7 +266,7 @@ def test_an_exception_undoes_the_whole_transaction(registry: Registry) -> None:
         assert device(transaction, "next").number == kept.number + 1
 
 
-def test_a_transaction_sees_its_own_changes_and_a_view_does_not(registry: Registry) -> None:
+def test_a_transaction_sees_its_own_changes_and_a_view_does_not(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         row = device(transaction)
         assert transaction.live_by_name("sensor-1") == row
@@ -271,7 +279,7 @@ def test_a_transaction_sees_its_own_changes_and_a_view_does_not(registry: Regist
         assert view.rows() == before
 
 
-def test_a_transaction_is_over_when_it_is_over(registry: Registry) -> None:
+def test_a_transaction_is_over_when_it_is_over(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         row = device(transaction)
     with pytest.raises(RuntimeError):
@@ -282,14 +290,16 @@ def test_a_transaction_is_over_when_it_is_over(registry: Registry) -> None:
         assert view.rows() == [row]
 
 
-def test_transactions_do_not_nest(registry: Registry) -> None:
+def test_transactions_do_not_nest(registry: StoredRegistry) -> None:
     with registry.transaction(), pytest.raises(RuntimeError, match="nest"), registry.transaction():
         pass
 
 
 @pytest.mark.parametrize("other", ["sensor-1", "SENSOR-1", "Sensor-1"])
 @pytest.mark.parametrize("kind", [Kind.DEVICE, Kind.SERVICE, Kind.BROKER])
-def test_a_name_is_unique_across_kinds_without_regard_to_case(registry: Registry, other: str, kind: Kind) -> None:
+def test_a_name_is_unique_across_kinds_without_regard_to_case(
+    registry: StoredRegistry, other: str, kind: Kind
+) -> None:
     facts_of: dict[Kind, dict[str, Any]] = {
         Kind.DEVICE: {"role": "sensor", "hwid": b"other-unit", "txn": bytes(16)},
         Kind.SERVICE: {"role": "operator"},
@@ -306,7 +316,7 @@ def test_a_name_is_unique_across_kinds_without_regard_to_case(registry: Registry
         assert view.rows() == [first]
 
 
-def test_a_hwid_is_unique_among_live_rows(registry: Registry) -> None:
+def test_a_hwid_is_unique_among_live_rows(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         first = device(transaction, hwid=b"unit")
         with pytest.raises(DuplicateError) as caught:
@@ -322,7 +332,7 @@ def test_a_hwid_is_unique_among_live_rows(registry: Registry) -> None:
     ("field", "serial", "key"), [("public_key", SERIAL + 1, b"key"), ("cert_serial", SERIAL, b"other")]
 )
 def test_keys_and_serial_numbers_are_unique_over_all_rows_ever(
-    registry: Registry, field: str, serial: int, key: bytes
+    registry: StoredRegistry, field: str, serial: int, key: bytes
 ) -> None:
     with registry.transaction() as transaction:
         first = keyed(transaction, device(transaction))
@@ -343,7 +353,7 @@ def test_keys_and_serial_numbers_are_unique_over_all_rows_ever(
         keyed(transaction, second, SERIAL + 1, b"other")
 
 
-def test_a_replaced_row_gives_up_its_name_and_gets_it_back(registry: Registry) -> None:
+def test_a_replaced_row_gives_up_its_name_and_gets_it_back(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         old = attested(transaction, keyed(transaction, device(transaction)))
         new = device(transaction, replaces=old.number)
@@ -359,7 +369,7 @@ def test_a_replaced_row_gives_up_its_name_and_gets_it_back(registry: Registry) -
         assert transaction.live_by_hwid(b"sensor-1") == transaction.row(old.number)
 
 
-def test_a_renewal_holds_nothing_until_it_is_attested(registry: Registry) -> None:
+def test_a_renewal_holds_nothing_until_it_is_attested(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         old = attested(transaction, keyed(transaction, device(transaction)))
         new = device(
@@ -383,7 +393,7 @@ def test_a_renewal_holds_nothing_until_it_is_attested(registry: Registry) -> Non
         assert view.row(new.number) == made
 
 
-def test_an_open_renewal_is_unique_in_key_and_serial_number(registry: Registry) -> None:
+def test_an_open_renewal_is_unique_in_key_and_serial_number(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         old = attested(transaction, keyed(transaction, device(transaction)))
         for key, serial, field in ((b"key", SERIAL + 1, "public_key"), (b"new key", SERIAL, "cert_serial")):
@@ -392,7 +402,7 @@ def test_an_open_renewal_is_unique_in_key_and_serial_number(registry: Registry) 
             assert caught.value.field == field
 
 
-def test_a_replaced_row_that_is_void_does_not_come_back(registry: Registry) -> None:
+def test_a_replaced_row_that_is_void_does_not_come_back(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         old = attested(transaction, keyed(transaction, device(transaction)))
         new = device(transaction, replaces=old.number)
@@ -402,12 +412,12 @@ def test_a_replaced_row_that_is_void_does_not_come_back(registry: Registry) -> N
         assert transaction.live_by_name("sensor-1") is None
 
 
-def test_replacing_what_is_not_there_is_refused(registry: Registry) -> None:
+def test_replacing_what_is_not_there_is_refused(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction, pytest.raises(RegistryError, match="no such row"):
         device(transaction, replaces=99)
 
 
-def test_the_bundle_is_kept_until_the_row_is_attested(registry: Registry) -> None:
+def test_the_bundle_is_kept_until_the_row_is_attested(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         row = keyed(transaction, device(transaction))
         fields: dict[str, Any] = {"certificate_der": b"c", "bundle": b"bundle", "bundle_sha256": bytes(32)}
@@ -431,7 +441,7 @@ def test_the_bundle_is_kept_until_the_row_is_attested(registry: Registry) -> Non
         ({"revoked_at": None, "revocation_reason": ""}, "revoked_at"),
     ],
 )
-def test_a_stale_writer_undoes_nothing(registry: Registry, change: dict[str, Any], why: str) -> None:
+def test_a_stale_writer_undoes_nothing(registry: StoredRegistry, change: dict[str, Any], why: str) -> None:
     with registry.transaction() as transaction:
         row = keyed(transaction, device(transaction))
         row = transaction.update(replace(row, revoked_at=NOON, revocation_reason="superseded"))
@@ -441,7 +451,7 @@ def test_a_stale_writer_undoes_nothing(registry: Registry, change: dict[str, Any
         assert transaction.revoked() == [row]
 
 
-def test_void_is_final(registry: Registry) -> None:
+def test_void_is_final(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         row = device(transaction)
         void = transaction.update(replace(row, state=State.VOID, void_reason="test"))
@@ -450,14 +460,14 @@ def test_void_is_final(registry: Registry) -> None:
         assert transaction.row(row.number) == void
 
 
-def test_an_unknown_row_cannot_be_changed(registry: Registry) -> None:
+def test_an_unknown_row_cannot_be_changed(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         row = device(transaction)
         with pytest.raises(RegistryError, match="no such row"):
             transaction.update(replace(row, number=row.number + 1))
 
 
-def test_counters_only_rise(registry: Registry) -> None:
+def test_counters_only_rise(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         transaction.set_counter("big", SERIAL)
         transaction.set_counter("big", SERIAL)
@@ -467,7 +477,7 @@ def test_counters_only_rise(registry: Registry) -> None:
         assert view.counter("big") == SERIAL
 
 
-def test_the_newest_issuance_is_remembered(registry: Registry, clock: Clock) -> None:
+def test_the_newest_issuance_is_remembered(registry: StoredRegistry, clock: Clock) -> None:
     with registry.transaction() as transaction:
         row = keyed(transaction, device(transaction))
         assert transaction.counter(LAST_ISSUED_AT) == 0
@@ -479,7 +489,7 @@ def test_the_newest_issuance_is_remembered(registry: Registry, clock: Clock) -> 
 
 
 @pytest.mark.parametrize("name", ["", "+", "#", "a/b", "a\0", "x" * 64, "-a"])
-def test_names_outside_the_grammar_are_never_stored(registry: Registry, name: str) -> None:
+def test_names_outside_the_grammar_are_never_stored(registry: StoredRegistry, name: str) -> None:
     with registry.transaction() as transaction, pytest.raises(IdentityError):
         device(transaction, name, hwid=b"unit")
     with registry.view() as view:
@@ -501,12 +511,12 @@ def test_names_outside_the_grammar_are_never_stored(registry: Registry, name: st
         {"cert_serial": 1 << 159},
     ],
 )
-def test_rows_that_contradict_themselves_are_bugs(registry: Registry, fields: dict[str, Any]) -> None:
+def test_rows_that_contradict_themselves_are_bugs(registry: StoredRegistry, fields: dict[str, Any]) -> None:
     with registry.transaction() as transaction, pytest.raises(ValueError, match=r"."):
         device(transaction, **fields)
 
 
-def test_threads_lose_nothing(registry: Registry) -> None:
+def test_threads_lose_nothing(registry: StoredRegistry) -> None:
     def add(number: int) -> None:
         for each in range(10):
             with registry.transaction() as transaction:
@@ -525,7 +535,7 @@ def test_threads_lose_nothing(registry: Registry) -> None:
         assert [row.number for row in view.rows()] == list(range(1, 41))
 
 
-def test_notes_are_kept_by_topic_and_key(registry: Registry) -> None:
+def test_notes_are_kept_by_topic_and_key(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         transaction.put_note("ca", "b", {"kind": "root", "deep": {"n": 1}})
         transaction.put_note("ca", "a", {"kind": "issuing"})
@@ -541,7 +551,7 @@ def test_notes_are_kept_by_topic_and_key(registry: Registry) -> None:
         assert view.notes("other") == {}
 
 
-def test_a_note_of_a_failed_transaction_is_not_kept(registry: Registry) -> None:
+def test_a_note_of_a_failed_transaction_is_not_kept(registry: StoredRegistry) -> None:
     def fails() -> None:
         with registry.transaction() as transaction:
             transaction.put_note("ca", "a", {})
@@ -553,7 +563,7 @@ def test_a_note_of_a_failed_transaction_is_not_kept(registry: Registry) -> None:
         assert view.notes("ca") == {}
 
 
-def test_the_issuer_of_a_certificate_stays_and_anchors_may_change(registry: Registry) -> None:
+def test_the_issuer_of_a_certificate_stays_and_anchors_may_change(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         row = device(transaction, issuer="")
         row = transaction.update(replace(row, issuer="0a" * 20, anchors="0b 0c"))

@@ -1,0 +1,244 @@
+"""The tables of a registry in a database, and a row, a batch, a unit in quarantine as records of them.
+
+Rules:
+
+- Times are microseconds since 1970 in UTC (`to_timestamp(not_after / 1e6)` in psql), so that their order is that
+  of numbers in every database; serial numbers and counters are hex, because they exceed 64 bits.
+- What the rules of the registry hold to be unique (`interface`) is a unique index here, too: a program that goes
+  past the rules is refused by the database.
+- `birthmark_meta` says what this is, and in which format; a newer format is refused. An older one is brought up to
+  date where the tables are changed, never by a reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy import BigInteger, Column, Index, LargeBinary, MetaData, Table, Text, UniqueConstraint, text
+
+from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.provisioning.registry.line import Batch, Quarantined
+from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+FORMAT: Final = 1
+METADATA: Final = MetaData()
+_ASCII: Final = Text().with_variant(Text(collation="C"), "postgresql")
+"""Text whose order is that of its octets: a name's beginning is found by an index."""
+
+META: Final = Table(
+    "birthmark_meta",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+COUNTERS: Final = Table(
+    "birthmark_counters",
+    METADATA,
+    Column("name", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+ROWS: Final = Table(
+    "birthmark_rows",
+    METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("name_folded", _ASCII, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("changed_at", BigInteger, nullable=False),
+    Column("key_mode", Text),
+    Column("hwid", LargeBinary),
+    Column("txn", LargeBinary),
+    Column("public_key_der", LargeBinary),
+    Column("cert_serial", Text),
+    Column("issuer", Text, nullable=False),
+    Column("anchors", Text, nullable=False),
+    Column("certificate_der", LargeBinary),
+    Column("bundle", LargeBinary),
+    Column("bundle_sha256", LargeBinary),
+    Column("replaces", BigInteger),
+    Column("replaced_by", BigInteger),
+    Column("renews", BigInteger),
+    Column("replaces_reason", Text, nullable=False),
+    Column("batch", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("void_reason", Text, nullable=False),
+    Column("not_before", BigInteger),
+    Column("not_after", BigInteger),
+    Column("revoked_at", BigInteger),
+    Column("revocation_reason", Text, nullable=False),
+)
+BATCHES: Final = Table(
+    "birthmark_batches",
+    METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", Text, nullable=False),
+    Column("name_folded", _ASCII, nullable=False, unique=True),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("closed_at", BigInteger),
+)
+QUARANTINE: Final = Table(
+    "birthmark_quarantine",
+    METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("hwid", LargeBinary, nullable=False, unique=True),
+    Column("since", BigInteger, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("active_txn", LargeBinary, nullable=False),
+)
+NOTES: Final = Table(
+    "birthmark_notes",
+    METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("topic", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("note", Text, nullable=False),
+    UniqueConstraint("topic", "key"),
+)
+LOGS: Final = Table(
+    "birthmark_audit_logs",
+    METADATA,
+    Column("log", Text, primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("hash", Text, nullable=False),
+)
+"""The last entry of each station's audit log: stations that share a registry have a log each."""
+OUTBOX: Final = Table(
+    "birthmark_audit_outbox",
+    METADATA,
+    Column("log", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("line", Text, nullable=False),
+)
+
+_LIVE: Final = text("state <> 'VOID' AND replaced_by IS NULL AND (renews IS NULL OR state = 'ATTESTED')")
+"""`Row.is_live`, for the database."""
+
+
+def _index(name: str, *columns: str, unique: bool = False, where: Any = None) -> None:
+    picked = [ROWS.c[column] for column in columns]
+    Index(f"birthmark_{name}", *picked, unique=unique, sqlite_where=where, postgresql_where=where)
+
+
+_index("live_name", "name_folded", unique=True, where=_LIVE)
+_index("live_hwid", "hwid", unique=True, where=_LIVE)
+_index("public_key", "public_key_der", unique=True)
+_index("cert_serial", "cert_serial", unique=True)
+_index("name", "name_folded", "number")
+_index("hwid", "hwid")
+_index("unfinished", "number", where=text("state NOT IN ('ATTESTED', 'VOID')"))
+_index("revoked", "number", where=text("revoked_at IS NOT NULL"))
+_index("batch", "batch", "number", where=text("batch <> ''"))
+_index("not_after", "not_after")
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_TIMES: Final = frozenset({"created_at", "changed_at", "not_before", "not_after", "revoked_at", "opened_at"}) | {
+    "closed_at",
+    "since",
+}
+_ROW_FIELDS: Final = tuple(field.name for field in fields(Row))
+_OF_BATCH: Final = ("name", "opened_at", "closed_at")
+_OF_QUARANTINED: Final = ("hwid", "since", "name", "reason", "active_txn")
+_T = TypeVar("_T")
+
+
+def microseconds(moment: datetime) -> int:
+    """Return a time as it is stored."""
+    return (moment - _EPOCH) // _MICROSECOND
+
+
+def row_record(row: Row) -> dict[str, Any]:
+    """Return the row as a record of `ROWS`."""
+    record = {name: getattr(row, name) for name in _ROW_FIELDS}
+    record["name_folded"] = row.name_folded
+    record["kind"], record["state"] = row.kind.value, row.state.value
+    record["key_mode"] = None if row.key_mode is None else row.key_mode.value
+    record["cert_serial"] = None if row.cert_serial is None else f"{row.cert_serial:x}"
+    return _with_times(record)
+
+
+def row_from(record: Mapping[str, Any]) -> Row:
+    """Return the row of a record of `ROWS`.
+
+    Raises:
+        RegistryError: the record is damaged.
+    """
+
+    def read() -> Row:
+        values = _plain(record, _ROW_FIELDS)
+        values["kind"], values["state"] = Kind(values["kind"]), State(values["state"])
+        if values["key_mode"] is not None:
+            values["key_mode"] = KeyMode(values["key_mode"])
+        if values["cert_serial"] is not None:
+            values["cert_serial"] = int(values["cert_serial"], 16)
+        row = Row(**values)
+        if record["name_folded"] != row.name_folded:
+            raise ValueError("its two names differ")
+        return row
+
+    return _read(f"row {record['number']}", read)
+
+
+def batch_record(batch: Batch) -> dict[str, Any]:
+    """Return the batch as a record of `BATCHES`, but for its number."""
+    record = {name: getattr(batch, name) for name in _OF_BATCH}
+    return _with_times({**record, "name_folded": batch.name.lower()})
+
+
+def batch_from(record: Mapping[str, Any]) -> Batch:
+    """Return the batch of a record; `RegistryError` if it is damaged."""
+    return _read("a batch", lambda: Batch(**_plain(record, _OF_BATCH)))
+
+
+def quarantined_record(unit: Quarantined) -> dict[str, Any]:
+    """Return the unit as a record of `QUARANTINE`, but for its number."""
+    return _with_times({name: getattr(unit, name) for name in _OF_QUARANTINED})
+
+
+def quarantined_from(record: Mapping[str, Any]) -> Quarantined:
+    """Return the unit of a record; `RegistryError` if it is damaged."""
+    return _read("a unit in quarantine", lambda: Quarantined(**_plain(record, _OF_QUARANTINED)))
+
+
+def moment_from(value: Any) -> datetime:
+    """Return a stored time; `ValueError` or `TypeError` if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError("a time is no whole number")
+    try:
+        return _EPOCH + timedelta(microseconds=value)
+    except OverflowError as error:
+        raise ValueError("a time is out of range") from error
+
+
+def _with_times(record: dict[str, Any]) -> dict[str, Any]:
+    for name in _TIMES & record.keys():
+        if record[name] is not None:
+            record[name] = microseconds(record[name])
+    return record
+
+
+def _plain(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: record[name] for name in names}
+    for name in _TIMES & values.keys():
+        if values[name] is not None:
+            values[name] = moment_from(values[name])
+    return values
+
+
+def _read(what: str, make: Callable[[], _T]) -> _T:
+    try:
+        return make()
+    except (TypeError, ValueError, AttributeError, BirthmarkError) as error:
+        raise RegistryError(
+            f"could not read {what} of the registry: {error}",
+            hint="the database is damaged; restore it from a backup, together with the audit log",
+        ) from error
