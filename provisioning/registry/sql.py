@@ -240,13 +240,14 @@ class SqlRegistry:
             work.check_format()
             try:
                 missing = append_missing(self.audit_path, work.outbox())
+                if not missing:
+                    return work
+                work.record(RESTORED, "audit-log", lines=missing)
+                work.finish()
+                connection.exec_driver_sql("COMMIT")
+                append_missing(self.audit_path, work.lines)
             except OSError as error:
                 raise self._place.log_failure(error) from error
-            if not missing:
-                return work
-            work.record(RESTORED, "audit-log", lines=missing)
-            work.finish()
-            connection.exec_driver_sql("COMMIT")
 
     def _begin(self, connection: Connection, statements: Iterable[str]) -> None:
         for statement in statements:
@@ -260,7 +261,8 @@ class SqlRegistry:
             yield view
         finally:
             view.end()
-        connection.exec_driver_sql("ROLLBACK")
+        with suppress(SQLAlchemyError):  # there is nothing to lose, and no connection if it broke
+            connection.exec_driver_sql("ROLLBACK")
 
     def _be_patient(self, view: SqlView) -> None:
         """Let a transaction wait for something else than the database."""

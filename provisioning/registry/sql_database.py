@@ -259,11 +259,9 @@ def _postgresql(url: URL) -> Engine:
 
 
 def _set_up(connection: Any, _record: object) -> None:
-    # The driver's connection is in no autocommit yet; what is set within a transaction ends with it.
-    connection.autocommit = True
+    connection.autocommit = True  # what is set within a transaction may end with it
     for statement in _SESSION:
         connection.execute(statement)
-    connection.autocommit = False
 
 
 def _cause(error: SQLAlchemyError) -> str:
