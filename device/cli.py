@@ -5,16 +5,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from birthmark.device import export_command, renew_command, run_command, service_commands, show_command
+from birthmark.device import (
+    export_command,
+    renew_command,
+    run_command,
+    service_commands,
+    show_command,
+)
 from birthmark.device.console import Parser
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
 _EXAMPLES = """
 birthmark-device agent --tty /dev/ttyGS0 --state /var/lib/birthmark
 birthmark-device run --state /var/lib/birthmark
-birthmark-device show --state /var/lib/birthmark
+birthmark-device status --state /var/lib/birthmark
+birthmark-device doctor --state /var/lib/birthmark
 """
 
 
@@ -31,15 +39,27 @@ def parser() -> Parser:
     run_command.add_to(commands)
     renew_command.add_to(commands)
     show_command.add_to(commands)
+    commands.add_parser("status", help="say how this device is, and what it lacks", real=_real("status"))
+    commands.add_parser("doctor", help="walk the way to the broker, step by step", real=_real("doctor"))
     export_command.add_to(commands)
     service_commands.add_to(commands)
-    commands.add_parser("agent", help="answer a station on a serial port", real=_agent)
+    commands.add_parser("agent", help="answer a station on a serial port", real=_real("agent"))
     return top
 
 
-def _agent() -> Parser:
-    # Only the agent needs `cryptography`, which takes a small board longer to load than a connection takes.
-    agent = import_module("birthmark.device.agent.command")
-    commands = Parser(prog="birthmark-device").add_subparsers(parser_class=Parser)
-    agent.add_to(commands)
-    return commands.choices["agent"]
+# What `run` does not need is not loaded with it: a small board takes longer to load `cryptography`, which the
+# agent needs, than to connect.
+_MODULES = {
+    "status": "birthmark.device.status_command",
+    "doctor": "birthmark.device.doctor_command",
+    "agent": "birthmark.device.agent.command",
+}
+
+
+def _real(name: str) -> Callable[[], Parser]:
+    def make() -> Parser:
+        commands = Parser(prog="birthmark-device").add_subparsers(parser_class=Parser)
+        import_module(_MODULES[name]).add_to(commands)
+        return commands.choices[name]
+
+    return make

@@ -39,6 +39,7 @@ from birthmark.device.events import Connected, Event, HandlerFailed
 from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
 from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
+from birthmark.device.record import Recorder
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
@@ -172,6 +173,8 @@ class Client:
         )
         if self._renewer is not None:
             self.subscribe(topics.renewal_answer(credentials.device_id), answers_to(self._renewer))
+        is_running_device = self._credentials.is_slot and (not is_service if presence is None else presence)
+        self._recorder = Recorder(self._credentials.pem_path.parent, self._clock) if is_running_device else None
         self._time_asking: TimeAsking | None = None
         if trusts_gateway_clock:
             self._time_asking = asking = TimeAsking(
@@ -226,6 +229,8 @@ class Client:
             raise LocalProtocolError("could not start a client: it was started before", "make a new one")
         self._started = True
         self._dispatcher.start()
+        if self._recorder is not None:
+            self._dispatcher.do(self._recorder.started)
         if self._renewer is not None:
             self._renewer.start()
         self._worker.start()
@@ -261,6 +266,8 @@ class Client:
             self._renewer.stop(timeout_s)
         self._worker.stop(timeout_s)
         self._dispatcher.stop(timeout_s)
+        if self._recorder is not None and self._started:
+            self._recorder.stopped()
 
     def __enter__(self) -> Self:
         """Connect, with one attempt; see `connect`."""
@@ -489,6 +496,8 @@ class Client:
         self._worker.wake()
 
     def _observed(self, event: Event) -> None:
+        if self._recorder is not None:
+            self._recorder.take(event)
         if self._time_asking is not None and isinstance(event, Connected):
             self._time_asking.connected()
         if self._observe is not None:

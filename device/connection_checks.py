@@ -110,7 +110,7 @@ CONNACKS: dict[int, tuple[Check, str, str]] = {
     5: (
         Check.NOT_AUTHORISED,
         "the broker saw our certificate and does not let us in",
-        "it is revoked, out of date, or of a CA that the gateway does not trust: the gateway's log says which",
+        "see in the gateway's log which it is: revoked, out of date, or of a CA that the gateway does not trust",
     ),
 }
 """By return code (MQTT 3.1.1 §3.2.2.3); 3, unavailable, is no refusal."""

@@ -119,7 +119,7 @@ def _closed_before_connack(around: Circumstances) -> RefusedError:
     return around.refused(
         Check.CLOSED,
         "the broker closed the connection without a word when it saw our certificate",
-        "it is revoked, or of another CA, or not a device's: the broker's log says which",
+        "see in the broker's log which it is: revoked, of another CA, or not a device's",
     )
 
 

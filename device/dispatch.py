@@ -66,6 +66,10 @@ class Dispatcher:
         """Queue anything else that is the user's."""
         self._put(job)
 
+    def do(self, job: Callable[[], object]) -> None:
+        """Queue something of the client's own."""
+        self._put(job)
+
     def take(self, job: Callable[[], object]) -> None:
         """Queue the handling of one message."""
 

@@ -39,6 +39,10 @@ class Fields:
         """Return the error that names what is read."""
         return RemoteProtocolError(f"could not read a {self._what}: {cause}")
 
+    def has(self, key: str) -> bool:
+        """Whether there is something."""
+        return self._value.get(key) is not None
+
     def text(self, key: str, default: str | None = None) -> str:
         """Return a text."""
         value = self._value.get(key, default)

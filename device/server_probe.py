@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from birthmark.device.certificate_facts import CertificateFacts, certificate_facts
@@ -18,18 +19,42 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import BrokerAddress
 
 
-def seen_at(broker: BrokerAddress, *, timeout_s: float) -> CertificateFacts | None:
-    """Return what the certificate of `broker` says of itself, or None if it cannot be had."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a server shows to somebody without a certificate."""
+
+    tls_version: str
+    cipher: str
+    facts: CertificateFacts | None
+    """Of its certificate; None if it cannot be read."""
+
+
+def probed(broker: BrokerAddress, *, timeout_s: float) -> Seen:
+    """Return what `broker` shows of itself.
+
+    Raises:
+        OSError: it cannot be reached, or ends the handshake.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
+    with (
+        socket.create_connection((broker.host, broker.port), timeout=timeout_s) as plain,
+        context.wrap_socket(plain, server_hostname=broker.host) as connection,
+    ):
+        certificate_der = connection.getpeercert(binary_form=True)
+        cipher = connection.cipher()
+        try:
+            facts = certificate_facts(certificate_der) if certificate_der else None
+        except CredentialError:
+            facts = None
+        return Seen(connection.version() or "", cipher[0] if cipher else "", facts)
+
+
+def seen_at(broker: BrokerAddress, *, timeout_s: float) -> CertificateFacts | None:
+    """Return what the certificate of `broker` says of itself, or None if it cannot be had."""
     try:
-        with (
-            socket.create_connection((broker.host, broker.port), timeout=timeout_s) as plain,
-            context.wrap_socket(plain, server_hostname=broker.host) as connection,
-        ):
-            certificate_der = connection.getpeercert(binary_form=True)
-        return certificate_facts(certificate_der) if certificate_der else None
-    except (OSError, ValueError, CredentialError):
+        return probed(broker, timeout_s=timeout_s).facts
+    except (OSError, ValueError):
         return None

@@ -234,7 +234,13 @@ def test_answers_that_nobody_asked_for_change_nothing(stand: Stand, renewd: Rene
         device.renew()
         watching.wait_for_state("renewed")
     assert len(stand.rows("calm")) == 2
-    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock", "renewed"]
+    assert sorted(path.name for path in state.iterdir()) == [
+        "active",
+        "clock",
+        "renewal.lock",
+        "renewed",
+        "status",
+    ]
 
 
 def test_what_is_retained_there_asks_for_nothing(stand: Stand, renewd: Renewd) -> None:

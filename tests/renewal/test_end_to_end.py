@@ -43,7 +43,13 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
     after = Credentials.from_folder(state)
     assert after.pem_path.name == "renewed"
     assert stat.S_IMODE(after.pem_path.stat().st_mode) == 0o600
-    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock", "renewed"]
+    assert sorted(path.name for path in state.iterdir()) == [
+        "active",
+        "clock",
+        "renewal.lock",
+        "renewed",
+        "status",
+    ]
     assert (state / "active").read_bytes() != after.pem_path.read_bytes()
     assert stand.live().certificate_der == after.leaf_der
     old, new = stand.rows()
@@ -139,7 +145,7 @@ def test_a_revoked_device_gets_nowhere_and_keeps_what_it_has(stand: Stand, renew
         watching.wait_for_state("refused")
         (refusal,) = [line for line in renewd.lines if line["event"] == "refused" and line["id"] == "lost"]
         assert "revoked" in refusal["reason"]
-    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock"]
+    assert sorted(path.name for path in state.iterdir()) == ["active", "clock", "renewal.lock", "status"]
 
 
 def test_one_client_renews_and_the_command_says_so(stand: Stand, renewd: Renewd) -> None:
