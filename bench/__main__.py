@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import certificates, connections, device, handshakes, messages, registry
+from bench import certificates, connections, device, handshakes, messages, outbox, registry
 from bench import line as enrolment
 from bench.fleet_pki import FleetPki
 from bench.peers import MOSQUITTO, available
@@ -62,6 +62,7 @@ def main() -> int:
             handshakes.figures(pki, rounds, _say),
             certificates.figures(folder, rounds, seconds, _say),
             device.figures(folder, rounds, _say),
+            outbox.figures(rounds, _say),
             registry.figures(folder, rounds, registry.SIZES[:1] if arguments.quick else registry.SIZES, _say),
             enrolment.figures(folder, rounds, AGES[:1] if arguments.quick else AGES, _say),
         )

@@ -172,9 +172,8 @@ class Gateway:
         """Judge a certificate on the renewal listener, where it may have expired. Raises `PeerRefusedError`."""
         moment = now()
         listener = self._settings.renewal_listener
-        grace = listener.grace if listener else timedelta()
-        peer = self._peers.check(leaf_der, moment, expired_by=grace)
-        self.revocations.check(peer, moment, expired_by=grace)
+        peer = self._peers.check(leaf_der, moment, expired_by=listener.grace if listener else timedelta())
+        self.revocations.check(peer, moment)
         return peer
 
     def renewal_door(self) -> RenewalDoor | None:

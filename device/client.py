@@ -26,6 +26,7 @@ Rules:
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
 
 from birthmark.device import topics
@@ -33,22 +34,23 @@ from birthmark.device.backoff import RetryTimer
 from birthmark.device.clock import Clock
 from birthmark.device.credentials import Credentials
 from birthmark.device.dispatch import Dispatcher
-from birthmark.device.errors import IdentityError, LocalProtocolError
+from birthmark.device.errors import ConfigurationError, IdentityError, LocalProtocolError, UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import Connected, Event, HandlerFailed
 from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
+from birthmark.device.outbox.settings import FILE as OUTBOX_FILE
 from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
 from birthmark.device.record import Recorder
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
+from birthmark.device.settings import DeviceSettings
 from birthmark.device.time_asking import TimeAsking
 from birthmark.device.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
     from types import TracebackType
 
     from birthmark.device.asking import Reply
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.handlers import MessageHandler
+    from birthmark.device.outbox.outbox import Outbox
+    from birthmark.device.outbox.settings import OutboxSettings
     from birthmark.device.periodic import Periodic, Reading
     from birthmark.device.received import Message
     from birthmark.device.renewal.schedule import Pace
@@ -63,6 +67,8 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
+CLOSE_OUTBOX_S = 5.0
+"""For the disk, after the time that a stop was given."""
 
 
 class ClientOptions(TypedDict, total=False):
@@ -81,6 +87,7 @@ class ClientOptions(TypedDict, total=False):
     renewal: bool | None
     renewal_port: int | None
     renewal_pace: Pace | None
+    outbox: OutboxSettings | None
 
 
 class Client:
@@ -104,6 +111,7 @@ class Client:
             with a state folder does.
         renewal_port: where the gateway renews what has expired; by default the port after its own.
         renewal_pace: how long a renewal waits for what.
+        outbox: keep messages of QoS 1 on disk until the broker has them (docs/outbox.md); without, in memory.
 
     Raises:
         CredentialError: key and certificate cannot be used.
@@ -127,6 +135,7 @@ class Client:
         renewal: bool | None = None,
         renewal_port: int | None = None,
         renewal_pace: Pace | None = None,
+        outbox: OutboxSettings | None = None,
     ) -> None:
         is_service = credentials.role.is_reserved
         if client_suffix and not is_service:
@@ -152,7 +161,7 @@ class Client:
                 renewal_port,
                 use=self.use,
                 keep=self._keep,
-                publish=self.publish,
+                publish=self._publish_now,
                 tell=self._tell,
                 open_apart=self._open_apart,
             )
@@ -171,6 +180,8 @@ class Client:
             on_message=self._received,
             settled=self._renewer.settled if self._renewer else _nobody,
         )
+        self._outbox = None if outbox is None else self._make_outbox(outbox, now)
+        self._worker.publications.outbox = self._outbox
         if self._renewer is not None:
             self.subscribe(topics.renewal_answer(credentials.device_id), answers_to(self._renewer))
         is_running_device = self._credentials.is_slot and (not is_service if presence is None else presence)
@@ -193,11 +204,15 @@ class Client:
     def from_folder(
         cls, state_dir: Path | str, *, broker: BrokerAddress | None = None, **options: Unpack[ClientOptions]
     ) -> Self:
-        """Return a client for the enrolled device whose state is in `state_dir`.
+        """Return a client for the enrolled device whose state is in `state_dir`, as its `device.toml` says.
 
         Raises:
             CredentialError: there are no credentials, or they cannot be used.
+            ConfigurationError: `device.toml` makes no sense.
         """
+        settings = DeviceSettings.from_folder(Path(state_dir))
+        options.setdefault("outbox", settings.outbox)
+        options.setdefault("trusts_gateway_clock", settings.trusts_gateway_clock)
         return cls(Credentials.from_folder(state_dir, broker=broker), **options)
 
     @property
@@ -231,6 +246,8 @@ class Client:
         self._dispatcher.start()
         if self._recorder is not None:
             self._dispatcher.do(self._recorder.started)
+        if self._outbox is not None:
+            self._outbox.start()
         if self._renewer is not None:
             self._renewer.start()
         self._worker.start()
@@ -265,6 +282,8 @@ class Client:
         if self._renewer is not None:
             self._renewer.stop(timeout_s)
         self._worker.stop(timeout_s)
+        if self._outbox is not None:
+            self._outbox.close(max(timeout_s, CLOSE_OUTBOX_S))
         self._dispatcher.stop(timeout_s)
         if self._recorder is not None and self._started:
             self._recorder.stopped()
@@ -281,16 +300,29 @@ class Client:
         self.stop()
 
     def publish(
-        self, topic: str, payload: Payload = b"", *, qos: int = 1, retain: bool = False, wait: float | None = None
+        self,
+        topic: str,
+        payload: Payload = b"",
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        wait: float | None = None,
+        keep: bool = True,
+        defer: bool = False,
     ) -> Acknowledgement:
         """Publish, now or as soon as there is a connection.
+
+        With an outbox, a message of QoS 1 is on the disk when this returns: it survives the process and the power,
+        and goes out after all that were published before it.
 
         Args:
             topic: where.
             payload: bytes, text, or a mapping that becomes a JSON object.
-            qos: 1: sent until acknowledged, as long as this process lives; 0: sent once.
+            qos: 1: sent until acknowledged, without an outbox as long as this process lives; 0: sent once.
             retain: whether the broker keeps it for later subscribers.
             wait: seconds to wait for the broker's acknowledgement; None: do not wait.
+            keep: False: past the outbox, from memory; for what is worth nothing later.
+            defer: True: return before it is on the disk; the acknowledgement's `wait_stored` says when it is.
 
         Returns:
             The acknowledgement to come.
@@ -298,9 +330,15 @@ class Client:
         Raises:
             LocalProtocolError: MQTT has no such topic, payload or quality of service.
             UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
+            SystemFailureError: the outbox's disk does not take it.
         """
-        acknowledgement = self._worker.publications.add(Outgoing(topic, as_bytes(payload), qos, retain))
-        self._worker.wake()
+        if self._outbox is None or not keep or qos != 1:
+            acknowledgement = self._worker.publications.add(Outgoing(topic, as_bytes(payload), qos, retain))
+            self._worker.wake()
+        else:
+            acknowledgement = self._outbox.put(topic, payload, retain=retain)
+            if not defer:
+                self._outbox.wait_stored(acknowledgement)
         if wait is not None:
             acknowledgement.wait(wait)
         return acknowledgement
@@ -455,6 +493,35 @@ class Client:
     def _tell(self, event: Event) -> None:
         self._dispatcher.tell(event)
 
+    def _publish_now(self, topic: str, payload: bytes) -> Acknowledgement:
+        """Publish what somebody waits for now: behind a week's readings it would come too late."""
+        return self.publish(topic, payload, keep=False)
+
+    def _make_outbox(self, settings: OutboxSettings, now: Callable[[], datetime]) -> Outbox:
+        from birthmark.device.outbox.outbox import Outbox  # noqa: PLC0415 - SQLite, only for who has an outbox
+
+        if settings.path is None and not self._credentials.is_slot:
+            raise ConfigurationError(
+                f"could not keep an outbox for {self.device_id}: it has no state folder",
+                hint="name a file: OutboxSettings(path=...)",
+            )
+        return Outbox(
+            settings,
+            settings.path or self._credentials.pem_path.parent / OUTBOX_FILE,
+            str(self.device_id),
+            tell=self._tell,
+            wake=self._worker.wake,
+            send_from_memory=self._send_from_memory,
+            now_s=lambda: now().timestamp(),
+        )
+
+    def _send_from_memory(self, outgoing: Outgoing, acknowledgement: Acknowledgement) -> None:
+        try:
+            self._worker.publications.add(outgoing, acknowledgement)
+        except UnreachableError as error:
+            acknowledgement.settle(error)
+        self._worker.wake()
+
     def _open_apart(self, credentials: Credentials) -> Client:
         return Client(
             credentials,
@@ -471,7 +538,7 @@ class Client:
         credentials = self._credentials
         return Commands(
             self.device_id,
-            publish=self.publish,
+            publish=self._publish_now,
             failed=self._failed,
             now=self._now,
             folder=credentials.pem_path.parent if credentials.is_slot else None,

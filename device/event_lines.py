@@ -14,6 +14,7 @@ from birthmark.device.events import (
     Disconnected,
     Event,
     HandlerFailed,
+    OutboxChanged,
     RenewalChanged,
     SubscriptionDenied,
 )
@@ -62,6 +63,9 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
                 detail=shown,
                 retry_in_s=None if event.retry_in_s is None else round(event.retry_in_s, 3),
             )
+        case OutboxChanged():
+            shown = escaped(event.detail)
+            say(console, "outbox", shown, state=event.state, detail=shown)
         case HandlerFailed():
             shown = escaped(event.topic)
             say(

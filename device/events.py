@@ -73,4 +73,19 @@ class RenewalChanged:
     """When the next attempt is made, if this one did not succeed."""
 
 
-Event = Connected | Disconnected | AttemptFailed | SubscriptionDenied | HandlerFailed | RenewalChanged
+OutboxCondition = Literal["waiting", "drained", "dropping", "failing", "working", "set-aside"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxChanged:
+    """The outbox has come to another state."""
+
+    state: OutboxCondition
+    """`waiting`: it has messages from before this start; `set-aside`: its file was of no use, a new one began."""
+    detail: str
+    """For people; a file's path in it is not escaped."""
+
+
+Event = (
+    Connected | Disconnected | AttemptFailed | SubscriptionDenied | HandlerFailed | RenewalChanged | OutboxChanged
+)

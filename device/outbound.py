@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
+    from birthmark.device.outbox.outbox import Delivery, Outbox
     from birthmark.device.publication import Outgoing
 
 MAX_UNACKNOWLEDGED = 10_000
@@ -25,27 +26,32 @@ MAX_UNACKNOWLEDGED = 10_000
 
 
 class Publications:
-    """The messages that the broker does not have yet, and who waits for its word."""
+    """The messages that the broker does not have yet, and who waits for its word.
+
+    Those in memory go before those in the outbox, which may be a week's.
+    """
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
         self._unsent: deque[tuple[Outgoing, Acknowledgement]] = deque()
-        self._unacknowledged: dict[int, tuple[Outgoing, Acknowledgement]] = {}
+        self._unacknowledged: dict[int, tuple[Outgoing, Acknowledgement | Delivery]] = {}
         self._is_closed = False
+        self.outbox: Outbox | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether the broker has everything."""
-        return not self._unsent and not self._unacknowledged
+        in_memory = self._unsent or self._unacknowledged
+        return not in_memory and (self.outbox is None or self.outbox.is_empty)
 
-    def add(self, outgoing: Outgoing) -> Acknowledgement:
-        """Queue a message.
+    def add(self, outgoing: Outgoing, acknowledgement: Acknowledgement | None = None) -> Acknowledgement:
+        """Queue a message in memory.
 
         Raises:
             UnreachableError: too many wait already, or the client has stopped.
         """
         what = f"publish to {escaped(outgoing.topic)}"
-        acknowledgement = Acknowledgement(what)
+        acknowledgement = acknowledgement or Acknowledgement(what)
         with self._changed:
             if self._is_closed:
                 raise UnreachableError(f"could not {what}: the client has stopped")
@@ -64,6 +70,8 @@ class Publications:
             while self._unsent:
                 outgoing, acknowledgement = self._unsent.popleft()
                 self._unacknowledged[publish(outgoing)] = (outgoing, acknowledgement)
+            for delivery in self.outbox.take() if self.outbox else ():
+                self._unacknowledged[publish(delivery.outgoing)] = (delivery.outgoing, delivery)
 
     def send_now(self, outgoing: Outgoing, publish: Callable[[Outgoing], int]) -> None:
         """Publish one message before all that wait."""
@@ -83,18 +91,17 @@ class Publications:
         with self._changed:
             once = [packet_id for packet_id, (sent, _) in self._unacknowledged.items() if sent.qos == 0]
             for packet_id in once:
-                _, acknowledgement = self._unacknowledged.pop(packet_id)
-                acknowledgement.settle(
-                    UnreachableError(f"could not {acknowledgement.what}: the connection was lost")
-                )
+                sent, acknowledgement = self._unacknowledged.pop(packet_id)
+                what = f"publish to {escaped(sent.topic)}"
+                acknowledgement.settle(UnreachableError(f"could not {what}: the connection was lost"))
             self._changed.notify_all()
 
     def close(self) -> None:
         """Take no more, and give up what waits."""
         with self._changed:
             self._is_closed = True
-            for _, acknowledgement in (*self._unsent, *self._unacknowledged.values()):
-                acknowledgement.settle(stopped_first(acknowledgement))
+            for sent, acknowledgement in (*self._unsent, *self._unacknowledged.values()):
+                acknowledgement.settle(stopped_first(f"publish to {escaped(sent.topic)}"))
             self._unsent.clear()
             self._unacknowledged.clear()
             self._changed.notify_all()
@@ -164,9 +171,9 @@ class Subscriptions:
         """Give up what was not answered."""
         with self._changed:
             for _, acknowledgement in self._wanted.values():
-                acknowledgement.settle(stopped_first(acknowledgement))
+                acknowledgement.settle(stopped_first(acknowledgement.what))
 
 
-def stopped_first(acknowledgement: Acknowledgement) -> UnreachableError:
+def stopped_first(what: str) -> UnreachableError:
     """Say that a client was stopped before the broker answered."""
-    return UnreachableError(f"could not {acknowledgement.what}: the client stopped first")
+    return UnreachableError(f"could not {what}: the client stopped first")

@@ -65,13 +65,61 @@ def as_bytes(payload: Payload) -> bytes:
         raise LocalProtocolError("could not publish a mapping: JSON cannot hold what is in it") from error
 
 
-class Acknowledgement:
-    """The broker's answer to one PUBLISH or SUBSCRIBE, in the making."""
+def with_id(payload: Payload, key: str, message_id: str) -> Payload:
+    """Return a mapping with an id under `key`, unless it has one of its own there; another payload as it is."""
+    if isinstance(payload, bytes | str) or key in payload:
+        return payload
+    return {**payload, key: message_id}
 
-    def __init__(self, what: str) -> None:
+
+class Acknowledgement:
+    """The broker's answer to one PUBLISH or SUBSCRIBE, in the making; with an outbox, the disk's before that.
+
+    Args:
+        what: what is waited for, for errors.
+        is_kept: whether an outbox takes it.
+
+    Attributes:
+        message_id: the id of a message in an outbox; empty for others.
+    """
+
+    message_id: str = ""
+
+    def __init__(self, what: str, *, is_kept: bool = False) -> None:
         self.what = what
         self._settled = threading.Event()
         self._error: BirthmarkError | None = None
+        self._stored = threading.Event() if is_kept else None
+        self._not_stored: BirthmarkError | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is on this device's disk, or was; never without an outbox."""
+        return self._stored is not None and self._stored.is_set() and self._not_stored is None
+
+    def settle_stored(self, error: BirthmarkError | None = None) -> None:
+        """Say that it is on the disk, or why it will never be."""
+        if self._stored is not None and not self._stored.is_set():
+            self._not_stored = error
+            self._stored.set()
+
+    def wait_stored(self, timeout_s: float | None = None) -> None:
+        """Wait until it is on the disk, so that neither a power cut nor a kill can lose it.
+
+        Raises:
+            SystemFailureError: the disk does not take it.
+            UnreachableError: the outbox is full, or it was not stored within `timeout_s` (None: wait for ever).
+            LocalProtocolError: no outbox keeps it.
+        """
+        if self._stored is None:
+            raise LocalProtocolError(
+                f"could not wait until it is stored to {self.what}: no outbox keeps it",
+                hint="give the client an outbox (docs/outbox.md)",
+            )
+        if not self._stored.wait(timeout_s):
+            raise UnreachableError(f"could not {self.what}: the disk did not take it within {timeout_s:g} s")
+        if self._not_stored is not None:
+            raise self._not_stored
 
     @property
     def done(self) -> bool:

@@ -11,7 +11,7 @@ from birthmark.device import event_lines
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
@@ -67,11 +67,12 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     forbid_core_dumps()
     broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
-    credentials = Credentials.from_folder(arguments.state, broker=broker)
     event_lines.show_warnings(console)
     with stopping_on_signals() as stopping:
         running = _Running(console, stopping, once=arguments.once, give_up_after_s=arguments.give_up_after)
-        client = Client(credentials, observe=running.observe, renewal_port=arguments.renewal_port)
+        client = Client.from_folder(
+            arguments.state, broker=broker, observe=running.observe, renewal_port=arguments.renewal_port
+        )
         client.command()(running.answer)
         client.start()
         try:

@@ -275,6 +275,9 @@ class Worker:
         if self._farewell_by is not None:
             now = time.monotonic()
             due = [self._farewell_by if now < self._farewell_by else self._farewell_by + LEAVE_S]
+        outbox = self.publications.outbox
+        if began is not None and outbox is not None and (rate_s := outbox.wait_s()) is not None:
+            due.append(time.monotonic() + rate_s)
         return max(0.0, min((at - time.monotonic() for at in due), default=MAX_WAIT_S))
 
     def _set_opening(self, *, is_opening: bool) -> None:
@@ -368,6 +371,8 @@ class Worker:
     def mqtt_connected(self, *, session_present: bool) -> None:
         """CONNACK 0: subscribe and say that we are here, before paho sends again what was not acknowledged."""
         self._session_present = session_present
+        if self.publications.outbox is not None:
+            self.publications.outbox.connected()
         self.subscriptions.ask_for_all(self._link.subscribe)
         if self._has_presence:
             self.publications.send_now(

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import device, messages, registry
+from bench import device, messages, outbox, registry
 from bench.fleet_pki import FleetPki
 from bench.peers import BIRTHMARK, MOSQUITTO, peer
 from bench.report import Figure, line, to_json, to_svg
@@ -166,3 +166,9 @@ def test_a_registry_is_measured_by_its_size(tmp_path: Path) -> None:
     assert [list(figure.values) for figure in figures] == [["5 rows", "50 rows"]] * 3
     assert all(figure.ratio is not None for figure in figures)
     assert len(told) == 2
+
+
+def test_an_outbox_is_measured() -> None:
+    written, rates = outbox.figures(1, lambda _: None)
+    assert set(rates.values) == set(outbox.KINDS)
+    assert all(value > 0 for values in (*written.values.values(), *rates.values.values()) for value in values)

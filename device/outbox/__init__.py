@@ -1,0 +1,1 @@
+"""What a device has published and the broker has not accepted yet, on disk."""

@@ -1,0 +1,314 @@
+"""The outbox's file: SQLite with a write-ahead log (https://sqlite.org/wal.html), used by one thread.
+
+Rules:
+
+- What `write` was given is on disk when it returns (`synchronous=FULL`: one sync a call), whole or not at all.
+- One process has the file (`locking_mode=EXCLUSIVE`): two would send everything twice. No `-shm` file is needed.
+- Numbers rise for as long as the file lives, and none comes twice: they are reserved a thousand at a time, so
+  that a message costs no page of its own for that.
+- The file and what belongs to it can be read by its owner alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sqlite3
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device.durable import sync_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+VERSION: Final = 1
+APPLICATION: Final = 0x6269726D
+RESERVED_AT_ONCE: Final = 1000
+SALVAGED_AT_ONCE: Final = 256
+PAGE_BYTES: Final = 1024
+"""A sync writes whole pages: small ones make a small message cheap on an SD card (docs/outbox.md)."""
+WAL_PAGES: Final = 2048
+"""After so many the log is written back: pages that were written again and again since are written once then."""
+
+_SCHEMA: Final = f"""
+CREATE TABLE messages (
+    seq INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, retain INTEGER NOT NULL,
+    priority INTEGER NOT NULL, size INTEGER NOT NULL, at REAL NOT NULL
+);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {VERSION};
+"""
+_COLUMNS: Final = "seq, topic, payload, retain, priority, at"
+_PARTS: Final = ("", "-wal", "-journal", "-shm")
+
+
+class DatabaseFailedError(Exception):
+    """The file cannot be used now; it may be in a while. Raised within the outbox only.
+
+    Args:
+        cause: in words for people.
+        is_readable: whether what is in it can be read meanwhile.
+    """
+
+    def __init__(self, cause: str, *, is_readable: bool = False) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.is_readable = is_readable
+
+
+class DatabaseUnfitError(DatabaseFailedError):
+    """The file will never do: it is damaged, or another device's.
+
+    Args:
+        cause: in words for people.
+        suffix: what its name is to end in, out of the way.
+    """
+
+    def __init__(self, cause: str, suffix: str = ".damaged") -> None:
+        super().__init__(cause)
+        self.suffix = suffix
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One message."""
+
+    seq: int
+    topic: str
+    payload: bytes
+    retain: bool
+    priority: int
+    at: float
+    """When it was published, in seconds since 1970 by the device's clock."""
+
+    @property
+    def size(self) -> int:
+        """What counts against the limit in bytes."""
+        return len(self.topic.encode()) + len(self.payload)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is in the file, counted."""
+
+    messages: int
+    bytes: int
+    oldest_at: float | None
+    dropped: int
+    """How many had to give way, ever."""
+
+
+class Database:
+    """The open file.
+
+    Args:
+        path: where; it is made if it is not there.
+        owner: whose messages these are.
+        by_priority: whether `victim` goes by priority, and needs an index.
+
+    Raises:
+        DatabaseFailedError: it cannot be opened now.
+        DatabaseUnfitError: it never can: see `set_aside`.
+    """
+
+    def __init__(self, path: Path, owner: str, *, by_priority: bool) -> None:
+        self._order = "priority, seq" if by_priority else "seq"
+        try:
+            is_new = not path.exists()
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if is_new:
+                sync_folder(path.parent)
+        except OSError as error:
+            raise DatabaseFailedError(error.strerror or str(error)) from error
+        with _failures():
+            self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        self._reserved = 0
+        try:
+            with _failures():
+                self._prepare(owner, by_priority=by_priority)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, owner: str, *, by_priority: bool) -> None:
+        run = self._connection.execute
+        run(f"PRAGMA page_size = {PAGE_BYTES}")
+        run("PRAGMA locking_mode = EXCLUSIVE")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        run(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+        run(f"PRAGMA journal_size_limit = {WAL_PAGES * PAGE_BYTES}")
+        with self._transaction():
+            (version,) = run("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    run(statement)
+                run("INSERT INTO facts VALUES ('owner', ?), ('epoch', ?)", (owner, secrets.token_hex(4)))
+            elif version != VERSION:
+                raise DatabaseUnfitError(f"it is of another version ({version})", f".version-{version}")
+        whose = str(self._fact("owner", ""))
+        if whose != owner:
+            raise DatabaseUnfitError(f"it is another device's ({whose})", ".of-another")
+        if by_priority:
+            run("CREATE INDEX IF NOT EXISTS by_priority ON messages (priority, seq)")
+        else:
+            run("DROP INDEX IF EXISTS by_priority")
+        self.epoch = str(self._fact("epoch", ""))
+        (highest,) = run("SELECT max(seq) FROM messages").fetchone()
+        self.next_seq = max(int(highest or 0) + 1, int(self._fact("reserved", 1)))
+        self._reserved = self.next_seq
+
+    def contents(self) -> Contents:
+        """Count what is there."""
+        with _failures():
+            run = self._connection.execute
+            messages, size = run("SELECT count(*), total(size) FROM messages").fetchone()
+            oldest = run("SELECT at FROM messages ORDER BY seq LIMIT 1").fetchone()
+            dropped = self._fact("dropped", 0)
+        return Contents(messages, int(size), oldest[0] if oldest else None, int(dropped))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make what is done in the block durable at its end, in one sync; or nothing of it, if it fails."""
+        with _failures(), self._transaction():
+            yield
+
+    def add(self, row: Row) -> None:
+        """Add a message; within `writing`."""
+        if row.seq >= self._reserved:
+            self._reserved = row.seq + RESERVED_AT_ONCE
+            self._set_fact("reserved", self._reserved)
+        self._connection.execute(
+            "INSERT OR REPLACE INTO messages (seq, topic, payload, retain, priority, size, at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (row.seq, row.topic, row.payload, row.retain, row.priority, row.size, row.at),
+        )
+
+    def remove(self, numbers: Iterable[int]) -> None:
+        """Remove messages; within `writing`."""
+        self._connection.executemany("DELETE FROM messages WHERE seq = ?", ((number,) for number in numbers))
+
+    def victim(self, after: int, below_priority: int) -> tuple[int, int] | None:
+        """Return number and size of the message after `after` that gives way first, if one does.
+
+        Only the order by priority looks at `below_priority`: it names none that is more important than that.
+        """
+        limit = "AND priority <= ?2" if self._order != "seq" else ""
+        found = self._connection.execute(
+            f"SELECT seq, size FROM messages WHERE seq > ?1 {limit} ORDER BY {self._order} LIMIT 1",  # noqa: S608
+            (after, below_priority)[: 2 if limit else 1],
+        ).fetchone()
+        return (int(found[0]), int(found[1])) if found else None
+
+    def count_dropped(self, total: int) -> None:
+        """Remember how many had to give way, ever; within `writing`."""
+        self._set_fact("dropped", total)
+
+    def page(self, after: int, limit: int, max_bytes: int) -> Sequence[Row]:
+        """Return the next messages after a number, in order: at most `limit`, and one or up to `max_bytes`."""
+        rows: list[Row] = []
+        size = 0
+        with _failures():
+            for row in self._connection.execute(
+                f"SELECT {_COLUMNS} FROM messages WHERE seq > ? ORDER BY seq LIMIT ?",  # noqa: S608
+                (after, limit),
+            ):
+                rows.append(_row(row))
+                size += rows[-1].size
+                if size >= max_bytes:
+                    break
+        return rows
+
+    def close(self) -> None:
+        """Close; what is in the log is written back, if that can be done."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+
+    def _fact(self, name: str, default: str | int) -> str | int:
+        found = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return found[0] if found and isinstance(found[0], str | int) else default
+
+    def _set_fact(self, name: str, value: int) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        reserved = self._reserved
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._reserved = reserved
+            with contextlib.suppress(sqlite3.Error):  # a full disk has rolled it back already
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename a file that is of no use, with its log, in the place of an earlier one, and return its new name.
+
+    Raises:
+        DatabaseFailedError: it cannot be renamed.
+    """
+    aside = path.with_name(path.name + suffix)
+    try:
+        for part in _PARTS:
+            aside.with_name(aside.name + part).unlink(missing_ok=True)
+        for part in reversed(_PARTS):
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(path.name + part).rename(aside.with_name(aside.name + part))
+        sync_folder(path.parent)
+    except OSError as error:
+        raise DatabaseFailedError(error.strerror or str(error)) from error
+    return aside
+
+
+def salvaged(path: Path) -> Iterator[list[Row]]:
+    """Yield what can still be read of a damaged file, in pieces: from its beginning, and then from its end."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+        low, high = 0, 2**62
+        for end in ("ASC", "DESC"):
+            rows = _readable(connection, end, low, high)
+            while piece := list(islice(rows, SALVAGED_AT_ONCE)):
+                yield piece
+                low, high = (piece[-1].seq, high) if end == "ASC" else (low, piece[-1].seq)
+
+
+def _readable(connection: sqlite3.Connection, end: str, low: int, high: int) -> Iterator[Row]:
+    """Yield the messages between two numbers from one end on, up to the first that cannot be read."""
+    statement = f"SELECT {_COLUMNS} FROM messages WHERE seq > ? AND seq < ? ORDER BY seq {end}"  # noqa: S608
+    with contextlib.suppress(sqlite3.Error, TypeError, ValueError):
+        for row in connection.execute(statement, (low, high)):
+            yield _row(row)
+
+
+def _row(columns: tuple[int, str, bytes, int, int, float]) -> Row:
+    seq, topic, payload, retain, priority, at = columns
+    return Row(int(seq), str(topic), bytes(payload), bool(retain), int(priority), float(at))
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
+            raise DatabaseUnfitError(f"it is damaged ({error})") from error
+        is_readable = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
+        raise DatabaseFailedError(_CAUSES.get(code, str(error)), is_readable=is_readable) from error
+
+
+_CAUSES: Final = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_BUSY: "another process has it: two clients with one outbox would send everything twice",
+    sqlite3.SQLITE_READONLY: "it cannot be written: the file system is read-only, or the file is another user's",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened",
+    sqlite3.SQLITE_IOERR: "the disk fails (I/O error)",
+}
