@@ -10,7 +10,7 @@ Rules:
   transaction appends what is missing; an entry that is here already is not appended again. So the two agree,
   and a cut at the log's end shows too.
 - What a transaction finds missing of the one before it, it puts back and records as RESTORED: a command was
-  killed there, or somebody cut the log's end. `verify` names every such place.
+  killed there, or somebody cut the log's end. `audit verify` names every such place.
 - A torn last line, which a power cut can leave, is replaced when it is the beginning of the missing entry;
   anything else is evidence and stays.
 - The chain makes tampering evident, it does not stop it: a log that was damaged never keeps anybody from
@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.durable import sync_folder
@@ -62,8 +62,8 @@ def chained(
         "details": dict(details),
         "previous": head.hash,
     }
-    digest = _digest(entry)
-    return _dumped({**entry, "hash": digest}), Head(head.seq + 1, digest)
+    own_hash = digest(entry)
+    return written({**entry, "hash": own_hash}), Head(head.seq + 1, own_hash)
 
 
 def append_missing(path: Path, lines: Sequence[str]) -> int:
@@ -103,113 +103,24 @@ def append_missing(path: Path, lines: Sequence[str]) -> int:
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One place where the log is not what was written.
-
-    `line` is counted from 1; 0 stands for the end of the log.
-    """
-
-    line: int
-    kind: str
-    """`edited`, `cut`, `moved`, `inserted` or `torn`."""
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What `verify` found."""
-
-    entries: int
-    head: Head
-    problems: tuple[Problem, ...] = field(default=())
-    restored: tuple[str, ...] = field(default=())
-    """Where lines were missing at the log's end, and were put back: a kill, or a cut."""
-
-
-def verify(path: Path, expected: Head) -> Verdict:
-    """Check the whole log against itself and against the head that the registry remembers.
-
-    Raises:
-        RegistryError: the log cannot be read.
-    """
-    problems: list[Problem] = []
-    head = Head()
-    entries = 0
-    restored: list[str] = []
-    seen: dict[int, int] = {}
-    for number, raw in _lines(path):
-        entry = _parsed(raw)
-        if entry is None:
-            problems.append(Problem(number, "edited", f"line {number} is no audit entry"))
-            continue
-        entries += 1
-        seq = entry["seq"]
-        if entry["action"] == RESTORED:
-            restored.append(_shown_restored(number, entry))
-        problem = _check(number, raw, entry, head, seen)
-        if problem:
-            problems.append(problem)
-        seen.setdefault(seq, number)
-        if seq > head.seq:
-            # Go on from what the entry says of itself, so that one edit is reported once and in its place.
-            head = Head(seq, entry["hash"])
-    problems.extend(_check_end(head, expected))
-    return Verdict(entries, head, tuple(problems), tuple(restored))
-
-
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the log's entries in their order; lines that are none are left out.
 
     Raises:
         RegistryError: the log cannot be read.
     """
-    for _, raw in _lines(path):
-        entry = _parsed(raw)
+    for _, raw in lines_of(path):
+        entry = parsed(raw)
         if entry is not None:
             yield entry
 
 
-def _shown_restored(number: int, entry: Mapping[str, Any]) -> str:
-    count = entry["details"].get("lines")
-    what = "1 line was missing and was" if count == 1 else f"{count} lines were missing and were"
-    return f"before line {number} (entry {entry['seq']}, {escaped(entry['at'][:19])}Z), {what} put back"
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the log's lines without their ends, counted from 1; a log that is not there has none.
 
-
-def _check(number: int, raw: bytes, entry: dict[str, Any], head: Head, seen: Mapping[int, int]) -> Problem | None:
-    seq = entry["seq"]
-    where = f"line {number} (entry {seq})"
-    if raw != _dumped(entry).encode():
-        # Other readers of JSON may see something else in it: a key given twice, another encoding.
-        return Problem(number, "edited", f"{where} was edited: it is not written as this program writes")
-    if _digest({key: value for key, value in entry.items() if key != "hash"}) != entry["hash"]:
-        return Problem(number, "edited", f"{where} was edited: its content does not fit its hash")
-    if seq in seen:
-        return Problem(number, "inserted", f"{where} repeats the entry of line {seen[seq]}")
-    if seq <= head.seq:
-        return Problem(number, "moved", f"{where} is out of order: it belongs before entry {head.seq}")
-    if seq > head.seq + 1:
-        gap = f"entry {seq - 1}" if seq == head.seq + 2 else f"entries {head.seq + 1} to {seq - 1}"
-        return Problem(number, "cut", f"before {where}, {gap} {'is' if seq == head.seq + 2 else 'are'} missing")
-    if entry["previous"] != head.hash:
-        return Problem(
-            number, "edited", f"{where} does not continue the entry before it: one of them was replaced"
-        )
-    return None
-
-
-def _check_end(head: Head, expected: Head) -> Iterator[Problem]:
-    if head.seq < expected.seq:
-        text = f"the log ends with entry {head.seq}, but the registry remembers {expected.seq}: its end was cut"
-        yield Problem(0, "cut", text)
-    elif head.seq > expected.seq:
-        text = f"the log ends with entry {head.seq}, but the registry remembers only {expected.seq}"
-        yield Problem(0, "inserted", text)
-    elif head.hash != expected.hash:
-        yield Problem(0, "edited", f"entry {head.seq} is not the one that the registry remembers")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    Raises:
+        RegistryError: the log cannot be read.
+    """
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -222,7 +133,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def _parsed(raw: bytes) -> dict[str, Any] | None:
+def parsed(raw: bytes) -> dict[str, Any] | None:
+    """Return the entry that a line is; None if it is none."""
     try:
         entry = json.loads(raw)
     except (ValueError, RecursionError):
@@ -254,11 +166,14 @@ def described(entry: Mapping[str, Any]) -> str:
     )
 
 
-def _digest(entry: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_dumped(entry).encode()).hexdigest()
+def digest(entry: Mapping[str, Any]) -> str:
+    """Return the hash of an entry: over all of it but `hash`."""
+    entry = {key: value for key, value in entry.items() if key != "hash"}
+    return hashlib.sha256(written(entry).encode()).hexdigest()
 
 
-def _dumped(entry: Mapping[str, Any]) -> str:
+def written(entry: Mapping[str, Any]) -> str:
+    """Return an object as the log has it: in one way only."""
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 

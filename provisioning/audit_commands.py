@@ -1,16 +1,23 @@
-"""`birthmark audit verify | show`: their options and their answers."""
+"""`birthmark audit verify | show | export`: their options and their answers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.errors import RegistryError
-from birthmark.provisioning import audit
+from birthmark.device.durable import durable_file, remove_leftovers
+from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.provisioning import audit, audit_check, audit_view
 from birthmark.provisioning.options import add_station_option, open_station
 
 if TYPE_CHECKING:
     import argparse
+    from datetime import datetime
+
+    from birthmark.provisioning.station import Station
 
 _MOST_PLACES = 20
 
@@ -19,47 +26,48 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add these commands."""
     parser = commands.add_parser(
         "audit",
-        help="check or read the audit log",
-        description="check or read the audit log",
+        help="check, read or export the audit log",
+        description="check, read or export the audit log",
         examples="birthmark audit verify\nbirthmark audit show --last 20",
     )
     actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
         title="actions", metavar="ACTION", required=True
     )
-    verify = command(
+    _add_verify(actions)
+    _add_show(actions)
+    _add_export(actions)
+
+
+def _add_verify(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
         actions,
         "verify",
         _verify,
         "check that nothing in the log was edited, cut or moved",
         "birthmark audit verify\nbirthmark audit verify --json",
     )
-    show = command(
-        actions,
-        "show",
-        _show,
-        "print the log",
-        """\
-birthmark audit show --last 20
-birthmark audit show --subject sensor-17
-birthmark audit show --action revoke --json""",
-    )
-    for each in (verify, show):
-        add_station_option(each)
-    show.add_argument("--last", type=int, metavar="N", help="only the last N entries")
-    show.add_argument("--subject", metavar="ID", help="only entries about this identity or gateway")
-    show.add_argument("--action", metavar="ACTION", help="only entries of this kind, such as revoke")
+    add_station_option(parser)
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
-    expected = station.registry.audit_head()
-    verdict = audit.verify(station.registry.audit_path, expected)
+    return _tell(audit_check.check(station.registry), station.registry.audit_path, console)
+
+
+def _tell(verdict: audit_check.Verdict, path: Path, console: Console) -> int:
     record = {
         "sound": not verdict.problems,
         "entries": verdict.entries,
         "head": verdict.head.hash,
         "problems": [
-            {"line": problem.line, "kind": problem.kind, "text": problem.text} for problem in verdict.problems
+            {
+                "line": problem.line,
+                "kind": problem.kind,
+                "text": problem.text,
+                "expected": problem.expected,
+                "found": problem.found,
+            }
+            for problem in verdict.problems
         ],
         "restored": list(verdict.restored),
     }
@@ -68,22 +76,106 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
     if not verdict.problems:
         console.emit(record, f"{verdict.entries} entries, all sound; the last one's hash is {verdict.head.hash}")
         return 0
-    lines = [f"{station.registry.audit_path} is not what was written:"]
-    lines += [f"  {problem.text}" for problem in verdict.problems]
+    lines = [f"{path} is not what was written:"]
+    for problem in verdict.problems[:_MOST_PLACES]:
+        lines.append(f"  {problem.text}")
+        lines += [f"    expected hash {problem.expected}"] if problem.expected else []
+        lines += [f"    found hash    {problem.found}"] if problem.found else []
+    if len(verdict.problems) > _MOST_PLACES:
+        lines.append(f"  and {len(verdict.problems) - _MOST_PLACES} more: --json has all")
     console.emit(record, "\n".join(lines))
     return RegistryError.exit_code
 
 
+def _add_choice(parser: Parser) -> None:
+    add_station_option(parser)
+    parser.add_argument(
+        "--since", metavar="TIME", help="only from this time on: 2026-11-27, 2026-11-27T08:30Z, 3d"
+    )
+    parser.add_argument("--until", metavar="TIME", help="only before this time")
+    parser.add_argument("--subject", default="", metavar="ID", help="only about this identity or gateway; * and ?")
+    parser.add_argument(
+        "--action", default="", metavar="ACTION", help="only of this kind, such as revoke; * and ?"
+    )
+    parser.add_argument("--actor", default="", metavar="WHO", help="only by this user@host; * and ?")
+
+
+def _choice(arguments: argparse.Namespace, station: Station) -> audit_view.Choice:
+    now = station.clock()
+    return audit_view.Choice(
+        _moment(arguments.since, now),
+        _moment(arguments.until, now),
+        arguments.subject,
+        arguments.action,
+        arguments.actor,
+    )
+
+
+def _moment(text: str | None, now: datetime) -> datetime | None:
+    try:
+        return None if text is None else audit_view.moment(text, now)
+    except ValueError as error:
+        raise ConfigurationError(f"could not choose entries: {error}", hint="see --help") from error
+
+
+def _add_show(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "show",
+        _show,
+        "print the log",
+        """\
+birthmark audit show --last 20
+birthmark audit show --subject 'sensor-1*' --since 7d
+birthmark audit show --action revoke --json""",
+    )
+    _add_choice(parser)
+    parser.add_argument("--last", type=int, metavar="N", help="only the last N entries")
+
+
 def _show(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
+    choice = _choice(arguments, station)
     station.registry.audit_head()  # brings the log up to date
-    entries = [
-        entry
-        for entry in audit.read(station.registry.audit_path)
-        if (arguments.subject is None or entry["subject"].lower() == arguments.subject.lower())
-        and (arguments.action is None or entry["action"] == arguments.action)
-    ]
+    entries: Any = audit_view.chosen(station.registry.audit_path, choice)
     if arguments.last is not None:
-        entries = entries[-arguments.last :] if arguments.last > 0 else []
+        entries = deque(entries, maxlen=max(0, arguments.last))
     for entry in entries:
         console.emit(entry, audit.described(entry))
+
+
+def _add_export(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "export",
+        _export,
+        "write the log, or a part of it, for another program",
+        """\
+birthmark audit export --out audit.jsonl
+birthmark audit export --format csv --since 2026-11-01 --until 2026-12-01 --out november.csv
+birthmark audit export --action revoke | jq .subject""",
+    )
+    _add_choice(parser)
+    parser.add_argument("--format", choices=audit_view.FORMATS, default="jsonl", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: stdout)")
+
+
+def _export(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    choice = _choice(arguments, station)
+    with station.registry.transaction() as transaction:
+        # Before anything leaves; so an export of everything ends with its own entry.
+        to = str(arguments.out) if arguments.out else "stdout"
+        transaction.record("export", "audit-log", to=to, format=arguments.format, **choice.facts())
+    entries = audit_view.chosen(station.registry.audit_path, choice)
+    lines = audit_view.exported(entries, arguments.format)
+    if arguments.out is None:
+        sys.stdout.writelines(lines)
+        return
+    count = -1 if arguments.format == "csv" else 0  # the headings
+    remove_leftovers(arguments.out.parent, arguments.out.name)
+    with durable_file(arguments.out) as file:
+        for line in lines:
+            file.write(line.encode())
+            count += 1
+    console.emit({"file": str(arguments.out), "entries": count}, f"{arguments.out}: {count} entries")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import ConfigurationError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit_check
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.options import (
@@ -126,7 +126,7 @@ def _backup(arguments: argparse.Namespace, console: Console) -> None:
         return
     station = open_station(arguments)
     passphrase = _backup_passphrase(arguments, confirm=True)
-    problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    problems = audit_check.check(station.registry).problems
     if problems:
         console.warn("the audit log does not verify, and goes into the backup as it is: `birthmark audit verify`")
     manifest = back_up(station, arguments.file, passphrase, extra=arguments.include)

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from birthmark.device.durable import durable_file, private_folder, rename_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError
 from birthmark.device.pem import CRL, read_blocks
-from birthmark.provisioning import audit, founding
+from birthmark.provisioning import audit_check, founding
 from birthmark.provisioning.backup import LAST_BACKUP_AT, Manifest, opened
 from birthmark.provisioning.cas import Ca, read_cas
 from birthmark.provisioning.crls import (
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
+    from birthmark.provisioning.audit_places import Problem
     from birthmark.provisioning.backup import Member
     from birthmark.provisioning.passphrase import PassphraseSource
     from birthmark.provisioning.registry.interface import Transaction
@@ -92,7 +93,7 @@ class Restored:
     manifest: Manifest
     crls: CrlSet
     merged: tuple[Merged, ...]
-    audit_problems: tuple[audit.Problem, ...]
+    audit_problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +190,10 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
 
 def _continue(
     station: Station, manifest: Manifest, crls: Sequence[Path], timeout_s: float
-) -> tuple[tuple[audit.Problem, ...], tuple[Merged, ...], CrlSet]:
+) -> tuple[tuple[Problem, ...], tuple[Merged, ...], CrlSet]:
     # Every key that is to sign fits its certificate, or this ends here.
     unlock_all(station, [ca.key_id for ca in station.cas.issuing])
-    problems = audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    problems = audit_check.check(station.registry).problems
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
     found, unknown = _from_gateways(station, timeout_s)
     now = station.clock()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from birthmark.device.errors import RegistryError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit_check
 from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import Kind, Row
@@ -108,7 +108,7 @@ def test_sixteen_that_wait_share_a_write(registry: GroupedRegistry, beneath: Slo
             future.result(30)
     assert sorted(names(registry)) == sorted(["first", *(f"row-{n}" for n in range(16))])
     assert beneath.writes == 2
-    verdict = audit.verify(beneath.audit_path, beneath.audit_head())
+    verdict = audit_check.check(beneath)
     assert (verdict.problems, verdict.entries) == ((), 17)
 
 
@@ -132,7 +132,7 @@ def test_a_share_that_fails_is_undone_alone(registry: GroupedRegistry, beneath: 
     with registry.view() as view:
         assert view.counter("count") == 8
         assert [row.number for row in view.rows()] == list(range(1, 10)), "no number is lost to a failed share"
-    assert not audit.verify(beneath.audit_path, beneath.audit_head()).problems
+    assert not audit_check.check(beneath).problems
 
 
 def test_a_leader_that_fails_takes_nobody_with_it(registry: GroupedRegistry, beneath: Slow) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.station import NOON
 
 from birthmark.device.errors import RegistryError
-from birthmark.provisioning.audit import Head, append_missing, chained, described, read, verify
+from birthmark.provisioning.audit import Head, append_missing, chained, described, digest, read, written
+from birthmark.provisioning.audit_check import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +82,7 @@ def test_an_edit_is_found_and_located(log: Path, key: str) -> None:
     assert "line 3" in first.text
 
 
-def test_an_edit_with_its_hash_made_to_fit_is_found_at_the_next_entry(log: Path) -> None:
+def test_an_edit_with_its_hash_made_to_fit_is_found(log: Path) -> None:
     def change(lines: list[str]) -> list[str]:
         forged, _ = chained(
             Head(2, json.loads(lines[1])["hash"]), at=NOON, actor="x", action="issue", subject="d-3", details={}
@@ -90,7 +91,8 @@ def test_an_edit_with_its_hash_made_to_fit_is_found_at_the_next_entry(log: Path)
 
     rewrite(log, change)
     problems = verify(log, HEAD).problems
-    assert [(problem.line, problem.kind) for problem in problems] == [(4, "edited")]
+    assert [(problem.line, problem.kind) for problem in problems] == [(3, "edited")]
+    assert "entry 4 names another" in problems[0].text
 
 
 def test_a_log_rewritten_from_some_place_on_does_not_fit_the_registry(log: Path) -> None:
@@ -104,7 +106,8 @@ def test_a_log_rewritten_from_some_place_on_does_not_fit_the_registry(log: Path)
 
     rewrite(log, change)
     problems = verify(log, HEAD).problems
-    assert [(problem.line, problem.kind) for problem in problems] == [(0, "edited")]
+    assert [(problem.line, problem.kind, problem.expected) for problem in problems] == [(6, "edited", HEAD.hash)]
+    assert "the registry remembers another; what is before it" in problems[0].text
 
 
 @pytest.mark.parametrize(("start", "end", "line"), [(0, 1, 1), (1, 2, 2), (2, 5, 3)])
@@ -125,23 +128,24 @@ def test_a_cut_at_the_end_is_found(log: Path, kept: int) -> None:
 
 def test_entries_that_changed_places_are_found(log: Path) -> None:
     rewrite(log, lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]])
-    problems = verify(log, HEAD).problems
-    assert {(3, "cut"), (4, "moved")} <= {(problem.line, problem.kind) for problem in problems}
+    (problem,) = verify(log, HEAD).problems
+    assert (problem.line, problem.kind) == (3, "swapped")
+    assert "line 3 (entry 4) and line 4 (entry 3)" in problem.text
 
 
 def test_entries_that_were_put_in_are_found(log: Path) -> None:
     rewrite(log, lambda lines: [*lines[:3], lines[2], *lines[3:]])
-    assert [(problem.line, problem.kind) for problem in verify(log, HEAD).problems] == [(4, "inserted")]
+    assert [(problem.line, problem.kind) for problem in verify(log, HEAD).problems] == [(4, "repeated")]
     more, _ = chain(1, HEAD)
     rewrite(log, lambda lines: [*lines[:3], *lines[4:], *more])
-    assert [(problem.line, problem.kind) for problem in verify(log, HEAD).problems] == [(0, "inserted")]
+    assert [(problem.line, problem.kind) for problem in verify(log, HEAD).problems] == [(7, "inserted")]
 
 
 @pytest.mark.parametrize("junk", ["", "{}", "[]", "null", '{"seq": 1}', "\x00", "[" * 5000])
 def test_lines_that_are_no_entries_are_found(log: Path, junk: str) -> None:
     rewrite(log, lambda lines: [*lines[:4], junk, *lines[4:]])
     problems = verify(log, HEAD).problems
-    assert [(problem.line, problem.kind) for problem in problems] == [(5, "edited")]
+    assert [(problem.line, problem.kind) for problem in problems] == [(5, "inserted")]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +207,7 @@ def test_a_foreign_end_is_kept_as_evidence(log: Path) -> None:
     more, head = chain(1, HEAD)
     append_missing(log, more)
     problems = verify(log, head).problems
-    assert [(problem.line, problem.kind) for problem in problems] == [(7, "edited")]
+    assert [(problem.line, problem.kind) for problem in problems] == [(7, "inserted")]
     assert b"somebody was here" in log.read_bytes()
 
 
@@ -225,3 +229,126 @@ def test_an_entry_is_shown_in_printable_ascii() -> None:
     assert shown.isascii()
     assert shown.isprintable()
     assert "empty" not in shown
+
+
+# --- any one tampering is found, named and located ---------------------------------------------------------------
+
+LONG, LONG_HEAD = chain(12)
+
+
+def forged(seq: int, previous: str) -> str:
+    """A line that fits itself, and nothing else."""
+    return chained(Head(seq - 1, previous), at=NOON, actor="x", action="issue", subject="forged", details={})[0]
+
+
+@given(
+    first=st.integers(0, 11),
+    second=st.integers(0, 11),
+    how=st.sampled_from(["edit", "forge", "cut", "twice", "put", "swap", "tear"]),
+)
+def test_any_one_tampering_is_named_in_its_place(
+    tmp_path_factory: pytest.TempPathFactory, first: int, second: int, how: str
+) -> None:
+    lines = list(LONG)
+    place, kinds, line = f"entry {first + 1}", {how}, first + 1
+    entry = json.loads(lines[first])
+    if how == "edit":
+        lines[first] = lines[first].replace("eve@host", "bob@host")
+        kinds = {"edited"}
+    elif how == "forge":
+        lines[first] = forged(first + 1, entry["previous"])
+        kinds = {"edited"}
+    elif how == "cut":
+        end = max(first + 1, min(second, 12))
+        del lines[first:end]
+        line = first + 1 if end < 12 else 0
+        place = str(first + 1) if line else f"ends with entry {first}"
+    elif how == "twice":
+        lines.insert(second, lines[first])
+        kinds = {"repeated"}
+        line = second + 1 if second != first else second + 2
+        place = f"repeats line {first + 1 if second > first else first + 2 if second < first else first + 1}"
+    elif how == "put":
+        lines.insert(first, forged(second + 1, "0" * 64))
+        kinds, place = {"inserted"}, f"line {first + 1}"
+    elif how == "swap":
+        if first == second:
+            return
+        lines[first], lines[second] = lines[second], lines[first]
+        kinds, line = {"swapped"}, min(first, second) + 1
+        place = f"line {max(first, second) + 1} (entry {min(first, second) + 1})"
+    path = tmp_path_factory.getbasetemp() / "tampered.jsonl"
+    content = "".join(each + "\n" for each in lines).encode()
+    if how == "tear":
+        starts = [0]
+        for each in lines:
+            starts.append(starts[-1] + len(each) + 1)
+        content = content[: starts[first] + 1 + (second * 31) % (len(lines[first]) - 1)]
+        kinds = {"torn"} if first == 11 else {"torn", "cut"}
+    path.write_bytes(content)
+
+    problems = verify(path, LONG_HEAD).problems
+
+    assert {problem.kind for problem in problems} == kinds, problems
+    assert (problems[0].line, len(problems)) == (line, len(kinds)), problems
+    assert place in problems[0].text, problems
+    if how in ("edit", "forge"):
+        assert problems[0].expected == entry["hash"]
+        assert problems[0].found == digest(json.loads(lines[first])) != entry["hash"]
+    if how == "cut":
+        assert problems[0].expected == (json.loads(LONG[end - 1])["hash"])
+
+
+@given(data=st.data())
+def test_whatever_is_done_to_a_log_something_is_said_and_nothing_fails(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    pool = [
+        *LONG,
+        forged(4, "0" * 64),
+        forged(10**15, "f" * 64),
+        forged(-3, "x"),
+        forged(0, ""),
+        "",
+        "{}",
+        LONG[3][:40],
+    ]
+    lines = data.draw(st.lists(st.sampled_from(pool), max_size=16))
+    path = tmp_path_factory.getbasetemp() / "whatever.jsonl"
+    path.write_text("".join(each + "\n" for each in lines))
+    verdict = verify(path, LONG_HEAD, [LONG_HEAD])
+    assert bool(verdict.problems) is (lines != LONG)
+    assert all(0 <= problem.line <= len(lines) for problem in verdict.problems)
+    numbers = [problem.line for problem in verdict.problems if problem.kind != "rewritten"]
+    assert numbers == sorted(numbers, key=lambda number: (number == 0, number))
+    verify(path, None)
+    verify(path, Head(10**15, "a" * 64))
+
+
+def test_a_line_that_moved_is_named_once(log: Path) -> None:
+    rewrite(log, lambda lines: [*lines[1:4], lines[0], *lines[4:]])
+    (problem,) = verify(log, HEAD).problems
+    assert (problem.line, problem.kind) == (4, "moved")
+    assert "belongs at the beginning" in problem.text
+
+
+def test_two_tamperings_are_both_named(log: Path) -> None:
+    rewrite(log, lambda lines: [lines[0], lines[1].replace("eve", "bob"), lines[2], *lines[4:]])
+    assert [(problem.line, problem.kind) for problem in verify(log, HEAD).problems] == [(2, "edited"), (4, "cut")]
+
+
+def test_a_copy_without_a_head_is_held_against_itself_and_against_marks(log: Path) -> None:
+    early = Head(3, json.loads(log.read_text().splitlines()[2])["hash"])
+    assert verify(log, None, [early, HEAD]).problems == ()
+    other = chain(6, None)[0]
+    whole, head = [], Head()
+    for number in range(6):
+        line, head = chained(head, at=NOON, actor="x", action="issue", subject=str(number), details={})
+        whole.append(line)
+    assert len(other) == len(whole)
+    log.write_text("".join(line + "\n" for line in whole))
+    assert verify(log, head).problems == ()  # with the registry rewritten too, nothing here can tell
+    (problem,) = verify(log, head, [early]).problems
+    assert (problem.line, problem.kind, problem.expected) == (3, "rewritten", early.hash)
+    assert verify(log, None, [Head(9, "a" * 64)]).problems[0].line == 0
+    assert written({"b": 1, "a": "é"}) == '{"a":"\\u00e9","b":1}'

@@ -16,7 +16,7 @@ from support.station import CHEAP, PASSPHRASE, Clock, Command, enrolled_row, new
 from support.station_broker import station_broker
 
 from birthmark.device.errors import AuthorityError, BirthmarkError, ConfigurationError
-from birthmark.provisioning import audit, profile
+from birthmark.provisioning import audit, audit_check, profile
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.checkup import gather
@@ -106,7 +106,7 @@ def test_a_destroyed_station_goes_on_and_repeats_nothing(living: Station, tmp_pa
         assert sensor is not None
         assert (sensor.state, sensor.revocation_reason) == (State.ATTESTED, LOST.value)
     entries = list(audit.read(station.registry.audit_path))
-    assert not audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    assert not audit_check.check(station.registry).problems
     marked = next(entry for entry in entries if entry["action"] == "restore")
     forked = [entry["hash"] for entry in entries if entry["seq"] >= marked["seq"]]
     assert not set(forked) & set(lost_log), "the lost station's entries and ours cannot be told apart"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.station import new_station
 
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit_check
 from birthmark.provisioning.crls import current_crl
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.station import Station
@@ -91,4 +91,4 @@ def test_processes_at_once_with_kills_give_nothing_out_twice(tmp_path: Path) -> 
     assert last is not None
     assert last.current.number == max(number for _, number, _ in crls)
     assert last.cert_serials == revoked
-    assert not audit.verify(station.registry.audit_path, station.registry.audit_head()).problems
+    assert not audit_check.check(station.registry).problems

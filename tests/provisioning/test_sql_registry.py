@@ -17,7 +17,7 @@ from support.postgres import running
 from support.station import NOON, Clock
 
 from birthmark.device.errors import ConfigurationError, RegistryError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit_check
 from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.sql import SqlRegistry
@@ -103,8 +103,8 @@ def outside(registry: SqlRegistry, statement: Any) -> None:
         connection.execute(statement)
 
 
-def verdict_of(registry: SqlRegistry) -> audit.Verdict:
-    return audit.verify(registry.audit_path, registry.audit_head())
+def verdict_of(registry: SqlRegistry) -> audit_check.Verdict:
+    return audit_check.check(registry)
 
 
 def test_processes_of_two_folders_at_once_lose_nothing(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from birthmark.device.errors import RegistryError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit_check
 from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.tiny import TinyRegistry
@@ -70,7 +70,7 @@ def test_processes_at_once_lose_nothing(registry: TinyRegistry, tmp_path: Path) 
         assert view.counter("n") == 45
         assert len({row.name for row in view.rows()}) == 45
         assert [row.number for row in view.rows()] == list(range(1, 46))
-    verdict = audit.verify(registry.audit_path, registry.audit_head())
+    verdict = audit_check.check(registry)
     assert verdict.entries == 45
     assert not verdict.problems
 
@@ -276,7 +276,7 @@ def test_an_unwritable_audit_log_stops_the_next_transaction_not_this_one(
         pass
     assert "nothing was changed" in caught.value.hint
     log.rmdir()
-    verdict = audit.verify(log, registry.audit_head())
+    verdict = audit_check.verify(log, registry.audit_head())
     assert (verdict.entries, verdict.problems, len(verdict.restored)) == (2, (), 1)
     with registry.view() as view:
         assert view.rows() == [row]

@@ -31,7 +31,7 @@ from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_stat
 from birthmark.device.console import run
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.pem import CRL, read_blocks
-from birthmark.provisioning import audit, backup_commands, rollover, station_commands
+from birthmark.provisioning import audit, audit_check, backup_commands, rollover, station_commands
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.cli import parser
@@ -238,6 +238,13 @@ def has_roots(root: Path) -> None:
     assert (root / "ca.pem").read_bytes() == b"".join(ca.pem for ca in station(root).cas.roots)
 
 
+def has_log(root: Path) -> None:
+    """What was exported is the log's beginning, and ends with the word of its own export."""
+    lines = (root / "log.jsonl").read_bytes()
+    assert (root / "station" / "audit.jsonl").read_bytes().startswith(lines)
+    assert audit.parsed(lines.splitlines()[-1])["action"] == "export"  # type: ignore[index]
+
+
 def with_medium(root: Path) -> None:
     (root / "medium").mkdir()
 
@@ -326,6 +333,7 @@ SCENARIOS: dict[str, Scenario] = {
     "restore --crl": Scenario(
         ["restore", "--crl", "@/gateway.crl"], prepare=with_foreign_crl, finished=is_revoked
     ),
+    "audit export": Scenario(["audit", "export", "--out", "@/log.jsonl"], finished=has_log),
     "ca export": Scenario(["ca", "export", "root", "--out", "@/ca.pem"], finished=has_roots),
     "ca rollover start issuing": Scenario(
         ["ca", "rollover", "start", "issuing"], finished=lambda root: cas_are(root, "current", "new")
@@ -447,7 +455,7 @@ class History:
         opened = Station.open(folder, passphrase=PASSPHRASE)
         with opened.registry.transaction() as transaction:
             transaction.record("look", "station")
-        problems = audit.verify(opened.registry.audit_path, opened.registry.audit_head()).problems
+        problems = audit_check.check(opened.registry).problems
         assert not problems, problems
         with opened.registry.view() as view:
             rows, revoked = view.rows(), {row.cert_serial for row in view.revoked()}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.errors import RegistryError
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit, audit_check
 from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.registry.tiny import TinyRegistry
 
@@ -67,7 +67,7 @@ def check_registry(folder: Path) -> None:
     registry = open_registry(folder)
     with registry.transaction() as transaction:
         transaction.record("look", "station")  # takes the outbox over: what it held must be in the log by now
-    verdict = audit.verify(registry.audit_path, registry.audit_head())
+    verdict = audit_check.check(registry)
     assert not verdict.problems, verdict
     assert not list(folder.glob(f".registry.json*{TEMPORARY_SUFFIX}"))
 
