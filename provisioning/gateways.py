@@ -287,7 +287,8 @@ def _by_mqtt(gateway: Gateway, latest: _Latest, anchors_path: Path, deadline: fl
     payloads: queue.Queue[bytes] = queue.Queue()
 
     def keep(message: Message) -> None:
-        payloads.put(message.payload)
+        if not message.retained:  # of an attempt before: this one may fare better, or worse
+            payloads.put(message.payload)
 
     # A session of its own each time: several deliveries by one operator do not take over from each other.
     client = Client(credentials, client_suffix=f"crl-{secrets.token_hex(4)}", connect_timeout_s=_left(deadline))

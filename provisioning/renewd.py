@@ -2,12 +2,13 @@
 
 Rules:
 
-- Requests come on the callbacks' threads of one client a gateway, and wait in one bounded queue; one thread takes
-  all that wait, up to `MAX_GROUP`, and has them answered together: the slower the registry's disk, the larger the
-  groups. What finds the queue full is dropped; the device asks again.
+- Requests come on the callbacks' threads of one client a gateway, and wait in one queue; one thread takes all that
+  wait, up to `MAX_GROUP`, and has them answered together: the slower the registry's disk, the larger the groups.
+- Of each gateway at most `MAX_WAITING` wait. What finds no room is dropped; the device asks again.
 - An answer goes out on the gateway that its request came from, after everything in it is durable.
-- A device may ask `MAX_ASKED` times in `ASKED_WITHIN_S`; beyond that it is not heard. So one device neither fills
-  the audit log nor keeps the others waiting.
+- A device may ask `MAX_ASKED` times in `ASKED_WITHIN_S` by one gateway; beyond that it is not heard, whether it
+  can be understood or not. So one device neither fills a log nor keeps the others waiting; and a gateway that says
+  anything in a device's name silences it there, and at no other gateway.
 - A trouble of the station (registry, CA, clock) is told to the devices as one that is worth another try.
 """
 
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
 
 MAX_GROUP: Final = 256
 """How many requests share the registry's writes."""
-MAX_WAITING: Final = 20_000
+MAX_WAITING: Final = 10_000
 MAX_ASKED: Final = 12
 ASKED_WITHIN_S: Final = 60.0
+MAX_ASKERS: Final = 50_000
+"""Whom one gateway may name in `ASKED_WITHIN_S`; there are no more devices at one."""
 TROUBLE_RETRY_S: Final = 60
 
 
@@ -67,31 +70,39 @@ class RenewalService:
         self._alive = alive
         self._confirmed = confirmed
         self._turn_s = turn_s
-        self._waiting: queue.Queue[tuple[Client, Asked] | None] = queue.Queue(MAX_WAITING)
-        self._asked: dict[str, list[float]] = {}
+        self._waiting: queue.SimpleQueue[tuple[Client, Asked] | None] = queue.SimpleQueue()
+        self._gateways: dict[Client, _Gateway] = {}
         self._thread: threading.Thread | None = None
         self.counts: Counter[str] = Counter()
         """Answers by outcome, and what was not heard: `malformed`, `too-often`, `dropped`."""
 
     def take(self, client: Client, message: Message) -> None:
         """Take a message from a gateway; called on the callbacks' thread of its client."""
-        try:
-            device_id = DeviceId(message.topic.split("/")[1])
-            request = RenewalRequest.from_bytes(message.payload)
-        except (BirthmarkError, IndexError) as error:
-            self.counts["malformed"] += 1
-            cause = error.message if isinstance(error, RemoteProtocolError) else "its topic names no device"
-            self._say("malformed", f"not understood: {cause}", topic=escaped(message.topic), reason=cause)
-            return
         if message.retained:
             return  # a request is for now; whoever keeps it for later has no device behind it
-        if self._asks_too_often(device_id):
+        gateway = self._gateways.setdefault(client, _Gateway())
+        try:
+            device_id = DeviceId(message.topic.split("/")[1])
+        except (BirthmarkError, IndexError):
+            device_id = None
+        if gateway.hears_too_often("" if device_id is None else device_id.folded):
             self.counts["too-often"] += 1
             return
         try:
-            self._waiting.put_nowait((client, Asked(device_id, request)))
-        except queue.Full:
+            request = RenewalRequest.from_bytes(message.payload)
+        except RemoteProtocolError as error:
+            self._not_understood(message, error.message)
+            return
+        if device_id is None:
+            self._not_understood(message, "its topic names no device")
+        elif gateway.room.acquire(blocking=False):
+            self._waiting.put((client, Asked(device_id, request)))
+        else:
             self.counts["dropped"] += 1
+
+    def _not_understood(self, message: Message, cause: str) -> None:
+        self.counts["malformed"] += 1
+        self._say("malformed", f"not understood: {cause}", topic=escaped(message.topic), reason=cause)
 
     def start(self) -> None:
         """Answer from now on, on a thread of its own."""
@@ -118,7 +129,6 @@ class RenewalService:
         try:
             first = self._waiting.get(timeout=self._turn_s)
         except queue.Empty:
-            self._forget_the_quiet()
             return []
         if first is None:
             return None
@@ -135,6 +145,8 @@ class RenewalService:
         return group
 
     def _answer(self, group: list[tuple[Client, Asked]]) -> None:
+        for client, _ in group:
+            self._gateways[client].room.release()
         asked = [one for _, one in group]
         began = time.monotonic()
         try:
@@ -179,20 +191,27 @@ class RenewalService:
             text = f"{device_id}: confirmed"
         self._say(answer.outcome, text, **facts)
 
-    def _asks_too_often(self, device_id: DeviceId) -> bool:
-        now = time.monotonic()
-        times = [at for at in self._asked.get(device_id.folded, ()) if at > now - ASKED_WITHIN_S]
-        too_often = len(times) >= MAX_ASKED
-        if not too_often:
-            times.append(now)
-        self._asked[device_id.folded] = times
-        return too_often
 
-    def _forget_the_quiet(self) -> None:
-        oldest = time.monotonic() - ASKED_WITHIN_S
-        for key, times in list(self._asked.items()):
-            if not times or times[-1] < oldest:
-                self._asked.pop(key, None)
+class _Gateway:
+    """What one gateway has brought; its client's thread asks."""
+
+    def __init__(self) -> None:
+        self.room = threading.Semaphore(MAX_WAITING)
+        self._heard: dict[str, list[float]] = {}
+
+    def hears_too_often(self, name: str) -> bool:
+        """Take note of a request in somebody's name; return whether it is one too many."""
+        now = time.monotonic()
+        if len(self._heard) >= MAX_ASKERS:
+            oldest = now - ASKED_WITHIN_S
+            self._heard = {known: times for known, times in self._heard.items() if times[-1] > oldest}
+            if len(self._heard) >= MAX_ASKERS:
+                return True
+        times = [at for at in self._heard.get(name, ()) if at > now - ASKED_WITHIN_S]
+        if len(times) >= MAX_ASKED:
+            return True
+        self._heard[name] = [*times, now]
+        return False
 
 
 def _trouble(one: Asked) -> RenewalAnswer:

@@ -54,11 +54,9 @@ def by_mqtt(living: Station, tmp_path: Path) -> Callable[[int], Gateway]:
     return lambda port: Gateway("localhost", host="127.0.0.1", port=port, operator_path=tmp_path / "alice.pem")
 
 
-def mqtt_gateway(
-    tmp_path: Path, answer: Callable[[bytes], list[bytes]], *, connack: int = 0, suback: int = 1
-) -> MqttGateway:
+def mqtt_gateway(tmp_path: Path, answer: Callable[[bytes], list[bytes]], **options: Any) -> MqttGateway:
     folder = tmp_path / "gateway"
-    return MqttGateway(folder / "server.pem", folder / "clients-ca.pem", answer, connack=connack, suback=suback)
+    return MqttGateway(folder / "server.pem", folder / "clients-ca.pem", answer, **options)
 
 
 def test_by_path_the_receipt_is_read_and_told(living: Station, by_path: Gateway) -> None:
@@ -219,6 +217,25 @@ def test_by_mqtt(living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gatew
     assert delivery.described() == "localhost: CRL 2 has it already: handshakes refused"
     assert gateway.topics == ["gateway/localhost/receipts", "gateway/localhost/crl"]
     assert gateway.client_ids[0].startswith("alice:crl-")
+
+
+@pytest.mark.parametrize(("before", "after"), [("refused", "installed"), ("installed", "refused")])
+def test_by_mqtt_only_what_is_said_now_counts(
+    living: Station,
+    tmp_path: Path,
+    by_mqtt: Callable[[int], Gateway],
+    before: Literal["installed", "refused"],
+    after: Literal["installed", "refused"],
+) -> None:
+    """The gateway retains its last receipt, and that may be one for this CRL, of an attempt before."""
+    retained = receipt_for(crl_of(living).current.der, gateway="localhost", outcome=before)
+
+    def answer(crl: bytes) -> list[bytes]:
+        return [receipt_for(crl, gateway="localhost", outcome=after).to_bytes()]
+
+    with mqtt_gateway(tmp_path, answer, retained=retained.to_bytes()) as gateway:
+        (delivery,) = deliver_all(living, by_mqtt(gateway.port))
+    assert delivery.outcome is (Outcome.DONE if after == "installed" else Outcome.REFUSED)
 
 
 @pytest.mark.parametrize(

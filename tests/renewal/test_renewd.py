@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import signal
 import socket
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 from cryptography import x509
 from support.renewal_stand import Stand
+from support.renewing import PaperDevice
 from support.renewing_client import Renewing, client, client_started
+from support.station import new_station
 from support.watching import Watching, eventually
 
+from birthmark.device import topics
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.events import AttemptFailed, Connected
+from birthmark.device.identity import DeviceId
+from birthmark.device.received import Message
+from birthmark.device.renewal.messages import RenewalAnswer
+from birthmark.provisioning import renewd
 from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.renewal_commands import take_up_new_credentials
-from birthmark.provisioning.renewd import MAX_ASKED
+from birthmark.provisioning.renewd import MAX_ASKED, RenewalService
 from birthmark.provisioning.settings import Gateway, add_gateway
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytest
     from support.renewal_stand import Renewd
+
+    from birthmark.provisioning.renewal import Asked
 
 
 def test_systemd_is_told(stand: Stand, tmp_path: Path) -> None:
@@ -78,8 +90,73 @@ def test_junk_and_a_flood_cost_it_nothing(stand: Stand, renewd: Renewd) -> None:
     malformed = [line for line in renewd.lines if line["event"] == "malformed"]
     assert [line["topic"] for line in malformed] == ["devices/loud/renewal/request"] * 3
     refused = [line for line in renewd.lines if line["event"] == "refused" and line["id"] == "loud"]
-    assert len(refused) == MAX_ASKED
+    assert len(refused) == MAX_ASKED - 3
     assert len(stand.rows("loud")) == 1
+
+
+class Told:
+    """A gateway's client, as the service uses it."""
+
+    def __init__(self) -> None:
+        self.answers: list[RenewalAnswer] = []
+
+    def publish(self, _topic: str, payload: bytes) -> None:
+        self.answers.append(RenewalAnswer.from_bytes(payload))
+
+    def bring(self, service: RenewalService, asked: Asked) -> None:
+        topic = topics.renewal_request(asked.device_id)
+        service.take(cast("Client", self), Message(topic, asked.request.to_bytes(), 1, retained=False))
+
+
+def test_what_one_gateway_says_in_a_devices_name_keeps_nobody_at_another_from_being_heard(tmp_path: Path) -> None:
+    station = new_station(tmp_path / "station")
+    device, hostile, honest = PaperDevice.made(station), Told(), Told()
+    service = RenewalService(Renewals(station), say=lambda *_, **__: None)
+    for _ in range(2 * MAX_ASKED):
+        hostile.bring(service, device.renew(signer=device.new_key))
+    assert service.counts["too-often"] == MAX_ASKED, "the control: there it is heard no more"
+    hostile.bring(service, device.renew())
+    honest.bring(service, device.renew())
+    service.start()
+    service.stop()
+    assert [answer.outcome for answer in honest.answers] == ["issued"]
+    assert [answer.outcome for answer in hostile.answers] == ["refused"] * MAX_ASKED
+
+
+def test_a_gateway_that_brings_too_much_leaves_room_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renewd, "MAX_WAITING", 5)
+    monkeypatch.setattr(renewd, "MAX_ASKERS", 8)
+    station = new_station(tmp_path / "station")
+    device, hostile, honest = PaperDevice.made(station), Told(), Told()
+    service = RenewalService(Renewals(station), say=lambda *_, **__: None)
+    invented = [replace(device.renew(), device_id=DeviceId(f"nobody-{number}")) for number in range(20)]
+    for asked in invented:
+        hostile.bring(service, asked)
+    assert (service.counts["dropped"], service.counts["too-often"]) == (3, 12), "5 wait, 8 are remembered"
+    honest.bring(service, device.renew())
+    service.start()
+    service.stop()
+    assert [answer.outcome for answer in honest.answers] == ["issued"]
+    assert len(hostile.answers) == 5
+
+
+def test_junk_does_not_fill_the_log(tmp_path: Path) -> None:
+    said: list[str] = []
+    service = RenewalService(
+        Renewals(new_station(tmp_path / "station")), say=lambda name, *_, **__: said.append(name)
+    )
+    for topic in ("devices/sensor-17/renewal/request", "devices/not an id/renewal/request"):
+        for _ in range(5 * MAX_ASKED):
+            service.take(cast("Client", Told()), Message(topic, b"junk", 1, retained=False))
+    assert said == ["malformed"] * 10 * MAX_ASKED, "of as many gateways"
+    said.clear()
+    one = cast("Client", Told())
+    for topic in ("devices/sensor-17/renewal/request", "devices/not an id/renewal/request"):
+        for _ in range(5 * MAX_ASKED):
+            service.take(one, Message(topic, b"junk", 1, retained=False))
+    assert said == ["malformed"] * 2 * MAX_ASKED
 
 
 def test_the_old_certificate_is_revoked_when_its_time_has_come(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ class MqttGateway:
         answer: from the CRL (DER) to the payloads of the receipts.
         connack: what CONNECT is answered with.
         suback: what SUBSCRIBE is answered with.
+        retained: the receipt that it has given last.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class MqttGateway:
         *,
         connack: int = 0,
         suback: int = 1,
+        retained: bytes = b"",
     ) -> None:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(credentials_path)
@@ -112,7 +114,7 @@ class MqttGateway:
         self._context.verify_mode = ssl.CERT_REQUIRED
         self._context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         self._answer = answer
-        self._connack, self._suback = connack, suback
+        self._connack, self._suback, self._retained = connack, suback, retained
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(0.05)
         self._stop = threading.Event()
@@ -157,6 +159,8 @@ class MqttGateway:
             elif kind >> 4 == 8:  # SUBSCRIBE
                 self.topics.append(_text(body[2:]))
                 connection.sendall(bytes([0x90, 3]) + body[:2] + bytes([self._suback]))
+                if self._retained:
+                    connection.sendall(_publish(self.topics[-1], self._retained, retained=True))
             elif kind >> 4 == 3:  # PUBLISH with QoS 1
                 topic = _text(body)
                 self.topics.append(topic)
@@ -169,9 +173,9 @@ class MqttGateway:
                 return
 
 
-def _publish(topic: str, payload: bytes) -> bytes:
+def _publish(topic: str, payload: bytes, *, retained: bool = False) -> bytes:
     body = len(topic).to_bytes(2, "big") + topic.encode() + payload
-    length, head = len(body), bytearray([0x30])
+    length, head = len(body), bytearray([0x30 | retained])
     while True:
         length, digit = divmod(length, 128)
         head.append(digit | (0x80 if length else 0))
