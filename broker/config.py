@@ -17,6 +17,7 @@ from birthmark.broker.toml_file import Table, read_toml
 from birthmark.device.errors import ConfigurationError, IdentityError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName
+from birthmark.device.renewal.messages import MAX_GRACE_DAYS
 
 DEFAULT_LISTEN = "0.0.0.0:8883"
 DEFAULT_RENEWAL_LISTEN = "0.0.0.0:8884"
@@ -303,7 +304,7 @@ def _renewal_listener(root: Table) -> RenewalListener:
     table = root.table("renewal_listener")
     table.only(("listen", "grace_days"))
     host, port = _listen(table, DEFAULT_RENEWAL_LISTEN)
-    grace_days = table.number("grace_days", DEFAULT_RENEWAL_GRACE_DAYS, least=0.01, most=3_650)
+    grace_days = table.number("grace_days", DEFAULT_RENEWAL_GRACE_DAYS, least=0.01, most=MAX_GRACE_DAYS)
     return RenewalListener(host, port, timedelta(days=grace_days))
 
 

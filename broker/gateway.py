@@ -172,8 +172,9 @@ class Gateway:
         """Judge a certificate on the renewal listener, where it may have expired. Raises `PeerRefusedError`."""
         moment = now()
         listener = self._settings.renewal_listener
-        peer = self._peers.check(leaf_der, moment, expired_by=listener.grace if listener else timedelta())
-        self.revocations.check(peer, moment)
+        grace = listener.grace if listener else timedelta()
+        peer = self._peers.check(leaf_der, moment, expired_by=grace)
+        self.revocations.check(peer, moment, expired_by=grace)
         return peer
 
     def renewal_door(self) -> RenewalDoor | None:

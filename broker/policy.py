@@ -19,6 +19,8 @@ Rules:
 - Each delivery is decided again, so that a policy that changes takes hold of old subscriptions too.
 - `$...` is the broker's alone: it is never published by a client, and of it only `$SYS` can be subscribed, if an
   entry says `$SYS`. `$share/...` is refused (MQTT 3.1.1 has no shared subscriptions).
+- So is what a gateway says of itself (its receipts, its status, ...): a station acts on it. No entry, however
+  wide, lets a client publish there.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from birthmark.broker.filters import (
 )
 from birthmark.device.errors import PolicyError
 from birthmark.device.escape import quoted
-from birthmark.device.topics import renewal_answer, renewal_request
+from birthmark.device.topics import is_said_by_gateway, renewal_answer, renewal_request
 
 if TYPE_CHECKING:
     from birthmark.device.identity import DeviceId, Role
@@ -210,6 +212,8 @@ class Rights:
             return Decision(allowed=False, rule=error.message)
         if topic.startswith("$"):
             return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
+        if is_said_by_gateway(topic):
+            return Decision(allowed=False, rule="what a gateway says of itself is the broker's alone")
         return self._topic(topic, self._publish, self._deny_publish, "publish")
 
     def will(self, topic: str) -> Decision:

@@ -12,6 +12,8 @@ Rules:
 - Past nextUpdate a CRL keeps refusing what it lists; the rest is let in for a stated grace and then refused, so
   that a station that is down is an alarm first. `fail_closed` refuses everyone at once. Who is refused is not
   kept either: `refusing` names the issuing CAs whose live connections are to end.
+- The thisUpdate of a CRL in force is a moment that has been, whatever the gateway's clock says: what had expired
+  by then is not let in by a clock that went back. So nobody comes back by having left the CRL after its end.
 - A broker without a CRL for each of its issuing CAs does not start.
 """
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from birthmark.broker.peer import Peer
     from birthmark.broker.trust import Trust
 
+_NO_GRACE = timedelta()
 _CRL_HINT = "sign one with `birthmark crl` at the station and bring it to the `crl` of broker.toml, or over MQTT"
 _FILE_HINT = "sign one with `birthmark crl` at the station and bring it to the `crl` of broker.toml"
 """For when nobody gets in who could bring it over MQTT."""
@@ -149,12 +152,17 @@ class Revocations:
         crl = self._crls.get(peer.issuer)
         return crl is not None and peer.cert_serial in crl.serials
 
-    def check(self, peer: Peer, now: datetime) -> None:
+    def check(self, peer: Peer, now: datetime, *, expired_by: timedelta = _NO_GRACE) -> None:
         """Let a peer in, or not; asked after every handshake, right after `check_peer`. Constant time.
+
+        Args:
+            peer: from `check_peer`.
+            now: the gateway's clock, aware.
+            expired_by: on the renewal listener, how long after its end a certificate is still let in.
 
         Raises:
             PeerRefusedError: `revoked`; `no-crl`: its issuing CA has none in force; `crl-expired`: its CRL
-                is too old to go by.
+                is too old to go by; `expired`: it had expired when its CRL was signed.
         """
         crl = self._crls.get(peer.issuer)
         if crl is None:
@@ -162,6 +170,12 @@ class Revocations:
         if peer.cert_serial in crl.serials:
             message = f"the certificate of {peer.device_id} is revoked (CRL {crl.number})"
             raise PeerRefusedError("revoked", message, "`birthmark show` at the station says when and why")
+        if crl.this_update > peer.not_after + expired_by:
+            message = (
+                f"CLOCK: the certificate of {peer.device_id} was valid until {peer.not_after:%F %T} UTC, and the "
+                f"CRL in force is of {crl.this_update:%F %T} UTC; here it is {now:%F %T} UTC"
+            )
+            raise PeerRefusedError("expired", message, "set this gateway's clock: it is behind the station's")
         if now > self._refuses_after(crl):
             message = f"the CRL to check {peer.device_id} against expired on {crl.next_update:%F %T} UTC"
             raise PeerRefusedError("crl-expired", message, _FILE_HINT)

@@ -363,7 +363,8 @@ class GatewayBroker(Broker):
 
     def client_connected(self, session: Session) -> None:
         """Tell the gateway and plug-ins."""
-        if self.on_client is not None and session.connection is not None:
+        # Who renews what has expired is not seen: a copy of an old key must not blur where the one in use was.
+        if self.on_client is not None and session.connection is not None and not session.peer.for_renewal:
             self.on_client(session.peer, session.connection.address)
         self._fire(BrokerEvents.CLIENT_CONNECTED, client_id=session.client_id, client_session=session)
 

@@ -7,7 +7,8 @@ Rules:
 - Said as retained messages of the broker's own on `gateway/{name}/seen/{id}`, which survive a restart as all
   retained messages do: at once when an identity, its certificate or its address is new, at most once a minute for
   one identity, and else once a day. A crash loses at most what was not yet said.
-- Addresses are those of the certificate in use; a new certificate begins with none. The last few are kept.
+- Addresses are those of the certificate in use; a new certificate begins with none. The last few are kept. Who is
+  let in to renew what has expired does not count: that certificate is not in use.
 - Whoever did not come for `FORGOTTEN_AFTER_S` is forgotten.
 """
 

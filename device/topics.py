@@ -5,7 +5,7 @@ Down:  devices/{id}/commands/...   fleet/announcements/...
 Both:  devices/{id}/renewal/request|answer   devices/{id}/time/request|answer
 Gateway: gateway/{name}/crl in; gateway/{name}/receipts, gateway/{name}/status,
          gateway/{name}/seen/{id} and gateway/{name}/crl-in-force/{issuer} out
-`$...` is the broker's alone.
+`$...` is the broker's alone, and so is what a gateway says (out).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ TIME_REQUESTS = "devices/+/time/request"
 """What a gateway takes for itself, and answers."""
 RENEWAL_REQUESTS = "devices/+/renewal/request"
 """What the renewal service listens to."""
+_SAID_BY_GATEWAYS = frozenset({"receipts", "status", "seen", "crl-in-force"})
 
 
 def telemetry(device_id: DeviceId, name: str) -> str:
@@ -70,6 +71,12 @@ def time_answer(device_id: DeviceId) -> str:
 def gateway_crl(name: BrokerName) -> str:
     """Where a gateway takes a new CRL from (DER)."""
     return f"gateway/{name}/crl"
+
+
+def is_said_by_gateway(topic: str) -> bool:
+    """Whether a topic is one on which a gateway says something of itself: for the broker alone."""
+    levels = topic.split("/", 3)
+    return len(levels) > 2 and levels[0] == "gateway" and levels[2] in _SAID_BY_GATEWAYS
 
 
 def gateway_receipts(name: BrokerName) -> str:

@@ -18,6 +18,7 @@ from birthmark.device.durable import exclusive_lock, remove_leftovers, write_dur
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import BrokerName, device_role
+from birthmark.device.renewal.messages import MAX_GRACE_DAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE: Final = "station.toml"
 MAX_ORGANIZATION_CHARACTERS: Final = 64
 _DAYS: Final = range(1, 3651)
+_KEPT_DAYS: Final = range(MAX_GRACE_DAYS + 1, 3651)
 _PORTS: Final = range(1, 65536)
 _KEEPALIVES_S: Final = range(1, 65536)
 _GATEWAY: Final = re.compile(r"(?m)^[ \t]*\[\[[ \t]*gateway[ \t]*\]\]")
@@ -53,8 +55,8 @@ port = {port}
 keepalive_s = {keepalive_s}
 
 [crl]
-# How long after its end a revoked certificate stays on the CRL: longer than any gateway still renews what has
-# expired (its grace_days), and than its clock may be late.
+# How long after its end a revoked certificate stays on the CRL: longer than any gateway renews what has expired,
+# which is 60 days at most.
 keep_expired_days = {keep_expired_days}
 
 [renewal]
@@ -120,7 +122,7 @@ class RenewalSettings:
 
     def __post_init__(self) -> None:
         for name, value, most in (
-            ("grace_days", self.grace_days, 3650),
+            ("grace_days", self.grace_days, MAX_GRACE_DAYS),
             ("retire_after_hours", self.retire_after_hours, 8760),
             ("max_per_day", self.max_per_day, 1000),
         ):
@@ -245,13 +247,11 @@ class Settings:
             )
         if len(organization) > MAX_ORGANIZATION_CHARACTERS:  # RFC 5280 appendix A.1: ub-organization-name
             raise ConfigurationError("could not use the organization: it is longer than 64 characters")
-        if self.renewal.grace_days >= self.keep_expired_days:
+        if self.keep_expired_days not in _KEPT_DAYS:
             raise ConfigurationError(
-                "could not use grace_days of [renewal]: a revoked certificate would leave the CRL before it ends",
-                hint="keep it below keep_expired_days of [crl]",
+                f"could not use keep_expired_days: it is not in {_KEPT_DAYS[0]} to {_KEPT_DAYS[-1]}",
+                hint=f"gateways may renew what has expired, and is not on the CRL, for {MAX_GRACE_DAYS} days",
             )
-        if self.keep_expired_days not in _DAYS:
-            raise ConfigurationError("could not use keep_expired_days: it is not in 1 to 3650")
         try:
             device_role(self.default_role)
         except BirthmarkError as error:

@@ -25,6 +25,9 @@ MAX_SIGNATURE_BYTES: Final = 80
 
 MAX_WAIT_S: Final = 86_400
 """What an answer may have a device wait: one word must not put off a renewal for good."""
+MAX_GRACE_DAYS: Final = 60
+"""How long after its end a certificate may be renewed at most, at any gateway: a revoked one stays on the CRL for
+longer than this."""
 MAX_REASON_CHARACTERS: Final = 300
 
 Kind = Literal["renew", "confirm"]

@@ -168,7 +168,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("grace_days = 90", "would leave the CRL before it ends"),
+        ("grace_days = 61", "out of range"),
         ("grace_days = -1", "out of range"),
         ("retire_after_hours = 8761", "out of range"),
         ("max_per_day = 0", "out of range"),
@@ -182,3 +182,15 @@ def test_what_renewal_cannot_be_is_refused(path: Path, line: str, complaint: str
     path.write_text("\n".join(kept))
     with pytest.raises(ConfigurationError, match=complaint):
         read_settings(path)
+
+
+@pytest.mark.parametrize(("days", "fits"), [(60, False), (61, True), (3650, True), (3651, False)])
+def test_what_is_revoked_stays_on_the_crl_for_longer_than_any_gateway_renews_it(
+    path: Path, days: int, *, fits: bool
+) -> None:
+    path.write_text(path.read_text().replace("keep_expired_days = 90", f"keep_expired_days = {days}"))
+    if fits:
+        assert read_settings(path).keep_expired_days == days
+    else:
+        with pytest.raises(ConfigurationError, match="keep_expired_days: it is not in 61 to 3650"):
+            read_settings(path)

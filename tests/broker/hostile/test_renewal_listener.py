@@ -15,6 +15,7 @@ from support.repository import ROOT
 
 from birthmark.broker.peer import PeerRefusedError, Trust, check_peer
 from birthmark.broker.tls import X509_V_FLAG_NO_CHECK_TIME, renewal_context, server_context
+from birthmark.device.messages import Sighting
 
 if TYPE_CHECKING:
     import ssl
@@ -150,6 +151,18 @@ def test_a_connection_there_outlives_the_certificate(world: ProcessWorld, pki: P
     silent = world.client("silent", keepalive=1)
     assert silent.read_end() == [], "the broker has looked for what is overdue"
     late.ping()
+
+
+def test_it_does_not_blur_where_the_certificate_in_use_was_seen(world: ProcessWorld, pki: Pki) -> None:
+    """A copied key shows by the addresses of its certificate; an older one must not wipe them out."""
+    late = world.context_of(expired(pki, name="sensor-9"))
+    with RawClient.connect(renewal_port(world), late) as client:
+        client.handshake(mqtt.connect("sensor-9")).ping()
+    with world.operator("alice", ("gateway/localhost/seen/sensor-10", 1)) as alice, world.client("sensor-10"):
+        # In the order in which they came, within one round: with this one the other would have been told.
+        assert Sighting.from_bytes(alice.read_delivery().payload).id == "sensor-10"
+        alice.subscribed(("gateway/localhost/seen/sensor-9", 1), pid=2)
+        alice.ping()
 
 
 def test_it_leaves_no_last_will(world: ProcessWorld, pki: Pki) -> None:

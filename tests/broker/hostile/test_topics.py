@@ -96,12 +96,30 @@ def test_a_message_to_a_foreign_topic_reaches_nobody_and_is_not_retained(
     found = read_of_a_client(watcher)
     assert (found.topic, found.payload) == (OWN, b"mine")
     with world.client("free-2") as other:
-        if topic != "gateway/localhost/crl":  # which the gateway keeps to itself
+        if not topic.startswith("gateway/"):  # where a gateway hears or speaks, for nobody else
             other.send(mqtt.publish(topic, b"good"))
             assert read_of_a_client(watcher).payload == b"good", "the control: it can be published to"
         other.subscribed((topic, 0))
         if topic != "gateway/localhost/status":  # where the gateway's own is retained
             other.ping()
+    watcher.close()
+
+
+@pytest.mark.parametrize("topic", ["receipts", "status", "seen/sensor-1", "crl-in-force/00", "receipts/x"])
+def test_nobody_says_anything_in_the_name_of_a_gateway(world: ProcessWorld, topic: str) -> None:
+    """However wide the entries of a role are: a station believes a receipt, and calls a revocation done."""
+    watcher = world.operator("alice", ("gateway/#", 0), ("devices/free-1/x", 0))
+    drain(watcher)
+    for name in ("localhost", "another"):
+        with world.client("free-1") as free:
+            for retain in (False, True):
+                free.send(mqtt.publish(f"gateway/{name}/{topic}", b"evil", qos=1, pid=1, retain=retain))
+                assert free.read().first == 0x40, "acknowledged, and dropped"
+            free.send(mqtt.publish("devices/free-1/x", b"good"))
+            free.ping()
+        assert read_of_a_client(watcher).payload == b"good", "the control: of the rest it may publish all"
+        will = (f"gateway/{name}/{topic}", b"evil", 0, True)
+        assert world.answer(world.context("free-1"), mqtt.connect("free-1", will=will)) == 5
     watcher.close()
 
 

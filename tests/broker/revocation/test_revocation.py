@@ -379,6 +379,24 @@ def test_an_expired_crl_is_an_alarm_first_and_an_outage_only_after_the_grace(tmp
     assert caught.value.reason == "crl-expired"
 
 
+def test_a_clock_that_went_back_lets_in_nobody_who_has_expired(tmp_path: Path) -> None:
+    """What was revoked leaves the CRL after its end: by then the CRL says itself what time it is."""
+    revocations = opened(tmp_path)
+    ended = dataclasses.replace(peer(), not_before=now() - 400 * DAY, not_after=now() - 100 * DAY)
+    grace = 60 * DAY
+    install(revocations, pki().issuing.crl([], this_update=now() - 110 * DAY, next_update=now() - 80 * DAY))
+    revocations.check(ended, now() - 105 * DAY)  # the control: by that CRL it may have been valid
+    install(revocations, pki().issuing.crl([], number=6, this_update=now() - 50 * DAY))
+    revocations.check(ended, now() - 105 * DAY, expired_by=grace)
+    with pytest.raises(PeerRefusedError, match="CLOCK") as caught:
+        revocations.check(ended, now() - 105 * DAY)
+    assert caught.value.reason == "expired"
+    install(revocations, pki().issuing.crl([], number=7, this_update=now() - DAY))
+    with pytest.raises(PeerRefusedError, match="here it is"):
+        revocations.check(ended, now() - 105 * DAY, expired_by=grace)
+    revocations.check(peer(), now() - 105 * DAY)
+
+
 def test_fail_closed_refuses_everyone_at_once(tmp_path: Path) -> None:
     revocations, end = expiring(tmp_path, fail_closed=True)
     revocations.check(peer(), end)
