@@ -16,10 +16,12 @@ from birthmark.provisioning.options import (
     add_station_option,
     open_station,
     passphrase_source,
+    pin_source,
 )
 from birthmark.provisioning.passphrase import PassphraseSource
 from birthmark.provisioning.registry.opening import setting_from
 from birthmark.provisioning.restore import Merged, Restored, merge_crls, restore
+from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
     import argparse
@@ -137,6 +139,12 @@ def _backup(arguments: argparse.Namespace, console: Console) -> None:
         "files": list(manifest.files),
     }
     console.facts(record)
+    for ca in station.cas.issuing:
+        if ca.key_uri:
+            console.say(
+                f"The key of the issuing CA {ca.short} is in a PKCS#11 token and not in this file: "
+                f"{TokenUri.parse(ca.key_uri).label}. Without that token a restored station cannot sign."
+            )
 
 
 def _restore(arguments: argparse.Namespace, console: Console) -> int:
@@ -150,6 +158,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         arguments.to,
         backup_passphrase=_backup_passphrase(arguments),
         passphrase=passphrase_source(arguments),
+        pin=pin_source(arguments),
         crls=arguments.crl,
         timeout_s=arguments.timeout,
         registry=None if arguments.registry is None else setting_from(arguments.registry),

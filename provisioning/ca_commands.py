@@ -1,4 +1,4 @@
-"""`birthmark ca show | detach-root`, and the place of `ca rollover`: their options and their answers."""
+"""`birthmark ca show | detach-root`, and the place of `ca rollover` and `ca token`: options and answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.provisioning import rollover_commands
+from birthmark.provisioning import rollover_commands, token_commands
 from birthmark.provisioning.key_custody import detach_roots
 from birthmark.provisioning.options import (
     add_passphrase_option,
@@ -37,6 +37,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_show(actions)
     _add_detach_root(actions)
     rollover_commands.add_to(actions)
+    token_commands.add_to(actions)
 
 
 def _add_show(actions: argparse._SubParsersAction[Parser]) -> None:
@@ -63,14 +64,15 @@ def _described(station: Station, ca: Ca) -> dict[str, Any]:
         "ca": ca.short,
         "kind": ca.kind.value,
         "phase": ca.phase,
-        "key": "here" if station.key_path(ca).exists() else "away",
+        "key": station.key_place(ca),
         "not_after": not_after.strftime("%Y-%m-%d"),
         "days_left": (not_after - station.clock()).days,
         "key_id": ca.key_id,
         "root": ca.root,
         "subject": certificate.subject.rfc4514_string(),
         "cert_serial": f"{certificate.serial_number:x}",
-        "key_path": str(station.key_path(ca)),
+        "key_path": "" if ca.key_uri else str(station.key_path(ca)),
+        "key_uri": ca.key_uri,
     }
 
 

@@ -7,8 +7,9 @@ Rules:
 - One issuing CA at a time issues for clients (devices and services), and one for brokers: the two differ only
   while a root is being replaced, because a device checks a broker against the root that it holds.
 - A CA that is not retired is trusted: an issuing CA by the gateways, a root by devices and services.
-- The private key is in a file named by kind and key identifier; the record of a retired CA stays, and so does its
-  key: the lock of a device that was flashed under it opens to that CA alone (docs/serial-protocol.md section 6).
+- The private key is in a file named by kind and key identifier, or in a PKCS#11 token, where a URI names it. The
+  record of a retired CA stays, and so does its key: the lock of a device that was flashed under it opens to that
+  CA alone (docs/serial-protocol.md section 6).
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Ca:
     """When everything under it was revoked for good, on a last CRL; only retiring it can follow."""
     retired_at: datetime | None = None
     """When it ceased to be trusted."""
+    key_uri: str = ""
+    """Which key in a PKCS#11 token is its own (RFC 7512); empty if its key is in a file."""
 
     def __post_init__(self) -> None:
         if not _KEY_ID.fullmatch(self.key_id) or not _KEY_ID.fullmatch(self.root):
@@ -207,7 +210,7 @@ def put_ca(transaction: Transaction, ca: Ca) -> None:
             value = b64encode(value).decode()
         elif isinstance(value, datetime):
             value = value.astimezone(UTC).isoformat()
-        if value not in (None, False):
+        if value not in (None, False, ""):
             note[field.name] = value
     transaction.put_note(TOPIC, ca.key_id, note)
 
@@ -225,5 +228,6 @@ def _from_note(key_id: str, note: dict[str, Any]) -> Ca:
         root=note["root"],
         clients=note.get("clients") is True,
         brokers=note.get("brokers") is True,
+        key_uri=note.get("key_uri", ""),
         **facts,
     )

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from birthmark.device.errors import BirthmarkError
+from birthmark.device.escape import escaped
 from birthmark.provisioning.audit import Head
 from birthmark.provisioning.backup import LAST_BACKUP_AT
 from birthmark.provisioning.cas import Ca, CaKind, read_cas
@@ -34,6 +36,7 @@ from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.retirement import due_retirements
 from birthmark.provisioning.station import KEYS_FOLDER
+from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,6 +97,20 @@ class CrlFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLook:
+    """What a look at a PKCS#11 token found, without its PIN."""
+
+    label: str
+    trouble: str = ""
+    """Why its key cannot be used."""
+    hint: str = ""
+    last_try: bool = False
+    """One more wrong PIN locks it."""
+    failed_before: bool = False
+    """Somebody gave a wrong PIN, and nobody a right one since."""
+
+
+@dataclass(frozen=True, slots=True)
 class CaFacts:
     """A CA of the station."""
 
@@ -103,9 +120,12 @@ class CaFacts:
     not_before: datetime
     not_after: datetime
     has_key: bool
+    """Whether its key is at hand: in its file, or in a token that is there."""
     crl: CrlFacts | None
     is_issuing: bool = True
     """Whether it issues anything now; an issuing CA that does not still signs its CRL."""
+    token: TokenLook | None = None
+    """Its token, if its key is in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,16 +292,30 @@ def _cas(station: Station, view: View) -> list[CaFacts]:
 def _ca(station: Station, ca: Ca, crl: StoredCrl | None, missing: int, *, is_only: bool) -> CaFacts:
     certificate = ca.certificate
     name = "the root" if ca.kind is CaKind.ROOT else "the issuing CA"
+    token = _token(station, ca) if ca.key_uri else None
     return CaFacts(
         name=name if is_only else f"{name} {ca.short}",
         key_id=ca.key_id,
         is_root=ca.kind is CaKind.ROOT,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
-        has_key=station.key_path(ca).exists(),
+        has_key=station.key_place(ca) != "away" and not (token and token.trouble),
+        token=token,
         is_issuing=ca.clients or ca.brokers,
         crl=None if crl is None else CrlFacts(crl.number, crl.this_update, crl.next_update, missing),
     )
+
+
+def _token(station: Station, ca: Ca) -> TokenLook:
+    uri = TokenUri.parse(ca.key_uri)
+    label = escaped(uri.label)
+    try:
+        facts = station.tokens.token(uri).facts()
+    except BirthmarkError as error:
+        return TokenLook(label, error.message, error.hint)
+    if facts.locked:
+        return TokenLook(label, "its PIN is locked", "its security officer sets a new one, with the vendor's tool")
+    return TokenLook(label, last_try=facts.last_try, failed_before=facts.failed_before)
 
 
 def _looks(station: Station, view: View) -> list[Look]:

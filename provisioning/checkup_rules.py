@@ -91,7 +91,15 @@ def _check_cas(facts: Facts) -> Iterator[Remark]:
         if not ca.is_root and not ca.has_key:
             can = "neither issue nor revoke" if ca.is_issuing else "not sign its CRL"
             text = f"the key of {ca.name} is not here: this station can {can}"
-            yield Remark("cas", Level.BROKEN, text, "bring it back, or restore it from a backup", (ca.name,))
+            hint = "bring it back, or restore it from a backup"
+            if ca.token is not None:
+                text = f"the token {ca.token.label} has the key of {ca.name}: {ca.token.trouble}"
+                hint = ca.token.hint
+            yield Remark("cas", Level.BROKEN, text, hint, (ca.name,))
+        elif ca.token is not None and (ca.token.last_try or ca.token.failed_before):
+            more = "one more would lock it" if ca.token.last_try else "after a few it locks itself"
+            text = f"the token {ca.token.label} with the key of {ca.name} was given a wrong PIN last: {more}"
+            yield Remark("cas", Level.SOON, text, "give it the right one: birthmark ca token check", (ca.name,))
 
 
 def _check_crls(facts: Facts) -> Iterator[Remark]:

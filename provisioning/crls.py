@@ -325,10 +325,10 @@ def crl_this_update_counter(key_id: str) -> str:
 
 
 def unlock_all(station: Station, key_ids: Iterable[str]) -> None:
-    """Unlock those of the trusted issuing CAs; raises `AuthorityError` if one cannot be."""
+    """Unlock those of the trusted issuing CAs; raises `AuthorityError` if one cannot be, or its token is away."""
     standing = {ca.key_id for ca in station.cas.issuing}
     for key_id in sorted(standing.intersection(key_ids)):
-        station.authority_of(key_id)
+        station.check_key(key_id)
 
 
 def sign_stale_crls(station: Station) -> CrlSet:

@@ -6,6 +6,8 @@ Rules:
   whole or not at all. What an interrupted attempt left is removed by the next one.
 - The root signs the issuing CA's certificate and its own CRL, and is not needed again until that CRL ends: its key
   is in a file of its own, and may have a passphrase of its own.
+- A key that was made in a token for a station that did not come about is removed from it, unless the process was
+  killed: then the next attempt finds it, and says so.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from birthmark.device.durable import private_folder, rename_durably, write_durably
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import profile
+from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, KeyMaker, TokenKeys, TokenPlace, undone
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.crls import sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
@@ -34,7 +37,9 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from birthmark.provisioning.registry.interface import StoredRegistry
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+    from birthmark.provisioning.passphrase import PassphraseSource
 
 _UNFINISHED: Final = ".unfinished"
 
@@ -47,20 +52,24 @@ def found_station(
     root_passphrase: bytes | None = None,
     clock: Callable[[], datetime] = utc_now,
     derivation: KeyDerivation = DEFAULT_DERIVATION,
+    place: TokenPlace | None = None,
+    pin: bytes | PassphraseSource = PIN_SOURCE,
 ) -> Station:
     """Make a station in `folder` and open it.
 
     Args:
         folder: where it is to be; must not exist, or be empty.
         settings: the organization and the defaults.
-        passphrase: for the issuing CA's key.
+        passphrase: for the issuing CA's key file; for the root's alone, if the issuing CA's key is in a token.
         root_passphrase: for the root's key; the same one if not given.
         clock: the current time, aware.
         derivation: what trying one passphrase costs.
+        place: the token for the issuing CA's key; None for a file.
+        pin: the token's PIN, or where to get it.
 
     Raises:
         ConfigurationError: there is something in `folder` already; nothing was changed.
-        AuthorityError: the passphrase is empty.
+        AuthorityError: the passphrase is empty, or the token cannot be used.
         OSError: something could not be written; nothing is left.
     """
     folder = folder.absolute()
@@ -70,37 +79,34 @@ def found_station(
         unfinished(folder) as building,
         new_registry(building, settings.registry, clock=clock, actor=actor()) as registry,
     ):
-        _build(
-            building,
-            settings,
-            registry,
-            passphrase,
-            root_passphrase or passphrase,
-            clock=clock,
-            derivation=derivation,
-        )
-        refuse_occupied(folder)
+        private_folder(building / KEYS_FOLDER)
+        write_durably(building / SETTINGS_FILE, settings.to_toml().encode())
+        station = Station(building, settings, registry, passphrase=passphrase, pin=pin, clock=clock)
+        keys = TokenKeys(station.tokens, place) if place else FileKeys(lambda: passphrase, derivation)
+        with undone(keys) as made:
+            _build(station, keys, made, root_passphrase or passphrase, derivation)
+            station.close()
+            refuse_occupied(folder)
         rename_durably(building, folder)
-    return Station.open(folder, passphrase=passphrase, clock=clock)
+    return Station.open(folder, passphrase=passphrase, pin=pin, clock=clock)
 
 
 def _build(
-    folder: Path,
-    settings: Settings,
-    registry: StoredRegistry,
-    passphrase: bytes,
+    station: Station,
+    keys: KeyMaker,
+    made: list[EllipticCurvePrivateKey],
     root_passphrase: bytes,
-    *,
-    clock: Callable[[], datetime],
     derivation: KeyDerivation,
 ) -> None:
-    now = clock()
-    organization = settings.organization
-    root_key, issuing_key = generate_private_key(SECP256R1()), generate_private_key(SECP256R1())
+    now = station.clock()
+    organization = station.settings.organization
+    root_key = generate_private_key(SECP256R1())
     root_certificate = profile.root_certificate(
         root_key, organization=organization, cert_serial=profile.new_cert_serial(secrets.token_bytes), now=now
     )
     root = profile.Issuer(root_certificate, root_key)
+    issuing_key = keys.make(profile.key_id(root_certificate), ())
+    made.append(issuing_key)
     issuing_certificate = profile.issuing_certificate(
         root,
         issuing_key.public_key(),
@@ -110,11 +116,16 @@ def _build(
     )
     root_ca = Ca.made(CaKind.ROOT, root_certificate, "", now, activated_at=now)
     issuing_ca = Ca.made(
-        CaKind.ISSUING, issuing_certificate, root_ca.key_id, now, activated_at=now, clients=True, brokers=True
+        CaKind.ISSUING,
+        issuing_certificate,
+        root_ca.key_id,
+        now,
+        activated_at=now,
+        clients=True,
+        brokers=True,
+        key_uri=keys.uri_of(issuing_key),
     )
-    private_folder(folder / KEYS_FOLDER)
-    write_durably(folder / SETTINGS_FILE, settings.to_toml().encode())
-    with registry.transaction() as transaction:
+    with station.registry.transaction() as transaction:
         for ca in (root_ca, issuing_ca):
             put_ca(transaction, ca)
             transaction.record(
@@ -123,14 +134,13 @@ def _build(
                 organization=organization,
                 cert_serial=f"{ca.certificate.serial_number:x}",
                 key_id=ca.key_id,
+                key_uri=ca.key_uri or None,
             )
-    station = Station(folder, settings, registry, passphrase=passphrase, clock=clock)
     write_key(station.key_path(root_ca), root_key, root_passphrase, derivation)
-    write_key(station.key_path(issuing_ca), issuing_key, passphrase, derivation)
+    keys.keep(issuing_key, station.key_path(issuing_ca))
     station.publish_certificates()
     sign_root_crl(station, root)
     sign_and_store_crl(station)
-    station.close()
 
 
 def refuse_occupied(folder: Path) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.provisioning.passphrase import ROOT_VARIABLE, VARIABLE, PassphraseSource
+from birthmark.device.errors import ConfigurationError
+from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
+from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_VARIABLE, VARIABLE, PassphraseSource
 from birthmark.provisioning.revocation import REASONS, parse_reason
+from birthmark.provisioning.settings import TokenSettings
 from birthmark.provisioning.station import FOLDER_VARIABLE, Station, default_folder
+from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
     from birthmark.device.console import Parser
@@ -33,6 +39,29 @@ def add_passphrase_option(parser: Parser) -> None:
         metavar="N",
         help=f"read the CA's passphrase from this descriptor (default: {VARIABLE}, else a prompt)",
     )
+    add_pin_option(parser)
+
+
+def add_pin_option(parser: Parser) -> None:
+    """Let a command say where the PIN of a token comes from."""
+    parser.add_argument(
+        "--pin-fd",
+        type=int,
+        metavar="N",
+        help=f"read the PIN of the CA's token from this descriptor (default: {PIN_VARIABLE}, else the file in "
+        "station.toml, else a prompt)",
+    )
+
+
+def add_key_options(parser: Parser, name: str, *, whose: str) -> None:
+    """Let a command say that a key is to be in a PKCS#11 token."""
+    parser.add_argument(
+        name,
+        dest="key",
+        metavar="URI",
+        help=f"make {whose} key in a PKCS#11 token: pkcs11:token=LABEL;object=NAME?module-path=FILE",
+    )
+    parser.add_argument("--existing-key", action="store_true", help="take the key that is in the token already")
 
 
 def add_root_passphrase_option(parser: Parser) -> None:
@@ -87,12 +116,38 @@ def station_folder(arguments: argparse.Namespace) -> Path:
 def open_station(arguments: argparse.Namespace) -> Station:
     """Open the station that the command is about; its passphrase is asked for when it is needed."""
     forbid_core_dumps()
-    return Station.open(station_folder(arguments), passphrase=passphrase_source(arguments))
+    return Station.open(
+        station_folder(arguments), passphrase=passphrase_source(arguments), pin=pin_source(arguments)
+    )
 
 
 def passphrase_source(arguments: argparse.Namespace, *, confirm: bool = False) -> PassphraseSource:
     """Return where the issuing CA's passphrase comes from."""
     return PassphraseSource(descriptor=getattr(arguments, "passphrase_fd", None), confirm=confirm)
+
+
+def pin_source(arguments: argparse.Namespace) -> PassphraseSource:
+    """Return where the PIN of a token comes from."""
+    return replace(PIN_SOURCE, descriptor=getattr(arguments, "pin_fd", None))
+
+
+def token_place(arguments: argparse.Namespace) -> TokenPlace | None:
+    """Return where in a token a key is to be; None if it is to be in a file.
+
+    Raises:
+        ConfigurationError: the URI cannot be used; or an existing key is to be taken, but none is named.
+    """
+    if arguments.key is None:
+        if arguments.existing_key:
+            raise ConfigurationError("could not take an existing key: none is named", hint="name it by its URI")
+        return None
+    return TokenPlace(TokenUri.parse(arguments.key), arguments.existing_key)
+
+
+def token_settings(uri: TokenUri) -> TokenSettings:
+    """Return what a URI says of this machine, and the environment where it says nothing of the module."""
+    module = uri.module_path or os.environ.get(MODULE_VARIABLE)
+    return TokenSettings(Path(module) if module else None, uri.pin_path)
 
 
 def root_passphrase(arguments: argparse.Namespace) -> bytes | None:

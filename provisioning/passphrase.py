@@ -1,6 +1,7 @@
-"""Where the CA's passphrase comes from: a file descriptor, the environment, or a prompt. Never an argument.
+"""Where a passphrase or a PIN comes from: a descriptor, the environment, a file, or a prompt. Never an argument.
 
-Arguments show in the process list and in the shell's history.
+Arguments show in the process list and in the shell's history. A file is one that the settings name, and that
+others cannot read.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ import getpass
 import os
 import sys
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import AuthorityError
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 VARIABLE: Final = "BIRTHMARK_PASSPHRASE"
 ROOT_VARIABLE: Final = "BIRTHMARK_ROOT_PASSPHRASE"
+PIN_VARIABLE: Final = "BIRTHMARK_TOKEN_PIN"
+_OTHERS: Final = 0o077
 _MAX_OCTETS: Final = 4096
 
 
@@ -23,8 +29,10 @@ class PassphraseSource:
     """How to ask for a passphrase, once it is needed.
 
     Args:
-        descriptor: read its first line, if given; else the environment `variable`; else prompt.
+        descriptor: read its first line, if given; else the environment `variable`; else the file; else prompt.
         variable: the environment variable.
+        path: a file whose first line it is; None if there is none.
+        what: what it is.
         prompt: what a person is asked.
         confirm: ask a person twice.
         option: the command's option for the descriptor, for hints.
@@ -35,11 +43,13 @@ class PassphraseSource:
     prompt: str = "Passphrase of the CA: "
     confirm: bool = False
     option: str = "--passphrase-fd"
+    path: Path | None = None
+    what: str = "passphrase"
 
     @property
     def is_given(self) -> bool:
         """Whether nobody needs to be asked."""
-        return self.descriptor is not None or self.variable in os.environ
+        return self.descriptor is not None or self.variable in os.environ or self.path is not None
 
     def read(self) -> bytes:
         """Return the passphrase.
@@ -48,28 +58,45 @@ class PassphraseSource:
             AuthorityError: there is none, it is empty, or two entries differ.
         """
         if self.descriptor is not None:
-            passphrase = _first_line(self.descriptor)
+            passphrase = _first_line(self.descriptor, self.what, self.option)
         elif self.variable in os.environ:
             passphrase = os.environb[self.variable.encode()]
+        elif self.path is not None:
+            passphrase = self._from_file(self.path)
         else:
             passphrase = self._prompted()
         if not passphrase:
-            raise AuthorityError("could not use the passphrase: it is empty", hint="choose a long one")
+            raise AuthorityError(f"could not use the {self.what}: it is empty", hint="choose a long one")
         return passphrase
 
     def _prompted(self) -> bytes:
         if not sys.stdin.isatty():
             raise AuthorityError(
-                "could not ask for the passphrase: there is no terminal",
+                f"could not ask for the {self.what}: there is no terminal",
                 hint=f"set {self.variable}, or give {self.option} N",
             )
         first = getpass.getpass(self.prompt)
         if self.confirm and getpass.getpass("The same again: ") != first:
-            raise AuthorityError("could not use the passphrase: the two entries differ", hint="try again")
+            raise AuthorityError(f"could not use the {self.what}: the two entries differ", hint="try again")
         return first.encode()
 
+    def _from_file(self, path: Path) -> bytes:
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_mode & _OTHERS:
+                    raise AuthorityError(
+                        f"could not use the {self.what} in {path}: other users have access to it",
+                        hint=f"chmod 400 {path}",
+                    )
+                return _first_line(file.fileno(), self.what, str(path))
+        except OSError as error:
+            raise AuthorityError(
+                f"could not read the {self.what} from {path}: {error.strerror}",
+                hint=f"run this as the user whose file it is, set {self.variable}, or give {self.option} N",
+            ) from error
 
-def _first_line(descriptor: int) -> bytes:
+
+def _first_line(descriptor: int, what: str, option: str) -> bytes:
     received = b""
     try:
         while b"\n" not in received and len(received) <= _MAX_OCTETS:
@@ -80,9 +107,9 @@ def _first_line(descriptor: int) -> bytes:
     except (OSError, OverflowError) as error:
         cause = error.strerror if isinstance(error, OSError) else "there is no such descriptor"
         raise AuthorityError(
-            f"could not read the passphrase from descriptor {descriptor}: {cause}",
-            hint="for example: --passphrase-fd 3 3< passphrase-file",
+            f"could not read the {what} from descriptor {descriptor}: {cause}",
+            hint=f"for example: {option} 3 3< {what}-file",
         ) from error
     if len(received) > _MAX_OCTETS:
-        raise AuthorityError("could not use the passphrase: it is longer than 4096 bytes")
+        raise AuthorityError(f"could not use the {what}: it is longer than 4096 bytes")
     return received.partition(b"\n")[0].removesuffix(b"\r")

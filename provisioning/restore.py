@@ -113,6 +113,7 @@ def restore(
     *,
     backup_passphrase: bytes,
     passphrase: bytes | PassphraseSource,
+    pin: bytes | PassphraseSource | None = None,
     crls: Sequence[Path] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
     registry: RegistrySetting | None = None,
@@ -125,6 +126,7 @@ def restore(
         folder: where the station is to be; must not exist, or be empty.
         backup_passphrase: what the backup is encrypted under.
         passphrase: the issuing CA's.
+        pin: of the token with the issuing CA's key, if it is in one.
         crls: CRLs that gateways hold, PEM or DER. Those that a gateway's path, or the gateway itself, has to give
             are found without.
         timeout_s: how long to wait for each gateway that is reached by MQTT.
@@ -147,14 +149,14 @@ def restore(
         if registry is not None:
             put_registry(building / SETTINGS_FILE, registry)
         with _registry_in_place(building, clock):
-            station = Station.open(building, passphrase=passphrase, clock=clock)
+            station = Station.open(building, passphrase=passphrase, pin=pin, clock=clock)
             try:
                 problems, merged, signed = _continue(station, manifest, crls, timeout_s)
             finally:
                 station.close()
             founding.refuse_occupied(folder)
             rename_durably(building, folder)
-    station = Station.open(folder, passphrase=passphrase, clock=clock)
+    station = Station.open(folder, passphrase=passphrase, pin=pin, clock=clock)
     signed = replace(signed, path=station.folder / signed.path.relative_to(building))
     return Restored(station, manifest, signed, merged, problems)
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
 from birthmark.device.durable import remove_leftovers
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning import profile
+from birthmark.provisioning.ca_keys import FileKeys, undone
 from birthmark.provisioning.cas import (
     MAX_STANDING_ISSUING,
     MAX_STANDING_ROOTS,
@@ -39,7 +39,7 @@ from birthmark.provisioning.cas import (
 )
 from birthmark.provisioning.crls import crl_number_counter, sign_root_crl
 from birthmark.provisioning.gateway_receipts import standing_of
-from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
+from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation
 from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.revocation import mark_revoked
 from birthmark.provisioning.station import KEYS_FOLDER
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+    from birthmark.provisioning.ca_keys import KeyMaker, TokenPlace
     from birthmark.provisioning.registry.interface import Transaction, View
     from birthmark.provisioning.registry.model import Row
     from birthmark.provisioning.station import Station
@@ -75,12 +76,22 @@ class RootKey:
 
 
 def start_issuing(
-    station: Station, root_key: Callable[[], RootKey], *, derivation: KeyDerivation = DEFAULT_DERIVATION
+    station: Station,
+    root_key: Callable[[], RootKey],
+    *,
+    derivation: KeyDerivation = DEFAULT_DERIVATION,
+    place: TokenPlace | None = None,
 ) -> Ca:
     """Make the next issuing CA under the current root; if it is made already, return it.
 
+    Args:
+        station: the station.
+        root_key: where the root's key is, and what opens it.
+        derivation: what trying one passphrase costs.
+        place: the token for the new CA's key; None for a file. The old one's key is not needed for a token.
+
     Raises:
-        AuthorityError: a key cannot be unlocked; nothing was changed.
+        AuthorityError: a key cannot be unlocked, or the token cannot be used; nothing was changed.
         RolloverRefusedError: a root is being replaced, or there are too many CAs.
     """
     with station.rollover_lock():
@@ -92,20 +103,23 @@ def start_issuing(
             return new
         _check_room(cas, CaKind.ISSUING)
         remove_leftovers(station.folder / KEYS_FOLDER)  # of a killed attempt
-        _ = station.authority  # the new key gets the passphrase that opens this one
+        keys = station.key_maker(place, derivation)
         _clear_keys(station)
         held = root_key()
         root = station.root_issuer(held.passphrase, held.path)
-        key, issuing = _issuing_under(station, root, cas.for_clients.root)
-        write_key(station.key_path(issuing), key, station.read_passphrase(), derivation)
-        with station.registry.transaction() as transaction:
-            put_ca(transaction, issuing)
-            _record(transaction, "ca-start", issuing)
+        with undone(keys) as made:
+            key, issuing = _issuing_under(station, root, keys, made)
+            keys.keep(key, station.key_path(issuing))
+        _put(station, issuing)
         return issuing
 
 
 def start_root(
-    station: Station, passphrase: bytes | None, *, derivation: KeyDerivation = DEFAULT_DERIVATION
+    station: Station,
+    passphrase: bytes | None,
+    *,
+    derivation: KeyDerivation = DEFAULT_DERIVATION,
+    place: TokenPlace | None = None,
 ) -> Ca:
     """Make the next root and an issuing CA under it; return the latter, also if they are made already.
 
@@ -113,9 +127,10 @@ def start_root(
         station: the station.
         passphrase: of the new root's key; the issuing CA's if not given.
         derivation: what trying one passphrase costs.
+        place: the token for the new issuing CA's key; None for a file.
 
     Raises:
-        AuthorityError: the issuing CA's key cannot be unlocked; nothing was changed.
+        AuthorityError: the issuing CA's key cannot be unlocked, or the token cannot be used; nothing was changed.
         RolloverRefusedError: an issuing CA is being replaced, or there are too many CAs.
     """
     with station.rollover_lock():
@@ -132,11 +147,15 @@ def start_root(
         _check_room(cas, CaKind.ROOT)
         _check_room(cas, CaKind.ISSUING)
         remove_leftovers(station.folder / KEYS_FOLDER)
-        _ = station.authority
+        keys = station.key_maker(place, derivation)
         _clear_keys(station)
         now = station.clock()
+        own_keys = FileKeys(lambda: passphrase or station.passphrase_of_new_keys(), derivation)
         root_key, certificate = _distinct(
             cas,
+            own_keys,
+            [],
+            b"",
             lambda key: profile.root_certificate(
                 key,
                 organization=station.settings.organization,
@@ -146,14 +165,11 @@ def start_root(
         )
         root = Ca.made(CaKind.ROOT, certificate, "", now, activated_at=now)
         issuer = profile.Issuer(certificate, root_key)
-        key, issuing = _issuing_under(station, issuer, root.key_id)
-        own = passphrase or station.read_passphrase()
-        write_key(station.key_path(root), root_key, own, derivation)
-        write_key(station.key_path(issuing), key, station.read_passphrase(), derivation)
-        with station.registry.transaction() as transaction:
-            for ca in (root, issuing):
-                put_ca(transaction, ca)
-                _record(transaction, "ca-start", ca)
+        with undone(keys) as made:
+            key, issuing = _issuing_under(station, issuer, keys, made)
+            own_keys.keep(root_key, station.key_path(root))
+            keys.keep(key, station.key_path(issuing))
+        _put(station, root, issuing)
         sign_root_crl(station, issuer)
         return issuing
 
@@ -343,10 +359,24 @@ def _check_room(cas: Cas, kind: CaKind) -> None:
         raise _refused(f"start the next {kind} CA", f"{count} are trusted already", "retire the old ones first")
 
 
-def _issuing_under(station: Station, root: profile.Issuer, root_id: str) -> tuple[EllipticCurvePrivateKey, Ca]:
+def _put(station: Station, *cas: Ca) -> None:
+    """Record new CAs, whose keys are kept."""
+    with station.registry.transaction() as transaction:
+        for ca in cas:
+            put_ca(transaction, ca)
+            _record(transaction, "ca-start", ca, key_uri=ca.key_uri or None)
+
+
+def _issuing_under(
+    station: Station, root: profile.Issuer, keys: KeyMaker, made: list[EllipticCurvePrivateKey]
+) -> tuple[EllipticCurvePrivateKey, Ca]:
     now = station.clock()
+    root_id = profile.key_id(root.certificate)
     key, certificate = _distinct(
         station.cas,
+        keys,
+        made,
+        root_id,
         lambda key: profile.issuing_certificate(
             root,
             key.public_key(),
@@ -355,7 +385,7 @@ def _issuing_under(station: Station, root: profile.Issuer, root_id: str) -> tupl
             now=now,
         ),
     )
-    return key, Ca.made(CaKind.ISSUING, certificate, root_id, now)
+    return key, Ca.made(CaKind.ISSUING, certificate, root_id.hex(), now, key_uri=keys.uri_of(key))
 
 
 def _clear_keys(station: Station) -> None:
@@ -365,18 +395,24 @@ def _clear_keys(station: Station) -> None:
 
 
 def _distinct(
-    cas: Cas, certify: Callable[[EllipticCurvePrivateKey], x509.Certificate]
+    cas: Cas,
+    keys: KeyMaker,
+    made: list[EllipticCurvePrivateKey],
+    root_id: bytes,
+    certify: Callable[[EllipticCurvePrivateKey], x509.Certificate],
 ) -> tuple[EllipticCurvePrivateKey, x509.Certificate]:
     """Make a key whose identifier begins like no other CA's: people and file names go by that."""
-    taken = {ca.short for ca in cas}
+    taken, short = {ca.key_id for ca in cas}, {ca.short for ca in cas}
     while True:
-        key = generate_private_key(SECP256R1())
+        key = keys.make(root_id, taken)
+        made.append(key)
         certificate = certify(key)
-        if profile.key_id(certificate).hex()[:SHORT] not in taken:
+        if profile.key_id(certificate).hex()[:SHORT] not in short:
             return key, certificate
+        keys.drop(key)
 
 
-def _record(transaction: Transaction, action: str, ca: Ca, **details: int | bool | None) -> None:
+def _record(transaction: Transaction, action: str, ca: Ca, **details: str | int | bool | None) -> None:
     transaction.record(
         action,
         f"{ca.kind}-ca",

@@ -13,14 +13,18 @@ from birthmark.provisioning.crl_delivery import warn_of_pending
 from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.gateway_trust import bring_trust
 from birthmark.provisioning.options import (
+    add_key_options,
     add_passphrase_option,
     add_root_passphrase_option,
     add_station_option,
     add_timeout_option,
     open_station,
     root_passphrase,
+    token_place,
+    token_settings,
 )
 from birthmark.provisioning.registry.model import Kind
+from birthmark.provisioning.settings import read_settings, set_token
 from birthmark.provisioning.station import PUBLIC_FILE_MODE
 from birthmark.provisioning.trust_census import take_census
 
@@ -83,22 +87,29 @@ def _add_start(phases: argparse._SubParsersAction[Parser]) -> None:
         """\
 birthmark ca rollover start issuing
 birthmark ca rollover start issuing --root-key /media/safe/root-1a2b3c4d.key.pem
+birthmark ca rollover start issuing --key 'pkcs11:token=birthmark;object=issuing-2'
 birthmark ca rollover start root""",
     )
     parser.add_argument("kind", choices=_KINDS, help="what is to be replaced")
     parser.add_argument("--root-key", type=Path, metavar="FILE", help="where the root's key is kept")
+    add_key_options(parser, "--key", whose="the next issuing CA's")
     add_root_passphrase_option(parser)
     _add_common(parser)
 
 
 def _start(arguments: argparse.Namespace, console: Console) -> int:
+    place = token_place(arguments)
     station = open_station(arguments)
+    if place is not None and token_settings(place.uri).module is not None:
+        set_token(station.settings_path, token_settings(place.uri))
+        station.settings = read_settings(station.settings_path)
     if arguments.kind == CaKind.ROOT:
-        new = rollover.start_root(station, root_passphrase(arguments))
+        new = rollover.start_root(station, root_passphrase(arguments), place=place)
     else:
         new = rollover.start_issuing(
             station,
             lambda: rollover.RootKey(root_passphrase(arguments) or station.read_passphrase(), arguments.root_key),
+            place=place,
         )
     return _bring(arguments, console, station, new, f"{new.short} is made, to issue next")
 

@@ -73,6 +73,15 @@ REGISTRY_TEMPLATE: Final = """\
 [registry]
 # Where the registry is. `birthmark registry migrate` moves it and changes this; a change by hand leaves it behind.
 """
+_MODULE_LINES: Final = """\
+[token]
+# The PKCS#11 module that leads to the token with the issuing CA's key.
+module = {module}
+"""
+_PIN_LINE: Final = """\
+# The file with its PIN, mode 0400; without one it is asked for.
+pin_file = {pin_file}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +168,36 @@ class RegistrySetting:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSettings:
+    """How this machine gets at PKCS#11 tokens.
+
+    Raises:
+        ConfigurationError: a path is not absolute, or cannot be shown.
+    """
+
+    module: Path | None = None
+    """The PKCS#11 module, a shared library."""
+    pin_path: Path | None = None
+    """The file with the PIN."""
+
+    def __post_init__(self) -> None:
+        for name, path in (("module", self.module), ("pin_file", self.pin_path)):
+            if path is not None and not (path.is_absolute() and str(path).isprintable()):
+                raise ConfigurationError(
+                    f"could not use {name} = {quoted(str(path))} of [token]: it is no absolute, printable path"
+                )
+
+    def to_toml(self) -> str:
+        """Return its table; empty if nothing is set."""
+        if self.module is None:
+            return ""
+        text = _MODULE_LINES.format(module=toml_text(str(self.module)))
+        if self.pin_path is not None:
+            text += _PIN_LINE.format(pin_file=toml_text(str(self.pin_path)))
+        return text
+
+
+@dataclass(frozen=True, slots=True)
 class Gateway:
     """A gateway that takes CRLs: either from a file, or over MQTT.
 
@@ -237,6 +276,7 @@ class Settings:
     """How long after its end a revoked certificate stays on the CRL."""
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
     registry: RegistrySetting = field(default_factory=RegistrySetting)
+    token: TokenSettings = field(default_factory=TokenSettings)
     gateways: tuple[Gateway, ...] = ()
 
     def __post_init__(self) -> None:
@@ -273,10 +313,8 @@ class Settings:
             retire_after_hours=self.renewal.retire_after_hours,
             renewals_per_day=self.renewal.max_per_day,
         )
-        registry = self.registry.to_toml()
-        return head + "".join(
-            "\n" + table for table in (registry, *(each.to_toml() for each in self.gateways)) if table
-        )
+        tables = [self.registry.to_toml(), self.token.to_toml(), *(each.to_toml() for each in self.gateways)]
+        return head + "".join("\n" + table for table in tables if table)
 
 
 def read_settings(path: Path) -> Settings:
@@ -304,6 +342,28 @@ def add_gateway(path: Path, gateway: Gateway) -> None:
         return text.rstrip("\n") + "\n\n" + gateway.to_toml()
 
     _edit(path, added)
+
+
+def set_token(path: Path, token: TokenSettings) -> None:
+    """Put module and PIN file of the tokens into `station.toml`, durably, if there are none yet.
+
+    Raises:
+        ConfigurationError: the file cannot be used, or has others.
+    """
+
+    def changed(text: str, settings: Settings) -> str:
+        if settings.token == token:
+            return text
+        if settings.token != TokenSettings():
+            raise ConfigurationError(
+                f"could not put the PKCS#11 module {token.module} into {path}: [token] there has something else",
+                hint="a station uses one module at a time: change it there, once no key needs the other",
+            )
+        gateway = _GATEWAY.search(text)
+        at = gateway.start() if gateway else len(text)
+        return f"{text[:at].rstrip()}\n\n{token.to_toml()}" + ("\n" + text[at:] if gateway else "")
+
+    _edit(path, changed)
 
 
 def remove_gateway(path: Path, name: str) -> None:
@@ -401,6 +461,7 @@ def _parsed(path: Path, text: str) -> Settings:
         crl = top.table("crl")
         renewal = top.table("renewal")
         registry = top.table("registry")
+        token = top.table("token")
         settings = Settings(
             organization=station.text("organization"),
             default_role=station.text("default_role", "sensor"),
@@ -417,9 +478,10 @@ def _parsed(path: Path, text: str) -> Settings:
                 renewal.whole("max_per_day", 10),
             ),
             registry=RegistrySetting(registry.text("url", ""), registry.text("log", "")),
+            token=TokenSettings(token.path("module"), token.path("pin_file")),
             gateways=tuple(_gateway(table) for table in top.tables("gateway")),
         )
-        for table in (station, lifetimes, broker, crl, renewal, registry, top):
+        for table in (station, lifetimes, broker, crl, renewal, registry, token, top):
             table.finish()
     except ConfigurationError as error:
         raise ConfigurationError(f"could not read {path}: {error.message}", hint=error.hint) from error
@@ -464,6 +526,10 @@ class _Table:
         if not isinstance(value, str):
             raise ConfigurationError(f"{self._where(key)} is {'missing' if value is None else 'no text'}")
         return value
+
+    def path(self, key: str) -> Path | None:
+        text = self.text(key, "")
+        return Path(text) if text else None
 
     def whole(self, key: str, default: int) -> int:
         value = self._values.pop(key, default)

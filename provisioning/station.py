@@ -8,13 +8,14 @@
     issue.lock                     held while the station makes a key pair and its certificate
     rollover.lock                  held while a CA is made, put in charge or retired
     keys/root-ID.key.pem           may be moved to a safe place: needed for a root's CRL and to replace a CA
-    keys/issuing-ID.key.pem        needed to issue and to revoke; ID is the beginning of the key identifier
+    keys/issuing-ID.key.pem        needed to issue and to revoke; ID is the beginning of the key identifier;
+                                   not there if the key is in a PKCS#11 token (docs/hsm.md)
 
 Rules:
 
 - Which CAs there are, and which of them issues, is in the registry (`birthmark.provisioning.cas`), and looked up
   at each use: a command that runs for long issues from a new CA as soon as that is in charge.
-- Nothing here asks for the passphrase before an authority is used; it is asked for once.
+- Nothing here asks for the passphrase, or a token's PIN, before an authority is used; it is asked for once.
 """
 
 from __future__ import annotations
@@ -23,21 +24,26 @@ import os
 import pwd
 import socket
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import AuthorityError, ConfigurationError
 from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.authority import Authority
+from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
 from birthmark.provisioning.passphrase import PassphraseSource
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
+from birthmark.provisioning.token_key import TokenKey
+from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +52,8 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+    from birthmark.provisioning.ca_keys import KeyMaker, TokenPlace
+    from birthmark.provisioning.keyfile import KeyDerivation
     from birthmark.provisioning.registry.interface import StoredRegistry
 
 ROOT_FILE: Final = "root.pem"
@@ -92,6 +100,7 @@ class Station:
     Args:
         folder: the station's folder.
         passphrase: the issuing CA's passphrase, or where to get it once it is needed.
+        pin: the PIN of the token with the issuing CA's key, if it is in one, or where to get it.
         clock: the current time, aware.
     """
 
@@ -102,12 +111,14 @@ class Station:
         registry: StoredRegistry,
         *,
         passphrase: bytes | PassphraseSource,
+        pin: bytes | PassphraseSource = PIN_SOURCE,
         clock: Callable[[], datetime],
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.registry = registry
         self.clock = clock
+        self.tokens = TokenAccess(lambda: self.settings.token, pin)
         self._passphrase = passphrase
         self._keys: dict[str, EllipticCurvePrivateKey] = {}
         self._unlocking = threading.RLock()
@@ -118,6 +129,7 @@ class Station:
         folder: Path | None = None,
         *,
         passphrase: bytes | PassphraseSource | None = None,
+        pin: bytes | PassphraseSource | None = None,
         clock: Callable[[], datetime] = utc_now,
     ) -> Station:
         """Open the station in `folder` (default: `default_folder()`).
@@ -137,7 +149,8 @@ class Station:
         registry = open_registry(folder, settings.registry, clock=clock, actor=actor(), in_force=in_force)
         with registry.view():
             pass  # says at once if it cannot be read
-        return cls(folder, settings, registry, passphrase=passphrase or PassphraseSource(), clock=clock)
+        passphrase = passphrase or PassphraseSource()
+        return cls(folder, settings, registry, passphrase=passphrase, pin=pin or PIN_SOURCE, clock=clock)
 
     @property
     def settings_path(self) -> Path:
@@ -206,8 +219,24 @@ class Station:
         )
 
     def key_path(self, ca: Ca) -> Path:
-        """Return where the private key of a CA is, unless it was moved away."""
+        """Return where the private key of a CA is, unless it was moved away, or is in a token."""
         return self.folder / KEYS_FOLDER / f"{ca.kind}-{ca.short}.key.pem"
+
+    def key_place(self, ca: Ca) -> str:
+        """Return in a word where the private key of a CA is: `here`, `away`, or in a `token`."""
+        if ca.key_uri:
+            return "token"
+        return "here" if self.key_path(ca).exists() else "away"
+
+    def check_key(self, key_id: str) -> None:
+        """Unlock an issuing CA; one whose key is in a token signs a challenge, whenever this is asked for.
+
+        Raises:
+            AuthorityError: its key cannot be used.
+        """
+        key = self._key_of(self.cas.get(key_id))
+        if isinstance(key, TokenKey):
+            key.prove()
 
     def root_issuer(
         self, passphrase: bytes, key_path: Path | None = None, *, root: Ca | None = None
@@ -222,12 +251,33 @@ class Station:
         path = key_path or self.key_path(root)
         return profile.Issuer(root.certificate, keyfile.read_key(path, passphrase, whose="the root CA"))
 
-    def read_passphrase(self) -> bytes:
-        """Return the issuing CA's passphrase, asking for it if need be, but once."""
+    def read_passphrase(self, *, confirm: bool = False) -> bytes:
+        """Return the passphrase of the issuing CAs' key files, asking for it if need be, but once.
+
+        Args:
+            confirm: ask a person twice, because there is no key to try it on.
+        """
         with self._unlocking:
             if not isinstance(self._passphrase, bytes):
-                self._passphrase = self._passphrase.read()
+                self._passphrase = replace(self._passphrase, confirm=confirm).read()
             return self._passphrase
+
+    def key_maker(self, place: TokenPlace | None, derivation: KeyDerivation) -> KeyMaker:
+        """Return what makes the key of the next issuing CA: in a token, or in a file if `place` is None."""
+        if place is not None:
+            return TokenKeys(self.tokens, place)
+        return FileKeys(self.passphrase_of_new_keys, derivation)
+
+    def passphrase_of_new_keys(self) -> bytes:
+        """Return the passphrase that opens the key files that are there; without any, it is asked for twice.
+
+        Raises:
+            AuthorityError: it is wrong, or there is none.
+        """
+        held = [ca for ca in self.cas.issuing if not ca.key_uri]
+        if held:
+            self._key_of(held[0])
+        return self.read_passphrase(confirm=not held)
 
     def publish_certificates(self) -> None:
         """Bring the copies of the trusted CAs' certificates, `root.pem` and `issuing.pem`, up to date.
@@ -246,9 +296,21 @@ class Station:
     def _key_of(self, ca: Ca) -> EllipticCurvePrivateKey:
         with self._unlocking:
             if ca.key_id not in self._keys:
-                whose = "the issuing CA" if ca.kind is CaKind.ISSUING else "the root CA"
-                self._keys[ca.key_id] = keyfile.read_key(self.key_path(ca), self.read_passphrase(), whose=whose)
+                self._keys[ca.key_id] = self._token_key(ca) if ca.key_uri else self._file_key(ca)
             return self._keys[ca.key_id]
+
+    def _file_key(self, ca: Ca) -> EllipticCurvePrivateKey:
+        whose = "the issuing CA" if ca.kind is CaKind.ISSUING else "the root CA"
+        return keyfile.read_key(self.key_path(ca), self.read_passphrase(), whose=whose)
+
+    def _token_key(self, ca: Ca) -> TokenKey:
+        uri = TokenUri.parse(ca.key_uri)
+        public_key = ca.certificate.public_key()
+        if not isinstance(public_key, EllipticCurvePublicKey):
+            raise AuthorityError(f"could not use the key of the issuing CA {ca.short}: it is no P-256 key")
+        key = self.tokens.token(uri).key(uri, public_key)
+        key.prove()
+        return key
 
     def crl_lock(self) -> AbstractContextManager[None]:
         """Hold this from the choice of a CRL's number until that CRL is in its file: CRLs appear in order."""

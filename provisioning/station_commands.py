@@ -17,17 +17,21 @@ from birthmark.device.escape import escaped
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import OPERATOR, Issued, issue_broker, issue_operator
 from birthmark.provisioning.options import (
+    add_key_options,
     add_passphrase_option,
     add_root_passphrase_option,
     add_station_option,
     open_station,
     passphrase_source,
+    pin_source,
     root_passphrase,
     station_folder,
+    token_place,
+    token_settings,
 )
 from birthmark.provisioning.registry.opening import TINYDB, setting_from
 from birthmark.provisioning.row_filters import add_filter_options, picked_rows
-from birthmark.provisioning.settings import BrokerDefaults, Settings
+from birthmark.provisioning.settings import BrokerDefaults, Settings, TokenSettings
 
 if TYPE_CHECKING:
     import argparse
@@ -56,11 +60,13 @@ def _add_init(commands: argparse._SubParsersAction[Parser]) -> None:
 birthmark init --organization 'Acme Sensors'
 birthmark init --station ./station --broker-host gateway-1.example.com
 birthmark init --registry sqlite:///registry.db
-birthmark init --passphrase-fd 3 3< passphrase-file""",
+birthmark init --passphrase-fd 3 3< passphrase-file
+birthmark init --issuing-key 'pkcs11:token=birthmark;object=issuing?module-path=/usr/lib/libp11.so'""",
     )
     add_station_option(parser)
     add_passphrase_option(parser)
     add_root_passphrase_option(parser)
+    add_key_options(parser, "--issuing-key", whose="the issuing CA's")
     defaults = BrokerDefaults()
     parser.add_argument("--organization", default="birthmark", metavar="NAME", help="the O in every subject")
     parser.add_argument(
@@ -89,19 +95,24 @@ birthmark init --passphrase-fd 3 3< passphrase-file""",
 
 def _init(arguments: argparse.Namespace, console: Console) -> None:
     forbid_core_dumps()
+    place = token_place(arguments)
     settings = Settings(
         organization=arguments.organization,
         default_role=arguments.default_role,
         broker=BrokerDefaults(arguments.broker_host, arguments.broker_port, arguments.keepalive_s),
         registry=setting_from(arguments.registry),
+        token=token_settings(place.uri) if place else TokenSettings(),
     )
     station = found_station(
         station_folder(arguments),
         settings,
         passphrase=passphrase_source(arguments, confirm=True).read(),
         root_passphrase=root_passphrase(arguments),
+        place=place,
+        pin=pin_source(arguments),
     )
-    root_key = station.key_path(station.cas.roots[0])
+    cas = station.cas
+    root_key = station.key_path(cas.roots[0])
     console.facts(
         {
             "station": str(station.folder),
@@ -111,6 +122,7 @@ def _init(arguments: argparse.Namespace, console: Console) -> None:
             "registry": station.registry.shown,
             "crl": str(station.crl_path),
             "root_key": str(root_key),
+            "issuing_key": cas.for_clients.key_uri or str(station.key_path(cas.for_clients)),
         }
     )
     console.say(f"\nMove {root_key} to a safe place: it is not needed here until the root's CRL ends in a year.")

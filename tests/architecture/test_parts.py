@@ -19,7 +19,7 @@ ARROWS = {"device": set(), "broker": {"device"}, "provisioning": {"device"}, "fi
 LIBRARIES = {
     "device": {"paho", "cryptography", "serial"},
     "broker": {"amqtt", "cryptography", "uvloop"},
-    "provisioning": {"tinydb", "orjson", "segno", "sqlalchemy", "cryptography", "paho", "serial"},
+    "provisioning": {"tinydb", "orjson", "segno", "sqlalchemy", "pkcs11", "cryptography", "paho", "serial"},
     "firmware_sim": {"cryptography"},
 }
 

@@ -31,6 +31,8 @@ ONLY_READ = {
     "ca show",
     "inspect",
     "ca rollover status",
+    "ca token list",
+    "ca token check",
     "crl status",
 }
 KILLED_ELSEWHERE = {

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 from cryptography import x509
+from support.softhsm import LABEL, PIN, SoftHsm, found_module, with_a_token
 from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_station, public_key_der
 
 from birthmark.device.console import run
@@ -43,6 +44,7 @@ from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Gateway, add_gateway
 from birthmark.provisioning.station import Station
+from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -256,10 +258,62 @@ def is_detached(root: Path) -> None:
     assert opened.root_issuer(PASSPHRASE, root / "medium" / opened.key_path(ca).name).certificate == ca.certificate
 
 
+def with_token(root: Path) -> None:
+    """An empty token, in the scenario's own folder (`enter`)."""
+    with_a_token(root / "softhsm")
+
+
+def enter(root: Path) -> None:
+    """Have the tokens of a scenario's folder be those that there are, for this process and its children."""
+    module = found_module()
+    if module is not None and (root / "softhsm").exists():
+        SoftHsm(root / "softhsm", module).start()
+
+
+def keys_in_token(root: Path) -> int:
+    module = found_module()
+    assert module is not None
+    return len(SoftHsm(root / "softhsm", module).token(TokenUri(LABEL)).private_keys())
+
+
+def has_token_key(root: Path) -> None:
+    """The next CA's key is in the token, and no other key is."""
+    cas_are(root, "current", "new")
+    assert [bool(ca.key_uri) for ca in station(root).cas.issuing] == [False, True]
+    assert keys_in_token(root) == 1
+
+
+def is_founded_or_named(root: Path) -> None:
+    """The station is there with its key; or, killed as soon as the token had made it, only the key is."""
+    if (root / "station").exists():
+        assert station(root).cas.for_clients.key_uri
+    assert keys_in_token(root) == 1
+
+
 def crl_number_of(root: Path) -> int:
     crls = current_crl(station(root))
     assert crls is not None
     return crls.current.number
+
+
+def token_scenarios() -> dict[str, Scenario]:
+    """Return those with a token; none where SoftHSM is not installed."""
+    module = found_module()
+    if module is None:
+        return {}
+    uri = f"pkcs11:token={LABEL};object=issuing?module-path={module}"
+    return {
+        "init --issuing-key": Scenario(
+            ["init", "--issuing-key", uri],
+            prepare=with_token,
+            finished=is_founded_or_named,
+            founds=False,
+            done_already=["there is something already", "the token has one of that name"],
+        ),
+        "ca rollover start issuing --key": Scenario(
+            ["ca", "rollover", "start", "issuing", "--key", uri], prepare=with_token, finished=has_token_key
+        ),
+    }
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -338,6 +392,7 @@ SCENARIOS: dict[str, Scenario] = {
     "ca rollover start issuing": Scenario(
         ["ca", "rollover", "start", "issuing"], finished=lambda root: cas_are(root, "current", "new")
     ),
+    **token_scenarios(),
     "ca rollover start root": Scenario(
         ["ca", "rollover", "start", "root"], finished=lambda root: cas_are(root, "current", "new")
     ),
@@ -498,6 +553,7 @@ def leftovers(root: Path) -> list[Path]:
 def kill_once(scenario: Scenario, prepared: Path, root: Path, at: int) -> bool:
     """Kill the command before its `at`-th step, look, run it again, look; return whether it came to that step."""
     shutil.copytree(prepared, root, symlinks=True)
+    enter(root)
     history = History()
     for folder in stations(root):
         history.look(folder)
@@ -532,6 +588,7 @@ def survive(scenario: Scenario, root: Path, kills: int) -> tuple[int, int]:
     scenario.prepare(prepared)
     whole = root / "whole"
     shutil.copytree(prepared, whole, symlinks=True)
+    enter(whole)
     code, steps, said = in_child(whole, scenario.words, 0)
     assert code == scenario.code, (code, said)
     scenario.finished(whole)
@@ -551,6 +608,7 @@ def survive(scenario: Scenario, root: Path, kills: int) -> tuple[int, int]:
 def main(root: Path, kills: int, names: Sequence[str]) -> None:
     os.environ["BIRTHMARK_PASSPHRASE"] = PASSPHRASE.decode()
     os.environ["BIRTHMARK_BACKUP_PASSPHRASE"] = SECRET.decode()
+    os.environ["BIRTHMARK_TOKEN_PIN"] = PIN.decode()
     # What a passphrase costs has no bearing on what a kill leaves.
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
