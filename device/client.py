@@ -540,7 +540,7 @@ class Client:
             self.device_id,
             publish=self._publish_now,
             failed=self._failed,
-            now=self._now,
+            now=self._clock.now,
             folder=credentials.pem_path.parent if credentials.is_slot else None,
         )
 

@@ -6,7 +6,7 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from birthmark.device.errors import ConnectionFailedError, RefusedError
+from birthmark.device.errors import BirthmarkError, ConnectionFailedError, RefusedError
 from birthmark.device.escape import escaped
 from birthmark.device.events import (
     AttemptFailed,
@@ -50,8 +50,7 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
             kind = "refused" if isinstance(event.error, RefusedError) else "unreachable"
             _failed(console, kind, event.error, None if is_last else event.retry_in_s)
         case SubscriptionDenied():
-            shown = escaped(event.topic_filter)
-            say(console, "denied", f"the broker does not let us subscribe to {shown}", filter=shown)
+            say(console, "denied", said_of(event), filter=escaped(event.topic_filter))
         case RenewalChanged():
             shown = escaped(event.detail)
             then = "" if event.retry_in_s is None else f"\n          next attempt in {event.retry_in_s:.0f} s"
@@ -67,13 +66,16 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
             shown = escaped(event.detail)
             say(console, "outbox", shown, state=event.state, detail=shown)
         case HandlerFailed():
-            shown = escaped(event.topic)
-            say(
-                console,
-                "handler_failed",
-                f"the handler of {shown} failed: {type(event.error).__name__}",
-                topic=shown,
-            )
+            say(console, "handler_failed", said_of(event), topic=escaped(event.topic))
+
+
+def said_of(event: HandlerFailed | SubscriptionDenied) -> str:
+    """Return in words what went wrong beside the connection; of somebody else's error only its kind is told."""
+    if isinstance(event, SubscriptionDenied):
+        return f"the broker does not let us subscribe to {escaped(event.topic_filter)}"
+    error = event.error
+    cause = error.message if isinstance(error, BirthmarkError) else type(error).__name__
+    return f"the handler of {escaped(event.topic)} failed: {cause}"
 
 
 def show_warnings(console: Console) -> None:

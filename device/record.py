@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import RefusedError, RemoteProtocolError
-from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event, RenewalChanged
+from birthmark.device.event_lines import said_of
+from birthmark.device.events import (
+    AttemptFailed,
+    Connected,
+    Disconnected,
+    Event,
+    HandlerFailed,
+    RenewalChanged,
+    SubscriptionDenied,
+)
 from birthmark.device.json_fields import Fields, dump
 
 if TYPE_CHECKING:
@@ -80,6 +89,9 @@ class Record:
     """The last one."""
     renewal: str = ""
     """What was last said of a renewal."""
+    trouble: str = ""
+    """The last thing that went wrong beside the connection: a callback that raised, a subscription denied."""
+    trouble_at: float | None = None
     process: tuple[int, int] = (0, 0)
     """The process, and when it was started, as the kernel has it."""
 
@@ -107,6 +119,8 @@ class Record:
             connected_at=_time(fields, "connected_at"),
             failure=None if failure is None else Failure.from_fields(failure),
             renewal=fields.text("renewal"),
+            trouble=fields.text("trouble"),
+            trouble_at=_time(fields, "trouble_at"),
             process=(0, 0) if process is None else (process.whole("id"), process.whole("started_at")),
         )
 
@@ -170,6 +184,11 @@ class Recorder:
             record = replace(record, state="disconnected", since=since, failure=Failure.of(event.error, now_s))
         elif isinstance(event, RenewalChanged):
             record = replace(record, renewal=f"{event.state}: {event.detail}")
+        elif isinstance(event, HandlerFailed | SubscriptionDenied):
+            trouble = said_of(event)
+            if trouble == record.trouble:
+                return
+            record = replace(record, trouble=trouble, trouble_at=now_s)
         self._change(record)
 
     def stopped(self) -> None:

@@ -12,7 +12,7 @@ from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import BrokerAddress
-from birthmark.device.errors import UnreachableError
+from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError, UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
 from birthmark.device.renew_command import add_renewal_port_option
@@ -28,6 +28,8 @@ DEFAULT_INTERVAL_S = 1.0
 SHORTEST_INTERVAL_S = 0.001
 LONGEST_INTERVAL_S = 1e9
 TELEMETRY = "environment"
+LOOK_AGAIN_S = 2.0
+"""How soon an identity that was enrolled, or repaired, is found."""
 ACKNOWLEDGED_WITHIN_S = 2.0
 """A reading that takes longer is reported as late; it stays queued."""
 
@@ -52,6 +54,11 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         help="seconds between two of them (%(default)s)",
     )
     add_renewal_port_option(parser)
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="where there is no identity that can be used, say why, and begin as soon as there is one",
+    )
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument(
         "--once", action="store_true", help="do not try again: the first failure ends it, with its exit code"
@@ -66,13 +73,14 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     forbid_core_dumps()
-    broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
     event_lines.show_warnings(console)
     with stopping_on_signals() as stopping:
         running = _Running(console, stopping, once=arguments.once, give_up_after_s=arguments.give_up_after)
-        client = Client.from_folder(
-            arguments.state, broker=broker, observe=running.observe, renewal_port=arguments.renewal_port
-        )
+        client = _client(arguments, running)
+        while client is None:
+            if stopping.wait(LOOK_AGAIN_S):
+                return stopping.exit_code
+            client = _client(arguments, running)
         client.command()(running.answer)
         client.start()
         try:
@@ -85,17 +93,45 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         return stopping.exit_code
 
 
+def _client(arguments: argparse.Namespace, running: _Running) -> Client | None:
+    """Return the client; None with `--wait` if there is no identity that it can use."""
+    broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
+    try:
+        return Client.from_folder(
+            arguments.state, broker=broker, observe=running.observe, renewal_port=arguments.renewal_port
+        )
+    except (CredentialError, ConfigurationError) as error:
+        if not arguments.wait:
+            raise
+        running.has_no_identity(error)
+        return None
+
+
 class _Running:
     """One run: what it prints, and when it ends."""
 
     def __init__(self, console: Console, stopping: Stopping, *, once: bool, give_up_after_s: float | None) -> None:
         self.error: ConnectionFailedError | None = None
+        self._said = ""
         self._console = console
         self._stopping = stopping
         self._once = once
         self._give_up_after_s = give_up_after_s
         self._last_error: ConnectionFailedError | None = None
         self._offline_since: float | None = time.monotonic()
+
+    def has_no_identity(self, error: BirthmarkError) -> None:
+        """Say so, once for each reason."""
+        if error.message == self._said:
+            return
+        self._said = error.message
+        event_lines.say(
+            self._console,
+            "no_identity",
+            f"{error.message}\n          {error.hint}\n          waiting until there is one",
+            reason=error.message,
+            hint=error.hint,
+        )
 
     def observe(self, event: Event) -> None:
         event_lines.show(self._console, event, is_last=self._once)

@@ -22,6 +22,7 @@ from birthmark.device.errors import BirthmarkError, RefusedError, SystemFailureE
 from birthmark.device.escape import escaped
 from birthmark.device.record import read_record
 from birthmark.device.show_command import identity_facts
+from birthmark.device.tls import device_context
 
 if TYPE_CHECKING:
     import argparse
@@ -80,6 +81,7 @@ def _identity(folder: Path) -> tuple[dict[str, Any], list[_Trouble]]:
     """Say who this is, and what is known of the time."""
     try:
         credentials = Credentials.from_folder(folder)
+        device_context(credentials)  # whether the key is the certificate's
         clock = Clock.of(credentials)
         moment, system = clock.moment(), clock.system()
         facts = identity_facts(folder, credentials, moment.at)
@@ -138,6 +140,8 @@ def _client(record: Record | None) -> tuple[dict[str, Any], _Trouble | None]:
         "last_failure_check": failure and escaped(failure.check),
         "last_failure": failure and escaped(failure.reason, _LONGEST_SHOWN),
         "last_failure_hint": failure and escaped(failure.hint, _LONGEST_SHOWN),
+        "last_trouble_at": _time(record.trouble_at),
+        "last_trouble": escaped(record.trouble, _LONGEST_SHOWN) or None,
         "last_renewal": escaped(record.renewal, _LONGEST_SHOWN) or None,
     }
     if not record.is_running:
