@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.errors import ConnectionFailedError
     from birthmark.device.handlers import MessageHandler
-    from birthmark.device.outbox.outbox import Outbox
+    from birthmark.device.outbox.outbox import Outbox, OutboxState
     from birthmark.device.outbox.settings import OutboxSettings
     from birthmark.device.periodic import Periodic, Reading
     from birthmark.device.received import Message
@@ -180,12 +180,15 @@ class Client:
             on_message=self._received,
             settled=self._renewer.settled if self._renewer else _nobody,
         )
-        self._outbox = None if outbox is None else self._make_outbox(outbox, now)
+        self._outbox = None if outbox is None else self._make_outbox(outbox, self._clock.now)
         self._worker.publications.outbox = self._outbox
         if self._renewer is not None:
             self.subscribe(topics.renewal_answer(credentials.device_id), answers_to(self._renewer))
         is_running_device = self._credentials.is_slot and (not is_service if presence is None else presence)
-        self._recorder = Recorder(self._credentials.pem_path.parent, self._clock) if is_running_device else None
+        self._recorder: Recorder | None = None
+        if is_running_device:
+            folder = self._credentials.pem_path.parent
+            self._recorder = Recorder(folder, self._clock, outbox=self._outbox_state)
         self._time_asking: TimeAsking | None = None
         if trusts_gateway_clock:
             self._time_asking = asking = TimeAsking(
@@ -496,6 +499,9 @@ class Client:
     def _publish_now(self, topic: str, payload: bytes) -> Acknowledgement:
         """Publish what somebody waits for now: behind a week's readings it would come too late."""
         return self.publish(topic, payload, keep=False)
+
+    def _outbox_state(self) -> OutboxState | None:
+        return None if self._outbox is None else self._outbox.state()
 
     def _make_outbox(self, settings: OutboxSettings, now: Callable[[], datetime]) -> Outbox:
         from birthmark.device.outbox.outbox import Outbox  # noqa: PLC0415 - SQLite, only for who has an outbox

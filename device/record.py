@@ -6,6 +6,7 @@ Rules:
 - It is written when something has changed, a few times at once and then at most once a minute: a network that
   comes and goes all day must not wear out an SD card. What has changed meanwhile is written when that minute is
   over, and at the end.
+- What waits in an outbox changes all the time: it is written along, and every ten minutes if it is another.
 - That it cannot be written is logged, once, and stops nothing.
 - A reader takes any file: one that is damaged says nothing.
 """
@@ -30,6 +31,7 @@ from birthmark.device.events import (
     Disconnected,
     Event,
     HandlerFailed,
+    OutboxChanged,
     RenewalChanged,
     SubscriptionDenied,
 )
@@ -40,10 +42,12 @@ if TYPE_CHECKING:
 
     from birthmark.device.clock import Clock
     from birthmark.device.errors import ConnectionFailedError
+    from birthmark.device.outbox.outbox import OutboxState
 
 RECORD_FILE: Final = "status"
 WRITES_AT_ONCE: Final = 5
 BETWEEN_WRITES_S: Final = 60.0
+OUTBOX_EVERY_S: Final = 600.0
 _MAX_FILE_BYTES: Final = 16 * 1024
 
 _log = logging.getLogger(__name__)
@@ -72,6 +76,23 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waited in the outbox, and when that was."""
+
+    messages: int
+    bytes: int
+    dropped: int
+    failing: str
+    at: float
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> Waiting:
+        """Read what `asdict` has written; raises `RemoteProtocolError`."""
+        messages, octets, dropped = (fields.whole(key) for key in ("messages", "bytes", "dropped"))
+        return cls(messages, octets, dropped, fields.text("failing"), fields.number("at"))
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a client says of itself. Times are seconds since 1970, by the best guess at the time (`clock`)."""
 
@@ -92,6 +113,7 @@ class Record:
     trouble: str = ""
     """The last thing that went wrong beside the connection: a callback that raised, a subscription denied."""
     trouble_at: float | None = None
+    outbox: Waiting | None = None
     process: tuple[int, int] = (0, 0)
     """The process, and when it was started, as the kernel has it."""
 
@@ -109,7 +131,7 @@ class Record:
     def from_bytes(cls, content: bytes) -> Record:
         """Read a file's content; raises `RemoteProtocolError` if it is none."""
         fields = Fields("record of a client", content)
-        failure, process = fields.inner("failure"), fields.inner("process")
+        failure, outbox, process = (fields.inner(key) for key in ("failure", "outbox", "process"))
         return cls(
             state=fields.text("state"),
             since=fields.number("since"),
@@ -121,6 +143,7 @@ class Record:
             renewal=fields.text("renewal"),
             trouble=fields.text("trouble"),
             trouble_at=_time(fields, "trouble_at"),
+            outbox=None if outbox is None else Waiting.from_fields(outbox),
             process=(0, 0) if process is None else (process.whole("id"), process.whole("started_at")),
         )
 
@@ -138,12 +161,21 @@ class Recorder:
     Args:
         folder: the state folder.
         clock: what is known of the time.
+        outbox: what waits in the outbox; None if there is none.
         elapsed_s: seconds since some moment.
     """
 
-    def __init__(self, folder: Path, clock: Clock, *, elapsed_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        clock: Clock,
+        *,
+        outbox: Callable[[], OutboxState | None] = lambda: None,
+        elapsed_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._path = folder / RECORD_FILE
         self._clock = clock
+        self._outbox = outbox
         self._elapsed_s = elapsed_s
         self._lock = threading.Lock()
         self._record = Record()
@@ -158,6 +190,7 @@ class Recorder:
         before = read_record(self._path.parent) or Record()
         process = (os.getpid(), _started_at(os.getpid()))
         self._change(replace(before, state="connecting", since=self._now_s(), process=process))
+        self._look_at_outbox_later()
 
     def take(self, event: Event) -> None:
         """Take note of an event."""
@@ -184,8 +217,10 @@ class Recorder:
             record = replace(record, state="disconnected", since=since, failure=Failure.of(event.error, now_s))
         elif isinstance(event, RenewalChanged):
             record = replace(record, renewal=f"{event.state}: {event.detail}")
-        elif isinstance(event, HandlerFailed | SubscriptionDenied):
-            trouble = said_of(event)
+        elif isinstance(event, HandlerFailed | SubscriptionDenied) or (
+            isinstance(event, OutboxChanged) and event.state in ("dropping", "failing", "set-aside")
+        ):
+            trouble = event.detail if isinstance(event, OutboxChanged) else said_of(event)
             if trouble == record.trouble:
                 return
             record = replace(record, trouble=trouble, trouble_at=now_s)
@@ -198,7 +233,8 @@ class Recorder:
             if self._timer is not None:
                 self._timer.cancel()
             connected_at = now_s if record.state == "connected" else record.connected_at
-            self._record = replace(record, state="stopped", since=now_s, connected_at=connected_at)
+            stopped = replace(record, state="stopped", since=now_s, connected_at=connected_at)
+            self._record = self._with_outbox(stopped)
             self._write()
 
     def _now_s(self) -> float:
@@ -206,19 +242,43 @@ class Recorder:
 
     def _change(self, record: Record) -> None:
         with self._lock:
-            self._record = record
-            if self._timer is not None or record.to_bytes() == self._written:
+            self._take(record)
+
+    def _take(self, record: Record) -> None:
+        """Write a record, now or when there is credit for it."""
+        self._record = record = self._with_outbox(record)
+        if self._timer is not None or record.to_bytes() == self._written:
+            return
+        now_s = self._elapsed_s()
+        earned = (now_s - self._credit_at_s) / BETWEEN_WRITES_S
+        self._credit, self._credit_at_s = min(self._credit + earned, WRITES_AT_ONCE), now_s
+        if self._credit >= 1:
+            self._credit -= 1
+            self._write()
+            return
+        self._timer = threading.Timer((1 - self._credit) * BETWEEN_WRITES_S, self._write_later)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _with_outbox(self, record: Record) -> Record:
+        found, before = self._outbox(), record.outbox
+        if found is None:
+            return replace(record, outbox=None)
+        is_same = before is not None and {**asdict(found), "at": before.at} == asdict(before)
+        return record if is_same else replace(record, outbox=Waiting(**asdict(found), at=self._now_s()))
+
+    def _look_at_outbox_later(self) -> None:
+        if self._outbox() is not None:
+            timer = threading.Timer(OUTBOX_EVERY_S, self._look_at_outbox)
+            timer.daemon = True
+            timer.start()
+
+    def _look_at_outbox(self) -> None:
+        with self._lock:
+            if self._record.state == "stopped":
                 return
-            now_s = self._elapsed_s()
-            earned = (now_s - self._credit_at_s) / BETWEEN_WRITES_S
-            self._credit, self._credit_at_s = min(self._credit + earned, WRITES_AT_ONCE), now_s
-            if self._credit >= 1:
-                self._credit -= 1
-                self._write()
-                return
-            self._timer = threading.Timer((1 - self._credit) * BETWEEN_WRITES_S, self._write_later)
-            self._timer.daemon = True
-            self._timer.start()
+            self._take(self._record)
+        self._look_at_outbox_later()
 
     def _write_later(self) -> None:
         with self._lock:

@@ -143,10 +143,17 @@ def _client(record: Record | None) -> tuple[dict[str, Any], _Trouble | None]:
         "last_trouble_at": _time(record.trouble_at),
         "last_trouble": escaped(record.trouble, _LONGEST_SHOWN) or None,
         "last_renewal": escaped(record.renewal, _LONGEST_SHOWN) or None,
+        **_outbox(record),
     }
     if not record.is_running:
         ended = "was stopped" if record.state == "stopped" else "ended without a word: killed, or cut from power"
         return said, _Trouble("not-running", UnreachableError(f"the client is not running: it {ended}", start))
+    if record.outbox is not None and record.outbox.failing:
+        cause = escaped(record.outbox.failing, _LONGEST_SHOWN)
+        failing = SystemFailureError(
+            f"could not store what is published: {cause}", "docs/outbox.md says what to do"
+        )
+        return said, _Trouble("outbox", failing)
     if record.state == "connected":
         return said, None
     if failure is None or record.state == "connecting":
@@ -154,6 +161,20 @@ def _client(record: Record | None) -> tuple[dict[str, Any], _Trouble | None]:
     kind = RefusedError if failure.refused else UnreachableError
     reason, hint = escaped(failure.reason, _LONGEST_SHOWN), escaped(failure.hint, _LONGEST_SHOWN)
     return said, _Trouble(escaped(failure.check), kind(reason, hint))
+
+
+def _outbox(record: Record) -> dict[str, Any]:
+    """Say what waits in the outbox; nothing where there is none."""
+    found = record.outbox
+    if found is None:
+        return {}
+    return {
+        "outbox_messages": found.messages,
+        "outbox_bytes": found.bytes,
+        "outbox_dropped": found.dropped,
+        "outbox_failing": escaped(found.failing, _LONGEST_SHOWN) or None,
+        "outbox_as_of": _time(found.at),
+    }
 
 
 def _time(at_s: float | None) -> str | None:

@@ -391,6 +391,12 @@ def test_a_device_in_1970_and_in_2099(tmp_path: Path, pki: Pki) -> None:
             assert met["at"].startswith("1970-01-01")
             device.wait_for("published", count=3)
             assert device.end(signal.SIGTERM) == 0
+            assert floor_of(state) < now() - HOUR / 2
+        (state / "device.toml").write_text('clock = "trust-broker"\n')
+        with DeviceCommand(*arguments, at="1970-01-01 12:00:00") as device:
+            device.wait_for("connected")
+            eventually(lambda: floor_of(state) >= now() - 60 * SECOND, "the gateway's time")
+            assert device.end(signal.SIGTERM) == 0
         after = run("run", "--state", state, "--once", "--json", at="2099-01-01 12:00:00")
         assert after.returncode == 4
         failed = json.loads(after.stdout.splitlines()[0])

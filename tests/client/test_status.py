@@ -19,7 +19,8 @@ from birthmark.device.clock import Clock
 from birthmark.device.connection_checks import Check
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import RefusedError, RemoteProtocolError, UnreachableError
-from birthmark.device.events import AttemptFailed, Connected, Disconnected, RenewalChanged
+from birthmark.device.events import AttemptFailed, Connected, Disconnected, OutboxChanged, RenewalChanged
+from birthmark.device.outbox.outbox import OutboxState
 from birthmark.device.record import RECORD_FILE, WRITES_AT_ONCE, Record, Recorder, read_record
 
 if TYPE_CHECKING:
@@ -131,6 +132,35 @@ def test_a_clock_that_is_wrong(state: Path) -> None:
         assert code == 4
         assert "by this clock it is 2099-01-01" in said["summary"]
         assert "the last time that is known for certain" in said["summary"]
+
+
+def test_what_waits_in_the_outbox(state: Path, broker: BrokerStub) -> None:
+    (state / "device.toml").write_text("[outbox]\n")
+    broker.acknowledges = False
+    with DeviceCommand("run", "--state", state, "--json", "--simulate", "--interval", "0.01") as device:
+        device.wait_for("connected")
+        device.wait_for("not_published")
+        assert device.end(signal.SIGTERM) == 0
+    said, _ = status(state)
+    assert said["outbox_messages"] >= 1
+    assert said["outbox_bytes"] > said["outbox_messages"] * 20
+    assert (said["outbox_dropped"], said["outbox_failing"]) == (0, None)
+    assert said["outbox_as_of"] >= said["client_since"][:10]
+
+
+def test_an_outbox_that_fails_is_the_state(tmp_path: Path, pki: Pki) -> None:
+    state = enrolled(tmp_path / "s", pki)
+    found = [OutboxState(3, 300, 0)]
+    recorder = Recorder(state, Clock(), outbox=lambda: found[0])
+    recorder.started()
+    recorder.take(met(Clock()))
+    assert status(state)[0]["state"] == "ok"
+    found[0] = OutboxState(3, 300, 1, "the disk is full")
+    recorder.take(OutboxChanged("failing", "could not store: the disk is full"))
+    said, code = status(state)
+    assert (said["state"], code, said["outbox_failing"]) == ("outbox", 5, "the disk is full")
+    assert said["last_trouble"] == "could not store: the disk is full"
+    recorder.stopped()
 
 
 def test_it_says_nothing_secret(state: Path, broker: BrokerStub) -> None:
