@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import Console, Parser, command
+from birthmark.firmware_sim import fleet_command
 from birthmark.firmware_sim.board import Behaviour
+from birthmark.firmware_sim.boards import run_boards
 from birthmark.firmware_sim.faults import KINDS, Faults, parse
 from birthmark.firmware_sim.fixture import faults_of_slots, write_fixture
-from birthmark.firmware_sim.fleet import run_boards
 from birthmark.firmware_sim.lies import LIES
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def parser() -> Parser:
     )
     fixture.add_argument("--slots", type=_count, default=16, metavar="N", help="how many slots it has (16)")
     _add_common(fixture, "birthmark-fixture", "[SLOT:]KIND[=VALUE]", "what is wrong with every slot, or with one")
+    fleet_command.add_to(commands)
     command(commands, "faults", _list, "list what a simulated board can have wrong", _FAULTS_EXAMPLES)
     return root
 

@@ -13,8 +13,8 @@ from birthmark.device.durable import private_folder, write_durably
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import quoted
 from birthmark.firmware_sim.board import LINK_NAME
+from birthmark.firmware_sim.boards import board_folder
 from birthmark.firmware_sim.faults import Faults, parse
-from birthmark.firmware_sim.fleet import board_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
