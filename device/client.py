@@ -40,12 +40,12 @@ from birthmark.device.events import Connected, Event, HandlerFailed
 from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
 from birthmark.device.outbox.settings import FILE as OUTBOX_FILE
-from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
+from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes, check_size
 from birthmark.device.record import Recorder
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
-from birthmark.device.settings import DeviceSettings
+from birthmark.device.settings import MAX_PACKET_BYTES, DeviceSettings
 from birthmark.device.time_asking import TimeAsking
 from birthmark.device.worker import Worker
 
@@ -88,6 +88,7 @@ class ClientOptions(TypedDict, total=False):
     renewal_port: int | None
     renewal_pace: Pace | None
     outbox: OutboxSettings | None
+    max_packet_bytes: int | None
 
 
 class Client:
@@ -111,6 +112,7 @@ class Client:
             with a state folder does.
         renewal_port: where the gateway renews what has expired; by default the port after its own.
         renewal_pace: how long a renewal waits for what.
+        max_packet_bytes: what the gateway takes; by default a device's 1 MiB, and a service's any.
         outbox: keep messages of QoS 1 on disk until the broker has them (docs/outbox.md); without, in memory.
 
     Raises:
@@ -136,6 +138,7 @@ class Client:
         renewal_port: int | None = None,
         renewal_pace: Pace | None = None,
         outbox: OutboxSettings | None = None,
+        max_packet_bytes: int | None = None,
     ) -> None:
         is_service = credentials.role.is_reserved
         if client_suffix and not is_service:
@@ -147,6 +150,7 @@ class Client:
         self._observe = observe
         self._now = now
         self._takes_all = takes_all
+        self._max_packet_bytes = max_packet_bytes or (None if is_service else MAX_PACKET_BYTES)
         self._handlers = Handlers(self._failed)
         self._commands: Commands | None = None
         self._periodic: Periodic | None = None
@@ -215,6 +219,7 @@ class Client:
         """
         settings = DeviceSettings.from_folder(Path(state_dir))
         options.setdefault("outbox", settings.outbox)
+        options.setdefault("max_packet_bytes", settings.max_packet_bytes)
         options.setdefault("trusts_gateway_clock", settings.trusts_gateway_clock)
         return cls(Credentials.from_folder(state_dir, broker=broker), **options)
 
@@ -331,12 +336,16 @@ class Client:
             The acknowledgement to come.
 
         Raises:
-            LocalProtocolError: MQTT has no such topic, payload or quality of service.
+            LocalProtocolError: MQTT has no such topic, payload or quality of service; or it is larger than what
+                the gateway takes: sent again and again, it would end every connection.
             UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
             SystemFailureError: the outbox's disk does not take it.
         """
+        octets = as_bytes(payload)
+        if self._max_packet_bytes is not None:
+            check_size(topic, octets, self._max_packet_bytes)
         if self._outbox is None or not keep or qos != 1:
-            acknowledgement = self._worker.publications.add(Outgoing(topic, as_bytes(payload), qos, retain))
+            acknowledgement = self._worker.publications.add(Outgoing(topic, octets, qos, retain))
             self._worker.wake()
         else:
             acknowledgement = self._outbox.put(topic, payload, retain=retain)
