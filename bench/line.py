@@ -22,6 +22,7 @@ from bench.report import Figure
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.identity import DeviceId
 from birthmark.device.link.timers import BITS_PER_BYTE, DEFAULT_BAUD
+from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.enrol import Enrolment
 from birthmark.provisioning.exchange import Line
 from birthmark.provisioning.journal import Wish
@@ -34,7 +35,6 @@ from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.session import Session, drive
 from birthmark.provisioning.slot import Slot
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.transitions import BrokerAddress
 from birthmark.provisioning.unit_ids import Listed, from_template
 from demo.processes import Stage
 

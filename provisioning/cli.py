@@ -9,6 +9,7 @@ from birthmark.provisioning import (
     audit_commands,
     backup_commands,
     batch_commands,
+    bulk_commands,
     ca_commands,
     doctor_command,
     flash,
@@ -40,6 +41,7 @@ birthmark revoke sensor-17 --reason lost""",
         title="commands", metavar="COMMAND", required=True
     )
     station_commands.add_to(commands)
+    bulk_commands.add_to(commands)
     flash.add_to(commands)
     run_command.add_to(commands)
     reflash.add_to(commands)

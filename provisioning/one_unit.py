@@ -19,12 +19,13 @@ from birthmark.device.errors import BirthmarkError, ConfigurationError, Enrollme
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.outcomes import Outcome
 from birthmark.provisioning.port_choice import choose
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import BrokerDefaults
-from birthmark.provisioning.transitions import BrokerAddress, Transitions
+from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console, Parser

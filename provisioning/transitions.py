@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 
 from birthmark.device.errors import EnrollmentRefusedError
-from birthmark.device.identity import DeviceId, device_role
-from birthmark.device.link.bundle import Bundle, BundleConfig
 from birthmark.provisioning.batches import ATTEMPT
+from birthmark.provisioning.bundles import bundle_of
 from birthmark.provisioning.journal import Action
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
@@ -36,21 +34,13 @@ if TYPE_CHECKING:
     from birthmark.device.identity import Role
     from birthmark.device.link.messages import HelloAnswer
     from birthmark.provisioning.authority import Authority
+    from birthmark.provisioning.bundles import BrokerAddress
     from birthmark.provisioning.journal import Wish
     from birthmark.provisioning.outcomes import Attempt
     from birthmark.provisioning.registry.interface import Registry, Transaction
     from birthmark.provisioning.registry.model import KeyMode, Row
 
 TXN_BYTES: Final = 16
-
-
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
-    """Where a device finds its broker, as it is told in its bundle."""
-
-    host: str
-    port: int
-    keepalive_s: int | None = None
 
 
 class Transitions:
@@ -169,7 +159,7 @@ class Transitions:
             now=now,
         )
         certificate = x509.load_der_x509_certificate(certificate_der)
-        bundle = self._bundle(row, authority, certificate_der, now)
+        bundle = bundle_of(row, authority, self._broker, certificate_der, now=now)
         issued = dataclasses.replace(
             row,
             state=State.ISSUED,
@@ -250,22 +240,6 @@ class Transitions:
                     code=attempt.code or None,
                     elapsed_ms=round(attempt.elapsed_ms),
                 )
-
-    def _bundle(self, row: Row, authority: Authority, certificate_der: bytes, now: datetime) -> bytes:
-        config = BundleConfig(
-            host=self._broker.host,
-            port=self._broker.port,
-            device_id=DeviceId(row.name),
-            role=device_role(row.role),
-            keepalive_s=self._broker.keepalive_s,
-        )
-        return Bundle(
-            leaf_der=certificate_der,
-            issuing_der=(authority.issuing_der,),
-            anchors_der=authority.anchors_der,
-            config=config,
-            issued_at=int(now.timestamp()),
-        ).to_bytes()
 
     def _void(self, transaction: Transaction, number: int, reason: str, revocation_reason: str = "") -> None:
         row = transaction.row(number)

@@ -109,6 +109,9 @@ class View(Protocol):
     def live_by_name(self, name: str) -> Row | None:
         """Return the row, neither VOID nor being replaced, that holds this name (without regard to case)."""
 
+    def live_by_names(self, names: Collection[str]) -> dict[str, Row]:
+        """Return the live rows that hold these names, by `name_folded`: many at the cost of few."""
+
     def live_by_hwid(self, hwid: bytes) -> Row | None:
         """Return the row, neither VOID nor being replaced, that holds this hwid."""
 

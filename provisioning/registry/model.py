@@ -71,6 +71,8 @@ class State(StrEnum):
         return self is not State.VOID and _ORDER[self] >= _ORDER[other]
 
 
+_ON_THE_LINE: Final = frozenset({State.RESERVED, State.PREPARED, State.COMMITTED})
+"""Where only a board on a serial line comes to; one that is issued from a request may be without a hwid."""
 _ORDER: Final = {state: order for order, state in enumerate(State)}
 
 
@@ -194,8 +196,10 @@ class Row:
             raise ValueError(f"a row in {self.state} needs a public key and a serial number")
         if self.state.reached(State.ISSUED) and self.certificate_der is None:
             raise ValueError(f"a row in {self.state} needs its certificate")
-        if self.kind is Kind.DEVICE and (self.hwid is None or self.txn is None):
-            raise ValueError("a device's row needs a hwid and a txn")
+        if self.kind is Kind.DEVICE and self.txn is None:
+            raise ValueError("a device's row needs a txn")
+        if self.kind is Kind.DEVICE and self.hwid is None and self.state in _ON_THE_LINE:
+            raise ValueError(f"a device's row in {self.state} needs a hwid")
         if bool(self.void_reason) != (self.state is State.VOID):
             raise ValueError("a row has a void reason exactly when it is VOID")
         if self.is_revoked != bool(self.revocation_reason):

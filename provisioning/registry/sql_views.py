@@ -106,6 +106,12 @@ class SqlView:
         """Return the live row that holds this name (without regard to case)."""
         return next((row for row in self.named(name) if row.is_live), None)
 
+    def live_by_names(self, names: Collection[str]) -> dict[str, Row]:
+        """Return the live rows that hold these names (`interface.View.live_by_names`)."""
+        wanted = sorted({name.lower() for name in names})
+        found = [row for some in in_portions(wanted) for row in self._rows(ROWS.c.name_folded.in_(some))]
+        return {row.name_folded: row for row in found if row.is_live}
+
     def live_by_hwid(self, hwid: bytes) -> Row | None:
         """Return the live row that holds this hwid."""
         return next((row for row in self._rows(ROWS.c.hwid == hwid) if row.is_live), None)

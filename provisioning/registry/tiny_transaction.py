@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tinydb import where
-from tinydb.table import Document
 
 from birthmark.provisioning.registry.claims import CLAIMED, values_of
-from birthmark.provisioning.registry.content import META_ID, STANDING, audit_head_of
+from birthmark.provisioning.registry.content import META_ID, OUTBOX, STANDING, audit_head_of
 from birthmark.provisioning.registry.document import (
     batch_document,
     binary,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
 
-    from tinydb.table import Table
+    from tinydb.table import Document, Table
 
     from birthmark.provisioning.registry.line import Batch, Quarantined
     from birthmark.provisioning.registry.model import Row
@@ -106,9 +105,10 @@ class TinyTransaction(TinyView, RuledTransaction):
 
     def finish(self) -> None:
         """Put the entries into the outbox, in the place of those that the log has."""
-        self._outbox.truncate()
-        for offset, line in enumerate(self._lines):
-            self._outbox.insert(Document({"line": line}, doc_id=self._head.seq - len(self._lines) + 1 + offset))
+        first = self._head.seq - len(self._lines) + 1
+        self._storage.tables[OUTBOX] = {
+            str(number): {"line": line} for number, line in enumerate(self._lines, start=first)
+        }
         self._set_facts({"audit_seq": self._head.seq, "audit_hash": self._head.hash})
 
     def _changed(self) -> None:

@@ -16,7 +16,6 @@ from birthmark.provisioning.registry.content import (
     META,
     META_ID,
     NOTES,
-    OUTBOX,
     QUARANTINE,
     ROWS,
     damaged,
@@ -51,7 +50,6 @@ class TinyView:
         self._storage = storage
         self._rows = _table(database, ROWS)
         self._meta = _table(database, META)
-        self._outbox = _table(database, OUTBOX)
         self._batches = _table(database, BATCHES)
         self._quarantine = _table(database, QUARANTINE)
         self._notes = _table(database, NOTES)
@@ -100,6 +98,12 @@ class TinyView:
     def live_by_name(self, name: str) -> Row | None:
         """Return the live row that holds this name (without regard to case)."""
         return next((row for row in self.named(name) if row.is_live), None)
+
+    def live_by_names(self, names: Collection[str]) -> dict[str, Row]:
+        """Return the live rows that hold these names (`interface.View.live_by_names`)."""
+        wanted = {name.lower() for name in names}
+        found = self._search(lambda facts: facts.get("name_folded") in wanted)
+        return {row.name_folded: row for row in found if row.is_live}
 
     def live_by_hwid(self, hwid: bytes) -> Row | None:
         """Return the live row that holds this hwid."""

@@ -137,6 +137,18 @@ def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: StoredRegi
         assert view.rows(revoked=False, name_glob="pump*", expires_before=NOON + timedelta(days=99)) == [one]
 
 
+def test_live_rows_are_found_by_many_names_at_once(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        one, two = device(transaction, "One"), device(transaction, "two")
+        gone = device(transaction, "gone")
+        transaction.update(replace(gone, state=State.VOID, void_reason="test"))
+        new = device(transaction, "TWO", replaces=two.number, hwid=two.hwid)
+        assert transaction.live_by_names(["ONE", "tWo", "gone", "never"]) == {"one": one, "two": new}
+    with registry.view() as view:
+        assert view.live_by_names(["one"]) == {"one": one}
+        assert view.live_by_names([]) == {}
+
+
 def test_many_rows_are_added_and_changed_as_one(registry: StoredRegistry, clock: Clock) -> None:
     with registry.transaction() as transaction:
         first = device(transaction, "first")
@@ -504,6 +516,7 @@ def test_names_outside_the_grammar_are_never_stored(registry: StoredRegistry, na
         {"hwid": b"123"},
         {"hwid": bytes(33)},
         {"hwid": None},
+        {"txn": None},
         {"txn": bytes(15)},
         {"state": State.KEYED},
         {"state": State.VOID},

@@ -14,6 +14,7 @@ from support.station_gateways import receipt_for
 
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning import audit, rollover
+from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.gateway_receipts import note_deliveries
@@ -25,7 +26,6 @@ from birthmark.provisioning.rollover import RolloverRefusedError, RootKey
 from birthmark.provisioning.rollover_anchors import StationAnchors
 from birthmark.provisioning.settings import Gateway, add_gateway
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.transitions import BrokerAddress
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.enrol import Reached, Stored
 from birthmark.provisioning.journal import Wish
 from birthmark.provisioning.port import PortName
 from birthmark.provisioning.registry.model import KeyMode
 from birthmark.provisioning.session import Session
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.transitions import BrokerAddress, Transitions
+from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,12 +12,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from birthmark.device.identity import DeviceId, Role
 from birthmark.provisioning import profile
 from birthmark.provisioning.authority import Authority
+from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.enrol import Enrolment
 from birthmark.provisioning.exchange import Line
 from birthmark.provisioning.journal import Wish
 from birthmark.provisioning.registry.tiny import TinyRegistry
 from birthmark.provisioning.settings import Lifetimes
-from birthmark.provisioning.transitions import BrokerAddress, Transitions
+from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -26,10 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from support.softhsm import LABEL, PIN, SoftHsm, found_module, with_a_token
 from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_station, public_key_der
 
 from birthmark.device.console import run
+from birthmark.device.credentials import Credentials
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit, audit_check, backup_commands, rollover, station_commands
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 SECRET = b"the backup's own passphrase"
+REQUESTED = ("pump-1", "pump-2", "pump-3")
 LOST = x509.ReasonFlags.key_compromise
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 STEPS = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.chmod"})
@@ -144,6 +151,48 @@ def with_batch(root: Path) -> None:
                 issuer=opened.authority.key_id,
                 batch="W47",
             )
+
+
+def with_requests(root: Path) -> None:
+    (root / "in").mkdir()
+    for name in REQUESTED:
+        made = x509.CertificateSigningRequestBuilder().subject_name(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        )
+        pem = made.sign(generate_private_key(SECP256R1()), SHA256()).public_bytes(Encoding.PEM)
+        (root / "in" / f"{name}.csr.pem").write_bytes(pem)
+
+
+def are_attested(root: Path, leaves: dict[str, x509.Certificate]) -> None:
+    """Every device has one row, ATTESTED, with the certificate that was handed out, issued once."""
+    with station(root).registry.view() as view:
+        rows = {row.name: row for row in view.rows()}
+        assert len(rows) == len(view.rows()) == len(leaves)
+    for name, leaf in leaves.items():
+        assert rows[name].state is State.ATTESTED
+        assert rows[name].certificate_der == leaf.public_bytes(Encoding.DER)
+    entries = [entry for entry in audit.read(root / "station" / "audit.jsonl") if entry["action"] == "issue"]
+    assert sorted(entry["subject"] for entry in entries) == sorted(leaves)
+
+
+def are_issued_for_requests(root: Path) -> None:
+    names = {f"{name}.crt.pem" for name in REQUESTED} | {"ca.pem"}
+    assert {path.name for path in (root / "out").iterdir()} == names
+    files = {name: root / "out" / f"{name}.crt.pem" for name in REQUESTED}
+    are_attested(root, {name: x509.load_pem_x509_certificate(path.read_bytes()) for name, path in files.items()})
+
+
+def are_issued_in_lines(root: Path) -> None:
+    records = [json.loads(line) for line in (root / "out.jsonl").read_text().splitlines()]
+    leaves = {each["id"]: x509.load_pem_x509_certificate(each["certificate"].encode()) for each in records}
+    assert list(leaves) == sorted(REQUESTED)
+    are_attested(root, leaves)
+
+
+def are_issued_with_keys(root: Path) -> None:
+    held = {name: Credentials.from_folder(root / "out" / name) for name in ("board-1", "board-2")}
+    are_attested(root, {name: x509.load_der_x509_certificate(one.leaf_der) for name, one in held.items()})
+    assert {path.name for path in (root / "out").rglob("*") if path.is_file()} == {"active", "ca.pem"}
 
 
 def with_quarantine(root: Path) -> None:
@@ -318,6 +367,17 @@ def token_scenarios() -> dict[str, Scenario]:
 
 SCENARIOS: dict[str, Scenario] = {
     "init": Scenario(["init"], founds=False, done_already=["there is something already"]),
+    "issue": Scenario(
+        ["issue", "--from", "@/in", "--out", "@/out"], prepare=with_requests, finished=are_issued_for_requests
+    ),
+    "issue, a line a device": Scenario(
+        ["issue", "--from", "@/in", "--out", "@/out.jsonl"], prepare=with_requests, finished=are_issued_in_lines
+    ),
+    "issue --keys station": Scenario(
+        ["issue", "--from", "@/in.csv", "--out", "@/out", "--keys", "station"],
+        prepare=lambda root: (root / "in.csv").write_text("id\nboard-1\nboard-2\n"),
+        finished=are_issued_with_keys,
+    ),
     "issue-broker": Scenario(
         ["issue-broker", "localhost", "127.0.0.1", "--out", "@/out"],
         finished=is_gateway,

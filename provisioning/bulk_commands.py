@@ -1,0 +1,73 @@
+"""`birthmark issue`: its options and its answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from birthmark.device.console import Console, Parser, command
+from birthmark.device.identity import device_role
+from birthmark.provisioning.bulk import issue_all
+from birthmark.provisioning.bulk_requests import read_wanted
+from birthmark.provisioning.one_unit import broker_address, warn_of_loopback
+from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add the command."""
+    parser = command(
+        commands,
+        "issue",
+        _issue,
+        "issue the certificates of many devices in one go",
+        """\
+birthmark issue --from requests/ --role pump --out certificates/
+birthmark issue --from devices.csv --out certificates.jsonl
+birthmark issue --from devices.csv --keys station --broker gateway-1.example.com:8883 --out boards/""",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a .csv or .jsonl file with id, role, csr and hwid, or a folder of ID.csr.pem files",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="a folder, for a file a device; or a file named .jsonl, for a line a device",
+    )
+    parser.add_argument("--role", help="of devices for which the file names none (default: the station's)")
+    parser.add_argument(
+        "--keys", choices=["station"], help="make the key of devices without a csr here, into a folder a device"
+    )
+    parser.add_argument(
+        "--broker", metavar="HOST:PORT", help="where devices with a key made here connect (default: the station's)"
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+
+
+def _issue(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    role = device_role(arguments.role or station.settings.default_role)
+    broker = broker_address(arguments.broker, station.settings.broker)
+    makes_keys = arguments.keys is not None
+    wanted = read_wanted(arguments.source, role, station_makes_keys=makes_keys)
+    console.emit({"event": "read", "devices": len(wanted)}, f"read and checked what {len(wanted)} devices need")
+    if any(one.public_key_der is None for one in wanted):
+        warn_of_loopback(console, arguments.broker, broker)
+
+    def tell(done: int, of: int) -> None:
+        console.emit({"event": "progress", "done": done, "of": of}, f"issued {done} of {of}")
+
+    made = issue_all(station, arguments.source, wanted, arguments.out, broker=broker, tell=tell)
+    record = {"event": "result", "issued": made.issued, "known": made.known, "out": str(arguments.out)}
+    known = f"; {made.known} had one before" if made.known else ""
+    console.emit(record, f"{made.issued} certificates issued{known}; all are in {arguments.out}")
