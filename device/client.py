@@ -39,18 +39,20 @@ from birthmark.device.escape import escaped
 from birthmark.device.events import Connected, Event, HandlerFailed
 from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
+from birthmark.device.keepalive import Keepalive
 from birthmark.device.outbox.settings import FILE as OUTBOX_FILE
-from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes, check_size
+from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
 from birthmark.device.record import Recorder
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
-from birthmark.device.settings import MAX_PACKET_BYTES, DeviceSettings
+from birthmark.device.route import Route
+from birthmark.device.settings import RETURN_AFTER_S, DeviceSettings
 from birthmark.device.time_asking import TimeAsking
 from birthmark.device.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from birthmark.device.asking import Reply
@@ -88,7 +90,9 @@ class ClientOptions(TypedDict, total=False):
     renewal_port: int | None
     renewal_pace: Pace | None
     outbox: OutboxSettings | None
-    max_packet_bytes: int | None
+    further_addresses: Sequence[BrokerAddress]
+    return_after_s: float
+    keepalive_s: tuple[int, int] | None
 
 
 class Client:
@@ -112,8 +116,11 @@ class Client:
             with a state folder does.
         renewal_port: where the gateway renews what has expired; by default the port after its own.
         renewal_pace: how long a renewal waits for what.
-        max_packet_bytes: what the gateway takes; by default a device's 1 MiB, and a service's any.
         outbox: keep messages of QoS 1 on disk until the broker has them (docs/outbox.md); without, in memory.
+        further_addresses: brokers to try, in this order, when the one in the credentials fails.
+        return_after_s: how soon, connected to one of those, the one in the credentials is looked for.
+        keepalive_s: between which times the keepalive adapts to the network; by default from a quarter of what was
+            enrolled to that.
 
     Raises:
         CredentialError: key and certificate cannot be used.
@@ -138,7 +145,9 @@ class Client:
         renewal_port: int | None = None,
         renewal_pace: Pace | None = None,
         outbox: OutboxSettings | None = None,
-        max_packet_bytes: int | None = None,
+        further_addresses: Sequence[BrokerAddress] = (),
+        return_after_s: float = RETURN_AFTER_S,
+        keepalive_s: tuple[int, int] | None = None,
     ) -> None:
         is_service = credentials.role.is_reserved
         if client_suffix and not is_service:
@@ -150,7 +159,6 @@ class Client:
         self._observe = observe
         self._now = now
         self._takes_all = takes_all
-        self._max_packet_bytes = max_packet_bytes or (None if is_service else MAX_PACKET_BYTES)
         self._handlers = Handlers(self._failed)
         self._commands: Commands | None = None
         self._periodic: Periodic | None = None
@@ -179,6 +187,8 @@ class Client:
             has_presence=not is_service if presence is None else presence,
             connect_timeout_s=connect_timeout_s,
             retry=retry or RetryTimer(),
+            route=Route([credentials.broker, *further_addresses], return_after_s),
+            keepalive=Keepalive(credentials.keepalive_s, keepalive_s),
             clock=self._clock,
             dispatcher=self._dispatcher,
             on_message=self._received,
@@ -219,8 +229,11 @@ class Client:
         """
         settings = DeviceSettings.from_folder(Path(state_dir))
         options.setdefault("outbox", settings.outbox)
-        options.setdefault("max_packet_bytes", settings.max_packet_bytes)
         options.setdefault("trusts_gateway_clock", settings.trusts_gateway_clock)
+        options.setdefault("keepalive_s", settings.keepalive_s)
+        if broker is None:  # whoever names one means that one
+            options.setdefault("further_addresses", settings.further_addresses)
+            options.setdefault("return_after_s", settings.return_after_s)
         return cls(Credentials.from_folder(state_dir, broker=broker), **options)
 
     @property
@@ -336,16 +349,12 @@ class Client:
             The acknowledgement to come.
 
         Raises:
-            LocalProtocolError: MQTT has no such topic, payload or quality of service; or it is larger than what
-                the gateway takes: sent again and again, it would end every connection.
+            LocalProtocolError: MQTT has no such topic, payload or quality of service.
             UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
             SystemFailureError: the outbox's disk does not take it.
         """
-        octets = as_bytes(payload)
-        if self._max_packet_bytes is not None:
-            check_size(topic, octets, self._max_packet_bytes)
         if self._outbox is None or not keep or qos != 1:
-            acknowledgement = self._worker.publications.add(Outgoing(topic, octets, qos, retain))
+            acknowledgement = self._worker.publications.add(Outgoing(topic, as_bytes(payload), qos, retain))
             self._worker.wake()
         else:
             acknowledgement = self._outbox.put(topic, payload, retain=retain)

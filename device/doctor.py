@@ -23,6 +23,7 @@ from birthmark.device import connection_errors as say
 from birthmark.device import topics
 from birthmark.device.certificate_facts import certificate_facts
 from birthmark.device.client import Client
+from birthmark.device.dialling import dial
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
 from birthmark.device.messages import NONCE_BYTES, TimeRequest
@@ -235,7 +236,7 @@ class _Doctor:
         )
 
     def _connect(self) -> socket.socket:
-        return socket.create_connection((self._broker.host, self._broker.port), timeout=self._timeout_s)
+        return dial(self._broker.host, self._broker.port, timeout_s=self._timeout_s)
 
     def _handshake(self, credentials: Credentials) -> DeviceSocket:
         context, plain = device_context(credentials, self._clock), self._connect()

@@ -6,6 +6,7 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from birthmark.device.backoff import OF_THE_IDENTITY
 from birthmark.device.errors import BirthmarkError, ConnectionFailedError, RefusedError
 from birthmark.device.escape import escaped
 from birthmark.device.events import (
@@ -101,7 +102,7 @@ def say(console: Console, name: str, text: str, /, **facts: Any) -> None:
 
 
 def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_s: float | None) -> None:
-    then = "" if retry_in_s is None else f"\n          next attempt in {retry_in_s:.1f} s"
+    then = "" if retry_in_s is None else f"\n          {_next(error, retry_in_s)}"
     say(
         console,
         name,
@@ -111,3 +112,15 @@ def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_
         hint=error.hint,
         retry_in_s=None if retry_in_s is None else round(retry_in_s, 3),
     )
+
+
+def _next(error: ConnectionFailedError, retry_in_s: float) -> str:
+    if not retry_in_s:
+        return "trying the next broker"
+    unit_s, unit = next((unit_s, unit) for unit_s, unit in _UNITS if retry_in_s >= 1.5 * unit_s or unit_s == 1)
+    shown = f"{retry_in_s / unit_s:.1f} {unit}"
+    rarely = "; an identity that is refused is tried less and less often" if error.check in OF_THE_IDENTITY else ""
+    return f"next attempt in {shown}{rarely}"
+
+
+_UNITS = ((3600, "h"), (60, "min"), (1, "s"))

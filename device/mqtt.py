@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
+from birthmark.device.dialling import dial
 from birthmark.device.received import Message
 from birthmark.device.tls import DeviceSocket
 
@@ -72,14 +73,19 @@ class Ending:
         return self.answer[3] if len(self.answer) >= 4 and self.answer[:2] == b"\x20\x02" else None
 
 
+class _Paho(paho.Client):
+    """paho, with a connection that does not wait for one address after the other."""
+
+    def _create_socket_connection(self) -> socket.socket:
+        return dial(self._host, self._port, timeout_s=self._connect_timeout)
+
+
 class MqttLink:
     """MQTT 3.1.1 on paho, one connection after the other.
 
     Args:
         client_id: as the broker binds it to the certificate.
         clean_session: whether the broker forgets subscriptions and queued messages between connections.
-        broker: where to connect.
-        keepalive_s: the longest silence.
         context: the TLS settings.
         connect_timeout_s: for TCP and TLS each.
         listener: is told what the broker says.
@@ -90,14 +96,11 @@ class MqttLink:
         *,
         client_id: str,
         clean_session: bool,
-        broker: BrokerAddress,
-        keepalive_s: int,
         context: DeviceContext,
         connect_timeout_s: float,
         listener: Listener,
     ) -> None:
-        self._broker = broker
-        self._keepalive_s = keepalive_s
+        self._keepalive_s = 0
         self._context = context
         self._listener = listener
         self._socket: DeviceSocket | None = None
@@ -107,7 +110,7 @@ class MqttLink:
         self._is_cut = False
         self._wake_reader: socket.socket | None = None
         self._wake_writer: socket.socket | None = None
-        self._paho = client = paho.Client(
+        self._paho = client = _Paho(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             clean_session=clean_session,
@@ -135,8 +138,13 @@ class MqttLink:
         """Take other TLS settings from the next connection on."""
         self._context.successor = context
 
-    def open(self, will: Outgoing | None) -> DeviceSocket:
+    def open(self, broker: BrokerAddress, *, keepalive_s: int, will: Outgoing | None) -> DeviceSocket:
         """Connect, do the TLS handshake and queue CONNECT; blocks for name resolution and the two time-outs.
+
+        Args:
+            broker: where; its certificate must be for this host.
+            keepalive_s: the longest silence.
+            will: what the broker says when we are lost.
 
         Raises:
             OSError, UnicodeError: as the name resolution, the socket or TLS failed.
@@ -145,7 +153,8 @@ class MqttLink:
         self._socket = None
         if will is not None:
             self._paho.will_set(will.topic, will.payload, will.qos, will.retain)
-        self._paho.connect_async(self._broker.host, self._broker.port, self._keepalive_s)
+        self._keepalive_s = keepalive_s
+        self._paho.connect_async(broker.host, broker.port, keepalive_s)
         self._paho.reconnect()
         opened = self._paho.socket()
         if not isinstance(opened, DeviceSocket):

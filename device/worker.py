@@ -24,6 +24,7 @@ from birthmark.device.errors import RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, SubscriptionDenied
 from birthmark.device.mqtt import MqttLink
 from birthmark.device.outbound import Publications, Subscriptions
+from birthmark.device.returning import Returning
 from birthmark.device.server_probe import seen_at
 from birthmark.device.tls import device_context
 
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import Credentials
     from birthmark.device.dispatch import Dispatcher
     from birthmark.device.errors import ConnectionFailedError
+    from birthmark.device.keepalive import Keepalive
     from birthmark.device.mqtt import Ending
     from birthmark.device.received import Message
+    from birthmark.device.route import Route
     from birthmark.device.tls import DeviceContext, DeviceSocket
 
 MAX_WAIT_S = 60.0
@@ -63,6 +66,8 @@ class Worker:
         has_presence: whether to keep `devices/{id}/status`.
         connect_timeout_s: for TCP, for TLS and for CONNACK each.
         retry: how long to wait between attempts.
+        route: which broker to connect to next.
+        keepalive: how long a connection may be silent.
         clock: what is known of the time.
         dispatcher: runs callbacks.
         on_message: on the dispatcher's thread; is given each message, and returns whether to acknowledge it.
@@ -81,6 +86,8 @@ class Worker:
         has_presence: bool,
         connect_timeout_s: float,
         retry: RetryTimer,
+        route: Route,
+        keepalive: Keepalive,
         clock: Clock,
         dispatcher: Dispatcher,
         on_message: Callable[[Message], bool],
@@ -91,6 +98,9 @@ class Worker:
         self._has_presence = has_presence
         self._connect_timeout_s = connect_timeout_s
         self._retry = retry
+        self._route = route
+        self._keepalive = keepalive
+        self._returning = Returning(route, timeout_s=connect_timeout_s, found=self.wake)
         self._clock = clock
         self._dispatcher = dispatcher
         self._on_message = on_message
@@ -98,8 +108,6 @@ class Worker:
         self._link = MqttLink(
             client_id=client_id,
             clean_session=clean_session,
-            broker=credentials.broker,
-            keepalive_s=credentials.keepalive_s,
             context=device_context(credentials, clock),
             connect_timeout_s=connect_timeout_s,
             listener=self,
@@ -205,7 +213,7 @@ class Worker:
         will = presence.last_will(self._credentials.device_id, self._clock.now()) if self._has_presence else None
         try:
             self._set_opening(is_opening=True)
-            opened = self._link.open(will)
+            opened = self._link.open(self._route.broker, keepalive_s=self._keepalive.current_s, will=will)
         except (OSError, UnicodeError) as error:
             return say.explained(error, self._around(error)), 0.0
         finally:
@@ -225,12 +233,13 @@ class Worker:
                 self._send_what_waits()
             if self._farewell_by is not None:
                 departure = self._depart(departure, self._farewell_by)
-            elif self._next is not None or left_at is not None:
+            elif self._next is not None or self._returning.is_due or left_at is not None:
                 left_at = self._leave(left_at)
             elif began is None and time.monotonic() >= answer_by:
                 self._link.cut(refused=True)
                 return say.no_connack(self._connect_timeout_s, self._around()), 0.0
         self._go_offline()
+        self._returning.ended()
         if self._farewell_by is not None or left_at is not None:
             return None, 0.0
         return self._verdict(self._link.ending()), time.monotonic() - began if began is not None else 0.0
@@ -240,11 +249,13 @@ class Worker:
             following, self._next = self._next, None
         if following is not None:
             self._credentials, context = following
+            if self._credentials.broker != self._route.first:
+                self._route.replace_first(self._credentials.broker)
             self._own = self._credentials.facts
             self._link.use(context)
 
     def _leave(self, left_at: float | None) -> float:
-        """Say DISCONNECT, and cut the connection if the broker does not close it: other credentials wait."""
+        """Say DISCONNECT, and cut the connection if the broker does not close it: we go elsewhere."""
         now = time.monotonic()
         if left_at is None:
             self._link.leave()
@@ -270,8 +281,10 @@ class Worker:
 
     def _next_look_s(self, began: float | None, answer_by: float) -> float:
         due = [answer_by] if began is None else []
-        if self._next is not None:
+        if self._next is not None or self._returning.is_due:
             due.append(time.monotonic() + LEAVE_S)
+        elif (look_s := self._returning.look_in_s()) is not None:
+            due.append(time.monotonic() + look_s)
         if self._farewell_by is not None:
             now = time.monotonic()
             due = [self._farewell_by if now < self._farewell_by else self._farewell_by + LEAVE_S]
@@ -288,7 +301,7 @@ class Worker:
     def _verdict(self, ending: Ending) -> ConnectionFailedError:
         around = self._around()
         if ending.fell_silent:
-            return say.fell_silent(self._credentials.keepalive_s, around)
+            return say.fell_silent(self._keepalive.current_s, around)
         if ending.connected:
             return say.broke_mqtt(around) if ending.broke_mqtt else say.lost(ending.failure, around)
         self._link.cut(refused=True)
@@ -301,22 +314,28 @@ class Worker:
     def _around(self, error: Exception | None = None) -> Circumstances:
         timed = error is not None and say.is_about_time(error)
         return Circumstances(
-            broker=self._credentials.broker,
+            broker=self._route.broker,
             device_id=self._credentials.device_id,
             own=self._own,
             now=self._clock.system(),
             floor=self._clock.floor,
-            server=seen_at(self._credentials.broker, timeout_s=self._connect_timeout_s) if timed else None,
+            server=seen_at(self._route.broker, timeout_s=self._connect_timeout_s) if timed else None,
         )
 
     def _wait_after(self, error: ConnectionFailedError, held_s: float) -> None:
-        wait_s = self._retry.wait_s(error, connected_for_s=held_s)
+        verdict: ConnectionFailedError | None = error
+        if self._retry.has_held(held_s):
+            self._route.restart()
+        else:
+            verdict = self._route.failed(error)
+        wait_s = 0.0 if verdict is None else self._retry.wait_s(verdict, connected_for_s=held_s)
         if held_s:
+            self._keepalive.ended(held_s, in_silence=self._link.ending().fell_silent)
             self._dispatcher.tell(Disconnected(error, held_s, wait_s))
         else:
             self._dispatcher.tell(AttemptFailed(error, wait_s))
         with self._changed:
-            self._last_error = error
+            self._last_error = verdict or self._last_error
             self._changed.notify_all()
         self._settled(self._credentials, error)
         with self._changed:
@@ -327,11 +346,12 @@ class Worker:
             self._online = True
             self._changed.notify_all()
         self._settled(self._credentials, None)
+        self._returning.connected()
         moment = opened.moment or self._clock.moment()
         self._clock.connected(moment, opened.chain)
         self._dispatcher.tell(
             Connected(
-                broker=self._credentials.broker,
+                broker=self._route.broker,
                 client_id=self._client_id,
                 tls_version=opened.version() or "",
                 tls_resumed=bool(opened.session_reused),

@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import stampede
 
-from birthmark.device.backoff import Backoff, RetryTimer
-from birthmark.device.errors import RefusedError, UnreachableError
+from birthmark.device import event_lines
+from birthmark.device.backoff import OF_THE_IDENTITY, Backoff, RetryTimer
+from birthmark.device.connection_checks import Check
+from birthmark.device.console import Console
+from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
+from birthmark.device.events import AttemptFailed
 
 NOBODY = UnreachableError("nobody answered")
 NO = RefusedError("no")
@@ -35,21 +40,30 @@ def test_a_wait_that_does_not_grow_is_refused(first_s: float, longest_s: float, 
         Backoff(first_s, longest_s, factor)
 
 
-def test_waits_double_up_to_a_minute() -> None:
+def test_waits_double_up_to_two_minutes() -> None:
     timer = RetryTimer(longest)
-    assert [timer.wait_s(NOBODY) for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert [timer.wait_s(NOBODY) for _ in range(9)] == [1, 2, 4, 8, 16, 32, 64, 120, 120]
 
 
-def test_a_refused_identity_waits_longer() -> None:
+@pytest.mark.parametrize("check", sorted(OF_THE_IDENTITY))
+def test_a_refused_identity_waits_for_hours(check: str) -> None:
     timer = RetryTimer(longest)
-    assert [timer.wait_s(NO) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 320, 640, 900]
+    refused = RefusedError("no", check=check)
+    assert [timer.wait_s(refused) for _ in range(8)] == [5, 20, 80, 320, 1280, 5120, 14400, 14400]
+
+
+@pytest.mark.parametrize("check", [Check.CLOSED, Check.SERVER_CA, Check.SERVER_EXPIRED, Check.TLS, Check.EXPIRED])
+def test_a_refusal_that_may_be_the_network_s_or_the_broker_s_does_not(check: Check) -> None:
+    timer = RetryTimer(longest)
+    refused = RefusedError("no", check=check)
+    assert [timer.wait_s(refused) for _ in range(9)] == [5, 10, 20, 40, 80, 160, 320, 640, 900]
 
 
 def test_a_connection_that_held_starts_the_count_anew() -> None:
     timer = RetryTimer(longest)
     for _ in range(4):
         timer.wait_s(NOBODY)
-    assert timer.wait_s(NOBODY, connected_for_s=60) == 1
+    assert [timer.wait_s(NOBODY, connected_for_s=60), *(timer.wait_s(NOBODY) for _ in range(2))] == [5, 10, 20]
 
 
 def test_one_that_is_dropped_at_once_does_not() -> None:
@@ -67,3 +81,34 @@ def test_to_be_let_in_once_ends_the_count_of_refusals() -> None:
 def test_two_devices_do_not_wait_alike() -> None:
     one, other = RetryTimer(), RetryTimer()
     assert [one.wait_s(NOBODY) for _ in range(5)] != [other.wait_s(NOBODY) for _ in range(5)]
+
+
+def test_a_fleet_that_lost_its_gateway_comes_back_spread_out() -> None:
+    for outage_s in (2.0, 30.0, 600.0):
+        shown = stampede.back_after(outage_s, devices=1000, seed=1)
+        assert shown.connected == 1000
+        assert shown.busiest_second <= 300
+        assert shown.all_back_s <= outage_s + 130
+    at_once = stampede.back_after(0.0, devices=1000, seed=1, first_s=0.1)
+    assert at_once.busiest_second > 900  # the figure sees a stampede
+
+
+@pytest.mark.parametrize(
+    ("error", "retry_in_s", "said"),
+    [
+        (NOBODY, 0.0, "trying the next broker"),
+        (NOBODY, 0.25, "next attempt in 0.2 s"),
+        (NOBODY, 89.0, "next attempt in 89.0 s"),
+        (NOBODY, 120.0, "next attempt in 2.0 min"),
+        (
+            RefusedError("no", check=Check.REVOKED),
+            14_000.0,
+            "next attempt in 3.9 h; an identity that is refused is tried less and less often",
+        ),
+    ],
+)
+def test_a_line_says_when_the_next_attempt_is_made(
+    error: ConnectionFailedError, retry_in_s: float, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    event_lines.show(Console(as_json=False), AttemptFailed(error, retry_in_s))
+    assert capsys.readouterr().out.splitlines()[-1].strip() == said
