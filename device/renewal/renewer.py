@@ -126,7 +126,8 @@ class Renewer:
             CredentialError: the slot from the enrollment cannot be read.
         """
         self._current = current
-        self._candidate = self._store.candidate()
+        with contextlib.suppress(BirthmarkError):  # said, and looked at again, before another one takes its place
+            self._candidate = self._store.candidate()
         chosen = self._candidate or self._current
         self._using = chosen.leaf_der
         return chosen
@@ -292,6 +293,8 @@ class Renewer:
         """Return the key that a certificate is asked for: that of what was granted, if it is asked about."""
         from birthmark.device.renewal import making  # noqa: PLC0415
 
+        if self._candidate is None:
+            self._candidate = self._store.candidate()  # there is one if it could not be read at the start
         return self._store.asked() if self._candidate is None else making.key_of(self._store.candidate_slot())
 
     # --- what comes back ----------------------------------------------------------------------------------

@@ -85,20 +85,30 @@ class RenewalStore:
         return self._slot(self._folder / self.current().pem_path.name)
 
     def asked(self) -> AskedKey | None:
-        """Return the key that a certificate is asked for, if there is one."""
+        """Return the key that a certificate is asked for, if there is one.
+
+        Raises:
+            SystemFailureError: the record cannot be read at the moment.
+        """
         blocks = self._counting()
         keys = [content for label, content in blocks if label == pem.PRIVATE_KEY]
         requests = [content for label, content in blocks if label == pem.CERTIFICATE_REQUEST]
         return AskedKey(keys[0], requests[0]) if len(keys) == len(requests) == 1 else None
 
     def candidate(self) -> Credentials | None:
-        """Return the credentials that are to be tried and confirmed, if there are any."""
+        """Return the credentials that are to be tried and confirmed; None if there are none, or damaged ones.
+
+        Raises:
+            SystemFailureError, CredentialError: they are there, and cannot be read at the moment, or must not be.
+        """
         if not any(label == pem.BUNDLE for label, _ in self._counting()):
             return None
-        with contextlib.suppress(CredentialError):
+        try:
             return Credentials.from_slot(self._path, broker=self._broker)
-        self.drop()  # damaged: the next renewal begins anew
-        return None
+        except CredentialError as error:
+            if isinstance(error.__cause__, OSError) or self._path.stat().st_mode & 0o077:
+                raise  # the station may count on it: nothing is put in its place
+            return None
 
     def candidate_slot(self) -> Slot:
         """Return the slot to be confirmed, with its key; raises `CredentialError`."""
@@ -155,10 +165,10 @@ class RenewalStore:
         try:
             with self._path.open("rb") as file:
                 blocks = pem.read_blocks(file.read(_MAX_RECORD_BYTES))
-        except FileNotFoundError:
+        except (FileNotFoundError, CredentialError):
             return []
-        except (OSError, CredentialError):
-            return []
+        except OSError as error:
+            raise _failed("read the renewal", error) from error
         txns = [content for label, content in blocks if label == pem.TRANSACTION]
         active = self._slot(self._folder / ACTIVE)
         return blocks if txns == [active.txn] else []

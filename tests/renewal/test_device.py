@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -36,8 +37,6 @@ from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.retirement import RETIREMENTS, retire_due
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from support.renewal_stand import Renewd, Stand
 
@@ -191,6 +190,41 @@ def test_a_damaged_record_is_no_obstacle(stand: Stand, renewd: Renewd, damage: b
         device.renew()
         watching.wait_for_state("renewed")
     assert Credentials.from_folder(state).leaf_der == stand.live(name).certificate_der
+
+
+@pytest.mark.parametrize("fault", ["no descriptor left", "others may read it"])
+def test_a_record_that_cannot_be_read_is_kept(
+    stand: Stand, renewd: Renewd, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The station has confirmed it, and will retire the old one: another key must not take its place."""
+    name = f"unread-{fault.split(maxsplit=1)[0]}"
+    state, watching = stand.device(name), Renewing()
+    (answer,) = Renewals(stand.station).answer([stand.grant(state)])
+    assert answer.outcome == "confirmed"
+    record, open_file = (state / "renewal"), Path.open
+    before = record.stat()
+    is_out = [True]
+
+    def opened(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == record and is_out[0]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_file(path, *arguments, **options)
+
+    if fault == "no descriptor left":
+        monkeypatch.setattr(Path, "open", opened)
+    else:
+        record.chmod(0o644)
+    with client(state, watching) as device:
+        device.renew()
+        watching.wait_for_state("failed", 2)
+        assert device.credentials.pem_path.name == "active", "meanwhile it goes by what it can read"
+        assert (record.stat().st_ino, record.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        assert len(stand.rows(name)) == 2
+        is_out[0] = False
+        record.chmod(0o600)
+        watching.wait_for_state("renewed")
+    assert Credentials.from_folder(state).leaf_der == stand.live(name).certificate_der
+    assert len(stand.rows(name)) == 2
 
 
 def test_a_record_of_an_enrollment_before_does_not_count(stand: Stand) -> None:
