@@ -41,13 +41,13 @@ from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
 from birthmark.device.keepalive import Keepalive
 from birthmark.device.outbox.settings import FILE as OUTBOX_FILE
-from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes
+from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes, check_size
 from birthmark.device.record import Recorder
 from birthmark.device.renewal.connection import RenewalConnection, answers_to
 from birthmark.device.renewal.renewer import Renewer
 from birthmark.device.renewal.store import RenewalStore
 from birthmark.device.route import Route
-from birthmark.device.settings import RETURN_AFTER_S, DeviceSettings
+from birthmark.device.settings import MAX_PACKET_BYTES, RETURN_AFTER_S, DeviceSettings
 from birthmark.device.time_asking import TimeAsking
 from birthmark.device.worker import Worker
 
@@ -93,6 +93,7 @@ class ClientOptions(TypedDict, total=False):
     further_addresses: Sequence[BrokerAddress]
     return_after_s: float
     keepalive_s: tuple[int, int] | None
+    max_packet_bytes: int | None
 
 
 class Client:
@@ -116,6 +117,7 @@ class Client:
             with a state folder does.
         renewal_port: where the gateway renews what has expired; by default the port after its own.
         renewal_pace: how long a renewal waits for what.
+        max_packet_bytes: what the gateway takes; by default a device's 1 MiB, and a service's any.
         outbox: keep messages of QoS 1 on disk until the broker has them (docs/outbox.md); without, in memory.
         further_addresses: brokers to try, in this order, when the one in the credentials fails.
         return_after_s: how soon, connected to one of those, the one in the credentials is looked for.
@@ -148,6 +150,7 @@ class Client:
         further_addresses: Sequence[BrokerAddress] = (),
         return_after_s: float = RETURN_AFTER_S,
         keepalive_s: tuple[int, int] | None = None,
+        max_packet_bytes: int | None = None,
     ) -> None:
         is_service = credentials.role.is_reserved
         if client_suffix and not is_service:
@@ -159,6 +162,7 @@ class Client:
         self._observe = observe
         self._now = now
         self._takes_all = takes_all
+        self._max_packet_bytes = max_packet_bytes or (None if is_service else MAX_PACKET_BYTES)
         self._handlers = Handlers(self._failed)
         self._commands: Commands | None = None
         self._periodic: Periodic | None = None
@@ -229,6 +233,7 @@ class Client:
         """
         settings = DeviceSettings.from_folder(Path(state_dir))
         options.setdefault("outbox", settings.outbox)
+        options.setdefault("max_packet_bytes", settings.max_packet_bytes)
         options.setdefault("trusts_gateway_clock", settings.trusts_gateway_clock)
         options.setdefault("keepalive_s", settings.keepalive_s)
         if broker is None:  # whoever names one means that one
@@ -349,12 +354,16 @@ class Client:
             The acknowledgement to come.
 
         Raises:
-            LocalProtocolError: MQTT has no such topic, payload or quality of service.
+            LocalProtocolError: MQTT has no such topic, payload or quality of service; or it is larger than what
+                the gateway takes: sent again and again, it would end every connection.
             UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
             SystemFailureError: the outbox's disk does not take it.
         """
+        octets = as_bytes(payload)
+        if self._max_packet_bytes is not None:
+            check_size(topic, octets, self._max_packet_bytes)
         if self._outbox is None or not keep or qos != 1:
-            acknowledgement = self._worker.publications.add(Outgoing(topic, as_bytes(payload), qos, retain))
+            acknowledgement = self._worker.publications.add(Outgoing(topic, octets, qos, retain))
             self._worker.wake()
         else:
             acknowledgement = self._outbox.put(topic, payload, retain=retain)

@@ -16,6 +16,9 @@ MAX_TOPIC_BYTES = 65_535
 MAX_PAYLOAD_BYTES = 268_435_455 - MAX_TOPIC_BYTES - 4
 """What always fits a packet (MQTT 3.1.1 §2.2.3)."""
 
+HEAD_BYTES = 128
+"""Left for a packet's head, and for the id that an outbox may put into a message."""
+
 Payload = bytes | str | Mapping[str, Any]
 """Bytes as they are, text in UTF-8, a mapping as a JSON object."""
 
@@ -63,6 +66,20 @@ def as_bytes(payload: Payload) -> bytes:
         return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise LocalProtocolError("could not publish a mapping: JSON cannot hold what is in it") from error
+
+
+def check_size(topic: str, payload: bytes, max_packet_bytes: int) -> None:
+    """Refuse a message that is larger than what the gateway takes.
+
+    Raises:
+        LocalProtocolError: it is.
+    """
+    most = max_packet_bytes - HEAD_BYTES - len(topic.encode("utf-8", "surrogatepass"))
+    if len(payload) > most:
+        raise LocalProtocolError(
+            f"could not publish to {quoted(topic)}: {len(payload)} bytes are too many, the gateway takes {most}",
+            hint="send it in parts, or raise max_packet_bytes in device.toml and in the gateway's broker.toml",
+        )
 
 
 def with_id(payload: Payload, key: str, message_id: str) -> Payload:

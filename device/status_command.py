@@ -4,8 +4,8 @@ Rules:
 
 - Nothing is written and nothing is connected to: it may be asked at any time, whether the client runs or not.
 - Everything that can be said is said, however much is broken; the first trouble of these gives the exit code:
-  the credentials (1), the storage (5), a refusal (3), no connection or no client (4). A clock that is wrong, while
-  the client is connected all the same, is said and is no trouble.
+  credentials or `device.toml` (1), the storage (5), a refusal (3), no connection or no client (4). A clock that is
+  wrong, while the client is connected all the same, is said and is no trouble.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from birthmark.device.credentials import Credentials
 from birthmark.device.errors import BirthmarkError, RefusedError, SystemFailureError, UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.record import read_record
+from birthmark.device.settings import DeviceSettings
 from birthmark.device.show_command import identity_facts
 from birthmark.device.tls import device_context
 
@@ -92,6 +93,10 @@ def _identity(folder: Path) -> tuple[dict[str, Any], list[_Trouble]]:
         "clock_is_wrong": moment.or_later,
         "floor": None if clock.floor is None else clock.floor.isoformat(timespec="seconds"),
     }
+    try:
+        DeviceSettings.from_folder(folder)
+    except BirthmarkError as error:
+        return facts, [_Trouble("settings", error)]
     if facts["valid"] == "now":
         return facts, []
     expired = BirthmarkError(

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from birthmark.device.errors import AuthorityError, BirthmarkError, RegistryError
 from birthmark.device.renewal.messages import MAX_WAIT_S, AnchorUpdate, RenewalAnswer
 from birthmark.device.renewal.proofs import anchors_transcript, is_proven
+from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 from birthmark.provisioning.renewal_seal import Seals
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from birthmark.device.identity import DeviceId
     from birthmark.device.renewal.messages import RenewalRequest
     from birthmark.provisioning.authority import Authority
+    from birthmark.provisioning.cas import Cas
     from birthmark.provisioning.registry.interface import Transaction, View
     from birthmark.provisioning.rollover_anchors import AnchorSource, PendingAnchors
     from birthmark.provisioning.station import Station
@@ -117,15 +119,16 @@ class Renewals:
                         rows[index] = self._keyed(transaction, one, prover, authority)
                 except _RefusedError as refusal:
                     answers[index] = self._refuse(transaction, one, refusal)
-        signed = {row.number: self._sign(row, authority) for row in rows.values() if row.certificate_der is None}
+        signed = self._signed({row.number: row for row in rows.values() if row.state is State.KEYED}, authority)
         if signed:
             with self._station.registry.transaction() as transaction:
                 for number, leaf_der in signed.items():
                     self._issued(transaction, number, leaf_der)
         with self._station.registry.view() as view:
             stored = {index: view.row(row.number) for index, row in rows.items()}
+            cas = read_cas(view)
         for index, row in stored.items():
-            answers[index] = self._issue_answer(asked[index], row, seals)
+            answers[index] = self._issue_answer(asked[index], row, cas)
         for index, prover in provers.items():
             if answers[index].outcome != "issued":
                 with suppress(AuthorityError, RegistryError):  # unsigned it costs the device one attempt
@@ -221,6 +224,20 @@ class Renewals:
         except BirthmarkError as error:
             raise _RefusedError(error.message) from error
 
+    def _signed(self, keyed: dict[int, Row], authority: Authority) -> dict[int, bytes]:
+        """Return the certificates of rows, by their numbers; of those that are still to be signed by now."""
+        signed = {}
+        for number, row in keyed.items():
+            try:
+                signed[number] = self._sign(row, authority)
+            except AuthorityError:
+                with self._station.registry.view() as view:
+                    now = view.row(number)
+                if now is not None and now.state is State.KEYED and not now.is_revoked:
+                    raise  # the CA's trouble, or the clock's
+                # Its device asked with another key, or another service was faster: no trouble of anybody else's.
+        return signed
+
     def _sign(self, row: Row, authority: Authority) -> bytes:
         if row.public_key_der is None or row.cert_serial is None:
             raise ValueError(f"row {row.number} in {row.state} has no key to certify")
@@ -254,7 +271,7 @@ class Renewals:
             )
         )
 
-    def _issue_answer(self, one: Asked, row: Row | None, seals: Seals) -> RenewalAnswer:
+    def _issue_answer(self, one: Asked, row: Row | None, cas: Cas) -> RenewalAnswer:
         nonce = one.request.nonce
         if row is None or row.certificate_der is None or row.is_revoked or row.state is State.VOID:
             return RenewalAnswer("refused", nonce, reason="the renewal was revoked meanwhile", retry=True)
@@ -263,7 +280,7 @@ class Renewals:
             "issued",
             nonce,
             leaf_der=row.certificate_der,
-            chain_der=(seals.authority_of(row.issuer).issuing_der,),
+            chain_der=(cas.get(row.issuer or cas.for_clients.key_id).certificate_der,),
             anchors=None if anchors is None else _update(one, anchors),
         )
 

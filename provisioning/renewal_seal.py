@@ -32,12 +32,6 @@ class Seals:
         self._station = station
         self._authorities = {authority.key_id: authority for authority in authorities}
 
-    def authority_of(self, key_id: str) -> Authority:
-        """Return an issuing CA, unlocked; errors as of `Station.authority_of`."""
-        if key_id not in self._authorities:
-            self._authorities[key_id] = self._station.authority_of(key_id)
-        return self._authorities[key_id]
-
     def sealed(self, answer: RenewalAnswer, row: Row) -> RenewalAnswer:
         """Return the answer, signed for the device that has the certificate of `row`.
 
@@ -51,4 +45,6 @@ class Seals:
             nonce=answer.nonce,
             leaf_sha256=hashlib.sha256(row.certificate_der or b"").digest(),
         )
-        return replace(answer, signature=self.authority_of(row.issuer).sign_transcript(signed))
+        if row.issuer not in self._authorities:
+            self._authorities[row.issuer] = self._station.authority_of(row.issuer)
+        return replace(answer, signature=self._authorities[row.issuer].sign_transcript(signed))

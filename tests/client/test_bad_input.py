@@ -17,7 +17,10 @@ from support.watching import Watching, eventually
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.errors import LocalProtocolError
 from birthmark.device.events import Disconnected, HandlerFailed
+from birthmark.device.publication import HEAD_BYTES
+from birthmark.device.settings import MAX_PACKET_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +74,18 @@ def test_a_damaged_slot_is_waited_out_and_nothing_is_lost(tmp_path: Path, pki: P
 def test_waiting_ends_when_it_is_told_to(tmp_path: Path) -> None:
     with DeviceCommand("run", "--state", tmp_path, "--json", "--wait") as device:
         assert "no `active` slot" in device.wait_for("no_identity")["reason"]
+        assert device.end(signal.SIGTERM) == 0
+
+
+def test_settings_that_make_no_sense(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=broker.port, name="typo-1")
+    (state / "device.toml").write_text('clok = "trust-broker"\n')
+    with DeviceCommand("run", "--state", state, "--json", "--wait") as device:
+        assert "clok is not known" in device.wait_for("no_identity")["reason"]
+        found, code = status(state)
+        assert (found["state"], found["id"], code) == ("settings", "typo-1", 1)
+        (state / "device.toml").write_text('clock = "trust-broker"\n')
+        device.wait_for("connected")
         assert device.end(signal.SIGTERM) == 0
 
 
@@ -192,3 +207,34 @@ def test_a_command_that_is_not_json(tmp_path: Path, pki: Pki, broker: BrokerProc
             " devices/odd-1/commands/interval: not JSON"
         )
         assert not any(isinstance(event, Disconnected) for event in watching.events)
+
+
+@pytest.mark.parametrize("settings", ["", "[outbox]\n"])
+def test_a_payload_over_the_limit(tmp_path: Path, pki: Pki, broker: BrokerProcess, settings: str) -> None:
+    """At a gateway it ends the connection, and sent again it would end every other: it is refused before."""
+    name = f"large-{len(settings)}"
+    state, watching = enrolled(tmp_path / "s", pki, port=broker.port, name=name), Watching()
+    (state / "device.toml").write_text(settings)
+    with Client.from_folder(state, observe=watching) as client:
+        topic = client.telemetry("picture")
+        most = MAX_PACKET_BYTES - HEAD_BYTES - len(topic)
+        with pytest.raises(LocalProtocolError, match=f"{most + 1} bytes are too many") as refused:
+            client.publish(topic, bytes(most + 1))
+        assert "send it in parts" in refused.value.hint
+        client.publish(topic, bytes(most), wait=20)
+        assert not any(isinstance(event, Disconnected) for event in watching.events)
+
+
+def test_a_reading_over_the_limit_is_said_in_the_status(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=broker.port, name="large-reading")
+    client = Client.from_folder(state)
+
+    @client.every(3600, telemetry="picture")
+    def picture() -> str:
+        return "x" * 2 * MAX_PACKET_BYTES
+
+    with client:
+        eventually(lambda: status(state)[0].get("last_trouble"), "a trouble")
+        found, code = status(state)
+        assert (found["state"], code) == ("ok", 0)
+        assert "2097152 bytes are too many" in found["last_trouble"]

@@ -89,6 +89,16 @@ def test_a_signature_for_another_purpose_is_none_for_this() -> None:
         taken(told)
 
 
+def test_a_stolen_issuing_ca_is_believed_for_as_long_as_the_device_holds_its_root() -> None:
+    """No device looks at a root's CRL: only a new root shuts out an issuing CA under the old one."""
+    stolen, attackers = Authority.create("Stolen", parent=PKI.root), Authority.create("Attacker's Root")
+    told = update((attackers.der,), signer=stolen)
+    assert taken(told, trusted=(PKI.root.der,)) == (attackers.der,)
+    assert taken(told, trusted=(PKI.root.der, NEXT.der)) == (attackers.der,), "while it holds both"
+    with pytest.raises(RemoteProtocolError, match="leads to no anchor"):
+        taken(told, trusted=(NEXT.der,))
+
+
 def test_a_ca_that_has_expired_signs_nothing() -> None:
     ended = Authority.create("Ended", parent=PKI.root, not_after=now() - dt.timedelta(days=1))
     with pytest.raises(RemoteProtocolError, match="not valid now"):

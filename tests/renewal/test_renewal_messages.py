@@ -86,3 +86,21 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.list
 def test_any_bytes_give_only_our_error(kind: type[Message], payload: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         kind.from_bytes(payload)
+
+
+@pytest.mark.parametrize("kind", [RenewalRequest, RenewalAnswer])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"[" * 500_000,
+        b'{"kind":' * 100_000,
+        b'{"anchors":' * 100_000 + b"{}" + b"}" * 100_000,
+        b'{"retry_after_s":' + b"9" * 500_000 + b"}",
+        b'{"outcome":"refused","retry":true,"reason":"\\ud800","retry_after_s":1e999}',
+        b'{"kind":"\\ud800"}',
+    ],
+    ids=["deep lists", "deep objects", "deep anchors", "a long number", "infinity", "half a character"],
+)
+def test_what_is_deep_or_long_is_refused_like_the_rest(kind: type[Message], payload: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        kind.from_bytes(payload)

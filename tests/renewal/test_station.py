@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key a
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 from support.renewing import PaperDevice, csr, new_key, sha256
-from support.station import Clock, new_station
+from support.station import CHEAP, Clock, new_station
 
 from birthmark.device.clock import Moment
 from birthmark.device.errors import AuthorityError
@@ -26,14 +26,14 @@ from birthmark.device.identity import DeviceId
 from birthmark.device.link.transcript import verify
 from birthmark.device.renewal.anchors import verified_anchors
 from birthmark.device.renewal.proofs import answer_transcript
-from birthmark.provisioning import audit
+from birthmark.provisioning import audit, rollover
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.renewal import Asked, Renewals, _prover, open_renewals
-from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.retirement import next_retirement_at, retire_due
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover_anchors import PendingAnchors
+from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from birthmark.device.renewal.messages import RenewalAnswer
     from birthmark.provisioning.registry.interface import Transaction
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.station import Station
 
 
 @pytest.fixture
@@ -249,6 +248,44 @@ def test_one_that_is_refused_spoils_nothing_for_the_others(station: Station, dev
 def test_the_same_device_twice_in_one_group_gets_one_certificate(station: Station, device: PaperDevice) -> None:
     first, again = Renewals(station).answer([device.renew(), device.renew()])
     assert first.leaf_der == again.leaf_der != b""
+
+
+def test_two_keys_of_one_device_in_a_group_spoil_nothing_for_the_others(
+    station: Station, device: PaperDevice
+) -> None:
+    other = PaperDevice.made(station, "sensor-18")
+    first = device.renew()
+    device.new_key = new_key()
+    given_up, granted, others = Renewals(station).answer([first, device.renew(), other.renew()])
+    assert (given_up.outcome, given_up.retry) == ("refused", True)
+    assert is_sealed(given_up, station, device, device.leaf_der), "its device need not ask again with that key"
+    assert (granted.outcome, others.outcome) == ("issued", "issued")
+    leaf = x509.load_der_x509_certificate(granted.leaf_der)
+    assert leaf.public_key() == device.new_key.public_key()
+    assert [row.state for row in rows(station)] == [State.ATTESTED, State.VOID, State.ISSUED]
+
+
+def test_what_another_service_has_signed_meanwhile_is_given_and_no_trouble(
+    station: Station, device: PaperDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, sign, faster = PaperDevice.made(station, "sensor-18"), Renewals._sign, list[bytes]()
+
+    def late(renewals: Renewals, row: Row, authority: Authority) -> bytes:
+        if not faster and row.name == "sensor-17":
+            faster.append(b"")
+            faster[0] = answer(station, device.renew()).leaf_der
+        return sign(renewals, row, authority)
+
+    monkeypatch.setattr(Renewals, "_sign", late)
+    mine, others = Renewals(station).answer([device.renew(), other.renew()])
+    assert mine.leaf_der == faster[0] != b""
+    assert others.outcome == "issued"
+
+
+def test_a_clock_that_is_wrong_is_everybodys_trouble(station: Station, device: PaperDevice, clock: Clock) -> None:
+    clock.advance(days=-30)
+    with pytest.raises(AuthorityError, match="clock"):
+        Renewals(station).answer([device.renew()])
 
 
 @pytest.mark.parametrize("signer", ["old", "other"])
@@ -458,16 +495,23 @@ def test_what_a_device_is_to_act_on_is_signed_for_whoever_has_proven_a_key(
 def test_a_ca_whose_key_is_gone_costs_its_devices_the_signature_and_the_others_nothing(
     station: Station, device: PaperDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = PaperDevice.made(station, "sensor-18")
+    other, leaf_der = PaperDevice.made(station, "sensor-18"), issued(station, device)
+    old = station.authority
+    rollover.start_root(station, None, derivation=CHEAP)
+    rollover.activate(station, force=True)
+    unlock = Station.authority_of
 
-    def gone(_seals: Seals, _answer: RenewalAnswer, _row: Row) -> RenewalAnswer:
-        raise AuthorityError("could not use the issuing CA's key: it is gone")
+    def gone(station: Station, key_id: str) -> Authority:
+        if key_id == old.key_id:
+            raise AuthorityError("could not use the issuing CA's key: it is gone")
+        return unlock(station, key_id)
 
-    monkeypatch.setattr(Seals, "sealed", gone)
-    refused, granted = Renewals(station).answer(
-        [device.renew(csr_der=csr("sensor-17", device.key)), other.renew()]
-    )
-    assert (refused.outcome, refused.signature, granted.outcome) == ("refused", b"", "issued")
+    monkeypatch.setattr(Station, "authority_of", gone)
+    used = csr("sensor-17", device.key)
+    refused, again, granted = Renewals(station).answer([device.renew(csr_der=used), device.renew(), other.renew()])
+    assert (refused.outcome, refused.signature) == ("refused", b"")
+    assert (again.leaf_der, again.chain_der) == (leaf_der, (old.issuing_der,)), "its certificate is public"
+    assert (granted.outcome, granted.chain_der) == ("issued", (station.authority.issuing_der,))
 
 
 def test_a_request_made_with_a_renewed_certificate_confirms_it(

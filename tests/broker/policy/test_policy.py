@@ -110,6 +110,26 @@ def test_an_operator(action: str, topic: str, *, expected: bool) -> None:
     assert allowed(action, topic, who=DeviceId("alice"), role=OPERATOR) is expected
 
 
+@pytest.mark.parametrize(
+    ("action", "topic", "expected"),
+    [
+        ("subscribe", "devices/+/renewal/request", True),
+        ("publish", "devices/sensor-1/renewal/answer", True),
+        ("subscribe", "devices/#", False),
+        ("subscribe", "devices/+/renewal/answer", False),
+        ("subscribe", "devices/+/telemetry/#", False),
+        ("subscribe", "gateway/+/receipts", False),
+        ("publish", "devices/sensor-1/renewal/request", False),
+        ("publish", "devices/sensor-1/commands/reboot", False),
+        ("publish", "devices/sensor-1/status", False),
+        ("publish", "gateway/gw-1/crl", False),
+        ("publish", "fleet/announcements/x", False),
+    ],
+)
+def test_the_renewal_service_renews_and_does_nothing_else(action: str, topic: str, *, expected: bool) -> None:
+    assert allowed(action, topic, who=DeviceId("renewd"), role=Role("service-renewal")) is expected
+
+
 @given(ids, ids, roles, st.sampled_from(["telemetry/x", "status", "replies/a/b", "commands/x", "time/answer", ""]))
 def test_no_device_touches_anothers_topics(one: DeviceId, other: DeviceId, role: Role, rest: str) -> None:
     if one.text == other.text:
