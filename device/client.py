@@ -256,6 +256,14 @@ class Client:
         """Whether there is a connection that the broker accepted, as far as we know."""
         return self._worker.is_online
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread that connects and serves has shown of late that it does not hang: for a watchdog.
+
+        Asked in a callback, it speaks for the thread of the callbacks, too.
+        """
+        return self._worker.is_alive
+
     def telemetry(self, name: str) -> str:
         """Return the topic for one kind of our readings."""
         return topics.telemetry(self.device_id, name)

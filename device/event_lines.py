@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,26 @@ from birthmark.device.events import (
     RenewalChanged,
     SubscriptionDenied,
 )
+from birthmark.device.systemd import is_journal
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console
 
 
 LONGEST_WARNING = 1024
+
+
+PRIORITIES = {
+    "refused": 3,
+    "no_identity": 3,
+    "handler_failed": 3,
+    "unreachable": 4,
+    "disconnected": 4,
+    "denied": 4,
+    "warning": 4,
+    "not_published": 4,
+}
+"""Of what is not merely said (syslog(3): 3 is an error, 4 a warning, 6 the rest)."""
 
 
 def show(console: Console, event: Event, *, is_last: bool = False) -> None:
@@ -96,9 +111,13 @@ class _Warnings(logging.Handler):
 
 
 def say(console: Console, name: str, text: str, /, **facts: Any) -> None:
-    """Print one line: `{"event": name, "at": ..., **facts}`, or the text."""
+    """Print one line: `{"event": name, "at": ..., **facts}`, or the text; in the journal with its priority."""
     now = datetime.now(UTC)
-    console.emit({"event": name, "at": now.isoformat(timespec="milliseconds"), **facts}, f"{now:%H:%M:%S}  {text}")
+    if is_journal(sys.stdout):
+        line = f"<{PRIORITIES.get(name, 6)}>{'; '.join(part.strip() for part in text.splitlines())}"
+    else:
+        line = f"{now:%H:%M:%S}  {text}"
+    console.emit({"event": name, "at": now.isoformat(timespec="milliseconds"), **facts}, line)
 
 
 def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_s: float | None) -> None:

@@ -17,6 +17,7 @@ from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
 from birthmark.device.renew_command import add_renewal_port_option
 from birthmark.device.stopping import Stopping, stopping_on_signals
+from birthmark.device.systemd import notify, watchdog_interval_s
 
 if TYPE_CHECKING:
     import argparse
@@ -76,16 +77,23 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     event_lines.show_warnings(console)
     with stopping_on_signals() as stopping:
         running = _Running(console, stopping, once=arguments.once, give_up_after_s=arguments.give_up_after)
+        notify("READY=1")  # and not when connected: a device may come up before its network
         client = _client(arguments, running)
+        feeding_s = watchdog_interval_s()
         while client is None:
+            if feeding_s:
+                notify("WATCHDOG=1")
             if stopping.wait(LOOK_AGAIN_S):
                 return stopping.exit_code
             client = _client(arguments, running)
         client.command()(running.answer)
+        if feeding_s:
+            client.every(feeding_s / 3)(lambda: notify("WATCHDOG=1") if client.is_alive else None)
         client.start()
         try:
             running.keep_going(client, interval_s=arguments.interval if arguments.simulate else None)
         finally:
+            notify("STOPPING=1")
             client.stop()
         event_lines.say(console, "stopped", "stopped")
         if running.error is not None:
@@ -125,6 +133,7 @@ class _Running:
         if error.message == self._said:
             return
         self._said = error.message
+        notify(f"STATUS={error.message}")
         event_lines.say(
             self._console,
             "no_identity",
@@ -136,8 +145,10 @@ class _Running:
     def observe(self, event: Event) -> None:
         event_lines.show(self._console, event, is_last=self._once)
         if isinstance(event, Connected):
+            notify(f"STATUS=connected to {event.broker} as {event.client_id}")
             self._offline_since = None
         if isinstance(event, AttemptFailed | Disconnected):
+            notify(f"STATUS={event.error.message}")
             self._last_error = event.error
             self._offline_since = self._offline_since or time.monotonic()
             if self._once:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TextIO
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +38,18 @@ def watchdog_interval_s() -> float | None:
     if not (text.isascii() and text.isdigit() and int(text)) or (pid and pid != str(os.getpid())):
         return None
     return int(text) / 1_000_000
+
+
+def is_journal(stream: TextIO) -> bool:
+    """Whether a stream goes to systemd's journal (systemd.exec(5)).
+
+    It gives each line its time, and reads a `<4>` before it as the line's priority (sd-daemon(3)).
+    """
+    try:
+        told = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{told.st_dev}:{told.st_ino}"
 
 
 async def feed_watchdog(interval_s: float) -> None:

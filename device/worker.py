@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 MAX_WAIT_S = 60.0
 """The longest wait for something to happen; the link looks at its keepalive more often than that."""
+BEAT_S = 15.0
+"""How often the thread shows that it lives while it waits for the next attempt."""
+STALE_S = 120.0
+"""A thread that has not shown it for so long hangs: no name resolution and no handshake takes longer."""
 LEAVE_S = 0.5
 """What a stop spends on writing DISCONNECT, after the time it was given."""
 
@@ -126,6 +130,7 @@ class Worker:
         self._last_error: ConnectionFailedError | None = None
         self._next: tuple[Credentials, DeviceContext] | None = None
         # The worker's own.
+        self._alive_at = float("-inf")
         self._connection = 0
         self._session_present = False
 
@@ -133,6 +138,11 @@ class Worker:
     def is_online(self) -> bool:
         """Whether there is a connection that the broker accepted."""
         return self._online
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread has shown within `STALE_S` that it lives."""
+        return time.monotonic() < self._alive_at + STALE_S
 
     def wake(self) -> None:
         """Have the thread look at what there is to do."""
@@ -208,6 +218,7 @@ class Worker:
 
     def _connect_and_serve(self) -> tuple[ConnectionFailedError | None, float]:
         """Return why the connection ended (None: we were stopped) and how long it held."""
+        self._alive_at = time.monotonic()
         self._connection += 1
         self._take_next()
         will = presence.last_will(self._credentials.device_id, self._clock.now()) if self._has_presence else None
@@ -225,6 +236,7 @@ class Worker:
         while self._link.turn(
             self._next_look_s(began, answer_by), reading=not (self._online and self._dispatcher.is_full)
         ):
+            self._alive_at = time.monotonic()
             self._clock.keep()
             if began is None and self._link.ending().connected:
                 began = time.monotonic()
@@ -338,8 +350,11 @@ class Worker:
             self._last_error = verdict or self._last_error
             self._changed.notify_all()
         self._settled(self._credentials, error)
+        until = time.monotonic() + wait_s
         with self._changed:
-            self._changed.wait_for(lambda: self._farewell_by is not None or self._next is not None, timeout=wait_s)
+            while self._farewell_by is None and self._next is None and (left_s := until - time.monotonic()) > 0:
+                self._alive_at = time.monotonic()
+                self._changed.wait(min(left_s, BEAT_S))
 
     def _come_online(self, opened: DeviceSocket) -> None:
         with self._changed:

@@ -45,9 +45,12 @@ def test_the_port_and_the_hardware_stay_in_sight() -> None:
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
-def test_systemd_takes_it_for_well_protected() -> None:
+@pytest.mark.parametrize(
+    "unit_path", [UNIT, UNIT.with_name("birthmark-device.service")], ids=lambda path: path.stem
+)
+def test_systemd_takes_it_for_well_protected(unit_path: Path) -> None:
     rated = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", UNIT],
+        ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", unit_path],
         capture_output=True,
         text=True,
         timeout=60,
