@@ -17,6 +17,7 @@ from birthmark.provisioning import (
     label_command,
     quarantine_commands,
     reflash,
+    registry_commands,
     renewal_commands,
     revocation_commands,
     run_command,
@@ -54,5 +55,6 @@ birthmark revoke sensor-17 --reason lost""",
     ca_commands.add_to(commands)
     inspect_command.add_to(commands)
     backup_commands.add_to(commands)
+    registry_commands.add_to(commands)
     renewal_commands.add_to(commands)
     return top

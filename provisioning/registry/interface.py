@@ -297,6 +297,9 @@ class StoredRegistry(Registry, Protocol):
     def stand(self, standing: str) -> None:
         """Say of this registry how it stands: `content.MOVED`, or empty; `RegistryError` if it cannot."""
 
+    def discard(self, standing: str = "") -> None:
+        """Remove what was just made and is not wanted after all, if it still stands so; what cannot be stays."""
+
     def shares(self) -> bool:
         """Whether other stations, with audit logs of their own, use it, too."""
 

@@ -17,7 +17,7 @@ import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from sqlalchemy import insert, inspect, select, text
+from sqlalchemy import insert, inspect, select, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from birthmark.device.errors import RegistryError
@@ -132,8 +132,11 @@ class SqlRegistry:
 
     def stand(self, standing: str) -> None:
         """Say how it stands (`interface.StoredRegistry.stand`)."""
-        with self._changing() as work:
-            work.stand(standing)
+        # The log is not looked at: it may be another registry's by now.
+        with self._connected() as connection:
+            self._begin(connection, self._database.dialect.begin_change)
+            connection.execute(update(META).where(META.c.name == STANDING).values(value=standing))
+            connection.exec_driver_sql("COMMIT")
 
     def shares(self) -> bool:
         """Whether other stations use it, too (`interface.StoredRegistry.shares`)."""
@@ -186,12 +189,18 @@ class SqlRegistry:
                 documents = documents_of(view, self._log)
                 yield Snapshot(documents, self._place.audit_bytes(), others.close)
 
-    def discard(self) -> None:
-        """Remove the registry from its database; for what was just made and is not wanted after all."""
+    def discard(self, standing: str = "") -> None:
+        """Remove it from its database (`interface.StoredRegistry.discard`).
+
+        SQLite's file stays, empty: somebody may have it open already, to make a registry of his own in it.
+        """
         with suppress(RegistryError), self._connected() as connection:
+            self._begin(connection, self._database.dialect.begin_change)
+            view = SqlView(self._database, connection)
+            view.check_format()
+            check_standing(standing, view.standing, self.shown)
             METADATA.drop_all(connection)
-        self._database.close()
-        self._database.remove_file()
+            connection.exec_driver_sql("COMMIT")
 
     def files(self) -> frozenset[Path]:
         """Return the files that it consists of: none, where a server keeps it."""

@@ -113,6 +113,14 @@ class TinyRegistry:
         with self._work_on(self._file.load()) as work:
             work.stand(standing)
 
+    def discard(self, standing: str = "") -> None:
+        """Remove the file (`interface.StoredRegistry.discard`)."""
+        with suppress(RegistryError, OSError):
+            with self._work_on(self._file.load()) as work:
+                check_standing(standing, work.standing, self.shown)
+            self._file.path.unlink()
+        self._file.close()
+
     def shares(self) -> bool:
         """Whether other stations use it, too: never."""
         return False

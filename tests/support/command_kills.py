@@ -1,9 +1,9 @@
 """SIGKILL at every durable step of every command of the station: run as `command_kills.py FOLDER KILLS [NAME...]`.
 
 A command runs in a forked child. Before its n-th step (a file opened for writing, a write, an fsync, a rename, a
-removal, a folder, a mode) the child is killed; a write that is the n-th step is cut in the middle. After each kill
-the station is looked at as the next process would, then the same command is run again: it finishes, or says
-plainly that it is done. KILLS is how many of the steps are tried, spread evenly; 0: every one.
+removal, a folder, a mode, a statement to a database) the child is killed; a write that is the n-th step is cut in
+the middle. After each kill the station is looked at as the next process would, then the same command is run again:
+it finishes, or says plainly that it is done. KILLS is how many steps are tried, spread evenly; 0: every one.
 
 A process of its own, with one thread: only such a one may fork safely.
 """
@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from sqlalchemy import Engine, event
 from support.softhsm import LABEL, PIN, SoftHsm, found_module, with_a_token
 from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_station, public_key_der
 
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
+SQLITE = "sqlite:///registry.db"
 SECRET = b"the backup's own passphrase"
 REQUESTED = ("pump-1", "pump-2", "pump-3")
 LOST = x509.ReasonFlags.key_compromise
@@ -81,6 +83,8 @@ class Scenario:
     """How it ends when it is not killed."""
     founds: bool = True
     """Whether a station is founded first."""
+    registry: str = ""
+    """Where that station's registry is; empty for TinyDB."""
 
 
 def station(root: Path, folder: str = "station") -> Station:
@@ -365,6 +369,16 @@ def token_scenarios() -> dict[str, Scenario]:
     }
 
 
+def is_moved(root: Path, url: str) -> None:
+    opened = station(root)
+    assert opened.settings.registry.url == url
+    with opened.registry.view() as view:
+        assert [row.name for row in view.rows()] == ["sensor-1", "sensor-2", "sensor-3"]
+        assert view.counter(crl_number_counter(opened.cas.for_clients.key_id)) >= 1
+    actions = [entry["action"] for entry in audit.read(opened.registry.audit_path)]
+    assert actions.count("registry-migrate") == 1
+
+
 SCENARIOS: dict[str, Scenario] = {
     "init": Scenario(["init"], founds=False, done_already=["there is something already"]),
     "issue": Scenario(
@@ -474,7 +488,32 @@ SCENARIOS: dict[str, Scenario] = {
         done_already=["there is none"],
     ),
     "doctor": Scenario(["doctor", "--offline"], prepare=with_devices, code=1),
+    "registry migrate": Scenario(
+        ["registry", "migrate", SQLITE],
+        prepare=with_devices,
+        finished=lambda root: is_moved(root, SQLITE),
+        done_already=["that is where it is"],
+    ),
+    "registry migrate, back": Scenario(
+        ["registry", "migrate", "tinydb"],
+        prepare=with_devices,
+        finished=lambda root: is_moved(root, ""),
+        done_already=["that is where it is"],
+        registry=SQLITE,
+    ),
+    "init --registry": Scenario(
+        ["init", "--registry", SQLITE], founds=False, done_already=["there is something already"]
+    ),
 }
+OFTEN = ("issue-operator", "revoke", "batch close", "restore")
+"""What is killed on SQLite, too, where there is little time; the whole proof does it with everything."""
+
+
+def chosen(kills: int) -> dict[str, Scenario]:
+    """Return the scenarios for so many kills each."""
+    on_sqlite = [name for name, scenario in SCENARIOS.items() if scenario.founds and not scenario.registry]
+    names = OFTEN if kills else on_sqlite
+    return SCENARIOS | {f"{name}, on SQLite": replace(SCENARIOS[name], registry=SQLITE) for name in names}
 
 
 # --- the child that dies -----------------------------------------------------------------------------------------
@@ -493,6 +532,7 @@ class Killer:
         os.pwrite = self._pwrite
         os.fsync = self._fsync
         sys.addaudithook(self._saw)
+        event.listen(Engine, "before_cursor_execute", lambda *_: self._step())
 
     def _saw(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in STEPS or (event == "open" and _is_for_writing(*arguments)):
@@ -644,7 +684,7 @@ def survive(scenario: Scenario, root: Path, kills: int) -> tuple[int, int]:
     prepared = root / "prepared"
     prepared.mkdir(parents=True)
     if scenario.founds:
-        new_station(prepared / "station").close()
+        new_station(prepared / "station", registry=scenario.registry).close()
     scenario.prepare(prepared)
     whole = root / "whole"
     shutil.copytree(prepared, whole, symlinks=True)
@@ -675,8 +715,9 @@ def main(root: Path, kills: int, names: Sequence[str]) -> None:
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
     for start in (rollover.start_issuing, rollover.start_root):
         monkeypatch.setattr(rollover, start.__name__, functools.partial(start, derivation=CHEAP))
-    for name in names or SCENARIOS:
-        steps, killed = survive(SCENARIOS[name], root / name.replace(" ", "_"), kills)
+    scenarios = chosen(kills)
+    for name in names or scenarios:
+        steps, killed = survive(scenarios[name], root / name.replace(" ", "_"), kills)
         print(f"{name}: {killed} of {steps}", flush=True)
 
 

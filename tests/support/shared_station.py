@@ -1,8 +1,8 @@
-"""One of several processes at work on one station: run as `shared_station.py FOLDER WORKER COUNT`.
+"""One of several processes at work on one registry: run as `shared_station.py FOLDER STATION WORKER COUNT`.
 
 Each takes ids of one template as `birthmark run` does, certifies them, revokes some and signs CRLs. Whatever it
 has been promised (a transaction that has returned, a CRL that is in its file) it says on stdout, one JSON object a
-line.
+line. If the registry fails under it, as when its server is restarted, it ends with that error's exit code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cryptography import x509
 from support.station import PASSPHRASE, issue, public_key_der
 
-from birthmark.device.errors import EnrollmentRefusedError
+from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.model import Kind, State
@@ -72,8 +72,8 @@ def sign(station: Station) -> None:
         say(crl=crl.number, issuer=crl.issuer, sha256=crl.sha256)
 
 
-def main(folder: Path, worker: str, count: int) -> None:
-    station = Station.open(folder / "station", passphrase=PASSPHRASE)
+def main(folder: Path, name: str, worker: str, count: int) -> None:
+    station = Station.open(folder / name, passphrase=PASSPHRASE)
     for number in range(count):
         name = f"sensor-{number}"
         if not enrol(station, name):
@@ -93,4 +93,8 @@ def main(folder: Path, worker: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    try:
+        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    except RegistryError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -17,7 +17,7 @@ from birthmark.provisioning.cli import parser
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.keyfile import KeyDerivation
 from birthmark.provisioning.registry.model import Kind, Row, State
-from birthmark.provisioning.settings import Settings
+from birthmark.provisioning.settings import RegistrySetting, Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,10 +45,11 @@ class Clock:
         self.now += timedelta(**delta)
 
 
-def new_station(folder: Path, clock: Any = None) -> Station:
-    """Found a station whose passphrase is PASSPHRASE."""
+def new_station(folder: Path, clock: Any = None, *, registry: str = "") -> Station:
+    """Found a station whose passphrase is PASSPHRASE, and whose registry is on TinyDB or at a URL."""
     clocked = {} if clock is None else {"clock": clock}
-    return found_station(folder, Settings("Acme"), passphrase=PASSPHRASE, derivation=CHEAP, **clocked)
+    settings = Settings("Acme", registry=RegistrySetting(registry))
+    return found_station(folder, settings, passphrase=PASSPHRASE, derivation=CHEAP, **clocked)
 
 
 def public_key_der() -> bytes:

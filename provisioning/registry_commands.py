@@ -1,0 +1,65 @@
+"""`birthmark registry migrate`: its options and its answers."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device.console import Console, Parser, command
+from birthmark.provisioning.migration import migrate
+from birthmark.provisioning.options import add_station_option, open_station
+from birthmark.provisioning.registry.opening import setting_from
+
+if TYPE_CHECKING:
+    import argparse
+
+PROGRESS_S: Final = 2.0
+"""How often somebody who waits is told how far it is."""
+
+
+def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add these commands."""
+    parser = commands.add_parser(
+        "registry",
+        help="look after what the station knows of its identities",
+        description="look after what the station knows of its identities",
+        examples="birthmark registry migrate sqlite:///registry.db",
+    )
+    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+        title="actions", metavar="ACTION", required=True
+    )
+    _add_migrate(actions)
+
+
+def _add_migrate(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "migrate",
+        _migrate,
+        "move the registry to another back end, whole or not at all",
+        """\
+birthmark registry migrate sqlite:///registry.db
+birthmark registry migrate postgresql://db.example.com/birthmark
+birthmark registry migrate tinydb""",
+    )
+    add_station_option(parser)
+    parser.add_argument("url", metavar="URL", help="a database that has no registry in it, or `tinydb`")
+
+
+def _migrate(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    told_s = time.monotonic()
+
+    def tell(what: str, rows: int) -> None:
+        nonlocal told_s
+        if time.monotonic() - told_s >= PROGRESS_S:
+            told_s = time.monotonic()
+            console.say(f"{what}: {rows:,} rows")
+
+    moved = migrate(station, setting_from(arguments.url, log=station.settings.registry.log), tell=tell)
+    console.facts(
+        {"registry": moved.after, "before": moved.before, "rows": moved.rows, "verified_sha256": moved.digest}
+    )
+    if moved.trouble:
+        console.warn(f"the old registry could not be marked as moved ({moved.trouble}): see that nobody uses it")
+    console.say("\nServices of this station that are running (renewd, crl serve, run) must be started again.")
