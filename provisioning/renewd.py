@@ -2,9 +2,10 @@
 
 Rules:
 
-- Requests come on the callbacks' threads of one client a gateway, and wait in one queue; one thread takes all that
-  wait, up to `MAX_GROUP`, and has them answered together: the slower the registry's disk, the larger the groups.
-- Of each gateway at most `MAX_WAITING` wait. What finds no room is dropped; the device asks again.
+- Requests come on the callbacks' threads of one client a gateway; one thread takes all that wait, up to
+  `MAX_GROUP`, and has them answered together: the slower the registry's disk, the larger the groups.
+- Gateways take turns in a group, and of each at most `MAX_WAITING` wait. What finds no room is dropped; the device
+  asks again. So a gateway that brings too much keeps nobody at another one waiting.
 - An answer goes out on the gateway that its request came from, after everything in it is durable.
 - A device may ask `MAX_ASKED` times in `ASKED_WITHIN_S` by one gateway; beyond that it is not heard, whether it
   can be understood or not. So one device neither fills a log nor keeps the others waiting; and a gateway that says
@@ -14,10 +15,9 @@ Rules:
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device import topics
@@ -70,8 +70,10 @@ class RenewalService:
         self._alive = alive
         self._confirmed = confirmed
         self._turn_s = turn_s
-        self._waiting: queue.SimpleQueue[tuple[Client, Asked] | None] = queue.SimpleQueue()
+        self._arrived = threading.Condition()
+        """Held while anybody looks at what waits."""
         self._gateways: dict[Client, _Gateway] = {}
+        self._is_over = False
         self._thread: threading.Thread | None = None
         self.counts: Counter[str] = Counter()
         """Answers by outcome, and what was not heard: `malformed`, `too-often`, `dropped`."""
@@ -80,7 +82,8 @@ class RenewalService:
         """Take a message from a gateway; called on the callbacks' thread of its client."""
         if message.retained:
             return  # a request is for now; whoever keeps it for later has no device behind it
-        gateway = self._gateways.setdefault(client, _Gateway())
+        with self._arrived:
+            gateway = self._gateways.setdefault(client, _Gateway())
         try:
             device_id = DeviceId(message.topic.split("/")[1])
         except (BirthmarkError, IndexError):
@@ -95,10 +98,13 @@ class RenewalService:
             return
         if device_id is None:
             self._not_understood(message, "its topic names no device")
-        elif gateway.room.acquire(blocking=False):
-            self._waiting.put((client, Asked(device_id, request)))
-        else:
-            self.counts["dropped"] += 1
+            return
+        with self._arrived:
+            if len(gateway.waiting) < MAX_WAITING:
+                gateway.waiting.append(Asked(device_id, request))
+                self._arrived.notify()
+            else:
+                self.counts["dropped"] += 1
 
     def _not_understood(self, message: Message, cause: str) -> None:
         self.counts["malformed"] += 1
@@ -111,7 +117,9 @@ class RenewalService:
 
     def stop(self) -> None:
         """Answer what waits, and end."""
-        self._waiting.put(None)
+        with self._arrived:
+            self._is_over = True
+            self._arrived.notify()
         if self._thread is not None:
             self._thread.join()
 
@@ -125,28 +133,27 @@ class RenewalService:
                 self._answer(group)
 
     def _next_group(self) -> list[tuple[Client, Asked]] | None:
-        """Return what waits, after the first; empty if nothing came in time, None at the end."""
-        try:
-            first = self._waiting.get(timeout=self._turn_s)
-        except queue.Empty:
-            return []
-        if first is None:
-            return None
-        group = [first]
+        """Return what waits; empty if nothing came in time, None at the end."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._is_over or self._count_waiting(), timeout=self._turn_s)
+            group = self._in_turn()
+            return None if self._is_over and not group else group
+
+    def _in_turn(self) -> list[tuple[Client, Asked]]:
+        """Take one of each gateway, and again, up to a group."""
+        group: list[tuple[Client, Asked]] = []
         while len(group) < MAX_GROUP:
-            try:
-                following = self._waiting.get_nowait()
-            except queue.Empty:
+            waiting = [(client, gateway) for client, gateway in self._gateways.items() if gateway.waiting]
+            if not waiting:
                 break
-            if following is None:
-                self._waiting.put(None)
-                break
-            group.append(following)
+            group += [(client, gateway.waiting.popleft()) for client, gateway in waiting[: MAX_GROUP - len(group)]]
         return group
 
+    def _count_waiting(self) -> int:
+        with self._arrived:
+            return sum(len(gateway.waiting) for gateway in self._gateways.values())
+
     def _answer(self, group: list[tuple[Client, Asked]]) -> None:
-        for client, _ in group:
-            self._gateways[client].room.release()
         asked = [one for _, one in group]
         began = time.monotonic()
         try:
@@ -174,7 +181,7 @@ class RenewalService:
                 f"{len(group)} requests answered in {elapsed_ms} ms",
                 requests=len(group),
                 elapsed_ms=elapsed_ms,
-                waiting=self._waiting.qsize(),
+                waiting=self._count_waiting(),
             )
 
     def _tell(self, one: Asked, answer: RenewalAnswer) -> None:
@@ -193,10 +200,10 @@ class RenewalService:
 
 
 class _Gateway:
-    """What one gateway has brought; its client's thread asks."""
+    """What one gateway has brought. Who was heard, its client's thread alone asks."""
 
     def __init__(self) -> None:
-        self.room = threading.Semaphore(MAX_WAITING)
+        self.waiting: deque[Asked] = deque()
         self._heard: dict[str, list[float]] = {}
 
     def hears_too_often(self, name: str) -> bool:

@@ -97,11 +97,13 @@ def test_junk_and_a_flood_cost_it_nothing(stand: Stand, renewd: Renewd) -> None:
 class Told:
     """A gateway's client, as the service uses it."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: list[Told] | None = None) -> None:
         self.answers: list[RenewalAnswer] = []
+        self.order = [] if order is None else order
 
     def publish(self, _topic: str, payload: bytes) -> None:
         self.answers.append(RenewalAnswer.from_bytes(payload))
+        self.order.append(self)
 
     def bring(self, service: RenewalService, asked: Asked) -> None:
         topic = topics.renewal_request(asked.device_id)
@@ -140,6 +142,22 @@ def test_a_gateway_that_brings_too_much_leaves_room_for_the_others(
     service.stop()
     assert [answer.outcome for answer in honest.answers] == ["issued"]
     assert len(hostile.answers) == 5
+
+
+def test_gateways_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renewd, "MAX_GROUP", 5)
+    station, order = new_station(tmp_path / "station"), list[Told]()
+    device, hostile, honest, other = PaperDevice.made(station), Told(order), Told(order), Told(order)
+    service = RenewalService(Renewals(station), say=lambda *_, **__: None)
+    for number in range(12):
+        hostile.bring(service, replace(device.renew(), device_id=DeviceId(f"nobody-{number}")))
+    for gateway in (honest, other):
+        for _ in range(2):
+            gateway.bring(service, device.renew())
+    service.start()
+    service.stop()
+    assert order[:5] == [hostile, honest, other, hostile, honest]
+    assert len(order) == 16, "what waited at the end is answered"
 
 
 def test_junk_does_not_fill_the_log(tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def test_a_session_of_the_one_listener_opens_nothing_at_the_other(world: Process
     assert code(renewal_port(world), context, mqtt.connect("sensor-1"), session=ticket) == 0
 
 
+def test_a_session_of_the_main_listener_is_resumed_there_alone(world: ProcessWorld, pki: Pki) -> None:
+    context = world.context_of(pki.device())
+    with RawClient.connect(world.port, context) as client:
+        client.handshake(mqtt.connect("sensor-1")).ping()
+        ticket = client.tls.session
+    for port, resumed in ((renewal_port(world), False), (world.port, True)):
+        with RawClient.connect(port, context, session=ticket) as client:
+            client.handshake(mqtt.connect("sensor-1"))
+            assert client.tls.session_reused is resumed
+
+
 def test_who_is_let_in_there(world: ProcessWorld, pki: Pki) -> None:
     port, hello = renewal_port(world), mqtt.connect("sensor-1")
 
