@@ -12,7 +12,13 @@ from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import BrokerAddress
-from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError, UnreachableError
+from birthmark.device.errors import (
+    BirthmarkError,
+    ConfigurationError,
+    CredentialError,
+    SystemFailureError,
+    UnreachableError,
+)
 from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
 from birthmark.device.renew_command import add_renewal_port_option
@@ -190,7 +196,7 @@ class _Running:
         }
         try:
             client.publish(topic, reading, wait=ACKNOWLEDGED_WITHIN_S)
-        except UnreachableError as error:
+        except (UnreachableError, SystemFailureError) as error:
             event_lines.say(self._console, "not_published", error.message, topic=topic, reason=error.message)
         else:
             event_lines.say(
