@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from birthmark.provisioning.settings import Gateway
 
 DEFAULT_TIMEOUT_S: Final = 5.0
+MAX_TOLD_BYTES: Final = 256 * 1024 * 1024
+"""Four times what a gateway retains by default. Whoever has one must not have the station run out of memory."""
 _STOP_S: Final = 1.0
 _LEAST_S: Final = 0.02
 
@@ -123,10 +125,13 @@ def _retained(
     address = BrokerAddress(gateway.host, gateway.port)
     credentials = Credentials.from_files(gateway.operator_path, anchors_path, address)
     payloads: list[bytes] = []
+    told_bytes = 0
     statuses: queue.Queue[GatewayStatus] = queue.Queue()
 
     def keep(message: Message) -> None:
-        if message.retained:
+        nonlocal told_bytes
+        told_bytes += len(message.payload)
+        if message.retained and told_bytes <= MAX_TOLD_BYTES:
             payloads.append(message.payload)
 
     def keep_status(message: Message) -> None:
@@ -149,6 +154,11 @@ def _retained(
         raise UnreachableError(f"nothing from a gateway of that name at {gateway.reached_by}") from error
     finally:
         client.stop(timeout_s=_STOP_S)
+    if told_bytes > MAX_TOLD_BYTES:
+        raise RemoteProtocolError(
+            f"could not take what {gateway.name} says: it is more than {MAX_TOLD_BYTES} bytes",
+            hint="no gateway retains so much of itself: look at that machine",
+        )
     return status, None if is_denied else payloads
 
 

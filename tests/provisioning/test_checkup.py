@@ -13,6 +13,7 @@ from support.mqtt_client import RawClient, client_context
 from support.station import PASSPHRASE, Clock, Command, enrolled_row, keyed_row, public_key_der
 from support.station_broker import station_broker
 
+from birthmark.provisioning import gateway_look
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.checkup import Census, Level, gather
 from birthmark.provisioning.checkup_rules import examine
@@ -122,7 +123,9 @@ def quiet(living: Station, tmp_path: Path) -> Station:
     return living
 
 
-def test_a_gateway_is_looked_at_in_its_operators_name(quiet: Station, tmp_path: Path) -> None:
+def test_a_gateway_is_looked_at_in_its_operators_name(
+    quiet: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     operator = issue_operator(quiet, "alice", tmp_path)
     device = issue_operator(quiet, "billing", tmp_path, role="service-billing")
     with station_broker(tmp_path / "gateway", quiet) as broker:
@@ -143,6 +146,11 @@ def test_a_gateway_is_looked_at_in_its_operators_name(quiet: Station, tmp_path: 
         assert {sighting.id for sighting in look.sightings or ()} == {"alice", "billing"}
         assert look.status is not None
         assert look.status.online
+        with monkeypatch.context() as bounded:
+            bounded.setattr(gateway_look, "MAX_TOLD_BYTES", 100)
+            (flood,) = look_at([gateway], anchors_path=quiet.folder / "root.pem", timeout_s=30)
+        assert (flood.status, flood.sightings) == (None, None)
+        assert "it is more than 100 bytes" in flood.cause
         revoked = replace(
             device.row, revoked_at=quiet.clock() - timedelta(hours=1), revocation_reason="superseded"
         )
