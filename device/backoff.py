@@ -15,11 +15,11 @@ Rules:
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from birthmark.device.connection_checks import Check
 from birthmark.device.errors import RefusedError
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 SHORTEST_FRACTION = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Backoff:
+class Backoff(Frozen):
     """Waits that grow: the n-th (from 0) is at most `first_s * factor ** n`, never more than `longest_s`."""
 
     first_s: float

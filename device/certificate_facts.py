@@ -9,10 +9,10 @@ Rules: only definite lengths; every length is checked against what is there; any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from birthmark.device.errors import CredentialError
+from birthmark.device.frozen import Frozen
 
 _SEQUENCE, _SET, _INTEGER, _OID = 0x30, 0x31, 0x02, 0x06
 _UTC_TIME, _GENERALIZED_TIME = 0x17, 0x18
@@ -22,8 +22,7 @@ _ORGANIZATIONAL_UNIT = bytes.fromhex("55040b")
 _TEXT_CODECS = {0x0C: "utf-8", 0x13: "ascii", 0x14: "latin-1", 0x16: "ascii", 0x1E: "utf-16-be"}
 
 
-@dataclass(frozen=True, slots=True)
-class CertificateFacts:
+class CertificateFacts(Frozen):
     """The fields of one certificate, unverified."""
 
     cert_serial: int
@@ -99,7 +98,8 @@ def _time(reader: _Reader) -> datetime:
         raise ValueError("a time outside RFC 5280's form")
     if tag == _UTC_TIME:
         digits = ("20" if int(digits[:2]) < 50 else "19") + digits
-    return datetime.strptime(digits, "%Y%m%d%H%M%S").replace(tzinfo=UTC)
+    month, day, hour, minute, second = (int(digits[at : at + 2]) for at in range(4, 14, 2))
+    return datetime(int(digits[:4]), month, day, hour, minute, second, tzinfo=UTC)
 
 
 class _Reader:

@@ -42,13 +42,8 @@ from birthmark.device.identity import DeviceId
 from birthmark.device.keepalive import Keepalive
 from birthmark.device.outbox.settings import FILE as OUTBOX_FILE
 from birthmark.device.publication import Acknowledgement, Outgoing, Payload, as_bytes, check_size
-from birthmark.device.record import Recorder
-from birthmark.device.renewal.connection import RenewalConnection, answers_to
-from birthmark.device.renewal.renewer import Renewer
-from birthmark.device.renewal.store import RenewalStore
 from birthmark.device.route import Route
 from birthmark.device.settings import MAX_PACKET_BYTES, RETURN_AFTER_S, DeviceSettings
-from birthmark.device.time_asking import TimeAsking
 from birthmark.device.worker import Worker
 
 if TYPE_CHECKING:
@@ -64,6 +59,8 @@ if TYPE_CHECKING:
     from birthmark.device.outbox.settings import OutboxSettings
     from birthmark.device.periodic import Periodic, Reading
     from birthmark.device.received import Message
+    from birthmark.device.record import Recorder
+    from birthmark.device.renewal.renewer import Renewer
     from birthmark.device.renewal.schedule import Pace
 
 
@@ -171,17 +168,7 @@ class Client:
         self._clock = clock or Clock.of(credentials, system=now)
         self._renewer: Renewer | None = None
         if credentials.is_slot if renewal is None else renewal:
-            store = RenewalStore(credentials.pem_path.parent, broker=credentials.broker)
-            connection = RenewalConnection(
-                credentials.device_id,
-                renewal_port,
-                use=self.use,
-                keep=self._keep,
-                publish=self._publish_now,
-                tell=self._tell,
-                open_apart=self._open_apart,
-            )
-            self._renewer = Renewer(store, connection, clock=self._clock, pace=renewal_pace)
+            self._renewer = self._make_renewer(renewal_port, renewal_pace)
             credentials = self._renewer.prepare(credentials)
         self._dispatcher = Dispatcher(self._observed, self._make_room)
         self._worker = Worker(
@@ -201,14 +188,16 @@ class Client:
         self._outbox = None if outbox is None else self._make_outbox(outbox, self._clock.now)
         self._worker.publications.outbox = self._outbox
         if self._renewer is not None:
-            self.subscribe(topics.renewal_answer(credentials.device_id), answers_to(self._renewer))
+            self.subscribe(topics.renewal_answer(credentials.device_id), self._renewal_answered)
         is_running_device = self._credentials.is_slot and (not is_service if presence is None else presence)
         self._recorder: Recorder | None = None
         if is_running_device:
             folder = self._credentials.pem_path.parent
-            self._recorder = Recorder(folder, self._clock, outbox=self._outbox_state)
+            self._recorder = self._make_recorder(folder)
         self._time_asking: TimeAsking | None = None
         if trusts_gateway_clock:
+            from birthmark.device.time_asking import TimeAsking  # noqa: PLC0415 - loaded as the renewal is
+
             self._time_asking = asking = TimeAsking(
                 self._clock,
                 publish=lambda payload: self.publish(topics.time_request(self.device_id), payload, qos=0),
@@ -524,6 +513,33 @@ class Client:
                 "only an enrolled device renews by itself; a service: birthmark issue-operator NAME --renew",
             )
         self._renewer.renew_now()
+
+    def _make_renewer(self, port: int | None, pace: Pace | None) -> Renewer:
+        # Imported here: whoever does not renew, such as a service, does not load it.
+        from birthmark.device.renewal.connection import RenewalConnection  # noqa: PLC0415
+        from birthmark.device.renewal.renewer import Renewer  # noqa: PLC0415
+        from birthmark.device.renewal.store import RenewalStore  # noqa: PLC0415
+
+        store = RenewalStore(self._credentials.pem_path.parent, broker=self._credentials.broker)
+        connection = RenewalConnection(
+            self.device_id,
+            port,
+            use=self.use,
+            keep=self._keep,
+            publish=self._publish_now,
+            tell=self._tell,
+            open_apart=self._open_apart,
+        )
+        return Renewer(store, connection, clock=self._clock, pace=pace)
+
+    def _make_recorder(self, folder: Path) -> Recorder:
+        from birthmark.device.record import Recorder  # noqa: PLC0415 - loaded as the renewal is
+
+        return Recorder(folder, self._clock, outbox=self._outbox_state)
+
+    def _renewal_answered(self, message: Message) -> None:
+        if self._renewer is not None and not message.retained:  # what is retained there answers nobody
+            self._renewer.answered(message.payload)
 
     def _keep(self, credentials: Credentials) -> None:
         self._credentials = credentials

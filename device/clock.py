@@ -23,13 +23,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.certificate_facts import certificate_facts
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import BirthmarkError
+from birthmark.device.frozen import Frozen
 from birthmark.device.json_fields import Fields, dump
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ _ONE_SECOND: Final = timedelta(seconds=1)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(Frozen):
     """The time, as far as it is known."""
 
     at: datetime

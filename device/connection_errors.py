@@ -19,13 +19,13 @@ import errno
 import re
 import socket
 import ssl
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from birthmark.device.connection_checks import ALERTS, CONNACKS, Check
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.escape import escaped
+from birthmark.device.frozen import Frozen
 from birthmark.device.tls import OutOfTimeError
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ LONGEST_ABSENCE = timedelta(days=30)
 """A clock that is further ahead of the last time that is known may be wrong: the device was off, or it jumped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Circumstances:
+class Circumstances(Frozen):
     """What is known around a connection attempt."""
 
     broker: BrokerAddress
@@ -256,7 +255,7 @@ def _is_doubtful(around: Circumstances) -> bool:
 def _server_ended(error: OutOfTimeError, around: Circumstances) -> ConnectionFailedError:
     """Say what our own check of the broker's validity found (`clock.out_of_time`)."""
     if not error.moment.or_later:
-        seen = replace(around, server=error.certificate, now=error.moment.at)
+        seen = around.changed(server=error.certificate, now=error.moment.at)
         return _server_out_of_time(seen, not_yet=error.moment.at < error.certificate.not_before)
     return around.refused(
         Check.SERVER_EXPIRED,

@@ -13,15 +13,14 @@ Nothing here imports `cryptography`: a small board goes from start to a connecti
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from birthmark.device.certificate_facts import CertificateFacts, certificate_facts
 from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError
 from birthmark.device.escape import quoted
+from birthmark.device.frozen import Frozen
 from birthmark.device.identity import DeviceId, Role
-from birthmark.device.link.bundle import Bundle
 from birthmark.device.pem import BUNDLE, CERTIFICATE, TRANSACTION, read_blocks
 
 ACTIVE = "active"
@@ -33,8 +32,7 @@ _MAX_FILE_BYTES = 256 * 1024
 """A slot holds at most seven certificates of 2 KiB, a key and a bundle of 16 KiB."""
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
+class BrokerAddress(Frozen):
     """Where a broker listens.
 
     Raises:
@@ -79,8 +77,7 @@ class BrokerAddress:
         return cls(host, int(port))
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(Frozen):
     """An identity and the broker it belongs to."""
 
     device_id: DeviceId
@@ -188,6 +185,9 @@ def _from_slot(path: Path, broker: BrokerAddress | None) -> Credentials:
     bundles = [der for label, der in blocks if label == BUNDLE]
     if len(bundles) != 1:
         raise _damaged(path, f"it holds {len(bundles)} bundles where one belongs")
+    # Imported here: a service has files, and no bundle.
+    from birthmark.device.link.bundle import Bundle  # noqa: PLC0415
+
     try:
         bundle = Bundle.from_bytes(bundles[0])
         config = bundle.config

@@ -16,7 +16,7 @@ import contextlib
 import socket
 import ssl
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device import connection_errors as say
@@ -148,7 +148,7 @@ class _Doctor:
             anchor = certificate_facts(anchor_der)
             name = f"anchor {number} ({escaped(', '.join(anchor.common_names))})"
             try:
-                with self._handshake(replace(self._credentials, anchors_der=(anchor_der,))):
+                with self._handshake(self._credentials.changed(anchors_der=(anchor_der,))):
                     pass
             except (OSError, BirthmarkError) as error:
                 explained = self._explained(error)

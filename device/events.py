@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from birthmark.device.clock import Moment
@@ -11,8 +12,7 @@ if TYPE_CHECKING:
     from birthmark.device.errors import ConnectionFailedError
 
 
-@dataclass(frozen=True, slots=True)
-class Connected:
+class Connected(Frozen):
     """The broker let us in; subscriptions and presence were sent."""
 
     broker: BrokerAddress
@@ -26,8 +26,7 @@ class Connected:
     """The time that the broker's certificate was checked by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Disconnected:
+class Disconnected(Frozen):
     """A connection that was up ended, and we did not end it."""
 
     error: ConnectionFailedError
@@ -35,23 +34,20 @@ class Disconnected:
     retry_in_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptFailed:
+class AttemptFailed(Frozen):
     """A connection did not come about."""
 
     error: ConnectionFailedError
     retry_in_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class SubscriptionDenied:
+class SubscriptionDenied(Frozen):
     """The broker does not let us subscribe to this filter (SUBACK 0x80)."""
 
     topic_filter: str
 
 
-@dataclass(frozen=True, slots=True)
-class HandlerFailed:
+class HandlerFailed(Frozen):
     """A callback raised; the client goes on."""
 
     topic: str
@@ -62,8 +58,7 @@ class HandlerFailed:
 RenewalState = Literal["asked", "granted", "trying", "confirming", "renewed", "refused", "rolled-back", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class RenewalChanged:
+class RenewalChanged(Frozen):
     """The renewal of our certificate has come to another state."""
 
     state: RenewalState
@@ -76,8 +71,7 @@ class RenewalChanged:
 OutboxCondition = Literal["waiting", "drained", "dropping", "failing", "working", "set-aside"]
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxChanged:
+class OutboxChanged(Frozen):
     """The outbox has come to another state."""
 
     state: OutboxCondition

@@ -11,10 +11,10 @@ Rules:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from birthmark.device.errors import IdentityError
 from birthmark.device.escape import quoted
+from birthmark.device.frozen import Frozen
 
 _ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _ROLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
@@ -23,8 +23,7 @@ _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:_-]{0,62}[A-Za-z0-9])?|::1|::")
 MAX_ID_CHARACTERS = 63
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceId:
+class DeviceId(Frozen):
     """The name of a device or a service: `[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?`.
 
     Raises:
@@ -50,8 +49,7 @@ class DeviceId:
         return self.text.lower()
 
 
-@dataclass(frozen=True, slots=True)
-class Role:
+class Role(Frozen):
     """What an identity may do, by name: `[A-Za-z0-9][A-Za-z0-9._-]{0,31}`.
 
     Raises:
@@ -92,8 +90,7 @@ def device_role(name: str) -> Role:
     return role
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerName:
+class BrokerName(Frozen):
     """The name of a gateway's broker, the CN of its certificate: a DNS name or an IP address as text.
 
     It is one topic level (`gateway/{name}/...`).

@@ -1,6 +1,7 @@
-"""The messages on the topics, as values: JSON objects in UTF-8, one schema each.
+"""What gateways and the station say to each other, as values: JSON objects in UTF-8, one schema each.
 
-Broker and station may not import each other, so what they say to each other is defined here.
+Broker and station may not import each other, so it is defined here. What a device says of itself is in
+`device.presence`.
 
 Rules: a reader takes any object whose known keys have the right types, and ignores unknown keys (a newer
 writer may add some); anything else is a `RemoteProtocolError`. Times are seconds since 1970 as a number.
@@ -16,31 +17,6 @@ from birthmark.device.json_fields import Fields, dump
 
 NONCE_BYTES = 16
 Outcome = Literal["installed", "current", "refused"]
-
-
-@dataclass(frozen=True, slots=True)
-class Presence:
-    """Whether a device is there; retained on `devices/{id}/status` (its last will says `online=False`)."""
-
-    online: bool
-    since: float
-    """When this became true, by the device's clock."""
-    reason: str = ""
-    """Why it is offline: `goodbye` for a clean stop, `lost` for a last will."""
-
-    def to_bytes(self) -> bytes:
-        """Return the message's payload."""
-        return dump(asdict(self))
-
-    @classmethod
-    def from_bytes(cls, payload: bytes) -> Presence:
-        """Read a payload; raises `RemoteProtocolError` if it is no presence."""
-        fields = Fields("presence", payload)
-        return cls(
-            online=fields.boolean("online"),
-            since=fields.number("since"),
-            reason=fields.text("reason", default=""),
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from birthmark.device.dialling import dial
+from birthmark.device.frozen import Frozen
 from birthmark.device.received import Message
 from birthmark.device.tls import DeviceSocket
 
@@ -52,8 +52,7 @@ class Listener(Protocol):
         """A SUBSCRIBE of ours was answered, filter by filter."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(Frozen):
     """How a connection ended."""
 
     connected: bool

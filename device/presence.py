@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from birthmark.device import topics
-from birthmark.device.messages import Presence
+from birthmark.device.frozen import Frozen
+from birthmark.device.json_fields import Fields, dump
 from birthmark.device.publication import Outgoing
 
 if TYPE_CHECKING:
@@ -19,6 +20,30 @@ if TYPE_CHECKING:
 
 GOODBYE = "goodbye"
 LOST = "lost"
+
+
+class Presence(Frozen):
+    """Whether a device is there; its last will says `online=False`. Read and written as in `device.messages`."""
+
+    online: bool
+    since: float
+    """When this became true, by the device's clock."""
+    reason: str = ""
+    """Why it is offline: `goodbye` for a clean stop, `lost` for a last will."""
+
+    def to_bytes(self) -> bytes:
+        """Return the message's payload."""
+        return dump({"online": self.online, "since": self.since, "reason": self.reason})
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Presence:
+        """Read a payload; raises `RemoteProtocolError` if it is no presence."""
+        fields = Fields("presence", payload)
+        return cls(
+            online=fields.boolean("online"),
+            since=fields.number("since"),
+            reason=fields.text("reason", default=""),
+        )
 
 
 def online(device_id: DeviceId, now: datetime) -> Outgoing:

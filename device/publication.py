@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from birthmark.device.errors import BirthmarkError, LocalProtocolError, UnreachableError
 from birthmark.device.escape import quoted
+from birthmark.device.frozen import Frozen
 
 MAX_TOPIC_BYTES = 65_535
 """MQTT 3.1.1 §1.5.3."""
@@ -23,8 +23,7 @@ Payload = bytes | str | Mapping[str, Any]
 """Bytes as they are, text in UTF-8, a mapping as a JSON object."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(Frozen):
     """One message to publish.
 
     Raises:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from birthmark.device.errors import RemoteProtocolError
 from birthmark.device.escape import escaped
+from birthmark.device.frozen import Frozen
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Frozen):
     """One message from the broker. Topic and payload are somebody else's text: escape them before showing them."""
 
     topic: str
@@ -35,7 +34,6 @@ class Message:
             raise RemoteProtocolError(f"could not read a message on {escaped(self.topic)}: not JSON") from error
 
 
-@dataclass(frozen=True, slots=True)
 class Command(Message):
     """A message on `devices/{id}/commands/{name}`."""
 

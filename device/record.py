@@ -18,7 +18,6 @@ import logging
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +34,7 @@ from birthmark.device.events import (
     RenewalChanged,
     SubscriptionDenied,
 )
+from birthmark.device.frozen import Frozen
 from birthmark.device.json_fields import Fields, dump
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ _MAX_FILE_BYTES: Final = 16 * 1024
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Frozen):
     """Why a connection did not come about, or ended."""
 
     at: float
@@ -70,13 +69,12 @@ class Failure:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Failure:
-        """Read what `asdict` has written; raises `RemoteProtocolError`."""
+        """Read what `as_dict` has written; raises `RemoteProtocolError`."""
         check, reason, hint = (fields.text(key) for key in ("check", "reason", "hint"))
         return cls(fields.number("at"), check, reason, hint, fields.boolean("refused"))
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(Frozen):
     """What waited in the outbox, and when that was."""
 
     messages: int
@@ -87,13 +85,12 @@ class Waiting:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> Waiting:
-        """Read what `asdict` has written; raises `RemoteProtocolError`."""
+        """Read what `as_dict` has written; raises `RemoteProtocolError`."""
         messages, octets, dropped = (fields.whole(key) for key in ("messages", "bytes", "dropped"))
         return cls(messages, octets, dropped, fields.text("failing"), fields.number("at"))
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Frozen):
     """What a client says of itself. Times are seconds since 1970, by the best guess at the time (`clock`)."""
 
     state: str = "connecting"
@@ -125,7 +122,7 @@ class Record:
     def to_bytes(self) -> bytes:
         """Return the file's content."""
         process = dict(zip(("id", "started_at"), self.process, strict=True))
-        return dump({**asdict(self), "process": process}) + b"\n"
+        return dump({**self.as_dict(), "process": process}) + b"\n"
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Record:
@@ -189,7 +186,7 @@ class Recorder:
         """Say that the client runs; what the one before it said of its last connection is kept."""
         before = read_record(self._path.parent) or Record()
         process = (os.getpid(), _started_at(os.getpid()))
-        self._change(replace(before, state="connecting", since=self._now_s(), process=process))
+        self._change(before.changed(state="connecting", since=self._now_s(), process=process))
         self._look_at_outbox_later()
 
     def take(self, event: Event) -> None:
@@ -197,8 +194,7 @@ class Recorder:
         now_s, record = self._now_s(), self._record
         if isinstance(event, Connected):
             floor = event.moment.at.timestamp() if event.moment.or_later else None
-            record = replace(
-                record,
+            record = record.changed(
                 state="connected",
                 since=now_s,
                 broker=str(event.broker),
@@ -208,22 +204,22 @@ class Recorder:
             )
         elif isinstance(event, Disconnected):
             failure = Failure.of(event.error, now_s)
-            record = replace(record, state="disconnected", since=now_s, connected_at=now_s, failure=failure)
+            record = record.changed(state="disconnected", since=now_s, connected_at=now_s, failure=failure)
         elif isinstance(event, AttemptFailed):
             known = record.failure
             if record.state == "disconnected" and known and known.check == event.error.check:
                 return  # the same again
             since = record.since if record.state == "disconnected" else now_s
-            record = replace(record, state="disconnected", since=since, failure=Failure.of(event.error, now_s))
+            record = record.changed(state="disconnected", since=since, failure=Failure.of(event.error, now_s))
         elif isinstance(event, RenewalChanged):
-            record = replace(record, renewal=f"{event.state}: {event.detail}")
+            record = record.changed(renewal=f"{event.state}: {event.detail}")
         elif isinstance(event, HandlerFailed | SubscriptionDenied) or (
             isinstance(event, OutboxChanged) and event.state in ("dropping", "failing", "set-aside")
         ):
             trouble = event.detail if isinstance(event, OutboxChanged) else said_of(event)
             if trouble == record.trouble:
                 return
-            record = replace(record, trouble=trouble, trouble_at=now_s)
+            record = record.changed(trouble=trouble, trouble_at=now_s)
         self._change(record)
 
     def stopped(self) -> None:
@@ -233,7 +229,7 @@ class Recorder:
             if self._timer is not None:
                 self._timer.cancel()
             connected_at = now_s if record.state == "connected" else record.connected_at
-            stopped = replace(record, state="stopped", since=now_s, connected_at=connected_at)
+            stopped = record.changed(state="stopped", since=now_s, connected_at=connected_at)
             self._record = self._with_outbox(stopped)
             self._write()
 
@@ -263,9 +259,9 @@ class Recorder:
     def _with_outbox(self, record: Record) -> Record:
         found, before = self._outbox(), record.outbox
         if found is None:
-            return replace(record, outbox=None)
-        is_same = before is not None and {**asdict(found), "at": before.at} == asdict(before)
-        return record if is_same else replace(record, outbox=Waiting(**asdict(found), at=self._now_s()))
+            return record.changed(outbox=None)
+        is_same = before is not None and {**found.as_dict(), "at": before.at} == before.as_dict()
+        return record if is_same else record.changed(outbox=Waiting(**found.as_dict(), at=self._now_s()))
 
     def _look_at_outbox_later(self) -> None:
         if self._outbox() is not None:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import socket
 import ssl
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from birthmark.device.certificate_facts import CertificateFacts, certificate_facts
 from birthmark.device.errors import CredentialError
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from birthmark.device.credentials import BrokerAddress
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(Frozen):
     """What a server shows to somebody without a certificate."""
 
     tls_version: str

@@ -28,12 +28,12 @@ turn something off in silence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import escaped, quoted
+from birthmark.device.frozen import Frozen
 from birthmark.device.outbox.settings import OutboxSettings
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ MAX_PACKET_BYTES: Final = 1024 * 1024
 _MAX_FILE_BYTES: Final = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSettings:
+class DeviceSettings(Frozen):
     """What `device.toml` says, or the defaults.
 
     Raises:
@@ -149,13 +148,13 @@ def _outbox(table: _Table, folder: Path) -> OutboxSettings:
     return settings
 
 
-@dataclass(slots=True)
 class _Table:
     """One table; what is taken is known, and what is left at the end is not."""
 
-    name: str
-    values: dict[str, Any]
-    taken: set[str] = field(default_factory=set)
+    def __init__(self, name: str, values: dict[str, Any]) -> None:
+        self.name = name
+        self.values = values
+        self.taken: set[str] = set()
 
     def table(self, key: str) -> _Table:
         name = f"{self.name}.{key}" if self.name else key

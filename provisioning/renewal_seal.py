@@ -7,7 +7,6 @@ device has at hand. Nothing is signed for a request that no key of the device's 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from birthmark.device.identity import DeviceId
@@ -47,4 +46,4 @@ class Seals:
         )
         if row.issuer not in self._authorities:
             self._authorities[row.issuer] = self._station.authority_of(row.issuer)
-        return replace(answer, signature=self._authorities[row.issuer].sign_transcript(signed))
+        return answer.changed(signature=self._authorities[row.issuer].sign_transcript(signed))

@@ -29,13 +29,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device import pem
 from birthmark.device.agent.storage import Storage
 from birthmark.device.durable import private_folder, remove_leftovers
 from birthmark.device.errors import BirthmarkError, CredentialError, SystemFailureError
+from birthmark.device.frozen import Frozen
 from birthmark.device.link.bundle import Bundle
 from birthmark.device.link.vocabulary import MAX_HWID_BYTES, MIN_HWID_BYTES, TXN_BYTES
 
@@ -59,21 +59,19 @@ class StoreError(SystemFailureError):
     """A record could not be written or removed; the records are as they were."""
 
 
-@dataclass(frozen=True, slots=True)
-class PendingKey:
+class PendingKey(Frozen, secret=("key_der",)):
     """The key of an enrollment under way."""
 
     txn: bytes
-    key_der: bytes = field(repr=False)
+    key_der: bytes
     """PKCS#8."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(Frozen, secret=("key_der",)):
     """A whole identity: its transaction, key and bundle."""
 
     txn: bytes
-    key_der: bytes = field(repr=False)
+    key_der: bytes
     """PKCS#8."""
     bundle: Bundle
 

@@ -11,10 +11,10 @@ Rules:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from birthmark.device.errors import IdentityError, ProtocolError
+from birthmark.device.frozen import Frozen
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link import cbor
 from birthmark.device.link.schema import Field, SchemaError, array_of, bstr, read_map, uint, write_map
@@ -76,8 +76,7 @@ _CONFIG_FIELDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BundleConfig:
+class BundleConfig(Frozen):
     """Who the device is, and where its broker is.
 
     Raises:
@@ -120,8 +119,7 @@ class BundleConfig:
         return cls(**attributes)
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(Frozen):
     """Certificates, trust anchors and configuration of one device.
 
     Raises:

@@ -6,10 +6,10 @@ unknown key, a wrong type, length or range refuses the whole map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.errors import RemoteProtocolError
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,8 +21,7 @@ class SchemaError(RemoteProtocolError):
     """A value that is not what the schema says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Frozen):
     """One key of a map.
 
     Attributes:

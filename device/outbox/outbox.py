@@ -21,12 +21,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import LocalProtocolError, SystemFailureError, UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import OutboxChanged
+from birthmark.device.frozen import Frozen
 from birthmark.device.mqtt import topic_matches
 from birthmark.device.outbox.database import (
     Database,
@@ -58,8 +58,7 @@ REMOVE_AFTER_S: Final = 60.0
 RETRY_DISK_S: Final = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxState:
+class OutboxState(Frozen):
     """What is in an outbox, and how it does."""
 
     messages: int
@@ -71,8 +70,7 @@ class OutboxState:
     """Why the disk takes nothing now; empty if it does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(Frozen):
     """One stored message on its way to the broker."""
 
     outgoing: Outgoing
@@ -85,8 +83,7 @@ class Delivery:
             self._outbox.accepted(self.row)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(Frozen):
     row: Row
     acknowledgement: Acknowledgement
 

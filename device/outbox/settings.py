@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import quoted
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +25,7 @@ LONGEST_BATCH_MS = 60_000
 _BATCH = re.compile(r"batch:([1-9][0-9]{0,5})ms")
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxSettings:
+class OutboxSettings(Frozen):
     """The settings of one outbox.
 
     Raises:

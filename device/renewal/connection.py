@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from birthmark.device import topics
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import Credentials
     from birthmark.device.events import RenewalChanged
     from birthmark.device.identity import DeviceId
-    from birthmark.device.received import Message
-    from birthmark.device.renewal.renewer import Renewer
 
 
 class RenewalConnection:
@@ -71,20 +68,10 @@ class RenewalConnection:
         """
         port = self._port or min(credentials.broker.port + 1, 65535)
         answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        apart = replace(credentials, broker=replace(credentials.broker, port=port))
+        apart = credentials.changed(broker=credentials.broker.changed(port=port))
         with self._open_apart(apart) as client:
             client.subscribe(self._answer_topic, lambda message: answers.put(message.payload), wait=timeout_s)
             client.publish(self._request_topic, payload, wait=timeout_s)
             with contextlib.suppress(queue.Empty):
                 return RenewalAnswer.from_bytes(answers.get(timeout=timeout_s))
         return None
-
-
-def answers_to(renewer: Renewer) -> Callable[[Message], None]:
-    """Return the handler of the device's `renewal/answer`: what is retained there answers nobody."""
-
-    def take(message: Message) -> None:
-        if not message.retained:
-            renewer.answered(message.payload)
-
-    return take

@@ -11,10 +11,10 @@ keeps the station busy, is signed: `confirmed`, `renew-now`, and a refusal after
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 from birthmark.device.escape import quoted
+from birthmark.device.frozen import Frozen
 from birthmark.device.json_fields import Fields, base64_text, dump
 from birthmark.device.link.bundle import MAX_ANCHORS, MAX_CERTIFICATE_BYTES, MAX_ISSUING
 from birthmark.device.link.vocabulary import MAX_CSR_BYTES, SHA256_BYTES
@@ -34,8 +34,7 @@ Kind = Literal["renew", "confirm"]
 Outcome = Literal["issued", "confirmed", "refused", "renew-now"]
 
 
-@dataclass(frozen=True, slots=True)
-class RenewalRequest:
+class RenewalRequest(Frozen):
     """What a device asks for."""
 
     kind: Kind
@@ -84,8 +83,7 @@ class RenewalRequest:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class AnchorUpdate:
+class AnchorUpdate(Frozen):
     """New trust anchors, all of them: they take the place of those that the device has."""
 
     anchors_der: tuple[bytes, ...]
@@ -115,8 +113,7 @@ class AnchorUpdate:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RenewalAnswer:
+class RenewalAnswer(Frozen):
     """What the station says to a device."""
 
     outcome: Outcome

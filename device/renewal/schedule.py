@@ -11,10 +11,10 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.backoff import Backoff
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -25,13 +25,12 @@ SPREAD: Final = 1 / 24
 """The part of a life over which a fleet's renewals are spread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(Frozen):
     """How long a renewal waits for what."""
 
     answered_within_s: float = 60.0
     """After this a request or a confirmation counts as lost."""
-    repeat: Backoff = field(default_factory=lambda: Backoff(first_s=60.0, longest_s=6 * 3600.0))
+    repeat: Backoff = Backoff(first_s=60.0, longest_s=6 * 3600.0)
     """Between attempts at a renewal, at trying a new certificate, and at confirming it."""
     refused_wait_s: float = 24 * 3600.0
     """After a refusal for which the station says that asking again does not help: a person may change that."""

@@ -15,7 +15,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device import pem
@@ -23,6 +22,7 @@ from birthmark.device.agent.slots import ACTIVE, RENEWAL, RENEWED, Slot
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import exclusive_lock, rename_durably, sync_folder, write_durably
 from birthmark.device.errors import BirthmarkError, CredentialError, SystemFailureError
+from birthmark.device.frozen import Frozen
 from birthmark.device.link.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -35,11 +35,10 @@ LOCK_FILE: Final = "renewal.lock"
 _MAX_RECORD_BYTES: Final = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class AskedKey:
+class AskedKey(Frozen, secret=("key_der",)):
     """A new key that a certificate is asked for."""
 
-    key_der: bytes = field(repr=False)
+    key_der: bytes
     """PKCS#8."""
     csr_der: bytes
 

@@ -152,9 +152,10 @@ def test_figures_are_told_drawn_and_written() -> None:
     assert "worse <&>" in "".join(picture.itertext())
 
 
-def test_both_programs_of_a_device_start(folder: Path) -> None:
+def test_the_programs_of_a_device_start(folder: Path) -> None:
     with peer(BIRTHMARK, folder) as broker:
-        found = {name: device.start(name, folder, broker) for name in device.PROGRAMS}
+        folders = dict.fromkeys(device.PROGRAMS, folder) | {device.ENROLLED: device.enrol(folder, broker)}
+        found = {name: device.start(name, where, broker) for name, where in folders.items()}
         assert all(result["ms"] > 0 and result["mb"] > 5 for result in found.values()), found
         with pytest.raises(RuntimeError, match="did not connect"):
             device.start(BIRTHMARK, folder / "nowhere", broker)

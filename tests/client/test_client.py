@@ -21,7 +21,7 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.dispatch import MAX_WAITING
 from birthmark.device.errors import IdentityError, LocalProtocolError, RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, HandlerFailed, SubscriptionDenied
-from birthmark.device.messages import Presence
+from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

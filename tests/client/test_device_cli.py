@@ -13,7 +13,7 @@ from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
 from support.pki import Issued, Pki
 
-from birthmark.device.messages import Presence
+from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

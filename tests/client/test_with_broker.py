@@ -24,7 +24,7 @@ from birthmark.device.commands import CommandFailedError
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import BirthmarkError, LocalProtocolError, RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected, Disconnected
-from birthmark.device.messages import Presence
+from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birthmark.device.errors import RemoteProtocolError
-from birthmark.device.messages import AddressSeen, ClosedIdentity, GatewayStatus, Presence, Receipt, Sighting
+from birthmark.device.messages import AddressSeen, ClosedIdentity, GatewayStatus, Receipt, Sighting
+from birthmark.device.presence import Presence
 
 CLOSED = ClosedIdentity(
     id="sensor-17",

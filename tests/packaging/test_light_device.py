@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from support.repository import tracked
 
 # Runs in a fresh interpreter: blocks, imports every module of the part, and tells what came in with them.
@@ -81,3 +82,95 @@ def test_the_credentials_are_read_without_cryptography() -> None:
     # A Pi starts its client in a fraction of the time that importing cryptography takes.
     loaded = probe([*OTHERS, *HEAVY, "cryptography"], ["birthmark.device.pem", "birthmark.device.credentials"])
     assert "cryptography" not in loaded
+
+
+# What a connecting client loads: the time from its start to a connection is mostly loading, and every device pays
+# at every start for a module more. What is loaded of the standard library beyond paho's share is listed as well.
+CONNECTING = {
+    "backoff",
+    "certificate_facts",
+    "client",
+    "clock",
+    "connection_checks",
+    "connection_errors",
+    "credentials",
+    "dialling",
+    "dispatch",
+    "durable",
+    "errors",
+    "escape",
+    "events",
+    "frozen",
+    "handlers",
+    "identity",
+    "json_fields",
+    "keepalive",
+    "mqtt",
+    "outbound",
+    "outbox",
+    "outbox.settings",
+    "pem",
+    "presence",
+    "publication",
+    "received",
+    "returning",
+    "route",
+    "server_probe",
+    "settings",
+    "tls",
+    "topics",
+    "worker",
+}
+CONNECTING_STANDARD = {"fcntl", "hmac", "secrets"}
+ENROLLED = CONNECTING | {
+    "agent",
+    "agent.slots",
+    "agent.storage",
+    "event_lines",
+    "link",
+    "link.bundle",
+    "link.cbor",
+    "link.schema",
+    "link.vocabulary",
+    "record",
+    "renewal",
+    "renewal.connection",
+    "renewal.messages",
+    "renewal.renewer",
+    "renewal.schedule",
+    "renewal.store",
+}
+ENROLLED_STANDARD = CONNECTING_STANDARD | {"_heapq", "_queue", "heapq", "queue"}
+LOADED = """
+import json, sys, importlib
+import paho.mqtt.client
+before = set(sys.modules)
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "own", "standard"),
+    [
+        ("client credentials", CONNECTING, CONNECTING_STANDARD),
+        (
+            "client credentials link.bundle record renewal.connection renewal.renewer renewal.store",
+            ENROLLED,
+            ENROLLED_STANDARD,
+        ),
+    ],
+    ids=["files", "enrolled"],
+)
+def test_a_client_loads_little_beside_paho(modules: str, own: set[str], standard: set[str]) -> None:
+    names = json.dumps([f"birthmark.device.{name}" for name in modules.split()])
+    answer = subprocess.run(
+        [sys.executable, "-c", LOADED, names], capture_output=True, text=True, check=True, timeout=60
+    )
+    loaded = set(json.loads(answer.stdout)) - {"birthmark", "birthmark.device"}
+    ours = {name.removeprefix("birthmark.device.") for name in loaded if name.startswith("birthmark.")}
+    assert ours <= own, "loaded at every start of a device: is it needed there?"
+    others = {name for name in loaded if not name.startswith("birthmark.")}
+    assert others <= standard, "loaded at every start of a device: is it needed there?"
+    assert not {"dataclasses", "inspect"} & others

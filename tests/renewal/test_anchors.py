@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -62,16 +61,16 @@ def rogue_issuing() -> Authority:
         (update(signer=PKI.device("sensor-1")), "no CA"),
         (update(signer=PKI.issuing.server("localhost")), "no CA"),
         (update(signer=Authority.create("Below", parent=PKI.issuing)), "leads to no anchor"),
-        (replace(update(signer=PKI.stranger), signer_der=PKI.issuing.der), "signature does not verify"),
-        (replace(update(), anchors_der=(NEXT.der,)), "signature does not verify"),
-        (replace(update(), anchors_der=(NEXT.der, PKI.root.der)), "signature does not verify"),
+        (update(signer=PKI.stranger).changed(signer_der=PKI.issuing.der), "signature does not verify"),
+        (update().changed(anchors_der=(NEXT.der,)), "signature does not verify"),
+        (update().changed(anchors_der=(NEXT.der, PKI.root.der)), "signature does not verify"),
         (update(device_id=DeviceId("sensor-2")), "signature does not verify"),
         (update(nonce=b"o" * 16), "signature does not verify"),
-        (replace(update(), signature=b""), "signature does not verify"),
+        (update().changed(signature=b""), "signature does not verify"),
         (update((NEXT.der, NEXT.der)), "different certificates"),
         (update((NEXT.der, PKI.device().der)), "no CA's"),
         (update((b"junk",)), "does not parse"),
-        (replace(update(), signer_der=b"junk"), "does not parse"),
+        (update().changed(signer_der=b"junk"), "does not parse"),
     ],
 )
 def test_anything_else_is_refused(told: AnchorUpdate, cause: str) -> None:

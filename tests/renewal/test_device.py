@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -107,7 +106,7 @@ def test_new_anchors_come_along_if_they_are_vouched_for() -> None:
 def wrong_answers() -> dict[str, Any]:
     rogue = Authority.create("Test Issuing CA", parent=Authority.create("Test Root CA"))
     return {
-        "another request's": lambda e: replace(e.answer(), nonce=b"x" * 16),
+        "another request's": lambda e: e.answer().changed(nonce=b"x" * 16),
         "for another key": lambda e: e.answer(key=key_from_der(making.new_key(DEVICE).key_der)),
         "for the key in use": lambda e: e.answer(key=key_from_der(e.current.key_der)),
         "for another name": lambda e: e.answer(cn="sensor-2"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -86,7 +85,7 @@ def only_to(kind: str, *told: dict[str, Any]) -> Lie:
 
     def lie(request: RenewalRequest, station: Station) -> list[RenewalAnswer]:
         answer = station()
-        return [replace(answer, **one) for one in told] if request.kind == kind else [answer]
+        return [answer.changed(**one) for one in told] if request.kind == kind else [answer]
 
     return lie
 
@@ -160,7 +159,7 @@ def test_lies_about_a_request_cost_attempts_and_no_certificates(stand: Stand) ->
 
     def lie(request: RenewalRequest, station: Station) -> list[RenewalAnswer]:
         answer = station()
-        return [replace(answer, **lies.pop(0))] if lies and request.kind == "renew" else [answer]
+        return [answer.changed(**lies.pop(0))] if lies and request.kind == "renew" else [answer]
 
     with Between(stand, lie) as between, client(state, watching) as device:
         device.renew()
@@ -201,7 +200,7 @@ def test_one_word_puts_nothing_off_for_good(longest: RenewalAnswer) -> None:
     assert RenewalAnswer.from_bytes(longest.to_bytes()) == longest
     for longer in (MAX_WAIT_S + 1, 10**400):
         with pytest.raises(RemoteProtocolError, match="'retry_after_s' is more than 86400"):
-            RenewalAnswer.from_bytes(replace(longest, retry_after_s=longer).to_bytes())
+            RenewalAnswer.from_bytes(longest.changed(retry_after_s=longer).to_bytes())
 
 
 def test_requests_that_were_kept_back_undo_nothing(stand: Stand) -> None:

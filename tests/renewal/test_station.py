@@ -187,7 +187,7 @@ def wrong_requests(device: PaperDevice, other: PaperDevice) -> dict[str, tuple[A
         "signed by the new key": (device.renew(signer=device.new_key), "not signed by the key in use"),
         "signed by another's key": (device.renew(signer=other.key), "not signed by the key in use"),
         "another request below the signature": (
-            replace(good, request=replace(good.request, csr_der=csr("sensor-17", new_key()))),
+            replace(good, request=good.request.changed(csr_der=csr("sensor-17", new_key()))),
             "not signed by the key in use",
         ),
         "another nonce": (device.renew(nonce=b"n" * 16), "not signed by the key in use"),
@@ -299,7 +299,7 @@ def test_only_the_new_key_confirms(signer: str, station: Station, device: PaperD
 def test_a_request_is_no_confirmation(station: Station, device: PaperDevice) -> None:
     leaf_der = issued(station, device)
     asked = device.renew(csr_der=csr("sensor-17", device.new_key), signer=device.new_key)
-    forged = replace(asked.request, kind="confirm", csr_der=b"", leaf_sha256=sha256(leaf_der))
+    forged = asked.request.changed(kind="confirm", csr_der=b"", leaf_sha256=sha256(leaf_der))
     assert answer(station, Asked(device.device_id, forged)).outcome == "refused"
     assert answer(station, device.confirm(device.leaf_der, signer=device.key)).outcome == "refused"
 

@@ -128,7 +128,7 @@ class PaperDevice:
         )
         signature = sign(cast("EllipticCurvePrivateKey", signer or self.key), signed)
         request = RenewalRequest("renew", nonce, leaf_sha256, self.anchors_sha256, signature, request_der)
-        return Asked(self.device_id, replace(request, **wrong))
+        return Asked(self.device_id, request.changed(**wrong))
 
     def confirm(self, leaf_der: bytes, *, signer: Any = None, **wrong: Any) -> Asked:
         """Say that the new certificate works."""
@@ -138,7 +138,7 @@ class PaperDevice:
         )
         signature = sign(cast("EllipticCurvePrivateKey", signer or self.new_key), signed)
         request = RenewalRequest("confirm", nonce, leaf_sha256, self.anchors_sha256, signature)
-        return Asked(self.device_id, replace(request, **wrong))
+        return Asked(self.device_id, request.changed(**wrong))
 
     def has_renewed(self, leaf_der: bytes) -> None:
         """Go by the new certificate from now on."""
