@@ -103,6 +103,8 @@ def test_a_device_may_not(action: str, topic: str) -> None:
         ("subscribe", "$share/g/devices/#", False),
         ("publish", "$SYS/x", False),
         ("publish", "devices/sensor-1/telemetry/x", False),
+        ("publish", "devices/sensor-1/renewal/request", False),
+        ("publish", "devices/sensor-1/renewal/answer", False),
         ("publish", "gateway/gw-1/receipts", False),
     ],
 )
