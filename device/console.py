@@ -59,6 +59,10 @@ class Console:
         if not self.as_json:
             _write_line(text)
 
+    def emit_line(self, line: str) -> None:
+        """Write a line of data, which ends itself: the same for a person and a machine."""
+        _write_line(line.removesuffix("\n").removesuffix("\r"))
+
     def emit(self, record: Mapping[str, Any], text: str) -> None:
         """Give one answer: the record with `--json`, else the text."""
         _write_line(json.dumps(record, separators=(",", ":")) if self.as_json else text)

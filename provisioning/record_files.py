@@ -45,6 +45,8 @@ class Columns:
 
     known: Sequence[str]
     required: Sequence[str]
+    is_exact: bool = False
+    """Whether the space around a value belongs to it."""
 
 
 def read_records(path: Path, columns: Columns) -> Iterator[Record]:
@@ -165,9 +167,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _record(path: Path, where: str, fields: dict[str, str], columns: Columns) -> Record:
     found = {}
     for name, value in fields.items():
-        text = value.strip()
+        text = value if columns.is_exact else value.strip()
         if len(text) > MAX_FIELD_CHARACTERS:
             raise line_error(path, where, f"its {name} is longer than {MAX_FIELD_CHARACTERS} characters")
+        if not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
+            raise line_error(path, where, f"its {name} has half a character in it")
         if "\0" in text:
             raise line_error(path, where, f"its {name} has a NUL in it")
         if text:

@@ -1,4 +1,4 @@
-"""`birthmark registry migrate`: its options and its answers."""
+"""`birthmark registry`: its commands put together, and `migrate`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import Console, Parser, command
+from birthmark.provisioning import registry_file_commands
 from birthmark.provisioning.migration import migrate
 from birthmark.provisioning.options import add_station_option, open_station
 from birthmark.provisioning.registry.opening import setting_from
@@ -23,12 +24,16 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         "registry",
         help="look after what the station knows of its identities",
         description="look after what the station knows of its identities",
-        examples="birthmark registry migrate sqlite:///registry.db",
+        examples="""\
+birthmark registry migrate sqlite:///registry.db
+birthmark registry export -o devices.csv
+birthmark registry import made.jsonl""",
     )
     actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
         title="actions", metavar="ACTION", required=True
     )
     _add_migrate(actions)
+    registry_file_commands.add_to(actions)
 
 
 def _add_migrate(actions: argparse._SubParsersAction[Parser]) -> None:

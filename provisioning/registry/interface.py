@@ -118,6 +118,9 @@ class View(Protocol):
     def by_cert_serial(self, cert_serial: int) -> Row | None:
         """Return the row, of whatever state, whose certificate has this serial number."""
 
+    def by_cert_serials(self, cert_serials: Collection[int]) -> dict[int, Row]:
+        """Return the rows, of whatever state, with these serial numbers, by them: many at the cost of few."""
+
     def by_public_key(self, public_key_der: bytes) -> Row | None:
         """Return the row, of whatever state, with this SubjectPublicKeyInfo (DER)."""
 

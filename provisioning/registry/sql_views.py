@@ -120,6 +120,12 @@ class SqlView:
         """Return the row whose certificate has this serial number."""
         return next(iter(self._rows(ROWS.c.cert_serial == f"{cert_serial:x}")), None)
 
+    def by_cert_serials(self, cert_serials: Collection[int]) -> dict[int, Row]:
+        """Return the rows with these serial numbers (`interface.View.by_cert_serials`)."""
+        wanted = sorted({f"{each:x}" for each in cert_serials})
+        found = [row for some in in_portions(wanted) for row in self._rows(ROWS.c.cert_serial.in_(some))]
+        return {row.cert_serial: row for row in found if row.cert_serial is not None}
+
     def by_public_key(self, public_key_der: bytes) -> Row | None:
         """Return the row with this SubjectPublicKeyInfo (DER)."""
         return next(iter(self._rows(ROWS.c.public_key_der == public_key_der)), None)

@@ -113,6 +113,12 @@ class TinyView:
         """Return the row whose certificate has this serial number."""
         return next(iter(self._having("cert_serial", f"{cert_serial:x}")), None)
 
+    def by_cert_serials(self, cert_serials: Collection[int]) -> dict[int, Row]:
+        """Return the rows with these serial numbers (`interface.View.by_cert_serials`)."""
+        wanted = {f"{each:x}" for each in cert_serials}
+        found = self._search(lambda facts: facts.get("cert_serial") in wanted)
+        return {row.cert_serial: row for row in found if row.cert_serial is not None}
+
     def by_public_key(self, public_key_der: bytes) -> Row | None:
         """Return the row with this SubjectPublicKeyInfo (DER)."""
         return next(iter(self._having("public_key_der", binary(public_key_der))), None)

@@ -223,8 +223,8 @@ def test_a_bad_csv_is_named_and_nothing_of_it_applied(
         ('{"csr": "x"}', "has no id"),
         ('{"id": "x", "csr": null}', "x has no csr"),
         ('{"id": "x", "csr": "a\\u0000b"}', "NUL"),
-        ('{"id": "\\ud800", "csr": "x"}', "as a device id"),
-        ('{"id": "x", "csr": "\\ud800"}', "cannot be read"),
+        ('{"id": "\\ud800", "csr": "x"}', "its id has half a character"),
+        ('{"id": "x", "csr": "\\ud800"}', "its csr has half a character"),
     ],
 )
 def test_a_bad_jsonl_is_named_and_nothing_of_it_applied(

@@ -149,6 +149,17 @@ def test_live_rows_are_found_by_many_names_at_once(registry: StoredRegistry) -> 
         assert view.live_by_names([]) == {}
 
 
+def test_rows_are_found_by_many_serial_numbers_at_once(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        rows = [keyed(transaction, device(transaction, f"d-{n}"), SERIAL + n, b"%d" % n) for n in range(3)]
+        gone = transaction.update(replace(rows[1], state=State.VOID, void_reason="test"))
+        device(transaction, "bare")
+    with registry.view() as view:
+        found = view.by_cert_serials([SERIAL, SERIAL + 1, SERIAL + 7])
+        assert found == {SERIAL: rows[0], SERIAL + 1: gone}
+        assert view.by_cert_serials([]) == {}
+
+
 def test_many_rows_are_added_and_changed_as_one(registry: StoredRegistry, clock: Clock) -> None:
     with registry.transaction() as transaction:
         first = device(transaction, "first")

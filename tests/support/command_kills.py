@@ -49,6 +49,7 @@ from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.row_records import jsonl_lines
 from birthmark.provisioning.settings import Gateway, add_gateway
 from birthmark.provisioning.station import Station
 from birthmark.provisioning.token_uri import TokenUri
@@ -197,6 +198,33 @@ def are_issued_with_keys(root: Path) -> None:
     held = {name: Credentials.from_folder(root / "out" / name) for name in ("board-1", "board-2")}
     are_attested(root, {name: x509.load_der_x509_certificate(one.leaf_der) for name, one in held.items()})
     assert {path.name for path in (root / "out").rglob("*") if path.is_file()} == {"active", "ca.pem"}
+
+
+def are_exported(root: Path) -> None:
+    heading, *lines = (root / "made.csv").read_text().splitlines()
+    assert heading.startswith("number,id,")
+    assert [line.split(",")[1] for line in lines] == ["sensor-1", "sensor-2", "sensor-3"]
+
+
+def with_rows_elsewhere(root: Path) -> None:
+    """A second station of the same CAs has made devices; what it knows of them is in a file."""
+    shutil.copytree(root / "station", root / "elsewhere")
+    other = station(root, "elsewhere")
+    for number in (1, 2):
+        enrolled_row(other, f"sensor-{number}")
+    with other.registry.view() as view:
+        (root / "made.jsonl").write_text("".join(jsonl_lines(view.rows())))
+    shutil.rmtree(root / "elsewhere")
+
+
+def are_imported(root: Path) -> None:
+    with station(root).registry.view() as view:
+        assert [(row.name, row.state) for row in view.rows()] == [
+            ("sensor-1", State.ATTESTED),
+            ("sensor-2", State.ATTESTED),
+        ]
+    entries = [entry for entry in audit.read(root / "station" / "audit.jsonl") if entry["action"] == "import"]
+    assert [entry["subject"] for entry in entries] == ["sensor-1", "sensor-2"]
 
 
 def with_quarantine(root: Path) -> None:
@@ -391,6 +419,12 @@ SCENARIOS: dict[str, Scenario] = {
         ["issue", "--from", "@/in.csv", "--out", "@/out", "--keys", "station"],
         prepare=lambda root: (root / "in.csv").write_text("id\nboard-1\nboard-2\n"),
         finished=are_issued_with_keys,
+    ),
+    "registry export": Scenario(
+        ["registry", "export", "-o", "@/made.csv"], prepare=with_devices, finished=are_exported
+    ),
+    "registry import": Scenario(
+        ["registry", "import", "@/made.jsonl"], prepare=with_rows_elsewhere, finished=are_imported
     ),
     "issue-broker": Scenario(
         ["issue-broker", "localhost", "127.0.0.1", "--out", "@/out"],
