@@ -139,6 +139,7 @@ ENROLLED = CONNECTING | {
     "renewal.renewer",
     "renewal.schedule",
     "renewal.store",
+    "systemd",
 }
 ENROLLED_STANDARD = CONNECTING_STANDARD | {"_heapq", "_queue", "heapq", "queue"}
 LOADED = """
