@@ -66,7 +66,7 @@ class DatabaseUnfitError(DatabaseFailedError):
 
     Args:
         cause: in words for people.
-        suffix: what its name is to end in, out of the way.
+        suffix: what its name is to end in, out of the way (`opening`).
     """
 
     def __init__(self, cause: str, suffix: str = ".damaged") -> None:

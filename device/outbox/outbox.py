@@ -28,20 +28,17 @@ from birthmark.device.escape import escaped
 from birthmark.device.events import OutboxChanged
 from birthmark.device.frozen import Frozen
 from birthmark.device.mqtt import topic_matches
-from birthmark.device.outbox.database import (
-    Database,
-    DatabaseFailedError,
-    DatabaseUnfitError,
-    Row,
-    salvaged,
-    set_aside,
-)
+from birthmark.device.outbox.database import DatabaseFailedError, DatabaseUnfitError, Row
+from birthmark.device.outbox.opening import open_file, replaced
+from birthmark.device.outbox.storing import Totals, store
 from birthmark.device.publication import Acknowledgement, Outgoing, as_bytes, with_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from birthmark.device.outbox.database import Database
+    from birthmark.device.outbox.opening import Opened
     from birthmark.device.outbox.settings import OutboxSettings
     from birthmark.device.publication import Payload
 
@@ -367,57 +364,34 @@ class Outbox:
         if self._ready:
             self._wake()
 
-    def _store(self, database: Database, pending: list[_Pending]) -> set[int]:
+    def _store(self, database: Database, pending: list[_Pending]) -> frozenset[int]:
         """Store and remove in one sync; return the numbers of those that found no room."""
-        refused: set[int] = set()
-        victims: dict[int, int] = {}
         with self._changed:
             accepted = list(self._accepted)
             if not (pending or self._failing or self._removal_in_s() <= 0 or self._is_closing):
-                return refused
+                return frozenset()
             # What is accepted meanwhile is counted off as it comes, from the same totals.
-            messages, size, handed = self._messages, self._bytes, self._handed
-        before = (messages, size)
-        with database.writing():
-            database.remove(accepted)
-            for item in pending:
-                row = item.row
-                while messages + 1 > self._settings.max_messages or size + row.size > self._settings.max_bytes:
-                    found = self._victim(database, handed, row)
-                    if found is None:
-                        refused.add(row.seq)
-                        break
-                    database.remove([found[0]])
-                    victims[found[0]] = found[1]
-                    messages, size = messages - 1, size - found[1]
-                else:
-                    database.add(row)
-                    messages, size = messages + 1, size + row.size
-            dropped = self._dropped + len(victims) + len(refused)
-            if dropped != self._dropped or self._failing:  # a disk that failed is to show that it takes something
-                database.count_dropped(dropped)
+            before = Totals(self._messages, self._bytes, self._dropped)
+            after, proving = self._handed, bool(self._failing)
+        new = [item.row for item in pending]
+        stored = store(database, self._settings, new, accepted, totals=before, after=after, proving=proving)
         with self._changed:
             for number in accepted:
                 del self._accepted[number]
             self._accepted_since_s = self._monotonic_s()
-            self._messages += messages - before[0]
-            self._bytes += size - before[1]
-            self._newest = max(self._newest, *(item.row.seq for item in pending), 0)
+            self._messages += stored.totals.messages - before.messages
+            self._bytes += stored.totals.bytes - before.bytes
+            self._newest = max(self._newest, *(row.seq for row in new), 0)
             if self._messages:
                 self._is_drained = False
             for item in pending:
-                if item.row.seq not in refused:
+                if item.row.seq not in stored.refused:
                     self._waiting[item.row.seq] = item.acknowledgement
-            given_way = [self._waiting.pop(number, None) for number in victims]
-        self._say_dropped(dropped, [one for one in given_way if one is not None])
-        return refused
+            given_way = [self._waiting.pop(number, None) for number in stored.given_way]
+        self._say_dropped(stored.totals.dropped, [one for one in given_way if one is not None])
+        return stored.refused
 
-    def _victim(self, database: Database, handed: int, row: Row) -> tuple[int, int] | None:
-        if self._settings.when_full == "refuse-newest":
-            return None
-        return database.victim(handed, row.priority)
-
-    def _stored(self, pending: Iterable[_Pending], refused: set[int]) -> None:
+    def _stored(self, pending: Iterable[_Pending], refused: frozenset[int]) -> None:
         for item in pending:
             if item.row.seq in refused:
                 error = UnreachableError(
@@ -473,64 +447,44 @@ class Outbox:
             self._handed = rows[-1].seq if rows else self._newest
 
     def _reopen(self) -> None:
-        """Open the file, or say why that cannot be done; a file that will never do is replaced."""
+        """Open the file, or say why that cannot be done."""
         try:
-            self._opened(self._open())
-            if self._messages and not self._is_open:
-                said = f"{self._messages} messages from before wait in the outbox {self._path}"
-                self._tell(OutboxChanged("waiting", said))
-        except DatabaseUnfitError as error:
-            self._replace(error)
+            opened = open_file(self._path, self._owner, by_priority=self._by_priority)
+        except DatabaseFailedError as error:
+            self._fail(error)
+            return
+        self._use(opened)
+        if not opened.said and self._messages and not self._is_open:
+            said = f"{self._messages} messages from before wait in the outbox {self._path}"
+            self._tell(OutboxChanged("waiting", said))
+
+    def _replace(self, unfit: DatabaseUnfitError) -> None:
+        """Go on with a new file: this one turned out to be damaged."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+        try:
+            self._use(replaced(self._path, self._owner, unfit, by_priority=self._by_priority))
         except DatabaseFailedError as error:
             self._fail(error)
 
-    def _open(self) -> Database:
-        return Database(self._path, self._owner, by_priority=self._settings.when_full == "drop-lowest-priority")
+    @property
+    def _by_priority(self) -> bool:
+        return self._settings.when_full == "drop-lowest-priority"
 
-    def _opened(self, database: Database) -> None:
-        try:
-            contents = database.contents()
-        except DatabaseFailedError:
-            database.close()  # or it would keep the file from whoever reads what is left
-            raise
+    def _use(self, opened: Opened) -> None:
+        database, contents = opened.database, opened.contents
         with self._changed:
             self._database = database
             self._epoch = database.epoch
             self._next_seq = max(self._next_seq, database.next_seq)
             self._messages = max(0, contents.messages - len(self._accepted))
             self._bytes = max(0, contents.bytes - sum(self._accepted.values()))
-            self._dropped = contents.dropped
+            self._dropped = max(self._dropped, contents.dropped)
             self._newest = max(self._newest, database.next_seq - 1)
             self._is_drained = not self._messages
-
-    def _replace(self, unfit: DatabaseUnfitError) -> None:
-        """Put the file aside, begin a new one, and take into it what can be read of a damaged one."""
-        if self._database is not None:
-            self._database.close()
-            self._database = None
-        try:
-            aside = set_aside(self._path, unfit.suffix)
-            database = self._open()
-            kept = 0
-            if unfit.suffix == ".damaged":
-                for rows in salvaged(aside):
-                    with database.writing():
-                        for row in rows:
-                            database.add(row)
-                    kept += len(rows)
-                    database.next_seq = max(database.next_seq, *(row.seq + 1 for row in rows))
-            self._opened(database)
-        except DatabaseFailedError as error:
-            self._fail(error)
-            return
-        said = (
-            f"{kept} messages could still be read, and go out" if unfit.suffix == ".damaged" else "a new one began"
-        )
-        self._tell(
-            OutboxChanged(
-                "set-aside", f"the outbox {self._path} is of no use: {unfit.cause}; it is now {aside}; {said}"
-            )
-        )
+        if opened.said:
+            self._tell(OutboxChanged("set-aside", f"the outbox {self._path} is of no use: {opened.said}"))
 
     def _fail(self, error: DatabaseFailedError) -> None:
         if self._database is not None and not error.is_readable:
