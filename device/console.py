@@ -176,7 +176,7 @@ def command(
     """Add a command: `handler(arguments, console)` returns an exit code (None: 0) or raises BirthmarkError."""
     parser = commands.add_parser(name, help=summary, description=summary, examples=examples)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.set_defaults(handler=handler)
+    parser.set_defaults(handler=handler, command_line=parser.prog)
     return parser
 
 

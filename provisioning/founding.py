@@ -81,7 +81,9 @@ def found_station(
     ):
         private_folder(building / KEYS_FOLDER)
         write_durably(building / SETTINGS_FILE, settings.to_toml().encode())
-        station = Station(building, settings, registry, passphrase=passphrase, pin=pin, clock=clock)
+        station = Station(
+            building, settings, registry, passphrase=passphrase, pin=pin, clock=clock, purpose="init"
+        )
         keys = TokenKeys(station.tokens, place) if place else FileKeys(lambda: passphrase, derivation)
         with undone(keys) as made:
             _build(station, keys, made, root_passphrase or passphrase, derivation)

@@ -76,6 +76,7 @@ def _detach(station: Station, root: Ca, folder: Path, passphrase: bytes) -> Deta
     if here:
         content = source.read_bytes()
         _check_key(root, source, passphrase)
+        station.note_unlock(root, source)
         _copy(content, target)
     elif not target.exists():
         raise AuthorityError(
@@ -90,6 +91,8 @@ def _detach(station: Station, root: Ca, folder: Path, passphrase: bytes) -> Deta
             transaction.record("detach-root", "root-ca", key_id=root.key_id, to=str(target))
         source.unlink()
         sync_folder(source.parent)
+    else:
+        station.note_unlock(root, target)
     return Detached(root, target, here)
 
 

@@ -116,8 +116,12 @@ def station_folder(arguments: argparse.Namespace) -> Path:
 def open_station(arguments: argparse.Namespace) -> Station:
     """Open the station that the command is about; its passphrase is asked for when it is needed."""
     forbid_core_dumps()
+    purpose = str(getattr(arguments, "command_line", "")).partition(" ")[2]
     return Station.open(
-        station_folder(arguments), passphrase=passphrase_source(arguments), pin=pin_source(arguments)
+        station_folder(arguments),
+        passphrase=passphrase_source(arguments),
+        pin=pin_source(arguments),
+        purpose=purpose,
     )
 
 

@@ -66,6 +66,8 @@ class Asked:
 
     device_id: DeviceId
     request: RenewalRequest
+    via: str = ""
+    """The gateway that it came through, for the audit log."""
 
 
 class _RefusedError(Exception):
@@ -186,6 +188,7 @@ class Renewals:
             old_cert_serial=f"{current.cert_serial:x}",
             nonce=request.nonce.hex(),
             by=str(one.device_id),
+            via=one.via or None,
         )
         return row
 
@@ -317,6 +320,7 @@ class Renewals:
             old_cert_serial=f"{old.cert_serial:x}",
             old_revoked_after=due_at.isoformat(timespec="seconds"),
             by=str(one.device_id),
+            via=one.via or None,
         )
         return made
 
@@ -326,7 +330,9 @@ class Renewals:
         if is_due and transaction.named(name):
             # Not each one, and none in a name that we never gave: whoever means ill must not fill the audit log.
             self._told_at[name] = now
-            transaction.record("refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind)
+            transaction.record(
+                "refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind, via=one.via or None
+            )
         return refusal.answer(one.request.nonce)
 
 

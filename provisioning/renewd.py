@@ -99,9 +99,10 @@ class RenewalService:
         if device_id is None:
             self._not_understood(message, "its topic names no device")
             return
+        broker = client.credentials.broker
         with self._arrived:
             if len(gateway.waiting) < MAX_WAITING:
-                gateway.waiting.append(Asked(device_id, request))
+                gateway.waiting.append(Asked(device_id, request, via=f"{broker.host}:{broker.port}"))
                 self._arrived.notify()
             else:
                 self.counts["dropped"] += 1

@@ -12,8 +12,8 @@ Rules:
   from `ROWS_JUMP` above. Serial numbers of certificates are random, and need no jump.
 - No revocation is lost as far as it can be known: the CRLs that gateways hold are merged. An entry whose
   certificate the registry does not know becomes a VOID row `lost-SERIAL`, so that every later CRL lists it, too.
-- The first entry in the audit log after it is `restore`; the lost station's own entries of after the backup have
-  the same numbers, and other hashes.
+- The first entries in the audit log after it are `unlock`, for each issuing CA, and `restore`; the lost station's
+  own entries of after the backup have the same numbers, and other hashes.
 """
 
 from __future__ import annotations
@@ -149,14 +149,14 @@ def restore(
         if registry is not None:
             put_registry(building / SETTINGS_FILE, registry)
         with _registry_in_place(building, clock):
-            station = Station.open(building, passphrase=passphrase, pin=pin, clock=clock)
+            station = Station.open(building, passphrase=passphrase, pin=pin, clock=clock, purpose="restore")
             try:
                 problems, merged, signed = _continue(station, manifest, crls, timeout_s)
             finally:
                 station.close()
             founding.refuse_occupied(folder)
             rename_durably(building, folder)
-    station = Station.open(folder, passphrase=passphrase, pin=pin, clock=clock)
+    station = Station.open(folder, passphrase=passphrase, pin=pin, clock=clock, purpose="restore")
     signed = replace(signed, path=station.folder / signed.path.relative_to(building))
     return Restored(station, manifest, signed, merged, problems)
 

@@ -70,8 +70,13 @@ def _add_export(actions: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> None:
-    cas = open_station(arguments).cas
+    station = open_station(arguments)
+    cas = station.cas
     chosen = cas.issuing if arguments.kind == CaKind.ISSUING else cas.roots
+    with station.registry.transaction() as transaction:
+        transaction.record(
+            "export", f"{arguments.kind}-ca", to=str(arguments.out), cas=" ".join(ca.short for ca in chosen)
+        )
     remove_leftovers(arguments.out.parent, arguments.out.name)
     write_durably(arguments.out, b"".join(ca.pem for ca in chosen), mode=PUBLIC_FILE_MODE)
     names = ", ".join(ca.short for ca in chosen)

@@ -16,6 +16,8 @@ Rules:
 - Which CAs there are, and which of them issues, is in the registry (`birthmark.provisioning.cas`), and looked up
   at each use: a command that runs for long issues from a new CA as soon as that is in charge.
 - Nothing here asks for the passphrase, or a token's PIN, before an authority is used; it is asked for once.
+- A CA's key is given out only when its unlocking is in the audit log: once for each station that is opened, so not
+  within a transaction.
 """
 
 from __future__ import annotations
@@ -68,6 +70,9 @@ PUBLIC_FILE_MODE: Final = 0o644
 _KEPT_APART: Final = frozenset({".lock", ".db", ".db-wal", ".db-shm", ".db-journal"})
 """Locks, and what a registry on SQLite is made of."""
 _UNENCRYPTED: Final = b"-----BEGIN PRIVATE KEY-----"
+_LOGIN_USER: Final = Path("/proc/self/loginuid")
+_NOBODY: Final = 0xFFFFFFFF
+"""Of a process that no login led to."""
 FOLDER_VARIABLE: Final = "BIRTHMARK_STATION"
 
 
@@ -86,12 +91,29 @@ def default_folder() -> Path:
 
 
 def actor() -> str:
-    """Return who is at work, for the audit log: `user@host`."""
+    """Return who is at work, for the audit log: `user@host`; `person/user@host` after a change of user.
+
+    From the system, not from the environment, which anybody sets. Who logged in stays known to it across sudo and
+    su, where it keeps account of logins at all.
+    """
+    user, person = os.getuid(), _login_user()
+    who = _user_name(user) if person is None or person == user else f"{_user_name(person)}/{_user_name(user)}"
+    return f"{who}@{socket.gethostname()}"
+
+
+def _login_user() -> int | None:
     try:
-        user = pwd.getpwuid(os.getuid()).pw_name  # not from the environment, which anybody sets
+        number = int(_LOGIN_USER.read_text())
+    except (OSError, ValueError):
+        return None
+    return None if number == _NOBODY else number
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
     except KeyError:  # a container's user may have no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+        return str(number)
 
 
 class Station:
@@ -102,6 +124,7 @@ class Station:
         passphrase: the issuing CA's passphrase, or where to get it once it is needed.
         pin: the PIN of the token with the issuing CA's key, if it is in one, or where to get it.
         clock: the current time, aware.
+        purpose: what its keys are unlocked for, for the audit log: the command.
     """
 
     def __init__(
@@ -113,6 +136,7 @@ class Station:
         passphrase: bytes | PassphraseSource,
         pin: bytes | PassphraseSource = PIN_SOURCE,
         clock: Callable[[], datetime],
+        purpose: str = "",
     ) -> None:
         self.folder = folder
         self.settings = settings
@@ -120,6 +144,7 @@ class Station:
         self.clock = clock
         self.tokens = TokenAccess(lambda: self.settings.token, pin)
         self._passphrase = passphrase
+        self._purpose = purpose
         self._keys: dict[str, EllipticCurvePrivateKey] = {}
         self._unlocking = threading.RLock()
 
@@ -131,6 +156,7 @@ class Station:
         passphrase: bytes | PassphraseSource | None = None,
         pin: bytes | PassphraseSource | None = None,
         clock: Callable[[], datetime] = utc_now,
+        purpose: str = "",
     ) -> Station:
         """Open the station in `folder` (default: `default_folder()`).
 
@@ -149,8 +175,10 @@ class Station:
         registry = open_registry(folder, settings.registry, clock=clock, actor=actor(), in_force=in_force)
         with registry.view():
             pass  # says at once if it cannot be read
-        passphrase = passphrase or PassphraseSource()
-        return cls(folder, settings, registry, passphrase=passphrase, pin=pin or PIN_SOURCE, clock=clock)
+        source = passphrase or PassphraseSource()
+        return cls(
+            folder, settings, registry, passphrase=source, pin=pin or PIN_SOURCE, clock=clock, purpose=purpose
+        )
 
     @property
     def settings_path(self) -> Path:
@@ -249,7 +277,26 @@ class Station:
         cas = self.cas
         root = root or cas.get(cas.for_clients.root)
         path = key_path or self.key_path(root)
-        return profile.Issuer(root.certificate, keyfile.read_key(path, passphrase, whose="the root CA"))
+        issuer = profile.Issuer(root.certificate, keyfile.read_key(path, passphrase, whose="the root CA"))
+        self.note_unlock(root, path)
+        return issuer
+
+    def note_unlock(self, ca: Ca, path: Path | None = None) -> None:
+        """Leave word in the audit log that a CA's key was unlocked, and what for; durable when this returns.
+
+        Args:
+            ca: whose key.
+            path: where it is, if not at the station or in the CA's token.
+        """
+        elsewhere = None if path in (None, self.key_path(ca)) else str(path)
+        with self.registry.transaction() as transaction:
+            transaction.record(
+                "unlock",
+                f"{ca.kind}-ca",
+                key_id=ca.key_id,
+                purpose=self._purpose or None,
+                path=elsewhere or ca.key_uri or None,
+            )
 
     def read_passphrase(self, *, confirm: bool = False) -> bytes:
         """Return the passphrase of the issuing CAs' key files, asking for it if need be, but once.
@@ -296,7 +343,9 @@ class Station:
     def _key_of(self, ca: Ca) -> EllipticCurvePrivateKey:
         with self._unlocking:
             if ca.key_id not in self._keys:
-                self._keys[ca.key_id] = self._token_key(ca) if ca.key_uri else self._file_key(ca)
+                key = self._token_key(ca) if ca.key_uri else self._file_key(ca)
+                self.note_unlock(ca)
+                self._keys[ca.key_id] = key
             return self._keys[ca.key_id]
 
     def _file_key(self, ca: Ca) -> EllipticCurvePrivateKey:

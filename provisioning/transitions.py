@@ -210,6 +210,9 @@ class Transitions:
             # What was renewed over the network since shares the txn: the first one has the CA of the bundle.
             flashed = next((old for old in view.named(row.name) if old.txn == old_txn and old.issuer), None)
         authority = self._authority(flashed.issuer if flashed is not None else "")
+        with self._registry.transaction() as transaction:
+            # Before it is sent: a lock is never opened without a word of it.
+            _record(transaction, "unlock-device", row, old_txn=old_txn.hex(), issuer=authority.key_id)
         return hashlib.sha256(authority.issuing_der).digest(), authority.sign_transcript(signed)
 
     def interrupted(self, row: Row) -> None:

@@ -9,6 +9,7 @@ from cryptography import x509
 from support.board_killed import session
 from support.station_gateways import PathGateway, receipt_for
 
+from birthmark.provisioning import audit
 from birthmark.provisioning.enrol import Stored
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import Gateway, add_gateway
@@ -65,6 +66,11 @@ def test_a_made_unit_is_made_again(birthmark: Command, station: Station, made: L
     steps = [record["step"] for record in done.records if record["event"] == "step"]
     assert steps == ["hello", "unlock", "keygen", "begin", "data", "prepare", "commit", "attest"]
     old, new = rows(station)
+    entries = list(audit.read(station.registry.audit_path))
+    (opened,) = [entry for entry in entries if entry["action"] == "unlock-device"]
+    (unlocked,) = [entry for entry in entries if entry["details"].get("purpose") == "reflash"]
+    assert (opened["subject"], opened["details"]["row"]) == ("sensor-17", new.number)
+    assert unlocked["seq"] < opened["seq"]
     assert (old.state, old.void_reason) == (State.VOID, f"replaced by row {new.number}")
     assert (new.state, new.name, new.role, new.replaces) == (State.ATTESTED, "sensor-17", "meter", old.number)
     assert held_serial(made) == new.cert_serial != before

@@ -51,7 +51,8 @@ def test_a_station_has_these_files(tmp_path: Path) -> None:
     assert crl is not None
     assert (crl.current.number, crl.cert_serials) == (1, frozenset())
     actions = [(entry["action"], entry["subject"]) for entry in audit.read(station.registry.audit_path)]
-    assert actions == [("init", "root-ca"), ("init", "issuing-ca"), ("crl", "root-ca"), ("crl", "issuing-ca")]
+    signed = [("crl", "root-ca"), ("unlock", "issuing-ca"), ("crl", "issuing-ca")]
+    assert actions == [("init", "root-ca"), ("init", "issuing-ca"), *signed]
 
 
 def test_an_empty_folder_may_be_there(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def check(folder: Path, names: Sequence[str], ids: int, promised: Sequence[dict[
         assert len(values) == len(set(values)), f"twice: {what}"
     crls = {(one["issuer"], one["crl"], one["sha256"]) for one in promised if "crl" in one}
     assert len(crls) == len({crl[:2] for crl in crls}), "one number, two CRLs"
-    assert len(crls) > ids // 4
+    assert len(crls) > ids // 8
 
     stations = [Station.open(folder / name, passphrase=PASSPHRASE) for name in names]
     with stations[0].registry.view() as view:

@@ -387,7 +387,7 @@ def test_audit(birthmark: Command, living: Station) -> None:
     birthmark("revoke", "alice", "--reason", "lost")
     answer = birthmark("audit", "verify")
     assert answer.exit_code == 0
-    assert answer.stdout.startswith("8 entries, all sound; the last one's hash is ")
+    assert answer.stdout.startswith("11 entries, all sound; the last one's hash is ")
     shown = birthmark("audit", "show", "--subject", "ALICE", "--json").records
     assert [entry["action"] for entry in shown] == ["issue", "release", "revoke"]
     assert "@" in shown[0]["actor"]

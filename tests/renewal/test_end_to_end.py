@@ -18,6 +18,7 @@ from birthmark.device.client import Client
 from birthmark.device.clock import FLOOR_FILE
 from birthmark.device.credentials import Credentials
 from birthmark.device.events import AttemptFailed, Connected, Disconnected
+from birthmark.provisioning import audit
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.revocation import revoke
 
@@ -40,6 +41,10 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
         renewd.wait_for("confirmed")
         assert renewd.kill(signal.SIGTERM) == 0
         assert renewd.lines[-1]["event"] == "stopped"
+    told = [one for one in audit.read(stand.station.registry.audit_path) if one["action"].startswith("renew")]
+    assert [one["action"] for one in told] == ["renew", "renewed"]
+    assert {one["details"]["by"] for one in told} == {str(device.device_id)}
+    assert {one["details"]["via"] for one in told} == {f"{before.broker.host}:{before.broker.port}"}
     after = Credentials.from_folder(state)
     assert after.pem_path.name == "renewed"
     assert stat.S_IMODE(after.pem_path.stat().st_mode) == 0o600

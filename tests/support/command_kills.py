@@ -142,6 +142,7 @@ def with_devices_and_gateway(root: Path) -> None:
 def with_batch(root: Path) -> None:
     opened = station(root)
     open_batch(opened, "W47")
+    authority = opened.authority
     for number in range(3):
         with opened.registry.transaction() as transaction:
             transaction.insert(
@@ -152,8 +153,8 @@ def with_batch(root: Path) -> None:
                 hwid=bytes(7) + bytes([number]),
                 txn=bytes(15) + bytes([number]),
                 public_key_der=public_key_der(),
-                cert_serial=opened.authority.new_cert_serial(),
-                issuer=opened.authority.key_id,
+                cert_serial=authority.new_cert_serial(),
+                issuer=authority.key_id,
                 batch="W47",
             )
 

@@ -60,6 +60,7 @@ def public_key_der() -> bytes:
 
 def keyed_row(station: Station, name: str, *, role: str = "sensor", hwid: bytes | None = None) -> Row:
     """Bring a device to KEYED, as an enrollment does."""
+    authority = station.authority
     with station.registry.transaction() as transaction:
         row = transaction.insert(
             kind=Kind.DEVICE,
@@ -68,7 +69,6 @@ def keyed_row(station: Station, name: str, *, role: str = "sensor", hwid: bytes 
             hwid=hwid or secrets.token_bytes(8),
             txn=secrets.token_bytes(16),
         )
-        authority = station.authority
         return transaction.update(
             replace(
                 row,
