@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 from cryptography import x509
@@ -99,6 +100,7 @@ class Told:
 
     def __init__(self, order: list[Told] | None = None) -> None:
         self.answers: list[RenewalAnswer] = []
+        self.credentials = SimpleNamespace(broker=BrokerAddress("gateway-1.example.com", 8883))
         self.order = [] if order is None else order
 
     def publish(self, _topic: str, payload: bytes) -> None:
