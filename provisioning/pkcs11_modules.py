@@ -4,7 +4,9 @@ python-pkcs11 is an extra. It is imported here alone, when a token is used and n
 
 Rules:
 
-- One call at a time, by `PROCESS.lock`: modules are initialised without locks of their own.
+- All calls are made in one thread that does nothing else. Modules are initialised without locks of their own, and
+  what they leave in a thread's state stays there: SoftHSM fails at OpenSSL engines and leaves that in the thread's
+  queue of errors, where Python's `ssl` finds it at its next turn, and fails.
 - PKCS#11 knows one login for each token and process; all who use a token in this process share it.
 - In a child process everything begins anew: a module belongs to the process that initialised it.
 """
@@ -13,19 +15,21 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from birthmark.device.errors import AuthorityError, ConfigurationError
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from birthmark.provisioning.token_uri import TokenUri
 
+T = TypeVar("T")
 P256: Final = bytes.fromhex("06082a8648ce3d030107")
 """CKA_EC_PARAMS of P-256: its object identifier (DER)."""
 
@@ -101,6 +105,7 @@ class Process:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        """Held for a piece of work that is several calls."""
         self.logins: dict[TokenName, Login] = {}
         self.refused: dict[TokenName, bytes] = {}
         """By token, the PIN that it did not take."""
@@ -108,6 +113,13 @@ class Process:
         """Those that were loaded."""
         self.stale: set[str] = set()
         """Those that a parent process had loaded, and that are to begin anew before they are used."""
+        self._thread: ThreadPoolExecutor | None = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do something with modules, in their thread; the caller is no such piece of work itself."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "birthmark-pkcs11")
+        return self._thread.submit(work).result()
 
     def after_fork(self) -> None:
         """Begin anew in a child: sessions are the parent's, and another thread may have held the lock."""
@@ -130,7 +142,7 @@ def tokens_in(module: Path) -> list[TokenFacts]:
     with PROCESS.lock:
         pkcs11 = library()
         try:
-            return [token_facts(token) for token in tokens(str(module))]
+            return PROCESS.run(lambda: [token_facts(token) for token in tokens(str(module))])
         except pkcs11.PKCS11Error as error:
             raise _unusable(str(module), error) from error
 

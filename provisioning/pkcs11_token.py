@@ -8,6 +8,7 @@ Rules:
   would give away is refused.
 - A PIN that a token has refused is not tried again by this process, and the last try before a token locks itself
   is left to a person at a prompt: no service that is started again and again locks a token.
+- Modules are called in a thread of their own (`pkcs11_modules`); a PIN is asked for in the caller's.
 - The login is kept. Once a token was away it is opened anew; a signature that failed for that is tried once more.
 - No PIN is in an error, and of what a module says the name of PKCS#11's return code alone.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hmac
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePublicKey
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.token_uri import TokenUri
 
+T = TypeVar("T")
 _POINT: Final = bytes.fromhex("0441")
 """CKA_EC_POINT is an OCTET STRING (DER) of 65 octets; some tokens leave these two out."""
 _ABSENT: Final = "is it plugged in, and the module the right one? `birthmark ca token list` shows what is there"
@@ -99,8 +101,8 @@ class Token:
         Raises:
             AuthorityError: it is not there, or the module cannot be used.
         """
-        with self._at_work("find"):
-            return token_facts(self._found())
+        with self._said("find"):
+            return PROCESS.run(lambda: token_facts(self._found()))
 
     def private_keys(self) -> list[KeyFacts]:
         """Return the private keys in it.
@@ -108,8 +110,8 @@ class Token:
         Raises:
             AuthorityError: it cannot be opened.
         """
-        with self._at_work("read"):
-            return [key_facts(key) for key in objects(self._login().session, "PRIVATE_KEY")]
+        with self._said("read"):
+            return self._do(lambda login: [key_facts(key) for key in objects(login.session, "PRIVATE_KEY")])
 
     def key(self, uri: TokenUri, public_key: EllipticCurvePublicKey) -> TokenKey:
         """Return the key that the URI names, whose public half is known; it is looked for when it signs."""
@@ -121,7 +123,71 @@ class Token:
         Raises:
             AuthorityError: it cannot; nothing is left in the token.
         """
-        with self._at_work("make a key in") as pkcs11, self._writing() as session:
+        with self._said("make a key in"):
+            made = self._do(lambda _: self._generated(uri))
+            try:
+                return self._held(uri, *made)
+            except BaseException:
+                self.destroy_key(uri)
+                raise
+
+    def find_key(self, uri: TokenUri) -> TokenKey | None:
+        """Return the key that the URI names, with its id; None if there is none.
+
+        Raises:
+            AuthorityError: the token cannot be opened, several keys fit, or this one must not be a CA's.
+        """
+        with self._said("look into"):
+            seen = self._do(lambda login: self._seen(login, uri))
+            return None if seen is None else self._held(replace(uri, id=seen[0].id), *seen)
+
+    def destroy_key(self, uri: TokenUri) -> None:
+        """Remove a key pair that was made for nothing, by its id; a trouble with that is passed over."""
+
+        def destroy(login: Login) -> None:
+            login.keys.clear()
+            with self._writing() as session:
+                for kind in ("PRIVATE_KEY", "PUBLIC_KEY"):
+                    for one in objects(session, kind):
+                        if _is_named(one, uri):
+                            one.destroy()
+
+        with suppress(AuthorityError), self._said("look into"):
+            self._do(destroy)
+
+    def _held(self, uri: TokenUri, facts: KeyFacts, point: bytes) -> TokenKey:
+        """Return a key once its attributes are looked at, and it has signed."""
+        if facts.trouble:
+            raise AuthorityError(
+                f"could not use the key {uri}: {facts.trouble}",
+                hint="have the station make one, in a token that keeps it",
+            )
+        try:
+            public_key = EllipticCurvePublicKey.from_encoded_point(SECP256R1(), point.removeprefix(_POINT))
+        except ValueError as error:
+            raise AuthorityError(f"could not use the key {uri}: its public half cannot be read") from error
+        key = self.key(uri, public_key)
+        key.prove()
+        return key
+
+    def _sign(self, uri: TokenUri, digest: bytes) -> bytes:
+        with self._said("sign with") as pkcs11:
+            try:
+                return self._do(lambda login: _signature(login, uri, digest))
+            except pkcs11.PKCS11Error:
+                PROCESS.run(lambda: unload(self._module))  # it may have been away
+                return self._do(lambda login: _signature(login, uri, digest))
+
+    def _do(self, work: Callable[[Login], T]) -> T:
+        """Open the token if need be, and do this with it, in the modules' thread."""
+        login = self._login()
+        return PROCESS.run(lambda: work(login))
+
+    # What follows down to `_said` runs in the modules' thread; but for `_login`, which may ask for the PIN.
+
+    def _generated(self, uri: TokenUri) -> tuple[KeyFacts, bytes]:
+        pkcs11 = library()
+        with self._writing() as session:
             public, private = session.generate_keypair(
                 pkcs11.KeyType.EC,
                 id=uri.id,
@@ -135,99 +201,20 @@ class Token:
                     pkcs11.Attribute.EXTRACTABLE: False,
                 },
             )
-            try:
-                return self._held(uri, private, public)
-            except BaseException:
-                for made in (private, public):
-                    with suppress(pkcs11.PKCS11Error):
-                        made.destroy()
-                raise
+            return key_facts(private), attribute(public, "EC_POINT") or b""
 
-    def find_key(self, uri: TokenUri) -> TokenKey | None:
-        """Return the key that the URI names, with its id; None if there is none.
-
-        Raises:
-            AuthorityError: the token cannot be opened, several keys fit, or this one must not be a CA's.
-        """
-        with self._at_work("look into"):
-            private = self._only(uri)
-            if private is None:
-                return None
-            key_id = attribute(private, "ID") or b""
-            publics = [
-                one for one in objects(self._login().session, "PUBLIC_KEY") if attribute(one, "ID") == key_id
-            ]
-            if not key_id or len(publics) != 1:
-                raise AuthorityError(
-                    f"could not use the key {uri}: the token has no public key with its id",
-                    hint="have the station make one in the token",
-                )
-            return self._held(replace(uri, id=key_id), private, publics[0])
-
-    def destroy_key(self, uri: TokenUri) -> None:
-        """Remove a key pair that was made for nothing, by its id; a trouble with that is passed over."""
-        with suppress(AuthorityError), self._at_work("look into"), self._writing() as session:
-            self._login().keys.clear()
-            for kind in ("PRIVATE_KEY", "PUBLIC_KEY"):
-                for one in objects(session, kind):
-                    if attribute(one, "ID") == uri.id:
-                        one.destroy()
-
-    def _held(self, uri: TokenUri, private: Any, public: Any) -> TokenKey:
-        """Return a key once its attributes are looked at, and it has signed."""
-        trouble = key_facts(private).trouble
-        if trouble:
+    def _seen(self, login: Login, uri: TokenUri) -> tuple[KeyFacts, bytes] | None:
+        private = _only(login, uri)
+        if private is None:
+            return None
+        facts = key_facts(private)
+        publics = [one for one in objects(login.session, "PUBLIC_KEY") if attribute(one, "ID") == facts.id]
+        if not facts.id or len(publics) != 1:
             raise AuthorityError(
-                f"could not use the key {uri}: {trouble}",
-                hint="have the station make one, in a token that keeps it",
+                f"could not use the key {uri}: the token has no public key with its id",
+                hint="have the station make one in the token",
             )
-        point = (attribute(public, "EC_POINT") or b"").removeprefix(_POINT)
-        try:
-            public_key = EllipticCurvePublicKey.from_encoded_point(SECP256R1(), point)
-        except ValueError as error:
-            raise AuthorityError(f"could not use the key {uri}: its public half cannot be read") from error
-        key = self.key(uri, public_key)
-        key.prove()
-        return key
-
-    def _sign(self, uri: TokenUri, digest: bytes) -> bytes:
-        with self._at_work("sign with") as pkcs11:
-            try:
-                return self._signature(uri, digest)
-            except pkcs11.PKCS11Error:
-                unload(self._module)  # it may have been away
-                return self._signature(uri, digest)
-
-    def _signature(self, uri: TokenUri, digest: bytes) -> bytes:
-        pkcs11 = library()
-
-        login = self._login()
-        if uri not in login.keys:
-            key = self._only(uri)
-            if key is None:
-                raise AuthorityError(
-                    f"could not use the key {uri}: the token has no such key",
-                    hint="is it the right token? `birthmark ca token list --keys` shows what is in it",
-                )
-            login.keys[uri] = (key, bool(attribute(key, "ALWAYS_AUTHENTICATE")))
-        key, always_pin = login.keys[uri]
-        more = {"pin": login.pin.decode()} if always_pin else {}
-        signature: bytes = key.sign(digest, mechanism=pkcs11.Mechanism.ECDSA, **more)
-        return signature
-
-    def _only(self, uri: TokenUri) -> Any:
-        """Return the private key that a URI names, None if there is none."""
-        found = [
-            key
-            for key in objects(self._login().session, "PRIVATE_KEY")
-            if uri.object in ("", attribute(key, "LABEL")) and uri.id in (b"", attribute(key, "ID"))
-        ]
-        if len(found) > 1:
-            raise AuthorityError(
-                f"could not use the key {uri}: the token has {len(found)} that fit",
-                hint="name it by its id: `birthmark ca token list --keys`",
-            )
-        return found[0] if found else None
+        return facts, attribute(publics[0], "EC_POINT") or b""
 
     def _found(self) -> Any:
         """Return the one token that the URI names."""
@@ -251,32 +238,37 @@ class Token:
         """Return the login to the token; the first one takes the PIN."""
         if self._name in PROCESS.logins:
             return PROCESS.logins[self._name]
-        token = self._found()
+        token = PROCESS.run(self._ready)
         name = (self._module, token.serial, token.label)
         pin = self._pin.read()
         login = PROCESS.logins.get(name)
         if login is None:
-            login = Login(self._open(token, name, pin), pin)
+            login = Login(PROCESS.run(lambda: self._open(token, name, pin)), pin)
         elif not hmac.compare_digest(login.pin, pin):
-            raise self._wrong_pin(token)
+            raise PROCESS.run(lambda: self._wrong_pin(token))
         self._name = name
         PROCESS.logins[name] = login
         return login
 
-    def _open(self, token: Any, name: TokenName, pin: bytes) -> Any:
-        pkcs11 = library()
-
+    def _ready(self) -> Any:
+        """Return the token, if a PIN may be tried on it."""
+        token = self._found()
         facts = token_facts(token)
         if facts.locked:
             cause, hint = _CAUSES["PinLocked"]
             raise AuthorityError(f"could not open {self._shown}: {cause}", hint=hint)
-        if hmac.compare_digest(PROCESS.refused.get(name, b""), pin):
-            raise self._wrong_pin(token)
         if facts.last_try and not self._pin.by_person:
             raise AuthorityError(
                 f"could not open {self._shown}: one more wrong PIN would lock it",
                 hint="a person is to type it once, at a prompt: birthmark ca token check",
             )
+        return token
+
+    def _open(self, token: Any, name: TokenName, pin: bytes) -> Any:
+        pkcs11 = library()
+
+        if hmac.compare_digest(PROCESS.refused.get(name, b""), pin):
+            raise self._wrong_pin(token)
         try:
             return token.open(user_pin=pin.decode())
         except UnicodeDecodeError:
@@ -298,7 +290,6 @@ class Token:
     @contextmanager
     def _writing(self) -> Iterator[Any]:
         """Open a session that may write, logged in as the other one is."""
-        self._login()
         session = self._found().open(rw=True)
         try:
             yield session
@@ -310,7 +301,7 @@ class Token:
         return f"the token {escaped(self._uri.label)}"
 
     @contextmanager
-    def _at_work(self, verb: str) -> Iterator[Any]:
+    def _said(self, verb: str) -> Iterator[Any]:
         """Work with the token, alone, and say of what goes wrong which token it is."""
         with PROCESS.lock:
             pkcs11 = library()
@@ -320,3 +311,34 @@ class Token:
                 name = type(error).__name__
                 cause, hint = _CAUSES.get(name, (f"it answers with {name}", _ABSENT))
                 raise AuthorityError(f"could not {verb} {self._shown}: {cause}", hint=hint) from error
+
+
+def _is_named(key: Any, uri: TokenUri) -> bool:
+    return uri.object in ("", attribute(key, "LABEL")) and uri.id in (b"", attribute(key, "ID"))
+
+
+def _only(login: Login, uri: TokenUri) -> Any:
+    """Return the private key that a URI names, None if there is none."""
+    found = [key for key in objects(login.session, "PRIVATE_KEY") if _is_named(key, uri)]
+    if len(found) > 1:
+        raise AuthorityError(
+            f"could not use the key {uri}: the token has {len(found)} that fit",
+            hint="name it by its id: `birthmark ca token list --keys`",
+        )
+    return found[0] if found else None
+
+
+def _signature(login: Login, uri: TokenUri, digest: bytes) -> bytes:
+    pkcs11 = library()
+    if uri not in login.keys:
+        key = _only(login, uri)
+        if key is None:
+            raise AuthorityError(
+                f"could not use the key {uri}: the token has no such key",
+                hint="is it the right token? `birthmark ca token list --keys` shows what is in it",
+            )
+        login.keys[uri] = (key, bool(attribute(key, "ALWAYS_AUTHENTICATE")))
+    key, always_pin = login.keys[uri]
+    more = {"pin": login.pin.decode()} if always_pin else {}
+    signature: bytes = key.sign(digest, mechanism=pkcs11.Mechanism.ECDSA, **more)
+    return signature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import ssl
 import sys
 import threading
 from dataclasses import replace
@@ -14,6 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from support.pki import Pki
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 
 from birthmark.device.errors import AuthorityError, ConfigurationError
@@ -174,6 +176,14 @@ def test_several_threads_share_a_login(softhsm: SoftHsm, key: TokenKey, uri: Tok
     for thread in threads:
         thread.join()
     assert failed == []
+
+
+def test_what_a_module_leaves_behind_does_not_reach_tls(softhsm: SoftHsm, key: TokenKey) -> None:
+    """SoftHSM leaves errors in its thread's OpenSSL queue, which `ssl` takes for its own."""
+    softhsm.forget()
+    assert signs(key)
+
+    ssl.create_default_context().load_verify_locations(cadata=Pki.create().root.pem.decode())
 
 
 def test_a_child_process_opens_the_token_anew(key: TokenKey) -> None:

@@ -68,7 +68,7 @@ class SoftHsm:
     def forget(self) -> None:
         """Be a new process, as far as tokens go."""
         with PROCESS.lock:
-            unload(str(self.module))
+            PROCESS.run(lambda: unload(str(self.module)))
             PROCESS.refused.clear()
 
     def new_token(self, label: str, pin: bytes = PIN) -> TokenUri:
