@@ -27,6 +27,7 @@ from birthmark.provisioning.crl_service import TROUBLE_S, CrlService
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.keyfile import read_key
 from birthmark.provisioning.restore import restore
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Settings, TokenSettings
@@ -454,6 +455,27 @@ def test_a_key_moves_from_a_file_into_a_token_and_out_again(
     retired(station)
     assert station.key_place(station.cas.for_clients) == "here"
     assert Station.open(living.folder, passphrase=PASSPHRASE, pin=b"not asked for").authority
+
+
+def test_the_first_key_file_of_a_station_gets_a_passphrase_that_was_given_twice(
+    held: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return "another one"
+
+    monkeypatch.delenv("BIRTHMARK_PASSPHRASE", raising=False)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", answer)
+    station = Station.open(held.folder, pin=PIN)
+
+    start(station, None)
+
+    assert asked == ["Passphrase of the CA: ", "The same again: "]
+    (new,) = [ca for ca in station.cas.issuing if not ca.key_uri]
+    assert read_key(station.key_path(new), b"another one", whose="the CA")
 
 
 def test_the_key_of_another_ca_of_the_station_is_refused(held: Station, token: TokenUri, softhsm: SoftHsm) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from birthmark.device.errors import BirthmarkError, ConfigurationError
@@ -100,6 +100,7 @@ def test_what_is_a_matter_of_the_machine_is_not_what_names_the_key() -> None:
     )
 )
 def test_every_name_is_read_as_it_is_written(uri: TokenUri) -> None:
+    assume("pin-value" not in f"{uri.token}{uri.object}{uri.id!r}".lower())  # refused wherever it stands
     assert TokenUri.parse(str(uri)) == uri
 
 

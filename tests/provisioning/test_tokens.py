@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import ssl
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -14,7 +14,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from support.pki import Pki
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 
@@ -178,22 +178,35 @@ def test_several_threads_share_a_login(softhsm: SoftHsm, key: TokenKey, uri: Tok
     assert failed == []
 
 
-def test_what_a_module_leaves_behind_does_not_reach_tls(softhsm: SoftHsm, key: TokenKey) -> None:
-    """SoftHSM leaves errors in its thread's OpenSSL queue, which `ssl` takes for its own."""
-    softhsm.forget()
-    assert signs(key)
+SIGN_THEN_TLS = """
+import ssl, sys
+from pathlib import Path
+from birthmark.provisioning.pkcs11_token import Pin, Token
+from birthmark.provisioning.token_uri import TokenUri
+_, uri, module, pin, anchors = sys.argv
+uri = TokenUri.parse(uri)
+Token(uri, Path(module), Pin(pin.encode, by_person=False)).find_key(uri).prove()
+ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=bytes.fromhex(anchors))
+"""
 
-    ssl.create_default_context().load_verify_locations(cadata=Pki.create().root.pem.decode())
+
+def test_what_a_module_leaves_behind_does_not_reach_tls(softhsm: SoftHsm, uri: TokenUri, key: TokenKey) -> None:
+    """SoftHSM leaves errors in its thread's OpenSSL queue, once a process, which `ssl` takes for its own."""
+    del key
+    arguments = [str(uri), str(softhsm.module), PIN.decode(), Pki.create().root.der.hex()]
+    done = subprocess.run([sys.executable, "-c", SIGN_THEN_TLS, *arguments], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_child_process_opens_the_token_anew(key: TokenKey) -> None:
+def test_a_child_process_opens_the_token_anew(softhsm: SoftHsm, key: TokenKey) -> None:
     assert signs(key)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            assert PROCESS.logins == {}
-            os.write(writer, b"signed" if signs(key) else b"")
+            assert (PROCESS.logins, PROCESS.stale) == ({}, {str(softhsm.module)})
+            signs(key)
+            os.write(writer, b"signed" if not PROCESS.stale else b"")
         finally:
             os._exit(0)
     os.close(writer)
@@ -246,8 +259,6 @@ def test_a_key_that_was_brought_into_the_token_is_known_for_it(softhsm: SoftHsm,
     plain = own.private_bytes(Encoding.DER, PrivateFormat.TraditionalOpenSSL, NoEncryption())
     hidden = {pkcs11.Attribute.SENSITIVE: True, pkcs11.Attribute.EXTRACTABLE: False, pkcs11.Attribute.SIGN: True}
     session.create_object({**decode_ec_private_key(plain), **kept, **hidden})
-    from cryptography.hazmat.primitives.serialization import PublicFormat
-
     public = own.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     session.create_object({**decode_ec_public_key(public), **kept})
     softhsm.forget()
@@ -282,6 +293,24 @@ def test_keys_of_one_name_are_told_apart_by_their_ids(softhsm: SoftHsm, uri: Tok
     found = softhsm.token(uri).find_key(uri)
     assert found is not None
     assert found.public_key() == key.public_key()
+
+
+def test_a_key_with_another_ones_public_half_is_refused(softhsm: SoftHsm, uri: TokenUri, key: TokenKey) -> None:
+    import pkcs11
+    from pkcs11.util.ec import decode_ec_public_key
+
+    assert signs(key)
+    session = softhsm.raw_session(uri.token)
+    for old in session.get_objects({pkcs11.Attribute.CLASS: pkcs11.ObjectClass.PUBLIC_KEY}):
+        old.destroy()
+    other = generate_private_key(SECP256R1()).public_key()
+    der = other.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    named = {pkcs11.Attribute.TOKEN: True, pkcs11.Attribute.LABEL: "issuing", pkcs11.Attribute.ID: ID}
+    session.create_object({**decode_ec_public_key(der), **named})
+    softhsm.forget()
+
+    with pytest.raises(AuthorityError, match="its signatures are another key's"):
+        softhsm.token(uri).find_key(uri)
 
 
 def test_a_key_without_its_public_half_is_refused(softhsm: SoftHsm, uri: TokenUri, key: TokenKey) -> None:
