@@ -110,12 +110,21 @@ class Clock:
         """The gateway's, of the last good connection."""
 
     @classmethod
-    def of(cls, credentials: Credentials, *, system: Callable[[], datetime] = _system) -> Clock:
-        """Return the clock of an identity: a device's has a floor, kept in its state folder."""
+    def of(
+        cls, credentials: Credentials, *, system: Callable[[], datetime] = _system, writes: bool = True
+    ) -> Clock:
+        """Return the clock of an identity: a device's has a floor, kept in its state folder.
+
+        Args:
+            credentials: whose.
+            system: the system's clock.
+            writes: whether it writes the floor down when it moves; otherwise it only goes by what is kept.
+        """
         if credentials.issued_at is None:
             return cls(system=system)
         path = credentials.pem_path.parent / FLOOR_FILE
-        return cls(credentials.issued_at, path=path, kept=kept_floor(path, credentials), system=system)
+        kept = kept_floor(path, credentials)
+        return cls(credentials.issued_at, path=path if writes else None, kept=kept, system=system)
 
     @property
     def floor(self) -> datetime | None:

@@ -51,7 +51,7 @@ def _doctor(arguments: argparse.Namespace, console: Console) -> int:
     record = read_record(arguments.state)
     connected = record if record is not None and record.is_running and record.state == "connected" else None
     failure = None
-    for step in walk(credentials, Clock.of(credentials), connected, timeout_s=arguments.timeout):
+    for step in walk(credentials, Clock.of(credentials, writes=False), connected, timeout_s=arguments.timeout):
         _show(console, step)
         failure = step.failure
     if failure is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import signal
+import socket
 import ssl
 import threading
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from birthmark.device.credentials import Credentials
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected
 from birthmark.device.messages import TimeAnswer, TimeRequest
+from birthmark.device.tls import device_context
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -269,6 +271,35 @@ def test_a_broker_renewed_while_the_device_was_in_a_drawer(tmp_path: Path, pki: 
         assert connect(state, EPOCH) is None
         floor = Clock.of(Credentials.from_folder(state), system=lambda: EPOCH).now()
     assert floor < now() - 299 * DAY  # nothing has proven more
+
+
+def test_the_floor_moves_on_while_it_is_connected(tmp_path: Path, pki: Pki) -> None:
+    """And is written without a new connection: a device that stays connected for a year has its power cut, too."""
+    with BrokerStub(pki) as broker:
+        state = enrolled(tmp_path / "s", pki, port=broker.port)
+        times, path = Times(now()), state / FLOOR_FILE
+        with Client(Credentials.from_folder(state), clock=times.clock(now() - DAY, path)) as client:
+            eventually(path.exists, "a floor on disk")
+            before = json.loads(path.read_bytes())["floor"]
+            times.elapsed_s = 3 * 3600
+            client.publish(client.telemetry("x"), b"1", wait=20)
+            eventually(
+                lambda: json.loads(path.read_bytes())["floor"] >= before + 3 * 3600 - 1, "three hours later"
+            )
+
+
+def test_openssl_looks_at_the_time_whenever_the_clock_can_be_right(tmp_path: Path, pki: Pki) -> None:
+    with BrokerStub(pki) as broker:
+        credentials = Credentials.from_folder(enrolled(tmp_path / "s", pki, port=broker.port))
+        times = Times(NOON - SECOND)
+        context = device_context(credentials, times.clock(NOON))
+        for at, is_left_to_us in ((NOON - SECOND, True), (now(), False), (EPOCH, True), (now(), False)):
+            times.at = at
+            plain = socket.create_connection(("127.0.0.1", broker.port))
+            with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+                assert bool(context.verify_flags & 0x200000) is is_left_to_us
+                assert connection.chain[0].common_names == ("localhost",)
+                assert len(connection.chain) == 3
 
 
 def test_a_clock_in_2099_is_reported_and_poisons_nothing(tmp_path: Path, pki: Pki) -> None:

@@ -50,6 +50,7 @@ def allowed(action: str, topic: str, *, who: DeviceId = A, role: Role = DEVICE, 
         ("subscribe", "devices/sensor-1/commands/+"),
         ("subscribe", "fleet/announcements/#"),
         ("subscribe", "devices/sensor-1/renewal/answer"),
+        ("subscribe", "devices/sensor-1/time/answer"),
     ],
 )
 def test_a_device_may(action: str, topic: str) -> None:
