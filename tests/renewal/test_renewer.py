@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -171,3 +172,19 @@ def test_a_new_one_that_is_refused_is_given_up_when_the_station_gives_it_up(stan
     finally:
         made.stop(timeout_s=20)
     assert connection.used[-1] == Credentials.from_folder(state).leaf_der
+
+
+def test_a_clock_past_its_end_makes_nothing_due_while_the_gateway_lets_it_in(stand: Stand) -> None:
+    """It is the clock that is wrong, and not the certificate; and nothing is looked at in a loop."""
+    state, at = stand.device("jumping"), [datetime.now(UTC)]
+    made = Renewer(RenewalStore(state), Connection({}), clock=Clock(system=lambda: at[0]), pace=PACE)
+    current = made.prepare(Credentials.from_folder(state))
+    made._settled(current, None)
+    assert not made._is_due()
+    at[0] = current.facts.not_after - timedelta(days=1)
+    assert made._is_due()
+    at[0] = current.facts.not_after + timedelta(days=9999)
+    assert not made._is_due()
+    assert made._nap_s() > 60
+    made._settled(current, UnreachableError("nobody"))
+    assert made._is_due()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,9 @@ from support.mqtt_world import ProcessWorld, process_world
 from support.pki import Pki
 from support.repository import ROOT
 
+from birthmark.broker.peer import check_peer
+from birthmark.broker.time_answers import TimeAnswers
+from birthmark.broker.trust import Trust
 from birthmark.device.messages import TimeAnswer, TimeRequest
 
 if TYPE_CHECKING:
@@ -58,3 +62,13 @@ def test_nobody_asks_for_another(world: ProcessWorld) -> None:
     device = world.client("sensor-3").subscribed(("devices/sensor-3/time/answer", 1))
     device.send(mqtt.publish(REQUEST, TimeRequest(NONCE).to_bytes()))
     device.ping()
+
+
+def test_nor_does_one_that_a_policy_lets_publish_there(world: ProcessWorld) -> None:
+    told: list[tuple[str, bytes]] = []
+    answers = TimeAnswers(lambda topic, payload: told.append((topic, payload)), lambda: 5.5)
+    peer = check_peer(world.pki.device("sensor-3").der, Trust.from_pem(world.pki.issuing.pem), datetime.now(UTC))
+    answers.asked(REQUEST, TimeRequest(NONCE).to_bytes(), peer)
+    assert told == []
+    answers.asked("devices/sensor-3/time/request", TimeRequest(NONCE).to_bytes(), peer)
+    assert told == [("devices/sensor-3/time/answer", TimeAnswer(NONCE, 5.5).to_bytes())]
