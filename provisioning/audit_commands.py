@@ -1,4 +1,4 @@
-"""`birthmark audit verify | show | export`: their options and their answers."""
+"""`birthmark audit verify | show | export | checkpoint`: their options and their answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryptography import x509
+
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.durable import durable_file, remove_leftovers
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.provisioning import audit, audit_check, audit_view
-from birthmark.provisioning.options import add_station_option, open_station
+from birthmark.provisioning.audit_checkpoint import CHECKPOINT_FILE, Checkpoint, make_checkpoint, read_checkpoint
+from birthmark.provisioning.cas import CaKind
+from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
     from datetime import datetime
 
     from birthmark.provisioning.station import Station
@@ -36,6 +41,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_verify(actions)
     _add_show(actions)
     _add_export(actions)
+    _add_checkpoint(actions)
 
 
 def _add_verify(actions: argparse._SubParsersAction[Parser]) -> None:
@@ -44,17 +50,66 @@ def _add_verify(actions: argparse._SubParsersAction[Parser]) -> None:
         "verify",
         _verify,
         "check that nothing in the log was edited, cut or moved",
-        "birthmark audit verify\nbirthmark audit verify --json",
+        """\
+birthmark audit verify
+birthmark audit verify --checkpoint /media/safe/audit-2026-11.pem
+birthmark audit verify --log audit.jsonl --checkpoint audit-2026-11.pem --root root.pem""",
     )
     add_station_option(parser)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the log must still have the entry that this checkpoint names; as often as needed",
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="FILE",
+        help="where checkpoints lead to (default: the station's roots)",
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="a whole copy of a log, instead of the station's own"
+    )
 
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.log is not None:
+        roots = _roots_in(arguments.root) if arguments.root else []
+        checkpoints = [read_checkpoint(path, roots) for path in arguments.checkpoint]
+        _check_log(arguments.log)
+        verdict = audit_check.verify(arguments.log, None, [one.head for one in checkpoints])
+        return _tell(verdict, arguments.log, console, checkpoints)
     station = open_station(arguments)
-    return _tell(audit_check.check(station.registry), station.registry.audit_path, console)
+    own = [ca.certificate for ca in station.cas if ca.kind is CaKind.ROOT]
+    roots = _roots_in(arguments.root) if arguments.root else own
+    checkpoints = [read_checkpoint(path, roots) for path in arguments.checkpoint]
+    kept = station.folder / CHECKPOINT_FILE
+    if kept.exists():
+        try:
+            checkpoints.append(read_checkpoint(kept, own))
+        except ConfigurationError as error:
+            console.warn(f"{error.message}: it is the station's own copy of the last one")
+    verdict = audit_check.check(station.registry, [one.head for one in checkpoints])
+    return _tell(verdict, station.registry.audit_path, console, checkpoints)
 
 
-def _tell(verdict: audit_check.Verdict, path: Path, console: Console) -> int:
+def _roots_in(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "there is no certificate in it"
+        raise ConfigurationError(f"could not use the root {path}: {cause}", hint="name a PEM file") from error
+
+
+def _check_log(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigurationError(f"could not check the log {path}: there is no such file", hint="check the path")
+
+
+def _tell(verdict: audit_check.Verdict, path: Path, console: Console, checkpoints: Sequence[Checkpoint]) -> int:
     record = {
         "sound": not verdict.problems,
         "entries": verdict.entries,
@@ -70,11 +125,14 @@ def _tell(verdict: audit_check.Verdict, path: Path, console: Console) -> int:
             for problem in verdict.problems
         ],
         "restored": list(verdict.restored),
+        "checkpoints": [checkpoint.record() for checkpoint in checkpoints],
     }
     for place in verdict.restored[-_MOST_PLACES:]:
         console.warn(f"{place}: a command was killed then, or somebody cut the end of the log")
     if not verdict.problems:
-        console.emit(record, f"{verdict.entries} entries, all sound; the last one's hash is {verdict.head.hash}")
+        lines = [f"{verdict.entries} entries, all sound; the last one's hash is {verdict.head.hash}"]
+        lines += [f"entry {one.head.seq} is that of the checkpoint of {one.at.isoformat()}" for one in checkpoints]
+        console.emit(record, "\n".join(lines))
         return 0
     lines = [f"{path} is not what was written:"]
     for problem in verdict.problems[:_MOST_PLACES]:
@@ -179,3 +237,30 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
             file.write(line.encode())
             count += 1
     console.emit({"file": str(arguments.out), "entries": count}, f"{arguments.out}: {count} entries")
+
+
+def _add_checkpoint(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "checkpoint",
+        _checkpoint,
+        "sign the log's last number and hash, to be carried away",
+        """\
+birthmark audit checkpoint --out /media/safe/audit-2026-11.pem
+birthmark audit checkpoint --passphrase-fd 3 3< passphrase-file --out audit.pem""",
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to carry away; it is never replaced")
+
+
+def _checkpoint(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    made = make_checkpoint(station, arguments.out)
+    if audit_check.check(station.registry).problems:
+        console.warn("the log does not verify, and this is a checkpoint of it as it is: `birthmark audit verify`")
+    where = arguments.out or station.folder / CHECKPOINT_FILE
+    record = {**made.record(), "file": str(where)}
+    console.emit(record, f"{where}: entry {made.head.seq}, hash {made.head.hash}")
+    if arguments.out is None:
+        console.say("It proves something once it is carried away: --out FILE.")

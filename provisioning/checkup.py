@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
 from birthmark.provisioning.audit import Head
+from birthmark.provisioning.audit_checkpoint import LAST_CHECKPOINT_AT
 from birthmark.provisioning.backup import LAST_BACKUP_AT
 from birthmark.provisioning.cas import Ca, CaKind, read_cas
 from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
@@ -222,6 +223,7 @@ class Facts:
     last_issued_at: datetime
     last_crl_at: datetime
     last_backup_at: datetime | None
+    last_checkpoint_at: datetime | None
     lifetimes: Lifetimes
     cas: tuple[CaFacts, ...] = ()
     batch: Batch | None = None
@@ -260,6 +262,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
             "last_issued_at": moment(view, LAST_ISSUED_AT),
             "last_crl_at": max(moment(view, crl_this_update_counter(ca.key_id)) for ca in cas),
             "last_backup_at": datetime.fromtimestamp(backed_up_s, UTC) if backed_up_s else None,
+            "last_checkpoint_at": moment(view, LAST_CHECKPOINT_AT) if view.counter(LAST_CHECKPOINT_AT) else None,
             "batch": view.open_batch(),
             "quarantined": tuple(view.quarantined()),
             "overdue_retirements": len(due_retirements(view, now - STUCK_AFTER)),

@@ -34,6 +34,7 @@ CA_MARGIN: Final = timedelta(days=180)
 ROOT_CRL_MARGIN: Final = timedelta(days=30)
 BATCH_OPEN: Final = timedelta(days=7)
 BACKUP_AGE: Final = timedelta(days=7)
+CHECKPOINT_AGE: Final = timedelta(days=30)
 CLOCK_STEP: Final = timedelta(minutes=2)
 LITTLE_SPACE_BYTES: Final = 200_000_000
 NO_SPACE_BYTES: Final = 20_000_000
@@ -240,6 +241,18 @@ def _check_audit(facts: Facts) -> Iterator[Remark]:
         yield Remark("audit", Level.NOTE, text, hint)
 
 
+def _check_checkpoint(facts: Facts) -> Iterator[Remark]:
+    hint = "birthmark audit checkpoint --out FILE, and carry the file away"
+    last, made_at = facts.last_checkpoint_at, min((ca.not_before for ca in facts.cas), default=facts.now)
+    if facts.now - (last or made_at) <= CHECKPOINT_AGE:
+        return
+    if last is None:
+        text = "no checkpoint of the audit log was ever carried away: a log rewritten whole would not be noticed"
+        yield Remark("checkpoint", Level.SOON, text, hint)
+    elif last < max(facts.last_issued_at, facts.last_crl_at):
+        yield Remark("checkpoint", Level.SOON, f"the last checkpoint is {_span(facts.now - last)} old", hint)
+
+
 def _check_backup(facts: Facts) -> Iterator[Remark]:
     hint, last = "birthmark backup FILE", facts.last_backup_at
     if last is None:
@@ -295,6 +308,7 @@ CHECKS: Final[tuple[tuple[str, Callable[[Facts], Iterable[Remark]]], ...]] = (
     ("stuck", _check_stuck),
     ("renewals", _check_renewals),
     ("audit", _check_audit),
+    ("checkpoint", _check_checkpoint),
     ("backup", _check_backup),
     ("disk", _check_disk),
 )

@@ -35,6 +35,8 @@ class Label(StrEnum):
     """Parts: device id, nonce of the request, new anchors' SHA-256; signed by a CA of the device."""
     ANSWER = "BIRTHMARK-ANSWER-1"
     """Parts: device id, outcome, nonce, leaf SHA-256; signed by the CA that issued that leaf."""
+    AUDIT = "BIRTHMARK-AUDIT-1"
+    """Parts: a checkpoint of the station's audit log, as JSON (docs/audit.md); signed by an issuing CA."""
 
 
 def transcript(label: str, *parts: bytes) -> bytes:

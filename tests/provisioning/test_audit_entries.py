@@ -43,6 +43,7 @@ ENTRIES = {
     "backup": ["backup station"],
     "restore": [UNLOCK, "restore station", "merge-crl issuing-ca", "crl issuing-ca"],
     "restore --crl": [UNLOCK, "merge-crl issuing-ca", "crl issuing-ca"],
+    "audit checkpoint": [UNLOCK, "checkpoint audit-log"],
     "audit export": ["export audit-log"],
     "ca export": ["export root-ca"],
     "ca rollover start issuing": [ROOT, "ca-start issuing-ca", "crl issuing-ca"],

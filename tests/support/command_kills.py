@@ -40,6 +40,7 @@ from birthmark.device.credentials import Credentials
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit, audit_check, backup_commands, rollover, station_commands
+from birthmark.provisioning.audit_checkpoint import read_checkpoint
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.cli import parser
@@ -329,6 +330,13 @@ def has_log(root: Path) -> None:
     assert audit.parsed(lines.splitlines()[-1])["action"] == "export"  # type: ignore[index]
 
 
+def has_checkpoint(root: Path) -> None:
+    opened = station(root)
+    made = read_checkpoint(root / "checkpoint.pem", [ca.certificate for ca in opened.cas.roots])
+    assert read_checkpoint(root / "station" / "checkpoint.pem", [opened.root]).head.seq >= made.head.seq
+    assert not audit_check.check(opened.registry, [made.head]).problems
+
+
 def with_medium(root: Path) -> None:
     (root / "medium").mkdir()
 
@@ -497,6 +505,11 @@ SCENARIOS: dict[str, Scenario] = {
         ["restore", "--crl", "@/gateway.crl"], prepare=with_foreign_crl, finished=is_revoked
     ),
     "audit export": Scenario(["audit", "export", "--out", "@/log.jsonl"], finished=has_log),
+    "audit checkpoint": Scenario(
+        ["audit", "checkpoint", "--out", "@/checkpoint.pem"],
+        finished=has_checkpoint,
+        done_already=["it is there already"],
+    ),
     "ca export": Scenario(["ca", "export", "root", "--out", "@/ca.pem"], finished=has_roots),
     "ca rollover start issuing": Scenario(
         ["ca", "rollover", "start", "issuing"], finished=lambda root: cas_are(root, "current", "new")
