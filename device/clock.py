@@ -7,10 +7,11 @@ Rules:
 
 - The floor is the latest of: when the identity was issued, the last good connection, and, where the owner wants
   it, what the gateway told. It moves on with the time that passes (CLOCK_BOOTTIME), and never back.
-- At or above the floor the system's clock counts, and OpenSSL checks certificates by it.
-- Below the floor it is certainly wrong: now is some moment from the floor on. Certificates pass if there is one at
-  which all of them are valid. What ended before the floor has ended for certain; what begins after it may have
-  begun since, and a device that was in a drawer while its gateway's certificate was renewed still connects.
+- At or above the floor the system's clock counts, and OpenSSL checks certificates by it; as it does while it is
+  less than `SET_BACK` below: a clock that was ahead when it moved the floor, and was put right since, is right.
+- Further below the floor it is certainly wrong: now is some moment from the floor on. Certificates pass if there
+  is one at which all of them are valid. What ended before the floor has ended for certain; what begins after it
+  may have begun since, and a device that was in a drawer while its gateway's certificate was renewed connects.
 - Only the system's clock at a handshake moves the floor, and only if every certificate of the gateway's chain was
   valid at that moment. So a clock that once said 2099 moves it nowhere, and one that is wrong by less moves it no
   further than the gateway's certificate reaches.
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import Credentials
 
 FLOOR_FILE: Final = "clock"
+SET_BACK: Final = timedelta(minutes=5)
 KEPT_EVERY: Final = timedelta(hours=1)
 KEPT_AFTER_CONNECTING: Final = timedelta(minutes=1)
 _MAX_FILE_BYTES: Final = 1024
@@ -135,10 +137,10 @@ class Clock:
     def moment(self) -> Moment:
         """Return the time as far as it is known."""
         system, floor = self.system(), self.floor
-        return Moment(system) if floor is None or system >= floor else Moment(floor, or_later=True)
+        return Moment(system) if floor is None or system >= floor - SET_BACK else Moment(floor, or_later=True)
 
     def now(self) -> datetime:
-        """Return the best guess at the time: the system's clock, or the floor if that is later."""
+        """Return the best guess at the time: the system's clock, or the floor if that clock is wrong."""
         return self.moment().at
 
     def connected(self, moment: Moment, chain: Sequence[CertificateFacts] = ()) -> None:

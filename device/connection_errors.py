@@ -22,6 +22,7 @@ import ssl
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from birthmark.device.clock import SET_BACK
 from birthmark.device.connection_checks import ALERTS, CONNACKS, Check
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.escape import escaped
@@ -313,7 +314,7 @@ def _validity(around: Circumstances) -> str:
 
 def _floor(around: Circumstances) -> str:
     """Say what is known of the time where this machine's clock is certainly wrong."""
-    if around.floor is None or around.now >= around.floor:
+    if around.floor is None or around.now >= around.floor - SET_BACK:
         return ""
     return f", which is wrong: {around.floor:{_TIME}} has passed"
 

@@ -21,7 +21,7 @@ from support.watching import Watching, eventually
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.certificate_facts import CertificateFacts
 from birthmark.device.client import Client
-from birthmark.device.clock import FLOOR_FILE, Clock, Moment, out_of_time
+from birthmark.device.clock import FLOOR_FILE, SET_BACK, Clock, Moment, out_of_time
 from birthmark.device.connection_checks import Check
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
@@ -104,7 +104,9 @@ def test_at_the_floor_the_system_s_clock_counts_and_below_it_the_floor() -> None
     times = Times(NOON)
     clock = times.clock(NOON)
     assert clock.moment() == Moment(NOON)
-    times.at = NOON - SECOND
+    times.at = NOON - SET_BACK  # it was set back a little, as clocks are
+    assert clock.moment() == Moment(NOON - SET_BACK)
+    times.at = NOON - SET_BACK - SECOND
     assert clock.moment() == Moment(NOON, or_later=True)
     times.at = FAR
     assert clock.moment() == Moment(FAR)
@@ -291,9 +293,9 @@ def test_the_floor_moves_on_while_it_is_connected(tmp_path: Path, pki: Pki) -> N
 def test_openssl_looks_at_the_time_whenever_the_clock_can_be_right(tmp_path: Path, pki: Pki) -> None:
     with BrokerStub(pki) as broker:
         credentials = Credentials.from_folder(enrolled(tmp_path / "s", pki, port=broker.port))
-        times = Times(NOON - SECOND)
+        times = Times(NOON - HOUR)
         context = device_context(credentials, times.clock(NOON))
-        for at, is_left_to_us in ((NOON - SECOND, True), (now(), False), (EPOCH, True), (now(), False)):
+        for at, is_left_to_us in ((NOON - HOUR, True), (now(), False), (EPOCH, True), (now(), False)):
             times.at = at
             plain = socket.create_connection(("127.0.0.1", broker.port))
             with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:

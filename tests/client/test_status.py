@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.broker_stub import BrokerStub
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
-from support.pki import Pki
+from support.pki import Pki, now
 from support.watching import Watching, eventually
 
 from birthmark.device import record
@@ -115,6 +116,13 @@ def test_credentials_that_are_no_use_come_first(state: Path) -> None:
     assert said["storage"] == "writable"
     said, code = status(state / "nowhere")
     assert (said["state"], said["storage"], code) == ("credentials", "unknown", 1)
+
+
+def test_a_certificate_that_has_ended(tmp_path: Path, pki: Pki) -> None:
+    leaf = pki.issuing.issue(not_before=now() - timedelta(days=9), not_after=now() - timedelta(days=1))
+    said, code = status(enrolled(tmp_path / "s", pki, leaf))
+    assert (said["state"], said["valid"], said["days_left"], code) == ("certificate", "expired", -2, 1)
+    assert "the certificate of sensor-1 is expired" in said["summary"]
 
 
 @needs_faketime
