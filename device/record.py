@@ -223,8 +223,10 @@ class Recorder:
         self._change(record)
 
     def stopped(self) -> None:
-        """Say that the client has ended, at once."""
+        """Say that the client has ended, at once; a second call does nothing."""
         now_s, record = self._now_s(), self._record
+        if record.state == "stopped":
+            return
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()

@@ -251,6 +251,7 @@ def test_a_network_that_comes_and_goes_does_not_wear_out_the_card(
     # The minute's timer has not run here: what comes later is written by it, and at the end.
     assert len(writes) == WRITES_AT_ONCE
     recorder.stopped()
+    recorder.stopped()
     assert len(writes) == WRITES_AT_ONCE + 1
 
 
