@@ -178,3 +178,19 @@ def test_behind_a_network_that_cuts_half_of_the_connections_everything_arrives(t
             assert network.connections > 10
             assert network.cut > 3
     assert list(dict.fromkeys(got)) == [*(str(number).encode() for number in range(400)), b"last"]
+
+
+def test_after_a_connection_that_held_the_first_comes_first_again(
+    tmp_path: Path, pki: Pki, second: BrokerStub
+) -> None:
+    watching = Watching()
+    further = [BrokerAddress("127.0.0.1", second.port)]
+    with BrokerStub(pki) as first:
+        port = first.port
+    state = enrolled(tmp_path / "state", pki, port=port)
+    options: dict[str, Any] = {"renewal": False, "further_addresses": further, "return_after_s": 3600}
+    with Client.from_folder(state, observe=watching, retry=impatient(), **options):
+        assert watching.wait_for(Connected).broker.port == second.port
+        with BrokerStub(pki, port=port):
+            second.drop()
+            assert watching.wait_for(Connected, 2).broker.port == port

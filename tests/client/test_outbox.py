@@ -25,13 +25,15 @@ from birthmark.device.errors import (
 )
 from birthmark.device.events import OutboxChanged
 from birthmark.device.outbox import outbox as module
-from birthmark.device.outbox.database import Database, Row
+from birthmark.device.outbox.database import Database, DatabaseUnfitError, Row
 from birthmark.device.outbox.outbox import IN_FLIGHT, READY, Outbox
 from birthmark.device.outbox.settings import OutboxSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from birthmark.device.received import Command
 
 TOPIC = "devices/sensor-1/telemetry/t"
 AT_ONCE = Backoff(0.01, 0.01)
@@ -238,6 +240,7 @@ def test_a_full_outbox_does_what_was_chosen_and_says_so(tmp_path: Path, when_ful
         assert left[-1] == "109"
         assert left[kept_from:] == sorted(left[kept_from:], key=int)
         assert outbox.state().dropped == 10
+        assert [event.state for event in told] == ["dropping", "dropping"]  # at the first and at the tenth
     with outbox_at(path, **settings) as (again, _):
         again.start()
         eventually(lambda: again.state().messages == 100, "the count")
@@ -507,3 +510,61 @@ def test_memory_is_bounded_by_what_is_read_ahead(tmp_path: Path) -> None:
             return seen == 20
 
         eventually(drained, "all of them")
+
+
+def test_what_durability_rests_on(tmp_path: Path) -> None:
+    database = Database(tmp_path / "o.db", "sensor-1", by_priority=False)
+    names = ("journal_mode", "synchronous", "locking_mode")
+    found = [database._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+    database.close()
+    assert found == ["wal", 2, "exclusive"]  # 2: every commit is synced
+
+
+@pytest.mark.parametrize(("together", "after_s"), [(3, 3600.0), (1000, 0.05)])
+def test_what_was_accepted_is_removed_together_or_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int, after_s: float
+) -> None:
+    monkeypatch.setattr(module, "REMOVE_TOGETHER", together)
+    monkeypatch.setattr(module, "REMOVE_AFTER_S", after_s)
+    with outbox_at(tmp_path / "o.db") as (outbox, _):
+        for number in range(3):
+            put(outbox, str(number))
+        assert take_all(outbox, 3) == ["0", "1", "2"]
+        eventually(lambda: not outbox._accepted, "the removal")
+
+
+def test_a_reply_goes_past_a_week_s_readings(state: Path, broker: BrokerStub) -> None:
+    broker.acknowledges = False
+    client = client_of(state)
+
+    @client.command("ping")
+    def ping(_: Command) -> str:
+        return "pong"
+
+    with client:
+        for number in range(100):
+            client.publish(TOPIC, str(number), defer=True)
+        broker.wait_for(PUBLISH, lambda packet: packet.payload == str(IN_FLIGHT - 1).encode())
+        broker.deliver("devices/sensor-1/commands/ping", b"", qos=1)
+        broker.wait_for(PUBLISH, lambda packet: packet.payload == b"pong")
+        client.stop(timeout_s=0)
+    assert stored(state / "outbox.db") == list(map(str, range(100)))
+
+
+def test_a_file_that_turns_out_to_be_damaged_later_is_replaced_and_no_number_comes_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged() -> None:
+        raise DatabaseUnfitError("it is damaged (a page)")
+
+    with outbox_at(tmp_path / "o.db", drain_per_s=0) as (outbox, told):
+        ids = [put(outbox, str(number)) for number in range(60)]
+        first = [delivery.outgoing.payload.decode() for delivery in outbox.take()]
+        assert first == list(map(str, range(IN_FLIGHT)))
+        monkeypatch.setattr(outbox._database, "writing", damaged)
+        ids += [put(outbox, str(number)) for number in range(60, 70)]
+        assert [event.state for event in told] == ["set-aside"]
+        assert "60 messages could still be read, and go out" in told[0].detail
+        assert outbox.state().messages == 70
+    assert len(set(ids)) == 70
+    assert stored(tmp_path / "o.db") == list(map(str, range(70)))
