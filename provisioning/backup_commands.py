@@ -89,6 +89,13 @@ birthmark restore --crl gateway-2.crl --station ./station""",
         help="how long to wait for each gateway (default: %(default)s)",
     )
     parser.add_argument(
+        "--lost-key",
+        action="append",
+        default=[],
+        metavar="CA",
+        help="an issuing CA whose key is lost: it is given up; may be given several times",
+    )
+    parser.add_argument(
         "--crl",
         type=Path,
         action="append",
@@ -160,6 +167,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         passphrase=passphrase_source(arguments),
         pin=pin_source(arguments),
         crls=arguments.crl,
+        lost=arguments.lost_key,
         timeout_s=arguments.timeout,
         registry=None if arguments.registry is None else setting_from(arguments.registry),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.provisioning import rollover_commands, token_commands
-from birthmark.provisioning.key_custody import detach_roots
+from birthmark.provisioning.key_custody import detach_roots, give_up_key
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
@@ -36,6 +36,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     _add_show(actions)
     _add_detach_root(actions)
+    _add_lost(actions)
     rollover_commands.add_to(actions)
     token_commands.add_to(actions)
 
@@ -74,6 +75,32 @@ def _described(station: Station, ca: Ca) -> dict[str, Any]:
         "key_path": "" if ca.key_uri else str(station.key_path(ca)),
         "key_uri": ca.key_uri,
     }
+
+
+def _add_lost(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "lost",
+        _lost,
+        "give an issuing CA's key up for lost, so that the other CAs go on without it",
+        "birthmark ca lost 1a2b3c4d\nbirthmark ca lost 1a2b3c4d --found",
+    )
+    add_station_option(parser)
+    parser.add_argument("ca", metavar="CA", help="as `birthmark ca show` names it")
+    parser.add_argument("--found", action="store_true", help="take that back")
+
+
+def _lost(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    ca = give_up_key(station, arguments.ca, found=arguments.found)
+    console.emit(
+        {"ca": ca.key_id, "key": station.key_place(ca)}, f"the key of {ca.short}: {station.key_place(ca)}"
+    )
+    if not arguments.found:
+        console.say(
+            "What it issued cannot be put on a CRL any more. Replace it: birthmark ca rollover start issuing;\n"
+            "have devices renew; birthmark ca rollover retire issuing; its certificate out of every gateway."
+        )
 
 
 def _add_detach_root(actions: argparse._SubParsersAction[Parser]) -> None:

@@ -77,6 +77,8 @@ class Ca:
     """When everything under it was revoked for good, on a last CRL; only retiring it can follow."""
     retired_at: datetime | None = None
     """When it ceased to be trusted."""
+    lost_at: datetime | None = None
+    """When its key was given up for lost: it signs nothing any more, and its last CRL stays as it is."""
     key_uri: str = ""
     """Which key in a PKCS#11 token is its own (RFC 7512); empty if its key is in a file."""
 
@@ -87,7 +89,7 @@ class Ca:
             raise ValueError("a root leads to itself, and issues nothing to anybody")
         if (self.clients or self.brokers) and (self.activated_at is None or self.closed_at is not None):
             raise ValueError("a CA that issues was activated, and is not closed")
-        for moment in (self.made_at, self.activated_at, self.closed_at, self.retired_at):
+        for moment in (self.made_at, self.activated_at, self.closed_at, self.retired_at, self.lost_at):
             if moment is not None and moment.tzinfo is None:
                 raise ValueError("a time has no time zone")
 
@@ -166,6 +168,11 @@ class Cas:
         standing = [ca for ca in self._cas if ca.kind is CaKind.ISSUING and ca.is_standing]
         return tuple(sorted(standing, key=lambda ca: not ca.clients))
 
+    @property
+    def signing(self) -> tuple[Ca, ...]:
+        """The issuing CAs that are trusted and whose keys are not lost: those that sign their CRLs."""
+        return tuple(ca for ca in self.issuing if ca.lost_at is None)
+
     @cached_property
     def for_clients(self) -> Ca:
         """The issuing CA of devices and services."""
@@ -216,7 +223,7 @@ def put_ca(transaction: Transaction, ca: Ca) -> None:
 
 
 def _from_note(key_id: str, note: dict[str, Any]) -> Ca:
-    times = ("made_at", "activated_at", "closed_at", "retired_at")
+    times = ("made_at", "activated_at", "closed_at", "retired_at", "lost_at")
     facts: dict[str, Any] = {name: datetime.fromisoformat(note[name]) for name in times if name in note}
     certificate_der = b64decode(note["certificate_der"], validate=True)
     if note["key_id"] != key_id or profile.key_id(x509.load_der_x509_certificate(certificate_der)).hex() != key_id:

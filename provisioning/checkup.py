@@ -125,6 +125,8 @@ class CaFacts:
     crl: CrlFacts | None
     is_issuing: bool = True
     """Whether it issues anything now; an issuing CA that does not still signs its CRL."""
+    is_lost: bool = False
+    """Whether its key was given up for lost."""
     token: TokenLook | None = None
     """Its token, if its key is in one."""
 
@@ -295,15 +297,16 @@ def _cas(station: Station, view: View) -> list[CaFacts]:
 def _ca(station: Station, ca: Ca, crl: StoredCrl | None, missing: int, *, is_only: bool) -> CaFacts:
     certificate = ca.certificate
     name = "the root" if ca.kind is CaKind.ROOT else "the issuing CA"
-    token = _token(station, ca) if ca.key_uri else None
+    token = _token(station, ca) if ca.key_uri and ca.lost_at is None else None
     return CaFacts(
         name=name if is_only else f"{name} {ca.short}",
         key_id=ca.key_id,
         is_root=ca.kind is CaKind.ROOT,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
-        has_key=station.key_place(ca) != "away" and not (token and token.trouble),
+        has_key=station.key_place(ca) not in ("away", "lost") and not (token and token.trouble),
         token=token,
+        is_lost=ca.lost_at is not None,
         is_issuing=ca.clients or ca.brokers,
         crl=None if crl is None else CrlFacts(crl.number, crl.this_update, crl.next_update, missing),
     )

@@ -93,6 +93,9 @@ def _check_cas(facts: Facts) -> Iterator[Remark]:
             can = "neither issue nor revoke" if ca.is_issuing else "not sign its CRL"
             text = f"the key of {ca.name} is not here: this station can {can}"
             hint = "bring it back, or restore it from a backup"
+            if ca.is_lost:
+                text = f"the key of {ca.name} was given up for lost: this station can {can}"
+                hint = "replace the CA: birthmark ca rollover start issuing; in the end: ... retire issuing"
             if ca.token is not None:
                 text = f"the token {ca.token.label} has the key of {ca.name}: {ca.token.trouble}"
                 hint = ca.token.hint

@@ -6,6 +6,7 @@ Rules:
   them are in one file, so that a gateway gets them together; one that nothing changed for is left as it is.
 - A CRL's number is durable before it is signed, and rises strictly: two CRLs of a CA never share one. thisUpdate
   never falls; it is backdated by an hour for gateways whose clock is late.
+- A CA whose key was given up for lost keeps its last CRL; the others go on.
 - A clock that went back stops no revocation. If a CRL was signed at a later time than now, the next one
   goes by the clock as it is, and `clock_trouble` says so: a gateway that has the later one refuses it, visibly.
 - A CRL lists every revoked certificate until `[crl] keep_expired_days` after its end: so long a gateway whose
@@ -158,7 +159,7 @@ def sign_and_store_crl(station: Station) -> CrlSet:
         AuthorityError: a CA cannot be unlocked.
     """
     with station.crl_lock():
-        return _sign(station, station.cas.issuing)
+        return _sign(station, station.cas.signing)
 
 
 def sign_root_crl(station: Station, root: profile.Issuer) -> Path:
@@ -265,6 +266,8 @@ def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
     now = station.clock()
 
     def is_fresh(ca: Ca) -> bool:
+        if ca.lost_at is not None:
+            return True  # nobody can sign another one
         crl = found.get(ca.key_id)
         if crl is None or (ca.closed_at is not None and crl.next_update < ca.certificate.not_valid_after_utc):
             return False

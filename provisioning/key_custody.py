@@ -1,4 +1,4 @@
-"""A root's key on its way to a safe place, off the station.
+"""A root's key on its way to a safe place, off the station; and an issuing CA's that is lost.
 
 Rules:
 
@@ -12,12 +12,14 @@ Rules:
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from birthmark.device.durable import remove_leftovers, sync_folder, write_durably
 from birthmark.device.errors import AuthorityError, ConfigurationError
+from birthmark.device.escape import quoted
 from birthmark.provisioning import keyfile, profile
+from birthmark.provisioning.cas import SHORT, put_ca, read_cas
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,6 +57,34 @@ def detach_roots(station: Station, folder: Path, passphrase: bytes, *, same_disk
     _check_folder(station, folder, same_disk=same_disk)
     with station.rollover_lock():
         return [_detach(station, root, folder, passphrase) for root in station.cas.roots]
+
+
+def give_up_key(station: Station, word: str, *, found: bool = False) -> Ca:
+    """Give an issuing CA's key up for lost: nothing waits for it any more, and its last CRL stays as it is.
+
+    What the CA issued can no longer be revoked on a CRL; it is to be replaced, and retired.
+
+    Args:
+        station: whose.
+        word: the CA's key identifier, or the beginning that people are shown.
+        found: take that back.
+
+    Raises:
+        AuthorityError: there is no such issuing CA; nothing was changed.
+    """
+    with station.rollover_lock(), station.registry.transaction() as transaction:
+        cas = read_cas(transaction)
+        named = [ca for ca in cas.issuing if len(word) >= SHORT and ca.key_id.startswith(word.lower())]
+        if len(named) != 1:
+            raise AuthorityError(
+                f"could not give up the key of the CA {quoted(word, 80)}: there is no such issuing CA",
+                hint=f"name one of these: {', '.join(ca.short for ca in cas.issuing)}",
+            )
+        ca = replace(named[0], lost_at=None if found else named[0].lost_at or station.clock())
+        if ca != named[0]:
+            put_ca(transaction, ca)
+            transaction.record("ca-key-found" if found else "ca-key-lost", "issuing-ca", key_id=ca.key_id)
+        return ca
 
 
 def _check_folder(station: Station, folder: Path, *, same_disk: bool) -> None:

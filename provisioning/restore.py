@@ -41,6 +41,7 @@ from birthmark.provisioning.crls import (
     unlock_all,
 )
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, crls_in_force
+from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.registry.content import from_tables
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
 from birthmark.provisioning.registry.model import REASON_NAMES
@@ -115,6 +116,7 @@ def restore(
     passphrase: bytes | PassphraseSource,
     pin: bytes | PassphraseSource | None = None,
     crls: Sequence[Path] = (),
+    lost: Sequence[str] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
     registry: RegistrySetting | None = None,
     clock: Callable[[], datetime] = utc_now,
@@ -129,6 +131,7 @@ def restore(
         pin: of the token with the issuing CA's key, if it is in one.
         crls: CRLs that gateways hold, PEM or DER. Those that a gateway's path, or the gateway itself, has to give
             are found without.
+        lost: issuing CAs whose keys are lost, with a token for instance; they are given up (`give_up_key`).
         timeout_s: how long to wait for each gateway that is reached by MQTT.
         registry: where the registry is to be; where the lost station had it, if that is not given.
         clock: the current time, aware.
@@ -151,7 +154,7 @@ def restore(
         with _registry_in_place(building, clock):
             station = Station.open(building, passphrase=passphrase, pin=pin, clock=clock, purpose="restore")
             try:
-                problems, merged, signed = _continue(station, manifest, crls, timeout_s)
+                problems, merged, signed = _continue(station, manifest, crls, timeout_s, lost)
             finally:
                 station.close()
             founding.refuse_occupied(folder)
@@ -184,17 +187,19 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
         AuthorityError: the issuing CA cannot be unlocked; nothing was changed.
     """
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
-    unlock_all(station, [ca.key_id for ca in station.cas.issuing])
+    unlock_all(station, [ca.key_id for ca in station.cas.signing])
     with station.registry.transaction() as transaction:
         merged = tuple(_merge(transaction, source, crl) for source, crl in known)
     return merged, sign_and_store_crl(station)
 
 
 def _continue(
-    station: Station, manifest: Manifest, crls: Sequence[Path], timeout_s: float
+    station: Station, manifest: Manifest, crls: Sequence[Path], timeout_s: float, lost: Sequence[str]
 ) -> tuple[tuple[Problem, ...], tuple[Merged, ...], CrlSet]:
     # Every key that is to sign fits its certificate, or this ends here.
-    unlock_all(station, [ca.key_id for ca in station.cas.issuing])
+    for word in lost:
+        give_up_key(station, word)
+    unlock_all(station, [ca.key_id for ca in station.cas.signing])
     problems = audit_check.check(station.registry).problems
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
     found, unknown = _from_gateways(station, timeout_s)

@@ -61,6 +61,8 @@ class Revocation:
     newly: int
     """How many of them were not before."""
     crls: CrlSet
+    unlisted: tuple[Row, ...] = ()
+    """Those of a CA whose key was given up for lost: they are on no CRL, and gateways let them in."""
 
 
 def parse_reason(word: str) -> x509.ReasonFlags | None:
@@ -91,8 +93,10 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         stale, crls = stale_crls(station)
         if crls is not None and not stale and all(row.is_revoked for row in rows):
             return Revocation(tuple(rows), 0, crls)
-        # A wrong passphrase must stop this before anything is changed.
-        unlock_all(station, {*(ca.key_id for ca in stale), *(row.issuer for row in rows)})
+        # A wrong passphrase must stop this before anything is changed; so must it if none can be listed.
+        issuers = {row.issuer for row in rows}
+        lost = {ca.key_id for ca in station.cas.issuing if ca.lost_at is not None}
+        unlock_all(station, {*(ca.key_id for ca in stale), *(issuers - lost or issuers)})
         newly = 0
         with station.registry.transaction() as transaction:
             for row in transaction.named(name):
@@ -101,7 +105,8 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         crls = sign_stale_crls(station)
         with station.registry.view() as view:
             rows = [row for row in view.named(name) if row.is_revoked]
-    return Revocation(tuple(rows), newly, crls)
+    unlisted = tuple(row for row in rows if row.issuer in lost and row.cert_serial not in crls.cert_serials)
+    return Revocation(tuple(rows), newly, crls, unlisted)
 
 
 def revoke_certificate(
@@ -122,7 +127,10 @@ def revoke_certificate(
             hint="give it in hex, whole: `birthmark show ID` has it, or `birthmark doctor`",
         )
     with station.crl_lock():
-        unlock_all(station, [ca.key_id for ca in station.cas.issuing])
+        with station.registry.view() as view:
+            known = view.by_cert_serial(cert_serial)
+        signing = [ca.key_id for ca in station.cas.signing]
+        unlock_all(station, signing if known is None else {*signing, known.issuer})
         with station.registry.transaction() as transaction:
             row = transaction.by_cert_serial(cert_serial) or lost_row(transaction, cert_serial)
             newly = mark_revoked(transaction, row, reason, word=word, now=station.clock())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.provisioning import crl_commands
+from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
 from birthmark.provisioning.crls import clock_trouble, sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.gateway_receipts import forget_gateway, standing_of
@@ -87,12 +88,18 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
         "crl_path": str(crls.path),
         "crls": crls.records(),
         "gateways": [delivery.record() for delivery in deliveries],
+        "unlisted": [f"{row.cert_serial:x}" for row in revocation.unlisted],
     }
     count = "1 certificate" if len(revocation.rows) == 1 else f"{len(revocation.rows)} certificates"
     again = "" if revocation.newly else " (it was before)"
     head = f"{name} is revoked{again}: {count} on {crls.shown()}, {crls.path}"
     _warn_of_clock(console, station)
-    return _answer(console, record, head, deliveries)
+    for row in revocation.unlisted:
+        console.warn(
+            f"the certificate {row.cert_serial:x} is on no CRL, and gateways let it in: the key of its CA "
+            f"{row.issuer[:SHORT]} is lost; `birthmark ca rollover retire issuing` ends that"
+        )
+    return max(_answer(console, record, head, deliveries), 1 if revocation.unlisted else 0)
 
 
 def _add_crl(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -251,7 +251,9 @@ class Station:
         return self.folder / KEYS_FOLDER / f"{ca.kind}-{ca.short}.key.pem"
 
     def key_place(self, ca: Ca) -> str:
-        """Return in a word where the private key of a CA is: `here`, `away`, or in a `token`."""
+        """Return in a word where the private key of a CA is: `here`, `away`, in a `token`, or `lost`."""
+        if ca.lost_at is not None:
+            return "lost"
         if ca.key_uri:
             return "token"
         return "here" if self.key_path(ca).exists() else "away"
@@ -321,7 +323,7 @@ class Station:
         Raises:
             AuthorityError: it is wrong, or there is none.
         """
-        held = [ca for ca in self.cas.issuing if not ca.key_uri]
+        held = [ca for ca in self.cas.signing if not ca.key_uri]
         if held:
             self._key_of(held[0])
         return self.read_passphrase(confirm=not held)
@@ -342,6 +344,11 @@ class Station:
 
     def _key_of(self, ca: Ca) -> EllipticCurvePrivateKey:
         with self._unlocking:
+            if ca.lost_at is not None:
+                raise AuthorityError(
+                    f"could not use the key of the CA {ca.short}: it was given up on {ca.lost_at:%Y-%m-%d}, lost",
+                    hint="replace the CA: birthmark ca rollover start issuing; if it was found: ca lost --found",
+                )
             if ca.key_id not in self._keys:
                 key = self._token_key(ca) if ca.key_uri else self._file_key(ca)
                 self.note_unlock(ca)

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,11 +28,12 @@ from birthmark.provisioning.crl_service import TROUBLE_S, CrlService
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.keyfile import read_key
 from birthmark.provisioning.restore import restore
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Settings, TokenSettings
-from birthmark.provisioning.station import Station
+from birthmark.provisioning.station import Station, utc_now
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
@@ -502,6 +504,80 @@ def test_a_token_that_is_lost_can_be_replaced(held: Station, softhsm: SoftHsm, t
     assert issue.row.issuer == station.cas.for_clients.key_id
 
 
+def test_a_key_that_is_given_up_for_lost_stops_nobody_else(
+    held: Station, softhsm: SoftHsm, at_token: Command, tmp_path: Path
+) -> None:
+    """The token is gone for good: what it issued can be on no CRL, and that is said; all else goes on."""
+    enrolled_row(held, "sensor-1")
+    old = held.cas.for_clients
+    before = issue_operator(held, "alice", tmp_path / "out")
+    last = sign_and_store_crl(held).current
+    (folder,) = softhsm.tokens.iterdir()
+    softhsm.forget()
+    shutil.rmtree(folder)
+    softhsm.new_token("replacement")
+    new = f"pkcs11:token=replacement;object=issuing?module-path={softhsm.module}"
+
+    answer = at_token("ca", "lost", old.short, "--json")
+    assert (answer.exit_code, answer.records[0]["key"]) == (0, "lost")
+    answer = at_token("revoke", "sensor-1", "--reason", "lost")
+    assert (answer.exit_code, "it was given up on" in answer.stderr) == (6, True)
+    answer = at_token("revoke", "--cert-serial", f"{cert_serial_of(held, 'sensor-1'):x}", "--reason", "lost")
+    assert (answer.exit_code, "it was given up on" in answer.stderr) == (6, True)
+    assert at_token("ca", "rollover", "start", "issuing", "--key", new).exit_code == 0
+    assert at_token("ca", "rollover", "activate", "--force").exit_code == 0
+    # Alice, issued anew, has a certificate of each CA.
+    assert at_token("issue-operator", "alice", "--renew", "--out", tmp_path / "out").exit_code == 0
+    answer = at_token("revoke", "alice", "--reason", "lost", "--json")
+    assert (answer.exit_code, answer.records[0]["unlisted"]) == (1, [f"{before.row.cert_serial:x}"])
+    assert "is on no CRL, and gateways let it in" in answer.stderr
+    crls = current_crl(held)
+    assert crls is not None
+    assert [len(crl.cert_serials) for crl in crls.crls] == [1, 0]
+    assert crls.crls[1].der == last.der
+    late = Station.open(held.folder, pin=PIN, clock=lambda: utc_now() + timedelta(days=20))
+    told: list[str] = []
+    CrlService(late, say=lambda name, *_, **__: told.append(name)).turn()
+    assert told == ["crl"], "what nobody can sign is not waited for"
+    answer = at_token("ca", "rollover", "retire", "issuing", "--force")
+    assert answer.exit_code == 0, answer.stderr
+    assert [ca.phase for ca in held.cas if ca.kind is CaKind.ISSUING] == ["retired", "current"]
+
+
+def cert_serial_of(station: Station, name: str) -> int:
+    with station.registry.view() as view:
+        row = view.live_by_name(name)
+    assert row is not None
+    assert row.cert_serial is not None
+    return row.cert_serial
+
+
+def test_a_key_may_be_found_again(held: Station, at_token: Command) -> None:
+    ca = held.cas.for_clients
+    assert at_token("ca", "lost", ca.key_id).exit_code == 0
+    assert at_token("issue-operator", "alice").exit_code == 6
+    remarks = [one.text for one in examine(gather(held, timeout_s=None)) if one.check == "cas"]
+    assert remarks == [
+        "the key of the issuing CA was given up for lost: this station can neither issue nor revoke"
+    ]
+    assert at_token("ca", "lost", ca.short, "--found").exit_code == 0
+    assert at_token("crl").exit_code == 0
+    for word in ("", ca.short[:4], "f" * 8):
+        answer = at_token("ca", "lost", word)
+        assert (answer.exit_code, f"name one of these: {ca.short}" in answer.stderr) == (6, True)
+
+
+def test_a_lost_passphrase_is_replaced_with_the_next_ca(living: Station) -> None:
+    give_up_key(living, living.cas.for_clients.short)
+    station = Station.open(living.folder, passphrase=b"a new one")
+
+    rollover.start_issuing(station, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    rollover.activate(station, force=True)
+
+    again = Station.open(living.folder, passphrase=b"a new one")
+    assert again.authority.key_id == station.cas.for_clients.key_id
+
+
 def test_a_rollover_that_fails_leaves_no_key(
     held: Station, token: TokenUri, softhsm: SoftHsm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -560,6 +636,7 @@ def test_a_backup_has_no_key_and_goes_on_with_the_token_only(
     assert "is in a PKCS#11 token and not in this file" in answer.stdout
     names = read_backup(tmp_path / "backup.age", BACKUP_SECRET).manifest.files
     assert not [name for name in names if "issuing-" in name]
+    short = held.cas.for_clients.short
     shutil.rmtree(held.folder)
 
     def brought_back() -> Station:
@@ -580,6 +657,14 @@ def test_a_backup_has_no_key_and_goes_on_with_the_token_only(
         softhsm.put_back()
     assert refused.value.hint
     assert not (tmp_path / "restored").exists()
+    given_up = restore(
+        tmp_path / "backup.age",
+        tmp_path / "given-up",
+        backup_passphrase=BACKUP_SECRET,
+        passphrase=PASSPHRASE,
+        lost=[short],
+    ).station
+    assert given_up.key_place(given_up.cas.for_clients) == "lost"
     restored = brought_back()
     crls = current_crl(restored)
     assert crls is not None

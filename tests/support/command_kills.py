@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 SQLITE = "sqlite:///registry.db"
+CURRENT_CA = "CURRENT-CA"
+"""Stands for what people call the CA that issues now."""
 SECRET = b"the backup's own passphrase"
 REQUESTED = ("pump-1", "pump-2", "pump-3")
 LOST = x509.ReasonFlags.key_compromise
@@ -348,6 +350,13 @@ def is_detached(root: Path) -> None:
     assert opened.root_issuer(PASSPHRASE, root / "medium" / opened.key_path(ca).name).certificate == ca.certificate
 
 
+def is_lost(root: Path) -> None:
+    opened = station(root)
+    assert opened.key_place(opened.cas.for_clients) == "lost"
+    entries = [entry["action"] for entry in audit.read(root / "station" / "audit.jsonl")]
+    assert entries.count("ca-key-lost") == 1
+
+
 def with_token(root: Path) -> None:
     """An empty token, in the scenario's own folder (`enter`)."""
     with_a_token(root / "softhsm")
@@ -510,6 +519,7 @@ SCENARIOS: dict[str, Scenario] = {
         finished=has_checkpoint,
         done_already=["it is there already"],
     ),
+    "ca lost": Scenario(["ca", "lost", CURRENT_CA], finished=is_lost),
     "ca export": Scenario(["ca", "export", "root", "--out", "@/ca.pem"], finished=has_roots),
     "ca rollover start issuing": Scenario(
         ["ca", "rollover", "start", "issuing"], finished=lambda root: cas_are(root, "current", "new")
@@ -610,6 +620,8 @@ def _is_for_writing(path: object, _mode: object, flags: object) -> bool:
 def run_here(root: Path, words: Sequence[str]) -> tuple[int, str]:
     """Run a command in this process; return its exit code and what it said."""
     words = [word.replace("@", str(root)) for word in words]
+    if CURRENT_CA in words:
+        words[words.index(CURRENT_CA)] = station(root).cas.for_clients.short
     if not (words[0] == "restore" and "--to" in words) and "--verify" not in words:
         words += ["--station", str(root / "station")]
     said = io.StringIO()
@@ -668,7 +680,7 @@ class History:
             assert len(values) == len(set(values)), f"twice: {name}"
         names = [row.name_folded for row in rows if row.is_live]
         assert len(names) == len(set(names)), names
-        for ca in opened.cas.issuing:
+        for ca in opened.cas.signing:
             assert opened.authority_of(ca.key_id).key_id == ca.key_id
         crls = current_crl(opened)
         assert crls is not None or killed, "a CA has no CRL"
