@@ -1,4 +1,4 @@
-"""`birthmark ca show | detach-root`, and the place of `ca rollover` and `ca token`: options and answers."""
+"""`birthmark ca show | detach-root | passphrase`: options, answers; where `ca rollover` and `ca token` are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import rollover_commands, token_commands
+from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.key_custody import detach_roots, give_up_key
 from birthmark.provisioning.options import (
     add_passphrase_option,
@@ -15,6 +17,8 @@ from birthmark.provisioning.options import (
     open_station,
     root_passphrase,
 )
+from birthmark.provisioning.passphrase import NEW_VARIABLE, PassphraseSource
+from birthmark.provisioning.passphrase_change import change_passphrase
 
 if TYPE_CHECKING:
     import argparse
@@ -37,6 +41,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_show(actions)
     _add_detach_root(actions)
     _add_lost(actions)
+    _add_passphrase(actions)
     rollover_commands.add_to(actions)
     token_commands.add_to(actions)
 
@@ -130,3 +135,52 @@ def _detach_root(arguments: argparse.Namespace, console: Console) -> None:
         again = "" if done.newly else " (it was moved before)"
         console.emit(record, f"the key of the root CA {done.root.short} is at {done.path}{again}")
     console.say("What needs it takes it from there with --root-key; the station issues and revokes without it.")
+
+
+def _add_passphrase(actions: argparse._SubParsersAction[Parser]) -> None:
+    parser = command(
+        actions,
+        "passphrase",
+        _passphrase,
+        "change the passphrase of the issuing CAs' key files, or of the root's",
+        """\
+birthmark ca passphrase issuing
+birthmark ca passphrase issuing --passphrase-fd 3 3< old --new-passphrase-fd 4 4< new
+birthmark ca passphrase root --root-key /media/safe/root-1a2b3c4d.key.pem""",
+    )
+    parser.add_argument("kind", choices=[kind.value for kind in CaKind], help="whose keys")
+    parser.add_argument("--root-key", type=Path, metavar="FILE", help="where the root's key is kept")
+    parser.add_argument(
+        "--new-passphrase-fd",
+        type=int,
+        metavar="N",
+        help=f"read the new passphrase from this descriptor (default: {NEW_VARIABLE}, else a prompt)",
+    )
+    add_station_option(parser)
+    add_passphrase_option(parser)
+    add_root_passphrase_option(parser)
+
+
+def _passphrase(arguments: argparse.Namespace, console: Console) -> None:
+    station = open_station(arguments)
+    kind = CaKind(arguments.kind)
+    if kind is CaKind.ISSUING and arguments.root_key is not None:
+        raise ConfigurationError(
+            "could not use --root-key: it is for the root", hint="birthmark ca passphrase root"
+        )
+    own = root_passphrase(arguments) if kind is CaKind.ROOT else None
+    new = PassphraseSource(
+        descriptor=arguments.new_passphrase_fd,
+        variable=NEW_VARIABLE,
+        prompt="The new passphrase: ",
+        confirm=True,
+        option="--new-passphrase-fd",
+    )
+    old = own or station.read_passphrase()
+    for done in change_passphrase(station, kind, old, new.read(), path=arguments.root_key):
+        record = {"ca": done.ca.key_id, "kind": kind.value, "path": str(done.path), "newly": done.newly}
+        again = "" if done.newly else " (it did before)"
+        console.emit(record, f"{done.path} opens with the new passphrase{again}")
+    console.say(
+        "Older backups and copies still open with the old one; services take the new one at their next start."
+    )

@@ -9,6 +9,8 @@ Rules: file mode 0400 in a folder 0700; a key file that others can read is refus
 
 from __future__ import annotations
 
+import contextlib
+import os
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -26,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from birthmark.device.durable import write_durably
+from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import AuthorityError
 from birthmark.device.pem import block
 
@@ -101,6 +103,43 @@ def write_key(
 ) -> None:
     """Write the key durably, mode 0400, into a folder that exists."""
     write_durably(path, encrypted_pem(private_key, passphrase, derivation), mode=KEY_FILE_MODE)
+
+
+def replace_key(
+    path: Path, private_key: EllipticCurvePrivateKey, passphrase: bytes, derivation: KeyDerivation
+) -> None:
+    """Put the key at `path` under another passphrase, and overwrite what the old file was on the disk.
+
+    Raises:
+        AuthorityError: the passphrase is empty; the file is as it was.
+        OSError: it could not be replaced; it is as it was.
+    """
+    content = encrypted_pem(private_key, passphrase, derivation)
+    again = load_pem_private_key(content, passphrase)
+    if not isinstance(again, EllipticCurvePrivateKey) or again.private_numbers() != private_key.private_numbers():
+        raise AuthorityError(f"could not encrypt the CA's key {path} anew", hint="the file is as it was")
+    remove_leftovers(path.parent, path.name)
+    old = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        write_durably(path, content, mode=KEY_FILE_MODE)
+        with contextlib.suppress(OSError):  # whatever the file system lets
+            _overwrite(old)
+    finally:
+        os.close(old)
+
+
+def _overwrite(old: int) -> None:
+    """Overwrite a file that has lost its name; one that has another, a copy that somebody keeps, stays."""
+    state = os.fstat(old)
+    if state.st_nlink:
+        return
+    os.fchmod(old, 0o600)
+    writable = os.open(f"/proc/self/fd/{old}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.pwrite(writable, secrets.token_bytes(state.st_size), 0)
+        os.fsync(writable)
+    finally:
+        os.close(writable)
 
 
 def read_key(path: Path, passphrase: bytes, *, whose: str) -> EllipticCurvePrivateKey:

@@ -9,13 +9,14 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.command_kills import SCENARIOS, SECRET, run_here
+from support.command_kills import NEW_PASSPHRASE, SCENARIOS, SECRET, run_here
 from support.station import CHEAP, PASSPHRASE, enrolled_row
 
-from birthmark.provisioning import audit, audit_check, backup_commands, rollover, station_commands
+from birthmark.provisioning import audit, audit_check, backup_commands, ca_commands, rollover, station_commands
 from birthmark.provisioning import station as station_module
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.founding import found_station
+from birthmark.provisioning.passphrase_change import change_passphrase
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,6 +44,7 @@ ENTRIES = {
     "backup": ["backup station"],
     "restore": [UNLOCK, "restore station", "merge-crl issuing-ca", "crl issuing-ca"],
     "restore --crl": [UNLOCK, "merge-crl issuing-ca", "crl issuing-ca"],
+    "ca passphrase": [ROOT, "passphrase root-ca"],
     "audit checkpoint": [UNLOCK, "checkpoint audit-log"],
     "audit export": ["export audit-log"],
     "ca export": ["export root-ca"],
@@ -74,6 +76,8 @@ PLAIN = [
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIRTHMARK_PASSPHRASE", PASSPHRASE.decode())
     monkeypatch.setenv("BIRTHMARK_BACKUP_PASSPHRASE", SECRET.decode())
+    monkeypatch.setenv("BIRTHMARK_NEW_PASSPHRASE", NEW_PASSPHRASE.decode())
+    monkeypatch.setattr(ca_commands, "change_passphrase", functools.partial(change_passphrase, derivation=CHEAP))
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
     for start in (rollover.start_issuing, rollover.start_root):

@@ -39,7 +39,7 @@ from birthmark.device.console import run
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.pem import CRL, read_blocks
-from birthmark.provisioning import audit, audit_check, backup_commands, rollover, station_commands
+from birthmark.provisioning import audit, audit_check, backup_commands, ca_commands, rollover, station_commands
 from birthmark.provisioning.audit_checkpoint import read_checkpoint
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
@@ -47,6 +47,7 @@ from birthmark.provisioning.cli import parser
 from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.passphrase_change import change_passphrase
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import revoke
@@ -64,6 +65,7 @@ CURRENT_CA = "CURRENT-CA"
 """Stands for what people call the CA that issues now."""
 SECRET = b"the backup's own passphrase"
 REQUESTED = ("pump-1", "pump-2", "pump-3")
+NEW_PASSPHRASE = b"another one"
 LOST = x509.ReasonFlags.key_compromise
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 STEPS = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.chmod"})
@@ -339,6 +341,12 @@ def has_checkpoint(root: Path) -> None:
     assert not audit_check.check(opened.registry, [made.head]).problems
 
 
+def has_new_passphrase(root: Path) -> None:
+    opened = station(root)
+    assert opened.root_issuer(NEW_PASSPHRASE)
+    assert opened.key_path(opened.cas.roots[0]).stat().st_mode & 0o777 == 0o400
+
+
 def with_medium(root: Path) -> None:
     (root / "medium").mkdir()
 
@@ -521,6 +529,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "ca lost": Scenario(["ca", "lost", CURRENT_CA], finished=is_lost),
     "ca export": Scenario(["ca", "export", "root", "--out", "@/ca.pem"], finished=has_roots),
+    "ca passphrase": Scenario(["ca", "passphrase", "root"], finished=has_new_passphrase),
     "ca rollover start issuing": Scenario(
         ["ca", "rollover", "start", "issuing"], finished=lambda root: cas_are(root, "current", "new")
     ),
@@ -771,6 +780,8 @@ def main(root: Path, kills: int, names: Sequence[str]) -> None:
     os.environ["BIRTHMARK_TOKEN_PIN"] = PIN.decode()
     # What a passphrase costs has no bearing on what a kill leaves.
     monkeypatch = pytest.MonkeyPatch()
+    os.environ["BIRTHMARK_NEW_PASSPHRASE"] = NEW_PASSPHRASE.decode()
+    monkeypatch.setattr(ca_commands, "change_passphrase", functools.partial(change_passphrase, derivation=CHEAP))
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
     for start in (rollover.start_issuing, rollover.start_root):
