@@ -201,10 +201,17 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
         return console.fail(SystemFailureError(f"could not use{where}: {error.strerror or error}", hint))
 
 
-def main_of(cli_module: str, extra: str) -> int:
-    """Run a part's command line; a missing library becomes the line that installs it."""
+def main_of(cli_module: str, extra: str, *, by_command: bool = False) -> int:
+    """Run a part's command line; a missing library becomes the line that installs it.
+
+    Args:
+        cli_module: where the part's `parser` is.
+        extra: what installs its libraries.
+        by_command: `parser` takes the words of the command line, to load no more than that command needs.
+    """
     try:
         cli = import_module(cli_module)
+        parser = cli.parser(sys.argv[1:]) if by_command else cli.parser()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("birthmark"):
             raise
@@ -215,4 +222,4 @@ def main_of(cli_module: str, extra: str) -> int:
         return Console().fail(missing)
     except KeyboardInterrupt:  # the libraries take a moment, and nothing has begun
         return INTERRUPTED
-    return run(cli.parser())
+    return run(parser)

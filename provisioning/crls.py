@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from birthmark.device.durable import remove_leftovers, write_durably
-from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.device.errors import BirthmarkError
 from birthmark.device.pem import CRL, block, read_blocks
 from birthmark.provisioning import profile
 from birthmark.provisioning.cas import SHORT, Ca, CaKind, read_cas
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.provisioning.registry.interface import Transaction, View
-    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.registry.model import RevokedCertificate
     from birthmark.provisioning.station import Station
 
 CRL_FILE_MODE: Final = 0o644
@@ -293,26 +293,26 @@ def kept_crls(station: Station, view: View) -> list[tuple[Ca, StoredCrl | None, 
     return kept + [(ca, roots.get(ca.key_id), 0) for ca in cas.roots]
 
 
-def _listed(station: Station, view: View, issuing: Iterable[Ca]) -> dict[str, list[Row]]:
+def _listed(station: Station, view: View, issuing: Iterable[Ca]) -> dict[str, list[RevokedCertificate]]:
     """Return what each of these CAs' next CRL lists: what is revoked, but for what expired long ago.
 
     What some other software recorded without a CA is on all of them.
     """
     now = station.clock()
     margin = timedelta(days=station.settings.keep_expired_days)
-    lists: dict[str, list[Row]] = {ca.key_id: [] for ca in issuing}
+    lists: dict[str, list[RevokedCertificate]] = {ca.key_id: [] for ca in issuing}
     last = {ca.key_id: moment(view, crl_this_update_counter(ca.key_id)) for ca in issuing}
     known = {ca.key_id for ca in read_cas(view)}
-    for row in view.revoked():
+    for row in view.revocations():
         for key_id in [row.issuer] if row.issuer in known else lists:
             if key_id in lists and not _is_over(row, last[key_id], now, margin):
                 lists[key_id].append(row)
     return lists
 
 
-def _is_over(row: Row, told: datetime, now: datetime, margin: timedelta) -> bool:
+def _is_over(row: RevokedCertificate, told: datetime, now: datetime, margin: timedelta) -> bool:
     """Whether a revoked certificate may leave the CRL, the last one of which was dated `told`."""
-    if row.not_after is None or row.revoked_at is None or not row.not_after + margin < now:
+    if row.not_after is None or not row.not_after + margin < now:
         return False
     return max(row.not_after, row.revoked_at) < told <= now
 
@@ -373,9 +373,7 @@ def _plan(station: Station, transaction: Transaction, cas: list[Ca]) -> list[_Pl
     return plans
 
 
-def _revocation_of(row: Row) -> profile.Revoked:
-    if row.cert_serial is None or row.revoked_at is None:
-        raise RegistryError(f"could not list row {row.number} on the CRL: it is not revoked")
+def _revocation_of(row: RevokedCertificate) -> profile.Revoked:
     return profile.Revoked(row.cert_serial, row.revoked_at, x509.ReasonFlags(row.revocation_reason))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.registry.line import Batch, Quarantined
-from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+from birthmark.provisioning.registry.model import KeyMode, Kind, RevokedCertificate, Row, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,6 +28,7 @@ _TIMES: Final = frozenset(
 _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
 _NUMBERS: Final = frozenset({"replaces", "replaced_by", "renews"})
 _NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
+_REVOKED: Final = tuple(field.name for field in fields(RevokedCertificate) if field.name != "number")
 _QUARANTINED: Final = tuple(field.name for field in fields(Quarantined))
 _T = TypeVar("_T")
 
@@ -57,6 +58,20 @@ def from_document(number: int, document: dict[str, Any]) -> Row:
         if document.get("name_folded") != row.name_folded:
             raise ValueError("its two names differ")
         return row
+
+    return _read(f"row {number}", read)
+
+
+def revoked_from(number: int, document: dict[str, Any]) -> RevokedCertificate:
+    """Return what a CRL needs to know of a row's document.
+
+    Raises:
+        RegistryError: the document is damaged.
+    """
+
+    def read() -> RevokedCertificate:
+        unset: dict[str, Any] = {"issuer": "", "not_after": None}
+        return RevokedCertificate(number, **unset | _values(document, _REVOKED))
 
     return _read(f"row {number}", read)
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.audit import Head
     from birthmark.provisioning.registry.content import Placed
     from birthmark.provisioning.registry.line import Batch, Quarantined
-    from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+    from birthmark.provisioning.registry.model import KeyMode, Kind, RevokedCertificate, Row, State
 
 
 LAST_ISSUED_AT: Final = "last_issued_at"
@@ -126,6 +126,9 @@ class View(Protocol):
 
     def revoked(self) -> list[Row]:
         """Return every row whose certificate is revoked, by ascending number."""
+
+    def revocations(self) -> list[RevokedCertificate]:
+        """Return what a CRL needs of every certificate that is revoked, by ascending number of its row."""
 
     def batches(self) -> list[Batch]:
         """Return every batch, the oldest first."""

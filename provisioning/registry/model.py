@@ -211,6 +211,29 @@ class Row:
             raise ValueError("only a certificate with a serial number can be revoked")
 
 
+@dataclass(frozen=True, slots=True)
+class RevokedCertificate:
+    """What a CRL needs to know of a row whose certificate is revoked; a fleet has many of these.
+
+    Raises:
+        ValueError: a field has the wrong size, or is no reason.
+    """
+
+    number: int
+    """The row's."""
+    cert_serial: int
+    issuer: str
+    not_after: datetime | None
+    revoked_at: datetime
+    revocation_reason: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cert_serial < CERT_SERIAL_MAX:
+            raise ValueError("the certificate's serial number is out of range")
+        if self.revocation_reason not in REASON_NAMES:
+            raise ValueError(f"{self.revocation_reason!r:.30} is no reason of RFC 5280")
+
+
 _ONCE_SET: Final = frozenset(
     {
         "public_key_der",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.registry.content import Placed
     from birthmark.provisioning.registry.interface import StoredRegistry
+    from birthmark.provisioning.registry.sql import SqlRegistry
+    from birthmark.provisioning.registry.tiny import TinyRegistry
 
 TINYDB = "tinydb"
 """What a command calls the registry that needs no database."""
@@ -71,12 +73,8 @@ def open_registry(
         ConfigurationError: its URL cannot be used, or what is needed for it is not installed.
     """
     if setting.url:
-        from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
-
-        return SqlRegistry(folder, setting.url, clock=clock, actor=actor, log=setting.log, in_force=in_force)
-    from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
-
-    return TinyRegistry(folder, clock=clock, actor=actor, in_force=in_force)
+        return _sql()(folder, setting.url, clock=clock, actor=actor, log=setting.log, in_force=in_force)
+    return _tiny()(folder, clock=clock, actor=actor, in_force=in_force)
 
 
 @contextmanager
@@ -95,15 +93,9 @@ def new_registry(
         ConfigurationError: its URL cannot be used, or what is needed for it is not installed.
     """
     if not setting.url:
-        from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
-
-        yield TinyRegistry.create(folder, clock=clock, actor=actor, documents=documents)
+        yield _tiny().create(folder, clock=clock, actor=actor, documents=documents)
         return
-    from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
-
-    registry = SqlRegistry.create(
-        folder, setting.url, clock=clock, actor=actor, log=setting.log, documents=documents
-    )
+    registry = _sql().create(folder, setting.url, clock=clock, actor=actor, log=setting.log, documents=documents)
     try:
         yield registry
     except BaseException:
@@ -128,6 +120,23 @@ def setting_from(word: str, *, log: str = "") -> RegistrySetting:
             hint="leave it out: PostgreSQL's ~/.pgpass, PGPASSFILE or PGPASSWORD gives it",
         )
     return setting
+
+
+def _tiny() -> type[TinyRegistry]:
+    try:
+        from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
+    except ImportError as error:
+        raise ConfigurationError(
+            f"could not open the registry: the library {error.name} is not installed",
+            hint="pip install 'birthmark[station]'",
+        ) from error
+    return TinyRegistry
+
+
+def _sql() -> type[SqlRegistry]:
+    from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
+
+    return SqlRegistry
 
 
 def _has_password(url: str) -> bool:

@@ -20,10 +20,10 @@ from sqlalchemy import BigInteger, Column, Index, LargeBinary, MetaData, Table, 
 
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.registry.line import Batch, Quarantined
-from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
+from birthmark.provisioning.registry.model import KeyMode, Kind, RevokedCertificate, Row, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 FORMAT: Final = 1
 METADATA: Final = MetaData()
@@ -135,7 +135,9 @@ _index("cert_serial", "cert_serial", unique=True)
 _index("name", "name_folded", "number")
 _index("hwid", "hwid")
 _index("unfinished", "number", where=text("state NOT IN ('ATTESTED', 'VOID')"))
-_index("revoked", "number", where=text("revoked_at IS NOT NULL"))
+OF_REVOKED: Final = ("number", "cert_serial", "issuer", "not_after", "revoked_at", "revocation_reason")
+"""The columns that a CRL is made from; they are in an index, so that it is read and not the rows."""
+_index("revoked", *OF_REVOKED, where=text("revoked_at IS NOT NULL"))
 _index("batch", "batch", "number", where=text("batch <> ''"))
 _index("not_after", "not_after")
 
@@ -186,6 +188,17 @@ def row_from(record: Mapping[str, Any]) -> Row:
         return row
 
     return _read(f"row {record['number']}", read)
+
+
+def revoked_from(record: Sequence[Any]) -> RevokedCertificate:
+    """Return what a CRL needs to know, from the columns `OF_REVOKED`; `RegistryError` if they are damaged."""
+    number, cert_serial, issuer, not_after, revoked_at, reason = record
+
+    def read() -> RevokedCertificate:
+        ends = None if not_after is None else moment_from(not_after)
+        return RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
+
+    return _read(f"row {number}", read)
 
 
 def batch_record(batch: Batch) -> dict[str, Any]:

@@ -19,11 +19,13 @@ from birthmark.provisioning.registry.sql_schema import (
     LOGS,
     META,
     NOTES,
+    OF_REVOKED,
     QUARANTINE,
     ROWS,
     batch_from,
     microseconds,
     quarantined_from,
+    revoked_from,
     row_from,
 )
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.base import Executable
 
     from birthmark.provisioning.registry.line import Batch, Quarantined
-    from birthmark.provisioning.registry.model import Kind, Row, State
+    from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
     from birthmark.provisioning.registry.sql_database import Database
 
 AT_ONCE: Final = 500
@@ -133,6 +135,12 @@ class SqlView:
     def revoked(self) -> list[Row]:
         """Return every row whose certificate is revoked, by ascending number."""
         return self.rows(revoked=True)
+
+    def revocations(self) -> list[RevokedCertificate]:
+        """Return what a CRL needs of every certificate that is revoked: from an index, without the rows."""
+        columns = [ROWS.c[name] for name in OF_REVOKED]
+        query = select(*columns).where(ROWS.c.revoked_at.is_not(None)).order_by(ROWS.c.number)
+        return [revoked_from(record) for record in self.run(query)]
 
     def batches(self) -> list[Batch]:
         """Return every batch, the oldest first."""

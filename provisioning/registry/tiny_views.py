@@ -25,8 +25,9 @@ from birthmark.provisioning.registry.document import (
     binary,
     from_document,
     quarantined_from,
+    revoked_from,
 )
-from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -126,6 +127,13 @@ class TinyView:
     def revoked(self) -> list[Row]:
         """Return every row whose certificate is revoked, by ascending number."""
         return self.rows(revoked=True)
+
+    def revocations(self) -> list[RevokedCertificate]:
+        """Return what a CRL needs of every certificate that is revoked, by ascending number of its row."""
+        found = [
+            (int(number), facts) for number, facts in self._stored_rows() if facts.get("revoked_at") is not None
+        ]
+        return [revoked_from(number, facts) for number, facts in sorted(found, key=lambda one: one[0])]
 
     def counter(self, name: str) -> int:
         """Return a counter's value; 0 if it was never set."""

@@ -13,7 +13,7 @@ from support.station import NOON, Clock, public_key_der
 from birthmark.device.durable import private_folder
 from birthmark.device.errors import IdentityError, RegistryError
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, DuplicateError
-from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
 from birthmark.provisioning.registry.sql import SqlRegistry
 from birthmark.provisioning.registry.tiny import TinyRegistry
 
@@ -472,6 +472,24 @@ def test_a_stale_writer_undoes_nothing(registry: StoredRegistry, change: dict[st
             transaction.update(replace(row, **change))
         assert transaction.row(row.number) == row
         assert transaction.revoked() == [row]
+
+
+def test_what_a_crl_needs_is_known_of_every_revoked_certificate(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        assert transaction.revocations() == []
+        ends = NOON + timedelta(days=1)
+        gone: dict[str, Any] = {"revoked_at": NOON, "revocation_reason": "superseded"}
+        made = keyed(transaction, device(transaction, "made", issuer="0a" * 20))
+        made = attested(transaction, made, not_after=ends, **gone)
+        void = keyed(transaction, device(transaction, "void"), SERIAL - 1, b"another")
+        transaction.update(replace(void, state=State.VOID, void_reason="x", **gone))
+        keyed(transaction, device(transaction, "neither"), 7, b"third")
+    with registry.view() as view:
+        assert view.revocations() == [
+            RevokedCertificate(made.number, SERIAL, "0a" * 20, ends, NOON, "superseded"),
+            RevokedCertificate(void.number, SERIAL - 1, "", None, NOON, "superseded"),
+        ]
+        assert [one.number for one in view.revocations()] == [row.number for row in view.revoked()]
 
 
 def test_void_is_final(registry: StoredRegistry) -> None:

@@ -265,6 +265,7 @@ def test_questions_at_size_are_answered_by_an_index(opened: Callable[..., SqlReg
         work.by_public_key(b"key")
         work.row(1)
         work.rows(revoked=True)
+        work.revocations()
         work.rows(name_glob="pump-*")
         work.rows(batch="W47")
         work.rows(expires_before=NOON)
@@ -404,8 +405,17 @@ def test_a_password_is_shown_to_nobody(postgres: Server, tmp_path: Path, clock: 
     assert "nowhere" in str(caught.value)
 
 
-@pytest.mark.parametrize(("module", "url"), [("sqlalchemy", SQLITE), ("psycopg", "postgresql://localhost/x")])
-def test_a_missing_library_is_named_with_what_installs_it(module: str, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "url", "extra"),
+    [
+        ("sqlalchemy", SQLITE, "sql"),
+        ("psycopg", "postgresql://localhost/x", "sql"),
+        ("tinydb", "tinydb", "station"),
+    ],
+)
+def test_a_missing_library_is_named_with_what_installs_it(
+    module: str, url: str, extra: str, tmp_path: Path
+) -> None:
     program = f"""
 import sys
 sys.modules[{module!r}] = None
@@ -419,5 +429,5 @@ main()
     )
     assert done.returncode == 1, done.stderr
     assert "is not installed" in done.stderr
-    assert "pip install 'birthmark[sql]'" in done.stderr
+    assert f"pip install 'birthmark[{extra}]'" in done.stderr
     assert not (tmp_path / "station").exists()

@@ -1,0 +1,173 @@
+"""Whole commands on a registry at size: `python -m bench.registry_commands --rows 1000000 --registry URL`.
+
+A station is founded, its registry filled with devices as they are when they are made, one in a hundred of them
+revoked, and the commands are run as an operator runs them, each a process of its own. What is printed is the
+median, and the processor time of it: a machine that has other work to do makes the first one longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from birthmark.provisioning.founding import found_station
+from birthmark.provisioning.registry.interface import LAST_ROW
+from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.registry.sql_database import Database
+from birthmark.provisioning.registry.sql_schema import ROWS
+from birthmark.provisioning.settings import RegistrySetting, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.station import Station
+
+PHRASE: Final = "only for a measurement"
+_REVOKED: Final = "n / 100 * 100 = n"
+_COPIED: Final = {
+    "number": "n",
+    "name": "'device-' || n",
+    "name_folded": "'device-' || n",
+    "revoked_at": f"CASE WHEN {_REVOKED} THEN one.changed_at END",
+    "revocation_reason": f"CASE WHEN {_REVOKED} THEN 'superseded' ELSE '' END",
+}
+"""What differs from row to row. Serial numbers are spread as random ones are."""
+_AS_SQLITE: Final = {
+    "hwid": "CAST(printf('%08x', n) AS BLOB)",
+    "public_key_der": "CAST(printf('%091d', n * 2654435761 % 4294967296) AS BLOB)",
+    "cert_serial": "printf('5a%08x%030x', n * 2654435761 % 4294967296, n)",
+    "series": "(WITH RECURSIVE s(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM s WHERE n < LAST) SELECT n FROM s)",
+}
+_AS_POSTGRESQL: Final = {
+    "hwid": "lpad(to_hex(n), 8, '0')::bytea",
+    "public_key_der": "lpad(mod(n * 2654435761, 4294967296)::text, 91, '0')::bytea",
+    "cert_serial": "'5a' || lpad(to_hex(mod(n * 2654435761, 4294967296)), 8, '0') || lpad(to_hex(n), 30, '0')",
+    "series": "generate_series(2::bigint, LAST) AS s(n)",
+}
+
+
+def main() -> None:
+    """Fill and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--registry", default="sqlite:///registry.db", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--station", type=Path, help="keep the station here; one that is there is used as it is")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.station or Path(scratch) / "station"
+        if not folder.exists():
+            begun_s = time.perf_counter()
+            fill(folder, arguments.rows, arguments.registry)
+            print(f"filled with {arguments.rows:,} rows in {time.perf_counter() - begun_s:.0f} s", flush=True)
+        print(f"{'':24} seconds  of them on a processor")
+        for what, words in commands(arguments.rows).items():
+            rounds = [
+                timed(folder, [word.replace("@", str(each)) for word in words]) for each in range(arguments.rounds)
+            ]
+            taken_s, busy_s = (statistics.median(each) for each in zip(*rounds, strict=True))
+            print(f"{what:24} {taken_s:7.2f}  {busy_s:.2f}", flush=True)
+
+
+def commands(rows: int) -> dict[str, Sequence[str]]:
+    """Return what is measured; `@` stands for the round."""
+    some = secrets.randbelow(rows // 10 - 2) + 1
+    return {
+        "start (--help)": ["--help"],
+        "show": ["show", f"device-{some}"],
+        "list --name": ["list", "--name", f"device-{some}"],
+        "revoke": ["revoke", f"device-{some}@", "--reason", "lost"],
+        "crl": ["crl"],
+    }
+
+
+def fill(folder: Path, rows: int, url: str) -> None:
+    """Found a station, enrol one device and copy its row, by the database itself, until there are so many."""
+    settings = Settings("Acme", registry=RegistrySetting(url))
+    with closing(found_station(folder, settings, passphrase=PHRASE.encode())) as station:
+        one = enrolled(station)
+        database = Database(url, folder)
+        taken = _AS_SQLITE if database.path is not None else _AS_POSTGRESQL
+        changed = _COPIED | taken
+        columns = ", ".join(column.name for column in ROWS.c)
+        values = ", ".join(changed.get(column.name, f"one.{column.name}") for column in ROWS.c)
+        source = taken["series"].replace("LAST", str(one.number + rows - 1))
+        with database.connect() as connection:
+            connection.exec_driver_sql(
+                f"INSERT INTO birthmark_rows ({columns}) SELECT {values} FROM birthmark_rows AS one, {source} "  # noqa: S608
+                f"WHERE one.number = {one.number}"
+            )
+            connection.exec_driver_sql("ANALYZE")
+        database.close()
+        with station.registry.transaction() as transaction:
+            transaction.set_counter(LAST_ROW, one.number + rows - 1)
+
+
+def enrolled(station: Station) -> Row:
+    """Return a device as it is when it is made."""
+    authority = station.authority
+    key = generate_private_key(SECP256R1()).public_key()
+    with station.registry.transaction() as transaction:
+        row = transaction.insert(
+            kind=Kind.DEVICE,
+            name="device-1",
+            role="sensor",
+            state=State.KEYED,
+            hwid=bytes(8),
+            txn=bytes(16),
+            public_key_der=key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
+            cert_serial=authority.new_cert_serial(),
+            issuer=authority.key_id,
+            bundle_sha256=bytes(32),
+        )
+    der = authority.issue_device(
+        name=row.name,
+        role=row.role,
+        public_key_der=row.public_key_der or b"",
+        cert_serial=row.cert_serial or 0,
+        now=station.clock(),
+    )
+    leaf = x509.load_der_x509_certificate(der)
+    made = replace(
+        row,
+        state=State.ATTESTED,
+        certificate_der=der,
+        not_before=leaf.not_valid_before_utc,
+        not_after=leaf.not_valid_after_utc,
+    )
+    with station.registry.transaction() as transaction:
+        return transaction.update(made)
+
+
+def timed(folder: Path, words: Sequence[str]) -> tuple[float, float]:
+    """Run a command as a process; return how long it took and its processor time, in seconds."""
+    command = [str(Path(sys.executable).with_name("birthmark")), *words]
+    if "--help" not in words:
+        command += ["--station", str(folder)]
+    environment = {**os.environ, "BIRTHMARK_PASSPHRASE": PHRASE}
+    begun_s, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    taken_s, after = time.perf_counter() - begun_s, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)}: {done.stderr}")
+    return taken_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The command line, put together from its modules: whole, or for one command."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from birthmark.provisioning import cli
+from birthmark.provisioning.entry import parser
+
+if TYPE_CHECKING:
+    from birthmark.device.console import Parser
+
+UNWANTED = {"show": ("paho", "serial", "sqlalchemy"), "revoke": ("serial", "sqlalchemy"), "registry": ("paho",)}
+"""What a command waits for no longer than it must; TinyDB is this station's registry."""
+
+
+def choices(of: Parser) -> dict[str, Parser]:
+    (action,) = [action for action in of._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+WHOLE = choices(cli.parser())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_parser_for_one_command_knows_it_as_the_whole_one_does(name: str) -> None:
+    alone = choices(parser([name, "--json"]))
+    assert len(alone) < len(WHOLE) / 2
+    assert alone[name].format_help() == WHOLE[name].format_help()
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["nonsense"], ["--json", "show"]])
+def test_anything_else_is_for_the_whole_parser(words: list[str]) -> None:
+    assert list(choices(parser(words))) == list(WHOLE)
+
+
+@pytest.mark.parametrize("name", UNWANTED)
+def test_a_command_does_not_load_what_others_need(name: str) -> None:
+    program = f"""
+import sys
+from birthmark.provisioning.entry import parser
+parser([{name!r}])
+print(*(each for each in {UNWANTED[name]!r} if each in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
