@@ -75,7 +75,7 @@ class StationAnchors:
         if {_sha256(root) for root in cas.roots} == held:
             return None
         trusted = {root.key_id for root in cas if root.kind is CaKind.ROOT and _sha256(root) in held}
-        signer = next((ca for ca in cas.issuing if ca.root in trusted), None)
+        signer = next((ca for ca in cas.signing if ca.root in trusted), None)
         if signer is None:
             return None
         anchors = tuple(root.certificate_der for root in cas.roots)

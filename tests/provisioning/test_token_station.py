@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from support.renewing import PaperDevice
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
 
@@ -30,6 +31,7 @@ from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.keyfile import read_key
+from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.restore import restore
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Settings, TokenSettings
@@ -565,6 +567,24 @@ def test_a_key_may_be_found_again(held: Station, at_token: Command) -> None:
     for word in ("", ca.short[:4], "f" * 8):
         answer = at_token("ca", "lost", word)
         assert (answer.exit_code, f"name one of these: {ca.short}" in answer.stderr) == (6, True)
+
+
+def test_devices_of_a_ca_whose_key_is_lost_renew_under_the_next_one(
+    living: Station,
+) -> None:
+    device = PaperDevice.made(living)
+    old = living.cas.for_clients
+    give_up_key(living, old.short)
+    station = Station.open(living.folder, passphrase=b"a new one")
+    new = rollover.start_issuing(station, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    rollover.activate(station, force=True)
+
+    (granted,) = Renewals(station).answer([device.renew()])
+    (confirmed,) = Renewals(station).answer([device.confirm(granted.leaf_der)])
+
+    assert (granted.outcome, confirmed.outcome) == ("issued", "confirmed")
+    x509.load_der_x509_certificate(granted.leaf_der).verify_directly_issued_by(new.certificate)
+    assert confirmed.signature, "what is said of the new certificate is signed by its own CA"
 
 
 def test_a_lost_passphrase_is_replaced_with_the_next_ca(living: Station) -> None:
