@@ -15,11 +15,11 @@ import contextlib
 import os
 import secrets
 import sqlite3
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.durable import sync_folder
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -74,8 +74,7 @@ class DatabaseUnfitError(DatabaseFailedError):
         self.suffix = suffix
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Frozen):
     """One message."""
 
     seq: int
@@ -92,8 +91,7 @@ class Row:
         return len(self.topic.encode()) + len(self.payload)
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
+class Contents(Frozen):
     """What is in the file, counted."""
 
     messages: int

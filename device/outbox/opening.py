@@ -6,9 +6,9 @@ is left as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from birthmark.device.frozen import Frozen
 from birthmark.device.outbox.database import (
     Database,
     DatabaseFailedError,
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 DAMAGED: Final = DatabaseUnfitError("").suffix
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(Frozen):
     """An open file, and what it took to open it."""
 
     database: Database

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
     from birthmark.device.outbox.settings import OutboxSettings
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(Frozen):
     """How much is in an outbox that was not accepted yet, and how many had to give way, ever."""
 
     messages: int
@@ -21,8 +21,7 @@ class Totals:
     dropped: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Frozen):
     """What became of what was new."""
 
     totals: Totals
