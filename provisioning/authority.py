@@ -188,10 +188,11 @@ class Authority:
 
     def _check_all(self, rows: Sequence[Row], *, now: datetime) -> None:
         with self._registry.view() as view:
-            recorded = [view.row(row.number) for row in rows]
+            recorded = view.numbered([row.number for row in rows])
             last_issued_at = moment(view, LAST_ISSUED_AT)
             closed = any(ca.key_id == self.key_id and ca.closed_at is not None for ca in read_cas(view))
-        for row, found in zip(rows, recorded, strict=True):
+        for row in rows:
+            found = recorded.get(row.number)
             if found is None or found != row or row.kind is not Kind.DEVICE:
                 raise AuthorityError(
                     f"could not issue a certificate for {row.kind} {row.name}: it is not recorded as a device's",

@@ -29,13 +29,13 @@ from birthmark.provisioning.registry.model import TXN_OCTETS, KeyMode, Kind, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from datetime import datetime
     from pathlib import Path
 
     from birthmark.provisioning.authority import Authority
     from birthmark.provisioning.bulk_output import Output, StationKey
     from birthmark.provisioning.bulk_requests import Wanted
     from birthmark.provisioning.bundles import BrokerAddress
+    from birthmark.provisioning.registry.line import Batch
     from birthmark.provisioning.station import Station
 
 GROUP: Final = 2500
@@ -125,9 +125,9 @@ class _Run:
             batch = transaction.open_batch()
             missing: list[Row] = []
             for one in wanted:
-                row, fresh = held.get(one.device_id.folded), self._new_row(one, authority)
+                row, fresh = held.get(one.device_id.folded), self._new_row(one, authority, batch)
                 if row is None:
-                    missing.append(replace(fresh, batch=batch.name if batch else ""))
+                    missing.append(fresh)
                 elif not _is_same(row, fresh):
                     raise _refusal(source, one, DuplicateError("name", row))
             try:
@@ -143,9 +143,11 @@ class _Run:
         """Sign for rows in KEYED of one issuing CA, and record that; return them in ATTESTED, or in ISSUED."""
         authority = self._station.authority_of(rows[0].issuer)
         now = self._station.clock()
+        certificates = authority.issue_devices(rows, now=now)
+        first = x509.load_der_x509_certificate(certificates[0])  # all of a group are valid as long
         issued = [
-            self._issued(row, authority, certificate_der, now)
-            for row, certificate_der in zip(rows, authority.issue_devices(rows, now=now), strict=True)
+            self._issued(row, authority, certificate_der, first)
+            for row, certificate_der in zip(rows, certificates, strict=True)
         ]
         with self._station.registry.transaction() as transaction:
             issued = transaction.update_all(issued)
@@ -175,7 +177,7 @@ class _Run:
                 transaction.record("release", row.name, row=row.number)
         return [row for row in rows if row.state is State.ATTESTED] + attested
 
-    def _new_row(self, one: Wanted, authority: Authority) -> Row:
+    def _new_row(self, one: Wanted, authority: Authority, batch: Batch | None) -> Row:
         """Return the row of a device that there is none of yet; the registry numbers and dates it."""
         key = self._keys.get(one.device_id.folded)
         now = self._station.clock()
@@ -193,11 +195,12 @@ class _Run:
             public_key_der=one.public_key_der if key is None else key.public_key_der,
             cert_serial=authority.new_cert_serial(),
             issuer=authority.key_id,
+            batch="" if batch is None else batch.name,
         )
 
-    def _issued(self, row: Row, authority: Authority, certificate_der: bytes, now: datetime) -> Row:
-        certificate = x509.load_der_x509_certificate(certificate_der)
+    def _issued(self, row: Row, authority: Authority, certificate_der: bytes, first: x509.Certificate) -> Row:
         is_ours = row.name_folded in self._keys
+        now = self._station.clock()
         bundle = bundle_of(row, authority, self._broker, certificate_der, now=now) if is_ours else None
         return replace(
             row,
@@ -206,8 +209,8 @@ class _Run:
             anchors=authority.anchor_ids,
             bundle=bundle,
             bundle_sha256=None if bundle is None else hashlib.sha256(bundle).digest(),
-            not_before=certificate.not_valid_before_utc,
-            not_after=certificate.not_valid_after_utc,
+            not_before=first.not_valid_before_utc,
+            not_after=first.not_valid_after_utc,
         )
 
 

@@ -103,6 +103,9 @@ class View(Protocol):
     def row(self, number: int) -> Row | None:
         """Return the row with this number."""
 
+    def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
+        """Return those of the rows with these numbers that there are, by number: many at the cost of few."""
+
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""
 

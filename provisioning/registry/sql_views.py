@@ -100,6 +100,11 @@ class SqlView:
         """Return the row with this number."""
         return next(iter(self._rows(ROWS.c.number == number)), None)
 
+    def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
+        """Return the rows with these numbers (`interface.View.numbered`)."""
+        found = [row for some in in_portions(sorted(numbers)) for row in self._rows(ROWS.c.number.in_(some))]
+        return {row.number: row for row in found}
+
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""
         return self._rows(ROWS.c.name_folded == name.lower())

@@ -92,6 +92,10 @@ class TinyView:
         document = self._rows.get(doc_id=number)
         return None if document is None else from_document(number, document)
 
+    def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
+        """Return the rows with these numbers (`interface.View.numbered`)."""
+        return {number: row for number in numbers if (row := self.row(number)) is not None}
+
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""
         return self._having("name_folded", name.lower())

@@ -155,6 +155,8 @@ def test_rows_are_found_by_many_serial_numbers_at_once(registry: StoredRegistry)
         gone = transaction.update(replace(rows[1], state=State.VOID, void_reason="test"))
         device(transaction, "bare")
     with registry.view() as view:
+        assert view.numbered([3, rows[0].number, 99]) == {1: rows[0], 3: rows[2]}
+        assert view.numbered([]) == {}
         found = view.by_cert_serials([SERIAL, SERIAL + 1, SERIAL + 7])
         assert found == {SERIAL: rows[0], SERIAL + 1: gone}
         assert view.by_cert_serials([]) == {}
