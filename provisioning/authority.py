@@ -111,7 +111,7 @@ class Authority:
     def _sign_device(
         self, name: str, role: str, public_key_der: bytes, cert_serial: int, *, now: datetime
     ) -> bytes:
-        certificate = profile.device_certificate(
+        return profile.device_certificate_der(
             self._issuer,
             organization=self._organization,
             device_id=DeviceId(name),
@@ -121,7 +121,6 @@ class Authority:
             lifetime=timedelta(days=self._lifetimes.device_days),
             now=now,
         )
-        return certificate.public_bytes(Encoding.DER)
 
     def issue_service(
         self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime

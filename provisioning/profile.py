@@ -159,6 +159,35 @@ def device_certificate(
     Raises:
         IdentityError: the role is reserved for services.
     """
+    return x509.load_der_x509_certificate(
+        device_certificate_der(
+            issuer,
+            organization=organization,
+            device_id=device_id,
+            role=role,
+            public_key=public_key,
+            cert_serial=cert_serial,
+            lifetime=lifetime,
+            now=now,
+        )
+    )
+
+
+def device_certificate_der(
+    issuer: Issuer,
+    *,
+    organization: str,
+    device_id: DeviceId,
+    role: Role,
+    public_key: EllipticCurvePublicKey,
+    cert_serial: int,
+    lifetime: timedelta,
+    now: datetime,
+) -> bytes:
+    """Make a device's certificate as `device_certificate` does, for whoever wants the octets (DER) alone.
+
+    To read them into an object and write them again costs as much as the signature.
+    """
     device_role(role.name)
     return _client_certificate(
         issuer,
@@ -189,15 +218,17 @@ def service_certificate(
         IdentityError: the role is not reserved for services.
     """
     check_service_role(role)
-    return _client_certificate(
-        issuer,
-        organization=organization,
-        identity=service_id,
-        role=role,
-        public_key=public_key,
-        cert_serial=cert_serial,
-        lifetime=lifetime,
-        now=now,
+    return x509.load_der_x509_certificate(
+        _client_certificate(
+            issuer,
+            organization=organization,
+            identity=service_id,
+            role=role,
+            public_key=public_key,
+            cert_serial=cert_serial,
+            lifetime=lifetime,
+            now=now,
+        )
     )
 
 
@@ -293,7 +324,7 @@ def _client_certificate(
     cert_serial: int,
     lifetime: timedelta,
     now: datetime,
-) -> x509.Certificate:
+) -> bytes:
     if not isinstance(public_key.curve, SECP256R1):
         raise AuthorityError("could not certify a key: it is no P-256 key", hint=_ONLY_P256)
     _check_cert_serial(cert_serial)
@@ -301,9 +332,7 @@ def _client_certificate(
     to_be_signed = _client_template(issuer.certificate, organization, role.name).to_be_signed(
         identity.text, public_key, cert_serial=cert_serial, not_before=not_before, not_after=not_after
     )
-    return x509.load_der_x509_certificate(
-        signed(to_be_signed, issuer.private_key.sign(to_be_signed, ECDSA(SHA256())))
-    )
+    return signed(to_be_signed, issuer.private_key.sign(to_be_signed, ECDSA(SHA256())))
 
 
 @lru_cache(maxsize=64)
