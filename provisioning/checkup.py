@@ -141,6 +141,8 @@ class FileFacts:
     allowed: int
     """The bits that it may have."""
     is_secret: bool
+    is_known: bool = True
+    """False for the key of a CA that the registry does not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,18 +343,20 @@ def _files(station: Station) -> Iterable[FileFacts]:
     keys = station.folder / KEYS_FOLDER
     for folder in (station.folder, keys):
         yield from _file(folder, 0o700, is_secret=folder == keys)
+    known = {station.key_path(ca) for ca in station.cas}
     for path in station.files():
         is_key = path.parent == keys
-        yield from _file(path, 0o600 if is_key else 0o644, is_secret=is_key)
+        is_known = not path.name.endswith(".key.pem") or path in known
+        yield from _file(path, 0o600 if is_key else 0o644, is_secret=is_key, is_known=is_known)
     yield from _file(station.registry.audit_path, 0o600, is_secret=False)
 
 
-def _file(path: Path, allowed: int, *, is_secret: bool) -> Iterable[FileFacts]:
+def _file(path: Path, allowed: int, *, is_secret: bool, is_known: bool = True) -> Iterable[FileFacts]:
     try:
         status = path.stat()
     except OSError:
         return
-    yield FileFacts(path, stat.S_IMODE(status.st_mode), status.st_uid, allowed, is_secret)
+    yield FileFacts(path, stat.S_IMODE(status.st_mode), status.st_uid, allowed, is_secret, is_known)
 
 
 def _last_entry(path: Path) -> Head | None:

@@ -189,6 +189,10 @@ def _check_files(facts: Facts) -> Iterator[Remark]:
             level = Level.BROKEN if file.is_secret else Level.SOON
             text = f"{path} has mode {file.mode:04o}: others may read or change it"
             yield Remark("files", level, text, f"chmod {file.mode & file.allowed:04o} {path}", (path,))
+        if not file.is_known:
+            text = f"{path} is the key of no CA that the registry knows"
+            hint = "a killed `ca rollover start` left it, or the registry is older than it: put it in a safe place"
+            yield Remark("files", Level.SOON, text, hint, (path,))
         if facts.user and file.owner != facts.user:
             text = f"{path} belongs to another user (uid {file.owner})"
             hint = "run the station's commands as one user, who has all files"

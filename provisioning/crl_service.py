@@ -6,6 +6,8 @@ Rules:
   of its life, or older than the interval that was asked for, is signed anew.
 - A gateway that has not confirmed the CRLs is tried again, after a second first, then later and later, up to a
   minute; new CRLs are brought to everybody at once. One that is away delays others for a time-out at most.
+- Every five minutes the gateways that are reached by MQTT are asked which policy they go by; a new one is put on
+  record.
 - Nothing is remembered but in the registry and the CRL file: it may be killed at any moment, and others may revoke
   and sign beside it. What another command did is seen within `LOOK_S`.
 - A trouble of the station (registry, CA, settings) is told, and tried again.
@@ -21,6 +23,8 @@ from birthmark.device.backoff import Backoff
 from birthmark.device.errors import BirthmarkError
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, look_at
+from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.gateway_receipts import standing_of
 from birthmark.provisioning.gateways import Outcome
 from birthmark.provisioning.retirement import retire_due
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 
 LOOK_S: Final = 5.0
 """How often the registry is looked at."""
+LOOK_AT_GATEWAYS_S: Final = 300.0
+"""How often the gateways are asked for their policies."""
 TROUBLE_S: Final = 30.0
 RETRY: Final = Backoff(first_s=1.0, longest_s=60.0)
 
@@ -76,6 +82,7 @@ class CrlService:
         self._retry = retry
         self._attempts: dict[str, _Attempts] = {}
         self._told: tuple[str, ...] = ()
+        self._look_at_s = 0.0
 
     def turn(self) -> float:
         """Do what is due now.
@@ -90,12 +97,25 @@ class CrlService:
                 self._say("retired", f"{retired} replaced certificates are revoked", certificates=retired)
             crls = self._fresh()
             self._tell(crls)
-            return self._bring(crls)
+            wait_s = self._bring(crls)
+            self._look()
         except (BirthmarkError, OSError) as error:
             message = error.message if isinstance(error, BirthmarkError) else f"{error.strerror or error}"
             hint = error.hint if isinstance(error, BirthmarkError) else ""
             self._say("trouble", f"{message}\n          {hint}", reason=message, hint=hint)
             return TROUBLE_S
+        return wait_s
+
+    def _look(self) -> None:
+        """See which policy each gateway goes by, now and then; one that is away is seen another time."""
+        if time.monotonic() < self._look_at_s:
+            return
+        self._look_at_s = time.monotonic() + LOOK_AT_GATEWAYS_S
+        by_mqtt = [gateway for gateway in self._station.settings.gateways if gateway.crl_path is None]
+        timeout_s = min(self._timeout_s, DEFAULT_TIMEOUT_S)
+        looks = look_at(by_mqtt, anchors_path=self._station.root_path, timeout_s=timeout_s)
+        for name in note_policies(self._station, looks):
+            self._say("policy", f"{name} goes by a policy that it did not before", gateway=name)
 
     def _fresh(self) -> CrlSet:
         crls = up_to_date_crl(self._station)

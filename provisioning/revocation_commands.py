@@ -11,6 +11,7 @@ from birthmark.provisioning import crl_commands
 from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
 from birthmark.provisioning.crls import clock_trouble, sign_and_store_crl, sign_root_crl
+from birthmark.provisioning.gateway_policies import forget_policy
 from birthmark.provisioning.gateway_receipts import forget_gateway, standing_of
 from birthmark.provisioning.options import (
     add_passphrase_option,
@@ -232,6 +233,7 @@ def _gateway_remove(arguments: argparse.Namespace, console: Console) -> None:
     remove_gateway(station.settings_path, arguments.name)
     with station.registry.transaction() as transaction:
         forget_gateway(transaction, arguments.name)
+        forget_policy(transaction, arguments.name)
         transaction.record("gateway-remove", arguments.name)
     console.emit({"removed": arguments.name}, f"{arguments.name} is sent no CRL any more")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
@@ -13,13 +13,16 @@ from support.mqtt_client import RawClient, client_context
 from support.station import PASSPHRASE, Clock, Command, enrolled_row, keyed_row, public_key_der
 from support.station_broker import station_broker
 
+from birthmark.device.messages import GatewayStatus
 from birthmark.provisioning import gateway_look
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.checkup import Census, Level, gather
 from birthmark.provisioning.checkup_rules import examine
 from birthmark.provisioning.crl_delivery import deliver_crl
+from birthmark.provisioning.crl_service import CrlService
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl
-from birthmark.provisioning.gateway_look import look_at
+from birthmark.provisioning.gateway_look import Look, look_at
+from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.settings import Gateway, add_gateway
@@ -167,6 +170,56 @@ def test_a_gateway_is_looked_at_in_its_operators_name(
         deliver_crl(reopened(quiet), crls, 30)
         assert "gateway-crls" not in said(quiet, timeout_s=30)
     assert said(quiet, timeout_s=0.2)["gateways"][0] is Level.SOON
+
+
+def test_a_gateways_new_policy_is_put_on_record_once(birthmark: Command, quiet: Station, tmp_path: Path) -> None:
+    operator = issue_operator(quiet, "alice", tmp_path)
+    with station_broker(tmp_path / "gateway", quiet) as broker:
+        gateway = Gateway("localhost", host="127.0.0.1", port=broker.port, operator_path=operator.key_path)
+        add_gateway(quiet.settings_path, gateway)
+
+        def told() -> list[dict[str, Any]]:
+            birthmark("doctor", "--timeout", "30")
+            return birthmark("audit", "show", "--action", "policy", "--json").records
+
+        (first,) = told()
+        assert told() == [first]
+        (look,) = look_at([gateway], anchors_path=quiet.folder / "root.pem", timeout_s=30)
+        assert look.status is not None
+        assert first["subject"] == "localhost"
+        assert first["details"]["sha256"] == look.status.policy_sha256
+        assert first["details"]["by"] == "gateway localhost"
+        with quiet.registry.transaction() as transaction:  # as if it had gone by another until now
+            transaction.put_note("gateway-policy", "localhost", {"sha256": "0" * 64})
+        said_so: list[str] = []
+        service = CrlService(reopened(quiet), say=lambda name, *_, **__: said_so.append(name), timeout_s=30)
+        service.turn()
+        service.turn()
+        assert said_so.count("policy") == 1
+        changed = told()[1:]
+        assert [entry["details"]["previous"] for entry in changed] == ["0" * 64]
+        assert birthmark("gateway", "remove", "localhost").exit_code == 0
+        with quiet.registry.view() as view:
+            assert view.notes("gateway-policy") == {}
+
+
+def test_a_word_that_is_no_policy_s_is_passed_over(station: Station) -> None:
+    status = GatewayStatus(
+        "gw", online=True, clock=0.0, crl_numbers={}, crl_next_update=0.0, policy_sha256="\x1b[2J", sessions=0
+    )
+    before = station.registry.audit_head()
+    looks = [Look("gw", "gw:8883", status=status), Look("away", "away:8883", "no answer")]
+    assert note_policies(station, looks) == []
+    assert station.registry.audit_head() == before
+
+
+def test_a_key_that_a_killed_rollover_left_is_found(quiet: Station) -> None:
+    left = key_of(quiet, "issuing").with_name("issuing-00c0ffee.key.pem")
+    left.write_bytes(key_of(quiet, "issuing").read_bytes())
+    left.chmod(0o400)
+    level, text = said(quiet)["files"]
+    assert level is Level.SOON
+    assert text == f"{left} is the key of no CA that the registry knows"
 
 
 def test_a_gateway_by_path_is_judged_by_its_receipt(quiet: Station, tmp_path: Path) -> None:
