@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from birthmark.device.credentials import Credentials
     from birthmark.device.errors import BirthmarkError
     from birthmark.device.identity import DeviceId
+    from birthmark.device.outbox.settings import OutboxSettings
 
-__all__ = ["BirthmarkError", "Client", "CommandFailedError", "Credentials", "DeviceId"]
+__all__ = ["BirthmarkError", "Client", "CommandFailedError", "Credentials", "DeviceId", "OutboxSettings"]
 
 _HOMES = {
     "BirthmarkError": "birthmark.device.errors",
@@ -26,6 +27,7 @@ _HOMES = {
     "CommandFailedError": "birthmark.device.commands",
     "Credentials": "birthmark.device.credentials",
     "DeviceId": "birthmark.device.identity",
+    "OutboxSettings": "birthmark.device.outbox.settings",
 }
 
 
