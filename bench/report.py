@@ -138,7 +138,7 @@ def _lines(path: str) -> list[str]:
 
 def line(figure: Figure) -> str:
     """Return a figure as a line of the table."""
-    parts = [f"{who} {_short(statistics.median(values))}" for who, values in figure.values.items() if values]
+    parts = [f"{who} {shortened(statistics.median(values))}" for who, values in figure.values.items() if values]
     shown = f"{figure.name:<46}  {figure.unit:<12}  {'  '.join(parts)}"
     if figure.ratio is not None:
         verdict = {True: "reached", False: "MISSED", None: ""}[figure.is_reached]
@@ -222,7 +222,8 @@ def _row(figure: Figure, y: float, x: Any) -> list[str]:
     return parts
 
 
-def _short(value: float) -> str:
+def shortened(value: float) -> str:
+    """Return a value with as many digits as say something."""
     if value >= 10_000:
         return f"{value:,.0f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

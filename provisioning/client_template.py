@@ -12,6 +12,7 @@ Pure, and without any secret key.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha1
 from typing import TYPE_CHECKING, Final
 
@@ -109,7 +110,7 @@ class ClientTemplate:
             _VERSION_3
             + _tlv(_INTEGER, cert_serial.to_bytes(cert_serial.bit_length() // 8 + 1, "big"))
             + self._after_serial
-            + _tlv(_SEQUENCE, _time(not_before) + _time(not_after))
+            + _validity(not_before, not_after)
             + _tlv(_SEQUENCE, self._organization_and_role + own_name)
             + _P256_KEY
             + point
@@ -128,6 +129,12 @@ def _tlv(tag: int, value: bytes) -> bytes:
         return bytes((tag, length)) + value
     octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
     return bytes((tag, 0x80 | len(octets))) + octets + value
+
+
+@lru_cache(maxsize=16)
+def _validity(not_before: datetime, not_after: datetime) -> bytes:
+    # The same for all that are signed in one second.
+    return _tlv(_SEQUENCE, _time(not_before) + _time(not_after))
 
 
 def _time(moment: datetime) -> bytes:

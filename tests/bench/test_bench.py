@@ -14,6 +14,7 @@ from bench import device, messages, outbox, registry
 from bench.fleet_pki import FleetPki
 from bench.peers import BIRTHMARK, MOSQUITTO, peer
 from bench.report import Figure, line, to_json, to_svg
+from bench.tables import main as print_tables
 from bench.wire import CYCLE, BenchError, Subscriber, block
 
 if TYPE_CHECKING:
@@ -173,3 +174,23 @@ def test_an_outbox_is_measured() -> None:
     written, rates = outbox.figures(1, lambda _: None)
     assert set(rates.values) == set(outbox.KINDS)
     assert all(value > 0 for values in (*written.values.values(), *rates.values.values()) for value in values)
+
+
+def test_a_runs_tables_come_from_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = [
+        Figure("Fast", "a | b", "/s", {"m": [2.0, 4.0], "birthmark": [5.0, 5.0]}, reference="m", at_least=3.0),
+        Figure("Small", "c", "KB", {"birthmark": [12_345.0]}, errors=["m is not installed"]),
+    ]
+    path = tmp_path / "run.json"
+    path.write_text(to_json(figures, {"m": "2"}))
+    monkeypatch.setattr("sys.argv", ["tables", str(path)])
+    assert print_tables() == 0
+    out = capsys.readouterr().out
+    assert "| a \\| b | /s | 3 | 5 | 1.88 (1.25 to 2.50) of m | ≥ 3, **missed** |" in out
+    assert "| c | KB | 12,345 |  |  |" in out
+    assert "Not measured: m is not installed" in out
+    path.write_text("{}")
+    assert print_tables() == 1
+    assert "hint: write one with" in capsys.readouterr().err
