@@ -70,10 +70,10 @@ demo: $(RUN)
 	@$(BIN)/python -m demo.run
 
 # Leaves bench.json and bench.svg. A quarter of an hour; bench-quick takes a few minutes, and says less.
-bench: $(RUN)
+bench: $(DEV)
 	@$(BIN)/python -m bench --json bench.json --svg bench.svg
 
-bench-quick: $(RUN)
+bench-quick: $(DEV)
 	@$(BIN)/python -m bench --quick --json bench.json --svg bench.svg
 
 clean:

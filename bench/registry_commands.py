@@ -52,13 +52,13 @@ _AS_SQLITE: Final = {
     "hwid": "CAST(printf('%08x', n) AS BLOB)",
     "public_key_der": "CAST(printf('%091d', n * 2654435761 % 4294967296) AS BLOB)",
     "cert_serial": "printf('5a%08x%030x', n * 2654435761 % 4294967296, n)",
-    "series": "(WITH RECURSIVE s(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM s WHERE n < LAST) SELECT n FROM s)",
+    "series": "(WITH RECURSIVE s(n) AS (SELECT FIRST UNION ALL SELECT n+1 FROM s WHERE n < LAST) SELECT n FROM s)",
 }
 _AS_POSTGRESQL: Final = {
     "hwid": "lpad(to_hex(n), 8, '0')::bytea",
     "public_key_der": "lpad(mod(n * 2654435761, 4294967296)::text, 91, '0')::bytea",
     "cert_serial": "'5a' || lpad(to_hex(mod(n * 2654435761, 4294967296)), 8, '0') || lpad(to_hex(n), 30, '0')",
-    "series": "generate_series(2::bigint, LAST) AS s(n)",
+    "series": "generate_series(FIRST::bigint, LAST) AS s(n)",
 }
 
 
@@ -102,21 +102,23 @@ def fill(folder: Path, rows: int, url: str) -> None:
     settings = Settings("Acme", registry=RegistrySetting(url))
     with closing(found_station(folder, settings, passphrase=PHRASE.encode())) as station:
         one = enrolled(station)
-        database = Database(url, folder)
-        taken = _AS_SQLITE if database.path is not None else _AS_POSTGRESQL
-        changed = _COPIED | taken
-        columns = ", ".join(column.name for column in ROWS.c)
-        values = ", ".join(changed.get(column.name, f"one.{column.name}") for column in ROWS.c)
-        source = taken["series"].replace("LAST", str(one.number + rows - 1))
-        with database.connect() as connection:
-            connection.exec_driver_sql(
-                f"INSERT INTO birthmark_rows ({columns}) SELECT {values} FROM birthmark_rows AS one, {source} "  # noqa: S608
-                f"WHERE one.number = {one.number}"
-            )
-            connection.exec_driver_sql("ANALYZE")
-        database.close()
+        multiply(Database(url, folder), one.number, rows)
         with station.registry.transaction() as transaction:
             transaction.set_counter(LAST_ROW, one.number + rows - 1)
+
+
+def multiply(database: Database, number: int, rows: int) -> None:
+    """Have a database copy one row, with what must be unique changed, until there are so many."""
+    taken = _AS_SQLITE if database.path is not None else _AS_POSTGRESQL
+    changed = _COPIED | taken
+    columns = ", ".join(column.name for column in ROWS.c)
+    values = ", ".join(changed.get(column.name, f"one.{column.name}") for column in ROWS.c)
+    series = taken["series"].replace("FIRST", str(number + 1)).replace("LAST", str(number + rows - 1))
+    copied = f"INSERT INTO birthmark_rows ({columns}) SELECT {values} FROM birthmark_rows AS one, {series}"  # noqa: S608
+    with database.connect() as connection:
+        connection.exec_driver_sql(f"{copied} WHERE one.number = {number}")
+        connection.exec_driver_sql("ANALYZE")
+    database.close()
 
 
 def enrolled(station: Station) -> Row:

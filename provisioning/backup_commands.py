@@ -172,7 +172,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         registry=None if arguments.registry is None else setting_from(arguments.registry),
     )
     with restored.station.registry.view() as view:
-        rows = len(view.rows())
+        rows = view.count()
     record = {
         "station": str(restored.station.folder),
         "backup_of": restored.manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),

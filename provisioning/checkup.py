@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -341,13 +342,16 @@ def _looks(station: Station, view: View) -> list[Look]:
 
 def _files(station: Station) -> Iterable[FileFacts]:
     keys = station.folder / KEYS_FOLDER
+    has_password = urlsplit(station.settings.registry.url).password is not None
     for folder in (station.folder, keys):
         yield from _file(folder, 0o700, is_secret=folder == keys)
     known = {station.key_path(ca) for ca in station.cas}
     for path in station.files():
-        is_key = path.parent == keys
+        is_secret = path.parent == keys or (path == station.settings_path and has_password)
         is_known = not path.name.endswith(".key.pem") or path in known
-        yield from _file(path, 0o600 if is_key else 0o644, is_secret=is_key, is_known=is_known)
+        yield from _file(path, 0o600 if is_secret else 0o644, is_secret=is_secret, is_known=is_known)
+    for path in station.registry.files():
+        yield from _file(path, 0o600, is_secret=False)
     yield from _file(station.registry.audit_path, 0o600, is_secret=False)
 
 

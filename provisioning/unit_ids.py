@@ -75,7 +75,7 @@ class Listed:
 
     def __init__(self, wishes: Iterable[Wish], registry: Registry, key_mode: KeyMode | None) -> None:
         with registry.view() as view:
-            self._taken = {row.name_folded for row in view.rows() if row.is_live}
+            self._taken = view.names(live=True)
         self._wishes = iter(wishes)
         self._given_back: list[Wish] = []
         self._key_mode = key_mode
@@ -230,7 +230,7 @@ def from_template(template: str, registry: Registry, role: Role | None, *, start
         )
     before, width, after = found[1], int(found[2] or 0), found[3]
     with registry.view() as view:
-        ever = {row.name_folded for row in view.rows()}
+        ever = view.names()
 
     def numbered() -> Iterator[Wish]:
         for number in range(start, start + 10**9):

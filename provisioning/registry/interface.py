@@ -100,6 +100,12 @@ class View(Protocol):
             revoked: whether the certificate is revoked.
         """
 
+    def count(self) -> int:
+        """Return how many rows there are."""
+
+    def names(self, *, live: bool = False) -> set[str]:
+        """Return every name ever, or only those that live rows hold, folded to lower case."""
+
     def row(self, number: int) -> Row | None:
         """Return the row with this number."""
 

@@ -119,7 +119,7 @@ OUTBOX: Final = Table(
     Column("line", Text, nullable=False),
 )
 
-_LIVE: Final = text("state <> 'VOID' AND replaced_by IS NULL AND (renews IS NULL OR state = 'ATTESTED')")
+LIVE: Final = text("state <> 'VOID' AND replaced_by IS NULL AND (renews IS NULL OR state = 'ATTESTED')")
 """`Row.is_live`, for the database."""
 
 
@@ -128,8 +128,8 @@ def _index(name: str, *columns: str, unique: bool = False, where: Any = None) ->
     Index(f"birthmark_{name}", *picked, unique=unique, sqlite_where=where, postgresql_where=where)
 
 
-_index("live_name", "name_folded", unique=True, where=_LIVE)
-_index("live_hwid", "hwid", unique=True, where=_LIVE)
+_index("live_name", "name_folded", unique=True, where=LIVE)
+_index("live_hwid", "hwid", unique=True, where=LIVE)
 _index("public_key", "public_key_der", unique=True)
 _index("cert_serial", "cert_serial", unique=True)
 _index("name", "name_folded", "number")

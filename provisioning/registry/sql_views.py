@@ -6,7 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from birthmark.device.errors import RegistryError
@@ -16,6 +16,7 @@ from birthmark.provisioning.registry.sql_schema import (
     BATCHES,
     COUNTERS,
     FORMAT,
+    LIVE,
     LOGS,
     META,
     NOTES,
@@ -95,6 +96,15 @@ class SqlView:
         if revoked is not None:
             tests.append(ROWS.c.revoked_at.is_not(None) if revoked else ROWS.c.revoked_at.is_(None))
         return self._rows(*tests)
+
+    def count(self) -> int:
+        """Return how many rows there are."""
+        return int(self.run(select(func.count()).select_from(ROWS)).scalar_one())
+
+    def names(self, *, live: bool = False) -> set[str]:
+        """Return every name ever, or only those that live rows hold: from an index, without the rows."""
+        query = select(ROWS.c.name_folded)
+        return {name for (name,) in self.run(query.where(LIVE) if live else query)}
 
     def row(self, number: int) -> Row | None:
         """Return the row with this number."""

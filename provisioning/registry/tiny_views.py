@@ -87,6 +87,16 @@ class TinyView:
             tests.append(lambda facts: (facts.get("revoked_at") is not None) == revoked)
         return self._search(lambda facts: all(test(facts) for test in tests))
 
+    def count(self) -> int:
+        """Return how many rows there are."""
+        return len(self._storage.tables.get(ROWS, {}))
+
+    def names(self, *, live: bool = False) -> set[str]:
+        """Return every name ever, or only those that live rows hold (`interface.View.names`)."""
+        if live:
+            return {row.name_folded for row in self.rows() if row.is_live}
+        return {facts["name_folded"] for _, facts in self._stored_rows()}
+
     def row(self, number: int) -> Row | None:
         """Return the row with this number."""
         document = self._rows.get(doc_id=number)

@@ -165,9 +165,10 @@ def test_the_programs_of_a_device_start(folder: Path) -> None:
 def test_a_registry_is_measured_by_its_size(tmp_path: Path) -> None:
     told: list[str] = []
     figures = list(registry.figures(tmp_path, 1, (5, 50), told.append))
-    assert [list(figure.values) for figure in figures] == [["5 rows", "50 rows"]] * 3
+    assert [list(figure.values) for figure in figures] == [["5 rows", "50 rows"]] * 6
     assert all(figure.ratio is not None for figure in figures)
-    assert len(told) == 2
+    assert len(told) == 4
+    assert {figure.section for figure in figures} == {"The registry (TinyDB)", "The registry (SQLite)"}
 
 
 def test_an_outbox_is_measured() -> None:

@@ -341,6 +341,21 @@ def test_a_name_is_unique_across_kinds_without_regard_to_case(
         assert view.rows() == [first]
 
 
+def test_names_are_known_without_their_rows(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        assert (transaction.count(), transaction.names(), transaction.names(live=True)) == (0, set(), set())
+        old = attested(transaction, keyed(transaction, device(transaction, "Pump")))
+        device(transaction, "pump", hwid=b"pump", replaces=old.number)
+        gone = device(transaction, "gone")
+        transaction.update(replace(gone, state=State.VOID, void_reason="x"))
+        issuing = device(transaction, "renewed", state=State.KEYED, public_key_der=b"k", cert_serial=7, renews=1)
+        assert not issuing.is_live
+    with registry.view() as view:
+        assert view.count() == 4
+        assert view.names() == {"pump", "gone", "renewed"}
+        assert view.names(live=True) == {row.name_folded for row in view.rows() if row.is_live} == {"pump"}
+
+
 def test_a_hwid_is_unique_among_live_rows(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         first = device(transaction, hwid=b"unit")
