@@ -12,7 +12,7 @@ from support.station import NOON
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning.audit import Head, append_missing, chained, described, digest, read, written
-from birthmark.provisioning.audit_check import verify
+from birthmark.provisioning.audit_check import check, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -352,3 +352,25 @@ def test_a_copy_without_a_head_is_held_against_itself_and_against_marks(log: Pat
     assert (problem.line, problem.kind, problem.expected) == (3, "rewritten", early.hash)
     assert verify(log, None, [Head(9, "a" * 64)]).problems[0].line == 0
     assert written({"b": 1, "a": "é"}) == '{"a":"\\u00e9","b":1}'
+
+
+class Growing:
+    """A registry to which somebody writes while its log is checked, `more` times."""
+
+    def __init__(self, path: Path, more: int) -> None:
+        self.audit_path = path
+        self._head, self._more = HEAD, more
+
+    def audit_head(self) -> Head:
+        told = self._head
+        if self._more:
+            self._more -= 1
+            lines, self._head = chain(1, self._head)
+            append_missing(self.audit_path, lines)
+        return told
+
+
+def test_what_others_write_meanwhile_is_no_problem(log: Path) -> None:
+    assert check(Growing(log, more=3)).problems == ()
+    rewrite(log, lambda lines: lines[1:])
+    assert check(Growing(log, more=0)).problems[0].kind == "cut"

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.station import PASSPHRASE, Command, enrolled_row
@@ -128,6 +130,26 @@ def test_what_was_changed_is_none(
     carried: Path, living: Station, label: str, change: Callable[[bytes], bytes], cause: str
 ) -> None:
     with_block(carried, label, change)
+    with pytest.raises(ConfigurationError, match=cause):
+        read_checkpoint(carried, [living.root])
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"at": datetime(1999, 1, 1, tzinfo=UTC)}, "not valid then"),
+        ({"key_id": "00" * 20}, "another CA"),
+        ({"head": audit.Head(0, "0" * 64)}, "no checkpoint"),
+        ({"head": audit.Head(5, "x" * 64)}, "no checkpoint"),
+    ],
+)
+def test_what_the_ca_would_not_say_is_none(
+    carried: Path, living: Station, change: dict[str, Any], cause: str
+) -> None:
+    made = replace(read_checkpoint(carried, [living.root]), **change)
+    signed = transcript(Label.AUDIT, made.statement())
+    with_block(carried, STATEMENT, lambda _: signed)
+    with_block(carried, SIGNATURE, lambda _: living.authority.sign_transcript(signed))
     with pytest.raises(ConfigurationError, match=cause):
         read_checkpoint(carried, [living.root])
 

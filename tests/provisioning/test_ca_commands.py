@@ -124,6 +124,12 @@ def test_another_file_in_its_place_is_never_replaced(birthmark: Command, living:
         ["inspect", "crl.pem"],
         ["audit", "verify"],
         ["audit", "show"],
+        ["audit", "export", "--out", "log.jsonl"],
+        ["ca", "export", "issuing", "--out", "ca.pem"],
+        ["ca", "rollover", "status"],
+        ["crl", "status"],
+        ["quarantine", "list"],
+        ["label", "sensor-1"],
         ["gateway", "list"],
         ["batch", "report", "W46"],
         ["doctor", "--offline"],
@@ -141,8 +147,10 @@ def test_a_locked_station_still_answers(
     answer = birthmark(*words, "--json")
 
     assert answer.exit_code in ({0, 1} if words[0] == "doctor" else {0}), answer.stderr
-    assert answer.records or words[0] == "gateway"  # there is none
+    assert answer.records or words[0] in ("gateway", "crl", "quarantine")  # there is none
     assert "passphrase" not in answer.stderr
+    last = list(audit.read(living.registry.audit_path))[-1]
+    assert last["action"] != "unlock"
 
 
 def test_a_locked_station_signs_nothing(
