@@ -36,6 +36,9 @@ STACK_BYTES: Final = 256 * 1024
 DESCRIPTORS_EACH: Final = 8
 STOP_S: Final = 5.0
 STOPPING_AT_ONCE: Final = 64
+SWITCH_S: Final = 0.1
+"""Each thread that waits for the interpreter looks for it that often (CPython's 5 ms by default). When a thousand
+lose their broker in one moment, the looking would take all of the processor, and nobody gets anywhere."""
 REPORT_EVERY_S: Final = 1.0
 TELEMETRY: Final = "load"
 
@@ -179,6 +182,7 @@ def main() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, DESCRIPTORS_EACH * len(task.folders) + 256), hard))
     threading.stack_size(STACK_BYTES)
+    sys.setswitchinterval(SWITCH_S)
     tally = _Tally()
     try:
         devices = [_Device(Path(folder), task, tally) for folder in task.folders]
