@@ -161,8 +161,10 @@ class Commands:
         except Exception as error:  # noqa: BLE001 - it is somebody else's code; it is reported
             _log.exception("the command %s failed", escaped(command.name))
             self._failed(command.topic, error)
-            # Its text is for the log: nobody wrote it to be read by others.
-            return requests.FAILED, _told(type(error).__name__)
+            # What cannot be read, its sender is told. Any other text is for the log: nobody wrote it to be read by
+            # others.
+            told = error.message if isinstance(error, RemoteProtocolError) else type(error).__name__
+            return requests.FAILED, _told(told)
         is_late = self._now().timestamp() > request.expires
         return requests.LATE if is_late else requests.DONE, payload
 

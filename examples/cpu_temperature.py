@@ -26,9 +26,8 @@ def cpu_temperature() -> dict[str, float] | None:
     return {"celsius": int(ZONE.read_text()) / 1000}
 
 
-signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # systemd's way to say stop: say goodbye
+ENDS = (signal.SIGTERM, signal.SIGINT)  # systemd's way to say stop, and Ctrl-C
+signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # they wait for sigwait: none of them cuts the goodbye short
 client.start()  # and not connect(): it is no reason to end that there is no network yet
-try:
-    signal.pause()
-except KeyboardInterrupt:
-    client.stop()
+signal.sigwait(ENDS)
+client.stop()

@@ -34,9 +34,8 @@ def close_valve(_command: Command) -> dict[str, int]:
     return valve
 
 
-signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+ENDS = (signal.SIGTERM, signal.SIGINT)  # systemd's way to say stop, and Ctrl-C
+signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)  # they wait for sigwait: none of them cuts the goodbye short
 client.start()
-try:
-    signal.pause()
-except KeyboardInterrupt:
-    client.stop()
+signal.sigwait(ENDS)
+client.stop()

@@ -136,14 +136,21 @@ def test_a_failure_tells_what_was_written_to_be_read(device: Device) -> None:
     def unsayable(_: Command) -> dict[str, object]:
         return {"percent": object()}
 
-    for name, handler in (("refuse", refuse), ("crash", crash), ("unsayable", unsayable)):
+    def read(command: Command) -> None:
+        command.json()
+
+    for name, handler in (("refuse", refuse), ("crash", crash), ("unsayable", unsayable), ("read", read)):
         device.commands.add(name, handler)
     assert device.ask("refuse", of="a") == ("failed", {"error": "the valve is stuck"})
     assert device.ask("crash", of="b") == ("failed", {"error": "KeyError"})
     assert device.ask("unsayable", of="c") == ("failed", {"error": "LocalProtocolError"})
-    assert [type(error) for _, error in device.failures] == [KeyError, LocalProtocolError]
+    outcome, reply = device.ask("read", of="d")
+    assert outcome == "failed"
+    assert reply["error"].startswith("could not read a message on devices/valve-1/commands/read/?id=d&")
+    assert reply["error"].endswith(": not JSON")
+    assert [type(error) for _, error in device.failures] == [KeyError, LocalProtocolError, RemoteProtocolError]
     assert device.ask("crash", of="b") == ("failed", {"error": "KeyError"})
-    assert len(device.failures) == 2
+    assert len(device.failures) == 3
 
 
 def test_an_unknown_command_is_answered(device: Device) -> None:

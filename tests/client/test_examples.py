@@ -72,7 +72,8 @@ def said_online(heard: list[Message], *, online: bool) -> bool:
 
 
 def stopped_in_order(process: subprocess.Popen[str], heard: list[Message]) -> None:
-    process.send_signal(signal.SIGTERM)
+    for _ in range(2):  # timeout(1) says it twice, and so do people
+        process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, out, err) == (0, "", "")
     eventually(lambda: said_online(heard, online=False), "goodbye")
@@ -100,7 +101,14 @@ def test_valve(tmp_path: Path, pki: Pki, broker: BrokerProcess, alice: Client, h
     assert alice.request("valve-1", "close", timeout_s=DEADLINE_S).json() == {"percent": 0}
     with pytest.raises(CommandFailedError, match="a whole number from 0 to 100"):
         alice.request("valve-1", "open", {"percent": "wide"}, timeout_s=DEADLINE_S)
-    stopped_in_order(process, heard)
+    with pytest.raises(CommandFailedError, match="could not read a message on devices/valve-1/commands/open/"):
+        alice.request("valve-1", "open", "percent=40", timeout_s=DEADLINE_S)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_S) == 0
+    eventually(lambda: said_online(heard, online=False), "goodbye")
+    assert process.stderr is not None
+    assert process.stderr.read().startswith("the command open failed")
+    process.communicate()
 
 
 def test_cpu_temperature(tmp_path: Path, pki: Pki, broker: BrokerProcess, heard: list[Message]) -> None:
