@@ -26,7 +26,7 @@ from birthmark.device.errors import BirthmarkError
 from birthmark.provisioning.cas import CaKind, read_cas
 from birthmark.provisioning.record_files import CSV, line_error, naming, read_records
 from birthmark.provisioning.registry.interface import LAST_ROW, DuplicateError
-from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.model import Row, State
 from birthmark.provisioning.row_records import COLUMNS, from_cell, from_record
 
 if TYPE_CHECKING:
@@ -145,12 +145,12 @@ def _misfit(row: Row, certificate_der: bytes, ca: Ca) -> str:
 
 
 def _facts(certificate: x509.Certificate) -> dict[str, object]:
-    """Return what a row must say of a certificate."""
+    """Return what a row must say of a certificate; with the role, it says the kind: a broker has none."""
     names = [name.value for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     units = [name.value for name in certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
     usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     is_broker = ExtendedKeyUsageOID.SERVER_AUTH in usages
-    facts: dict[str, object] = {
+    return {
         "name": names[0] if len(names) == 1 else None,
         "role": "" if is_broker else units[0] if len(units) == 1 else None,
         "cert_serial": certificate.serial_number,
@@ -158,9 +158,6 @@ def _facts(certificate: x509.Certificate) -> dict[str, object]:
         "not_before": certificate.not_valid_before_utc,
         "not_after": certificate.not_valid_after_utc,
     }
-    if is_broker:
-        facts["kind"] = Kind.BROKER
-    return facts
 
 
 def _is_known(path: Path, one: _Found, here: Mapping[int, Row]) -> bool:

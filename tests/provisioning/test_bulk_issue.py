@@ -135,6 +135,11 @@ def test_again_issues_nothing_and_writes_the_same(
     assert birthmark("issue", "--from", "all.jsonl", "--out", "out.jsonl").exit_code == 0
     assert birthmark("issue", "--from", "all.jsonl", "--out", "out").exit_code == 0
     assert Path("out.jsonl").read_text() == every
+    one = Path("out/d-1.crt.pem")
+    whole = one.read_bytes()
+    one.write_bytes(whole[:99])
+    assert birthmark("issue", "--from", "all.jsonl", "--out", "out").exit_code == 0
+    assert one.read_bytes() == whole, "what is not as it should be is written anew"
     assert len(list(Path("out").iterdir())) == 6
     assert rows_of(living) == before
 

@@ -30,6 +30,7 @@ from birthmark.provisioning.row_records import COLUMNS, csv_lines, from_cell, fr
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from support.station import Answer
 
 NASTY = ["=1+1", "+x: 1", "-x: 2", "@x: 3", "'quoted", "\tx", "a: b\nc: d", 'x: "y", z', "ü: ☃"]
@@ -72,7 +73,7 @@ def rows(draw: st.DrawFn) -> Row:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(several=st.lists(rows(), max_size=3))
 def test_rows_come_back_from_either_format(tmp_path_factory: pytest.TempPathFactory, several: list[Row]) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -205,12 +206,16 @@ def refused(answer: Answer, *causes: str) -> None:
 
 def _forged(record: dict[str, str]) -> None:
     """Sign the same certificate with another key than the CA's."""
+    _signed_again(record, generate_private_key(SECP256R1()))
+
+
+def _signed_again(record: dict[str, str], key: EllipticCurvePrivateKey) -> None:
     real = x509.load_der_x509_certificate(_der(record))
     builder = x509.CertificateBuilder(
         real.issuer, real.subject, real.public_key(), real.serial_number, real.not_valid_before_utc,
         real.not_valid_after_utc, list(real.extensions),
     )  # fmt: skip
-    forged = builder.sign(generate_private_key(SECP256R1()), SHA256())
+    forged = builder.sign(key, SHA256())
     record["certificate"] = _text(forged.public_bytes(Encoding.DER))
 
 
@@ -306,6 +311,21 @@ def test_a_revocation_is_not_imported_into_a_row_that_stands(
     refused(answer, "one.jsonl, line 1: sensor-1: it is revoked (keyCompromise), and here it is not")
     assert "birthmark revoke sensor-1" in answer.stderr
     assert not rows_of(living)[0].is_revoked
+
+
+def test_another_certificate_with_a_serial_number_that_is_here_is_refused(
+    birthmark: Command, living: Station, full: Station
+) -> None:
+    first = rows_of(full)[0]
+    Path("one.jsonl").write_text(json.dumps(to_record(first)))
+    assert birthmark("registry", "import", "one.jsonl").exit_code == 0
+    record = to_record(first)
+    _signed_again(record, full.authority._issuer.private_key)
+    Path("two.jsonl").write_text(json.dumps(record))
+    refused(
+        birthmark("registry", "import", "two.jsonl"), "two.jsonl, line 1: sensor-1: its serial number is that of"
+    )
+    assert len(rows_of(living)) == 1
 
 
 def test_rows_of_another_stations_ca_are_refused(birthmark: Command, living: Station, tmp_path: Path) -> None:
