@@ -60,7 +60,7 @@ def _issue(arguments: argparse.Namespace, console: Console) -> None:
     broker = broker_address(arguments.broker, station.settings.broker)
     makes_keys = arguments.keys is not None
     wanted = read_wanted(arguments.source, role, station_makes_keys=makes_keys)
-    console.emit({"event": "read", "devices": len(wanted)}, f"read and checked what {len(wanted)} devices need")
+    console.emit({"event": "read", "devices": len(wanted)}, f"devices read and checked: {len(wanted)}")
     if any(one.public_key_der is None for one in wanted):
         warn_of_loopback(console, arguments.broker, broker)
 
@@ -69,5 +69,5 @@ def _issue(arguments: argparse.Namespace, console: Console) -> None:
 
     made = issue_all(station, arguments.source, wanted, arguments.out, broker=broker, tell=tell)
     record = {"event": "result", "issued": made.issued, "known": made.known, "out": str(arguments.out)}
-    known = f"; {made.known} had one before" if made.known else ""
-    console.emit(record, f"{made.issued} certificates issued{known}; all are in {arguments.out}")
+    known = f", and {made.known} were there before" if made.known else ""
+    console.emit(record, f"certificates issued: {made.issued}{known}; all are in {arguments.out}")

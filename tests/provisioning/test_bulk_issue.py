@@ -77,7 +77,7 @@ def test_a_csv_with_requests_in_it_and_beside_it(birthmark: Command, living: Sta
         transaction.put_batch(Batch("W47", living.clock()))
     answer = birthmark("issue", "--from", table, "--out", "out")
     assert answer.exit_code == 0, answer
-    assert "2 certificates issued; all are in out" in answer.stdout
+    assert "certificates issued: 2; all are in out" in answer.stdout
     one, two = rows_of(living)
     assert [(row.name, row.role, row.hwid, row.state, row.key_mode, row.batch) for row in (one, two)] == [
         ("pump-1", "pump", b"\n\x0b\x0c\r", State.ATTESTED, KeyMode.ON_DEVICE, "W47"),
