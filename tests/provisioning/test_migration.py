@@ -14,7 +14,7 @@ from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.provisioning import audit, audit_check
 from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.migration import migrate
-from birthmark.provisioning.registry.content import META
+from birthmark.provisioning.registry.content import META, UNFINISHED
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.registry.opening import setting_from
@@ -96,6 +96,8 @@ def moved(station: Station, to: str) -> Station:
     station.close()
     again = Station.open(station.folder, passphrase=b"never asked for", clock=station.clock)
     assert again.settings.registry == setting
+    with pytest.raises(RegistryError, match="there is one already"):  # whoever comes now finds it in use
+        again.registry.make()
     return again
 
 
@@ -224,6 +226,20 @@ def test_who_overtakes_is_found_out(station: Station, tmp_path: Path, monkeypatc
     assert not read_settings(station.settings_path).registry.url
     with Station.open(other.folder).registry.view():
         pass
+
+
+@pytest.mark.parametrize("to", [SQLITE, "tinydb"])
+def test_one_that_was_killed_after_the_switch_is_taken_up(station: Station, to: str) -> None:
+    station = moved(station, SQLITE)
+    if to == "tinydb":
+        station = moved(station, to)
+    station.registry.stand(f"{UNFINISHED} by somebody who was killed")
+    with station.registry.transaction() as transaction:
+        transaction.set_counter("mine", 7)
+    with pytest.raises(RegistryError, match="there is one already"):
+        station.registry.make()
+    with station.registry.view() as view:
+        assert view.counter("mine") == 7
 
 
 def test_a_shared_registry_is_not_moved_from_under_the_others(
