@@ -8,6 +8,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -26,7 +27,7 @@ from birthmark.provisioning.inspection.crl_rules import CRL_RULES, REQUEST_RULES
 from birthmark.provisioning.inspection.model import UNREADABLE, Claim, Finding, findings_of, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from datetime import datetime
 
 Readable = x509.Certificate | x509.CertificateRevocationList | x509.CertificateSigningRequest
@@ -84,10 +85,13 @@ def read_objects(content: bytes) -> list[Readable]:
 
 def inspect(number: int, what: Readable, now: datetime) -> Inspected:
     """Hold one object against the profile that it claims to be of."""
+    with _quiet():
+        return _inspected(number, what, now)
+
+
+def _inspected(number: int, what: Readable, now: datetime) -> Inspected:
     if isinstance(what, x509.Certificate):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            claim, name = claim_of(what), common_name(what)
+        claim, name = claim_of(what), common_name(what)
         findings = findings_of(rules_for(claim), InspectedCertificate(what, claim, now))
     elif isinstance(what, x509.CertificateRevocationList):
         claim, name = Claim.CRL, _name(lambda: what.issuer)
@@ -119,10 +123,16 @@ def _loaded(reader: Callable[[bytes], Readable], der: bytes, label: str) -> Read
         ) from cause
 
 
-def _quietly(reader: Callable[[bytes], Readable], der: bytes) -> Readable:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the library will refuse some day, and warns of when it is read, is for the rules to find."""
     with warnings.catch_warnings():
-        # What the library will refuse some day is for the rules to find.
         warnings.simplefilter("ignore")
+        yield
+
+
+def _quietly(reader: Callable[[bytes], Readable], der: bytes) -> Readable:
+    with _quiet():
         return reader(der)
 
 
@@ -139,6 +149,11 @@ def _name(read: Callable[[], x509.Name]) -> str:
 
 def facts_of(inspected: Inspected) -> dict[str, object]:
     """Return what there is to say of an object beside what is wrong with it; every text fit to be shown."""
+    with _quiet():
+        return _facts_of(inspected)
+
+
+def _facts_of(inspected: Inspected) -> dict[str, object]:
     what = inspected.what
     kind = next(word for kind, word in _WORDS.items() if isinstance(what, kind))
     facts: dict[str, object] = {"kind": kind, "profile": inspected.claim.value}

@@ -144,6 +144,7 @@ WRONG: list[tuple[str, Severity, Callable[[], bytes]]] = [
     ("key", ERROR, lambda: device(key=new_key("p384"))),
     ("key", ERROR, lambda: device(key=new_key("rsa"))),
     ("serial-number", ERROR, lambda: device(cert_serial_der=b"\x02\x01\x00")),
+    ("serial-number", ERROR, lambda: device(cert_serial_der=b"\x02\x01\x91")),
     ("serial-number", ERROR, lambda: device(cert_serial_der=b"\x02\x15\x01" + bytes(20))),
     ("serial-number", WARNING, lambda: device(cert_serial=7)),
     ("subject", ERROR, lambda: device(cns=["sensor-1", "sensor-2"])),
@@ -237,6 +238,7 @@ def test_each_rule_finds_what_is_wrong_on_purpose(
         inspected.findings
     )
     assert inspected.is_clean is all(finding.severity is NOTICE for finding in inspected.findings)
+    assert facts_of(inspected)["profile"] == inspected.claim.value
 
 
 def test_a_version_1_certificate_is_found() -> None:
