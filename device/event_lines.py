@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.backoff import OF_THE_IDENTITY
-from birthmark.device.errors import BirthmarkError, ConnectionFailedError, RefusedError
+from birthmark.device.errors import ConnectionFailedError, RefusedError
 from birthmark.device.escape import escaped
 from birthmark.device.events import (
     AttemptFailed,
@@ -66,7 +66,7 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
             kind = "refused" if isinstance(event.error, RefusedError) else "unreachable"
             _failed(console, kind, event.error, None if is_last else event.retry_in_s)
         case SubscriptionDenied():
-            say(console, "denied", said_of(event), filter=escaped(event.topic_filter))
+            say(console, "denied", event.in_words(), filter=escaped(event.topic_filter))
         case RenewalChanged():
             shown = escaped(event.detail)
             then = "" if event.retry_in_s is None else f"\n          next attempt in {event.retry_in_s:.0f} s"
@@ -82,16 +82,7 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
             shown = escaped(event.detail)
             say(console, "outbox", shown, state=event.state, detail=shown)
         case HandlerFailed():
-            say(console, "handler_failed", said_of(event), topic=escaped(event.topic))
-
-
-def said_of(event: HandlerFailed | SubscriptionDenied) -> str:
-    """Return in words what went wrong beside the connection; of somebody else's error only its kind is told."""
-    if isinstance(event, SubscriptionDenied):
-        return f"the broker does not let us subscribe to {escaped(event.topic_filter)}"
-    error = event.error
-    cause = error.message if isinstance(error, BirthmarkError) else type(error).__name__
-    return f"the handler of {escaped(event.topic)} failed: {cause}"
+            say(console, "handler_failed", event.in_words(), topic=escaped(event.topic))
 
 
 def show_warnings(console: Console) -> None:

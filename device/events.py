@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from birthmark.device.errors import BirthmarkError
+from birthmark.device.escape import escaped
 from birthmark.device.frozen import Frozen
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class SubscriptionDenied(Frozen):
 
     topic_filter: str
 
+    def in_words(self) -> str:
+        """Return it as one line."""
+        return f"the broker does not let us subscribe to {escaped(self.topic_filter)}"
+
 
 class HandlerFailed(Frozen):
     """A callback raised; the client goes on."""
@@ -53,6 +59,11 @@ class HandlerFailed(Frozen):
     topic: str
     """Of the message that it was given; for what is done at intervals, the function's name."""
     error: Exception
+
+    def in_words(self) -> str:
+        """Return it as one line; of somebody else's error only its kind is told."""
+        cause = self.error.message if isinstance(self.error, BirthmarkError) else type(self.error).__name__
+        return f"the handler of {escaped(self.topic)} failed: {cause}"
 
 
 RenewalState = Literal["asked", "granted", "trying", "confirming", "renewed", "refused", "rolled-back", "failed"]

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.durable import write_durably
 from birthmark.device.errors import RefusedError, RemoteProtocolError
-from birthmark.device.event_lines import said_of
 from birthmark.device.events import (
     AttemptFailed,
     Connected,
@@ -216,7 +215,7 @@ class Recorder:
         elif isinstance(event, HandlerFailed | SubscriptionDenied) or (
             isinstance(event, OutboxChanged) and event.state in ("dropping", "failing", "set-aside")
         ):
-            trouble = event.detail if isinstance(event, OutboxChanged) else said_of(event)
+            trouble = event.detail if isinstance(event, OutboxChanged) else event.in_words()
             if trouble == record.trouble:
                 return
             record = record.changed(trouble=trouble, trouble_at=now_s)

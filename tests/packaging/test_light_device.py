@@ -126,7 +126,6 @@ ENROLLED = CONNECTING | {
     "agent",
     "agent.slots",
     "agent.storage",
-    "event_lines",
     "link",
     "link.bundle",
     "link.cbor",
@@ -139,7 +138,6 @@ ENROLLED = CONNECTING | {
     "renewal.renewer",
     "renewal.schedule",
     "renewal.store",
-    "systemd",
 }
 ENROLLED_STANDARD = CONNECTING_STANDARD | {"_heapq", "_queue", "heapq", "queue"}
 LOADED = """
