@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from birthmark.broker import crl_command, init_command, policy_command, run_command
+from birthmark.broker import crl_command, export_command, init_command, policy_command, run_command
 from birthmark.device.console import Parser
 
 if TYPE_CHECKING:
@@ -31,4 +31,5 @@ def parser() -> Parser:
     run_command.add_to(commands)
     policy_command.add_to(commands)
     crl_command.add_to(commands)
+    export_command.add_to(commands)
     return top

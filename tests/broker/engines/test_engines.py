@@ -1,0 +1,36 @@
+"""The gateway and the Mosquitto that it exports, side by side: what is published about them was measured."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from support import engine_cases
+from support.engines import ACCEPTED, MOSQUITTO_PATH, both
+from support.repository import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WEAKER = {
+    "right in all but the profile": "profile",
+    "its presence, for those who listen": "revocation",
+    "the live connection itself": "revocation",
+}
+"""What an exported Mosquitto lets pass, and the refusal that had to be accepted for it."""
+
+
+@pytest.mark.skipif(MOSQUITTO_PATH is None and "CI" not in os.environ, reason="mosquitto is not installed")
+@pytest.mark.timeout(180)
+def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
+    with both(tmp_path) as engines:
+        rows = engine_cases.measure(*engines)
+    assert [title for _, title, gateway, _ in rows if not gateway.held] == []
+    weaker = [title for _, title, _, mosquitto in rows if not mosquitto.held]
+    assert sorted(weaker) == sorted(WEAKER)
+    assert {WEAKER[title] for title in weaker} <= set(ACCEPTED)
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    measured = engine_cases.table(rows).splitlines()
+    published = page.split(engine_cases.BEGIN)[1].split(engine_cases.END)[0].strip().splitlines()
+    assert published == measured, "python -m support.engines, in tests/, writes the page"
