@@ -20,6 +20,7 @@ from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.gateway_receipts import note_deliveries
 from birthmark.provisioning.gateways import Delivery, Outcome
 from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.one_unit import journal_of
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover import RolloverRefusedError, RootKey
@@ -222,6 +223,23 @@ def test_brokers_change_to_a_new_root_last(station: Station, tmp_path: Path) -> 
     assert renewed.row.issuer == new.key_id
     with pytest.raises(RolloverRefusedError, match="1 devices still go by it: sensor-1"):
         rollover.close_old(station, CaKind.ROOT)
+
+
+def test_a_ca_whose_key_is_lost_vouches_for_no_anchors(station: Station) -> None:
+    row = enrolled_row(station, "sensor-1")
+    (old_root,) = (ca for ca in station.cas if ca.kind is CaKind.ROOT)
+    lost, other = station.cas.for_clients, start_issuing(station)
+    rollover.activate(station, force=True)
+    give_up_key(station, lost.short)
+    start_root(station)
+    rollover.activate(station, force=True)
+    assert [ca.key_id for ca in station.cas.issuing[1:]] == [lost.key_id, other.key_id], "the lost one comes first"
+
+    held = x509.load_der_x509_certificate(old_root.certificate_der).fingerprint(SHA256())
+    pending = StationAnchors(station).pending_anchors(row, [held])
+
+    assert pending is not None
+    assert pending.signer_der == other.certificate_der
 
 
 def test_anchors_are_vouched_for_by_a_ca_that_the_device_trusts(station: Station) -> None:
