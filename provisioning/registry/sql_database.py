@@ -226,7 +226,11 @@ def _sqlite(url: URL, path: Path) -> Engine:
             isolation_level=None,
             check_same_thread=False,
         )
-        connection.execute("PRAGMA synchronous = FULL")
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+        except BaseException:  # it is no database, for instance
+            connection.close()
+            raise
         return connection
 
     # No connection is kept: closing one is cheap, and one that a fork inherits loses SQLite's locks.
