@@ -136,7 +136,7 @@ class Outbox:
         self._newest = 0
         self._messages = self._bytes = self._dropped = 0
         self._failing = ""
-        self._is_drained = True
+        self._has_backlog = False
         self._waiting: weakref.WeakValueDictionary[int, Acknowledgement] = weakref.WeakValueDictionary()
         # The sender's alone.
         self._backlog_to = 0
@@ -231,6 +231,7 @@ class Outbox:
         """Take what is there by now for a backlog, to be sent at the bounded rate."""
         with self._changed:
             self._backlog_to = self._newest
+            self._has_backlog = bool(self._messages)
             self._next_send_s = self._monotonic_s()
 
     def take(self) -> list[Delivery]:
@@ -261,8 +262,9 @@ class Outbox:
             self._accepted[row.seq] = row.size
             self._messages = max(0, self._messages - 1)  # a damaged file may have lost it
             self._bytes = max(0, self._bytes - row.size)
-            has_drained = not self._messages and not self._is_drained
-            self._is_drained = not self._messages
+            # Said of a backlog alone: it is no news that what was just published has arrived.
+            has_drained = self._has_backlog and not self._messages
+            self._has_backlog = self._has_backlog and not has_drained
             acknowledgement = self._waiting.pop(row.seq, None)
             if len(self._accepted) >= REMOVE_TOGETHER:
                 self._changed.notify_all()
@@ -382,8 +384,6 @@ class Outbox:
             self._messages += stored.totals.messages - before.messages
             self._bytes += stored.totals.bytes - before.bytes
             self._newest = max(self._newest, *(row.seq for row in new), 0)
-            if self._messages:
-                self._is_drained = False
             for item in pending:
                 if item.row.seq not in stored.refused:
                     self._waiting[item.row.seq] = item.acknowledgement
@@ -482,7 +482,7 @@ class Outbox:
             self._bytes = max(0, contents.bytes - sum(self._accepted.values()))
             self._dropped = max(self._dropped, contents.dropped)
             self._newest = max(self._newest, database.next_seq - 1)
-            self._is_drained = not self._messages
+            self._has_backlog = bool(self._messages)
         if opened.said:
             self._tell(OutboxChanged("set-aside", f"the outbox {self._path} is of no use: {opened.said}"))
 

@@ -23,7 +23,7 @@ from birthmark.device.errors import (
     SystemFailureError,
     UnreachableError,
 )
-from birthmark.device.events import OutboxChanged
+from birthmark.device.events import Disconnected, OutboxChanged
 from birthmark.device.outbox import outbox as module
 from birthmark.device.outbox.database import Database, DatabaseUnfitError, Row
 from birthmark.device.outbox.outbox import IN_FLIGHT, READY, Outbox
@@ -140,6 +140,23 @@ def test_it_goes_out_in_order_after_a_restart_and_is_removed(state: Path, broker
     assert telemetry(broker) == [*map(str, range(150)), "last"]
     assert [event.state for event in watching.events if isinstance(event, OutboxChanged)] == ["waiting", "drained"]
     assert stored(state / "outbox.db") == []
+
+
+def test_that_it_has_drained_is_said_of_a_backlog_alone(state: Path, broker: BrokerStub) -> None:
+    watching = Watching()
+    with client_of(state, observe=watching) as client:
+        for number in range(3):
+            client.publish(TOPIC, str(number), wait=DEADLINE_S)
+        broker.connack = 3  # "server unavailable"
+        broker.drop()
+        watching.wait_for(Disconnected)
+        for number in range(3, 6):
+            client.publish(TOPIC, str(number))
+        broker.connack = 0
+        watching.wait_for(OutboxChanged)
+        client.publish(TOPIC, "6", wait=DEADLINE_S)
+    assert [event.state for event in watching.events if isinstance(event, OutboxChanged)] == ["drained"]
+    assert list(dict.fromkeys(telemetry(broker))) == list("0123456")
 
 
 def test_only_its_owner_can_read_it(state: Path) -> None:
