@@ -12,7 +12,8 @@ Rules:
 - TCP_NODELAY: MQTT's small packets must not wait for the acknowledgement of the one before.
 - The session of the last good connection to a host is offered to the next one in this process (RFC 8446 §2.2).
   With TLS 1.3 its ticket comes after the handshake, so it is taken when the connection closes. A refusal forgets
-  it: the next attempt is a full handshake, with a fresh verdict.
+  it: the next attempt is a full handshake, with a fresh verdict. Where Python leaks what it is taken from, it is
+  taken from full handshakes alone, and offered for as long as the broker takes it.
 - With TLS 1.3 the broker judges our certificate after our side of the handshake is done, so its alert arrives in a
   later read, where an MQTT library sees nothing but "connection lost". The socket keeps it.
 """
@@ -22,7 +23,8 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
-from typing import TYPE_CHECKING, Any, Self, cast
+import sys
+from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 from birthmark.device.certificate_facts import certificate_facts
 from birthmark.device.clock import Clock, Moment, out_of_time
@@ -60,6 +62,12 @@ class OutOfTimeError(ssl.SSLCertVerificationError):
 def is_alert(error: OSError) -> bool:
     """Whether `error` is the other side's TLS alert (RFC 8446 §6): its word on why it ended the connection."""
     return isinstance(error, ssl.SSLError) and "ALERT_" in (error.reason or "")
+
+
+SESSION_LEAKS: Final = sys.version_info < (3, 12, 8) or (3, 13) <= sys.version_info < (3, 13, 1)
+"""Whether `SSLSocket.session` leaks the session of the connection, 7 KB, once asked (CPython's gh-116810). Then a
+device on a network that drops it all day would grow with every drop; to offer one ticket more than once is what
+RFC 8446 C.4 advises against for the sake of those whom it would make recognisable: not a device at its gateway."""
 
 
 class DeviceSocket(ssl.SSLSocket):
@@ -174,9 +182,14 @@ class DeviceSocket(ssl.SSLSocket):
             self.failure = error
 
     def _keep_session(self) -> None:
-        context, session = self.context, self.session
-        if isinstance(context, DeviceContext) and session is not None and session.has_ticket:
-            context.sessions[str(self.server_hostname)] = session
+        context, name = self.context, str(self.server_hostname)
+        if not isinstance(context, DeviceContext):
+            return
+        if SESSION_LEAKS and self.session_reused and name in context.sessions:
+            return
+        session = self.session
+        if session is not None and session.has_ticket:
+            context.sessions[name] = session
 
     def _forget_session(self) -> None:
         context = self.context

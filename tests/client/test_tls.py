@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from support.broker_stub import CONNECT, BrokerStub
 from support.device_folder import enrolled
 from support.pki import Pki, crl_pem
 
+from birthmark.device import tls
 from birthmark.device.credentials import Credentials
 from birthmark.device.tls import DeviceContext, DeviceSocket, device_context
 
@@ -65,6 +66,33 @@ def test_the_next_connection_resumes_the_session(tmp_path: Path, pki: Pki, versi
                 assert connection.session_reused is expected
         broker.wait_for(CONNECT, count=3)
         assert broker.resumed == [False, True, True]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("leaks", [True, False])
+def test_where_a_session_leaks_it_is_asked_for_after_full_handshakes_alone(
+    tmp_path: Path, pki: Pki, version: ssl.TLSVersion, monkeypatch: pytest.MonkeyPatch, *, leaks: bool
+) -> None:
+    asked: list[bool] = []
+    taken: Any = ssl.SSLSocket.session
+
+    def session(connection: DeviceSocket) -> ssl.SSLSession | None:
+        asked.append(bool(connection.session_reused))
+        return cast("ssl.SSLSession | None", taken.fget(connection))
+
+    monkeypatch.setattr(tls, "SESSION_LEAKS", leaks)
+    monkeypatch.setattr(DeviceSocket, "session", property(session, taken.fset))
+    context = context_for(tmp_path, pki)
+    with BrokerStub(pki, highest_tls=version) as broker:
+        for number in range(4):
+            with connected(context, broker) as connection:
+                connection.sendall(CONNECT_PACKET)
+                assert connection.recv(4) == b"\x20\x02\0\0"
+                if number == 2:
+                    connection.forget_session()
+        broker.wait_for(CONNECT, count=4)
+        assert broker.resumed == [False, True, True, False]
+    assert asked == ([False, False] if leaks else [False, True, False])
 
 
 def test_a_session_is_kept_for_its_own_broker_only(tmp_path: Path, pki: Pki) -> None:
