@@ -20,7 +20,7 @@ from base64 import b64decode, b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography import x509
@@ -111,7 +111,7 @@ class Ca:
     @property
     def pem(self) -> bytes:
         """Its certificate as PEM."""
-        return self.certificate.public_bytes(Encoding.PEM)
+        return _pem(self.certificate_der)
 
     @property
     def phase(self) -> str:
@@ -134,6 +134,12 @@ class Ca:
         key_id = profile.key_id(certificate).hex()
         der = certificate.public_bytes(Encoding.DER)
         return cls(key_id, kind, der, root or key_id, now, **facts)
+
+
+@lru_cache(64)
+def _pem(certificate_der: bytes) -> bytes:
+    """Return a CA's certificate as PEM: each of thousands of devices gets it in its chain."""
+    return x509.load_der_x509_certificate(certificate_der).public_bytes(Encoding.PEM)
 
 
 class Cas:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.identity import BrokerName, DeviceId, Role
@@ -81,6 +82,26 @@ class KeyMode(StrEnum):
 
     ON_DEVICE = "on-device"
     STATION = "station"
+
+
+# A row is made anew with each change, thousands at a time: what it holds is checked once while it stays the same.
+@lru_cache(16_384)
+def _check_names(kind: Kind, name: str, role: str) -> None:
+    if kind is Kind.BROKER:
+        BrokerName(name)
+        if role:
+            raise ValueError("a broker holds no role")
+        return
+    DeviceId(name)
+    if Role(role).is_reserved != (kind is Kind.SERVICE):
+        raise ValueError(f"a {kind} may not hold the role {role}")
+
+
+@lru_cache(256)
+def _check_key_ids(issuer: str, anchors: str) -> None:
+    for key_id in (issuer, *anchors.split(" ")):
+        if key_id and not _KEY_ID.fullmatch(key_id):
+            raise ValueError("the key identifier of a CA is not lower-case hex")
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,19 +185,10 @@ class Row:
     def _check_identity(self) -> None:
         if self.number < 1:
             raise ValueError(f"row number {self.number} is not positive")
-        if self.kind is Kind.BROKER:
-            BrokerName(self.name)
-            if self.role:
-                raise ValueError("a broker holds no role")
-            return
-        DeviceId(self.name)
-        if Role(self.role).is_reserved != (self.kind is Kind.SERVICE):
-            raise ValueError(f"a {self.kind} may not hold the role {self.role}")
+        _check_names(self.kind, self.name, self.role)
 
     def _check_sizes(self) -> None:
-        for key_id in (self.issuer, *self.anchors.split(" ")):
-            if key_id and not _KEY_ID.fullmatch(key_id):
-                raise ValueError("the key identifier of a CA is not lower-case hex")
+        _check_key_ids(self.issuer, self.anchors)
         if self.hwid is not None and len(self.hwid) not in HWID_OCTETS:
             raise ValueError("the hwid is not 4 to 32 octets long")
         if self.txn is not None and len(self.txn) != TXN_OCTETS:
