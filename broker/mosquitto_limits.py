@@ -9,6 +9,8 @@ Rules (each seen on Mosquitto 2.0.11; docs/engines.md has the matrix):
 - What a gateway takes for itself (a CRL, a question for the time) or says of itself has nobody behind it there.
   A role that may publish such a topic could speak to devices and stations in the gateway's place.
 - A limit that it has no setting for is refused at every value, except at the one that asks for nothing.
+- A setting that nobody has thought about here is refused: a gateway may learn what an export does not know of
+  yet.
 - A refusal about the policy is final: change the policy that is exported. One about the engine has a name, and
   who knows what it means may accept it by that name.
 """
@@ -79,6 +81,7 @@ def refusals(settings: BrokerSettings, config: Table, policy: Policy, rules: Tab
         rules: the table that it was read from.
     """
     found = [each for role in policy.roles for each in _of_role(role, rules.table("roles").table(role.name))]
+    found += _unknown(config)
     found += _of_settings(settings, config)
     found += _of_limits(settings.limits, config.table("limits"))
     found += [Refusal(code, f"whatever the files say: {why}", remedy) for code, (why, remedy) in _ENGINE.items()]
@@ -145,6 +148,26 @@ def _unwritable(entry: str) -> str:
     if entry.count("/") >= _MAX_LEVELS:
         return f"Mosquitto takes {_MAX_LEVELS} levels of a topic at most"
     return ""
+
+
+_KNOWN = {
+    "": (
+        *("name", "listen", "credentials", "clients_ca", "crl", "policy", "data_folder"),
+        *("on_denied", "durability", "limits", "revocation", "renewal_listener"),
+    ),
+    "revocation": ("grace_days", "fail_closed", "max_crl_bytes", "watch_interval_s"),
+}
+"""The keys, by table, that are translated, refused below, or of no meaning elsewhere."""
+
+
+def _unknown(config: Table) -> Iterator[Refusal]:
+    for name, known in _KNOWN.items():
+        table = config.table(name) if name else config
+        for key in table.keys():  # noqa: SIM118 - a Table is no mapping
+            if key not in known:
+                yield _refusal(
+                    POLICY, table, (key,), "an export does not know it", "take it out of the file to export"
+                )
 
 
 def _of_settings(settings: BrokerSettings, config: Table) -> Iterator[Refusal]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import random
 import stat
@@ -15,7 +16,7 @@ from support.engines import ACCEPTED, Identities, write_gateway
 from support.pki import crl_pem, now
 
 from birthmark.broker.cli import parser
-from birthmark.broker.config import BrokerSettings, RevocationSettings, read_settings
+from birthmark.broker.config import BrokerSettings, Limits, RevocationSettings, read_settings
 from birthmark.broker.export_roster import Roster
 from birthmark.broker.filters import matches
 from birthmark.broker.mosquitto_files import acl
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from birthmark.broker.policy import Policy
+    from birthmark.broker.toml_file import Table
 
     Export = Callable[..., tuple[int, list[dict[str, Any]], dict[str, Any]]]
 
@@ -165,6 +167,26 @@ def test_settings_that_mosquitto_does_not_have(tmp_path: Path, setting: str, nam
     assert key in more[1]
 
 
+def test_a_setting_without_translation_is_refused() -> None:
+    config = parse_toml(b"name = 'gw'\nnews = 1\n[revocation]\nother = 1\n", "broker.toml", ConfigurationError)
+    policy, content = role('publish = ["a"]')
+    found = [each.reason for each in found_of(policy, content, config) if each.code == POLICY]
+    assert found == [
+        "broker.toml, line 2, news: an export does not know it",
+        "broker.toml, line 4, revocation.other: an export does not know it",
+    ]
+
+
+def test_every_limit_is_translated_or_refused() -> None:
+    translated = {"max_packet_bytes", "max_connections", "max_inflight", "max_queued_messages", "max_queued_bytes"}
+    translated |= {"session_expiry_s", "shutdown_timeout_s"}
+    policy, content = role('publish = ["a"]')
+    limits = Limits(max_messages_per_s=1, max_bytes_per_s=1, session_expiry_s=3_601)
+    reasons = " ".join(each.reason for each in found_of(policy, content, limits=limits))
+    for field in dataclasses.fields(Limits):
+        assert (f"limits.{field.name}:" in reasons) == (field.name not in translated - {"session_expiry_s"})
+
+
 def of_policy(text: str) -> list[str]:
     """The reasons for which a policy of one role cannot be exported."""
     return [each.reason for each in found_of(*role(text)) if each.code == POLICY]
@@ -177,6 +199,7 @@ def of_policy(text: str) -> list[str]:
         ('publish = ["#"]', "publish[1]: it lets the role publish gateway/+/receipts/#"),
         ('publish = ["+/+/status"]', "publish[1]: it lets the role publish gateway/+/status/#"),
         ('publish = ["gateway/+/seen/x"]', "publish[1]: it lets the role publish gateway/+/seen/#"),
+        ('publish = ["{id}/a/receipts"]', "publish[1]: it lets the role publish gateway/+/receipts/#"),
         ('publish = ["gateway/{id}/crl-in-force/x"]', "it lets the role publish gateway/+/crl-in-force/#"),
         ('publish = ["gateway/gw/crl"]', "publish[1]: it lets the role publish gateway/+/crl: "),
         ('publish = ["devices/{id}/#"]', "publish[1]: it lets the role publish devices/+/time/request"),
@@ -222,9 +245,11 @@ def role(text: str) -> tuple[Policy, str]:
     return parse_policy(content.encode(), "policy.toml"), content
 
 
-def found_of(policy: Policy, content: str) -> list[Refusal]:
-    settings = BrokerSettings(BrokerName("gw"), "127.0.0.1", 1, *(Path(),) * 5)
-    config = parse_toml(b"", "broker.toml", ConfigurationError)
+def found_of(
+    policy: Policy, content: str, config: Table | None = None, limits: Limits | None = None
+) -> list[Refusal]:
+    settings = BrokerSettings(BrokerName("gw"), "127.0.0.1", 1, *(Path(),) * 5, limits=limits or Limits())
+    config = config or parse_toml(b"", "broker.toml", ConfigurationError)
     return refusals(settings, config, policy, parse_toml(content.encode(), "policy.toml", PolicyError))
 
 
@@ -239,7 +264,7 @@ def mosquitto_decides(lines: list[str], access: str, topic: str) -> bool:
 def test_an_exported_policy_decides_as_the_policy_does() -> None:
     """Of many small policies each is refused, or its ACL says about every topic what the policy says."""
     chance = random.Random(24)
-    words = ["a", "b", "{id}", "+"]
+    words = ["a", "me", "{id}", "+"]
     pool = [f"{one}{rest}" for one in words for rest in ("", "/#", *(f"/{two}" for two in words))]
     topics = [f"{one}{rest}" for one in ("a", "b", "me") for rest in ("", "/a", "/b", "/me", "/a/b")]
     device, exported = DeviceId("me"), 0
@@ -318,6 +343,12 @@ def test_the_revoked_and_the_expired_have_no_rights(folder: Path, export: Export
     assert (folder / "out" / "crl.pem").read_bytes() == crl_pem(revoked)
     users = [line for line in (folder / "out" / "acl").read_text().splitlines() if line.startswith("user ")]
     assert users == ["user CN=sensor-1,OU=device,O=Test"]
+
+    newer = pki.issuing.crl([identities.issued["sensor-1"].cert_serial], number=8)
+    (folder / "crl.pem").write_bytes(newer)
+    assert export(*ACCEPTED)[1][0]["revoked"] == 2
+    assert (folder / "out" / "crl.pem").read_bytes() == crl_pem(newer)
+    assert "user " not in (folder / "out" / "acl").read_text()
 
 
 def test_an_expired_crl_is_not_exported(folder: Path, export: Export, identities: Identities) -> None:
