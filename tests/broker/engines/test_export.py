@@ -344,9 +344,9 @@ def test_the_revoked_and_the_expired_have_no_rights(folder: Path, export: Export
     users = [line for line in (folder / "out" / "acl").read_text().splitlines() if line.startswith("user ")]
     assert users == ["user CN=sensor-1,OU=device,O=Test"]
 
-    newer = pki.issuing.crl([identities.issued["sensor-1"].cert_serial], number=8)
+    newer = pki.issuing.crl([identities.issued[name].cert_serial for name in ("camera-1", "sensor-1")], number=8)
     (folder / "crl.pem").write_bytes(newer)
-    assert export(*ACCEPTED)[1][0]["revoked"] == 2
+    assert export(*ACCEPTED)[1][0]["revoked"] == 3
     assert (folder / "out" / "crl.pem").read_bytes() == crl_pem(newer)
     assert "user " not in (folder / "out" / "acl").read_text()
 
