@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.line_board import LineBoard
+from support.line_process import Process
 from support.station import PASSPHRASE, Command, new_station
 
 if TYPE_CHECKING:
@@ -48,3 +49,18 @@ def boards(tmp_path: Path) -> Iterator[Callable[[int], list[LineBoard]]]:
 def board(boards: Callable[[int], list[LineBoard]]) -> LineBoard:
     """One blank board, powered on."""
     return boards(1)[0]
+
+
+@pytest.fixture
+def start(station: Station) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def begin(*words: str) -> Process:
+        started.append(Process(station, *words))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            one.process.kill()
+        one.process.communicate(timeout=30)

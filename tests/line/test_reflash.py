@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,9 +16,11 @@ from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import Gateway, add_gateway
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.line_board import LineBoard
+    from support.line_process import Process
     from support.station import Command
 
     from birthmark.provisioning.registry.model import Row
@@ -115,6 +118,34 @@ def test_cut_off_in_the_middle_the_old_identity_stands_until_the_new_one(
     assert (old.state, new.state) == (State.VOID, State.ATTESTED)
     assert held_serial(made) == new.cert_serial
     assert revoked(station) == {before: "superseded"}
+
+
+KILLS = ("hello", "unlock", "keygen", "begin", "data", "prepare", "commit", "attest")
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("step", KILLS if os.environ.get("BIRTHMARK_PROOF") == "whole" else KILLS[6:7])
+def test_the_command_is_killed_at_a_step(
+    birthmark: Command, station: Station, made: LineBoard, start: Callable[..., Process], step: str
+) -> None:
+    """The board holds an identity that stands; the same command again, or the next CRL, finishes it."""
+    again = ("reflash", "sensor-17", "--reason", "superseded", "--port", made.port, *WHERE)
+    killed = start(*again, "--json")
+    killed.wait_for(lambda record: record.get("step") == step)
+    killed.process.kill()
+    killed.process.wait()
+    standing = [row for row in rows(station) if not row.is_revoked and row.state is not State.VOID]
+    assert held_serial(made) in [row.cert_serial for row in standing]
+    old, *begun = rows(station)
+    if old.state is State.VOID:
+        assert birthmark("crl").exit_code == 0
+    else:
+        assert birthmark(*again).exit_code == 0
+    old, new = rows(station)
+    assert [row.number for row in begun] in ([], [new.number]), "a second row for the same wish"
+    assert (old.state, new.state) == (State.VOID, State.ATTESTED)
+    assert held_serial(made) == new.cert_serial
+    assert revoked(station) == {old.cert_serial: "superseded"}
 
 
 def test_a_unit_that_lost_its_identity_gets_another(birthmark: Command, station: Station, made: LineBoard) -> None:

@@ -26,9 +26,10 @@ from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.slot import Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
+    from support.line_process import Process
     from support.station import Command
 
     from birthmark.provisioning.registry.model import Row
@@ -66,56 +67,6 @@ def no_half_identities(station: Station, boards: list[LineBoard]) -> None:
             row = by_hwid[board.hwid]
             assert row.state.reached(State.PREPARED)
             assert board.bundle.config.device_id.text == row.name
-
-
-class Process:
-    """`birthmark` as a process of its own."""
-
-    def __init__(self, station: Station, *words: str) -> None:
-        environment = {
-            **os.environ,
-            "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(),
-            "BIRTHMARK_STATION": str(station.folder),
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "birthmark.provisioning", *words],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.records: list[dict[str, Any]] = []
-
-    def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """Read events until one fits."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            record: dict[str, Any] = json.loads(line)
-            self.records.append(record)
-            if wanted(record):
-                return record
-        raise AssertionError(f"it never said so; stderr: {self.process.stderr and self.process.stderr.read()}")
-
-    def end(self) -> tuple[int, str]:
-        """Wait for its end; its exit code, and what it said on stderr."""
-        out, err = self.process.communicate(timeout=60)
-        self.records += [json.loads(line) for line in out.splitlines()]
-        return self.process.returncode, err
-
-
-@pytest.fixture
-def start(station: Station) -> Iterator[Callable[..., Process]]:
-    started: list[Process] = []
-
-    def begin(*words: str) -> Process:
-        started.append(Process(station, *words))
-        return started[-1]
-
-    yield begin
-    for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-        one.process.communicate(timeout=30)
 
 
 def test_a_whole_fixture_at_once(
@@ -321,6 +272,11 @@ def test_killed_at_any_moment_nothing_is_half(
     line.process.wait()
     no_half_identities(station, six)
     before = {row.hwid: row for row in rows(station)}
+    resumed = start("resume", *ports(six), "--json", *WHERE)
+    resumed.wait_for(lambda record: record["event"] in ("step", "result", "summary"))
+    resumed.process.kill()
+    resumed.process.wait()
+    no_half_identities(station, six)
     finished = birthmark("resume", *ports(six), *WHERE)
     assert finished.exit_code == 0, finished.stdout
     for row in rows(station):

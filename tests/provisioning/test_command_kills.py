@@ -37,12 +37,10 @@ ONLY_READ = {
 }
 KILLED_ELSEWHERE = {
     "flash": "tests/flash/test_processes.py",
-    "run": "tests/faults/test_kills.py",
-    "resume": "tests/faults/test_kills.py",
-    "reflash": "tests/faults/test_kills.py",
-    "renewd": "tests/renewal",
-    "renew": "tests/renewal",
-    "crl serve": "tests/provisioning/test_crl_service.py",
+    "run": "tests/line/test_run.py",
+    "resume": "tests/line/test_run.py",
+    "reflash": "tests/line/test_reflash.py",
+    "renewd": "tests/renewal/test_kills.py",
 }
 """With a board or a broker at the other end, which is killed too."""
 

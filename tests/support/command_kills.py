@@ -35,11 +35,22 @@ from sqlalchemy import Engine, event
 from support.softhsm import LABEL, PIN, SoftHsm, found_module, with_a_token
 from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, new_station, public_key_der
 
+from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import run
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import TEMPORARY_SUFFIX
 from birthmark.device.pem import CRL, read_blocks
-from birthmark.provisioning import audit, audit_check, backup_commands, ca_commands, rollover, station_commands
+from birthmark.device.stopping import Stopping
+from birthmark.provisioning import (
+    audit,
+    audit_check,
+    backup_commands,
+    ca_commands,
+    crl_commands,
+    renewal_commands,
+    rollover,
+    station_commands,
+)
 from birthmark.provisioning.audit_checkpoint import read_checkpoint
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
@@ -50,6 +61,7 @@ from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.passphrase_change import change_passphrase
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.retirement import note_retirement
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.row_records import jsonl_lines
 from birthmark.provisioning.settings import Gateway, add_gateway
@@ -57,7 +69,7 @@ from birthmark.provisioning.station import Station
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from datetime import datetime
 
 SQLITE = "sqlite:///registry.db"
@@ -263,6 +275,42 @@ def is_restored(root: Path) -> None:
     is_revoked(root, "restored")
     entries = [entry["action"] for entry in audit.read(root / "restored" / "audit.jsonl")]
     assert entries.count("restore") == 1
+
+
+def with_one_replaced(root: Path) -> None:
+    """The certificate of sensor-1 was replaced by a renewal, and is due to be revoked; a gateway is away."""
+    with_devices_and_gateway(root)
+    opened = station(root)
+    (row,) = rows_named(root, "sensor-1")
+    with opened.registry.transaction() as transaction:
+        note_retirement(transaction, row, opened.clock())
+
+
+def is_served(root: Path) -> None:
+    is_revoked(root)
+    entries = [entry for entry in audit.read(root / "station" / "audit.jsonl") if entry["action"] == "revoke"]
+    assert [entry["subject"] for entry in entries] == ["sensor-1"]
+
+
+def with_renewal_service(root: Path) -> None:
+    with_devices(root)
+    issue_operator(station(root), "renewd", root / "out", role="service-renewal")
+
+
+class AfterATurn(Stopping):
+    """A service looks once, and is told to end."""
+
+    _turns = 0
+
+    def wait(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002
+        self._turns += 1
+        return self._turns > 1
+
+
+@contextlib.contextmanager
+def stopping_after_a_turn() -> Iterator[Stopping]:
+    with stop_on_signals() as stop:
+        yield AfterATurn(stop)
 
 
 def has_gateways(root: Path, count: int) -> None:
@@ -479,6 +527,17 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "crl": Scenario(["crl"], finished=lambda root: crl_number_of(root) >= 2),
     "crl --root": Scenario(["crl", "--root"]),
+    "crl serve": Scenario(
+        ["crl", "serve", "--every-hours", "0.0001", "--timeout", "0.05"],
+        prepare=with_one_replaced,
+        finished=is_served,
+    ),
+    "renew": Scenario(
+        ["renew", "sensor-1", "--broker", "localhost:1", "--identity", "@/out/renewd.pem"],
+        prepare=with_renewal_service,
+        finished=all_listed,
+        code=4,
+    ),
     "ca detach-root": Scenario(
         ["ca", "detach-root", "--to", "@/medium", "--same-disk"], prepare=with_medium, finished=is_detached
     ),
@@ -784,6 +843,8 @@ def main(root: Path, kills: int, names: Sequence[str]) -> None:
     monkeypatch.setattr(ca_commands, "change_passphrase", functools.partial(change_passphrase, derivation=CHEAP))
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
+    monkeypatch.setattr(crl_commands, "stopping_on_signals", stopping_after_a_turn)
+    monkeypatch.setattr(renewal_commands, "SENT_WITHIN_S", 0.05)
     for start in (rollover.start_issuing, rollover.start_root):
         monkeypatch.setattr(rollover, start.__name__, functools.partial(start, derivation=CHEAP))
     scenarios = chosen(kills)
