@@ -1,8 +1,8 @@
 """Whole commands on a registry at size: `python -m bench.registry_commands --rows 1000000 --registry URL`.
 
 A station is founded, its registry filled with devices as they are when they are made, one in a hundred of them
-revoked, and the commands are run as an operator runs them, each a process of its own. What is printed is the
-median, and the processor time of it: a machine that has other work to do makes the first one longer.
+(`--revoked-each`) revoked, and the commands are run as an operator runs them, each a process of its own. What is
+printed is the median, and the processor time of it: a machine that has other work to do makes the former longer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
 
 PHRASE: Final = "only for a measurement"
-_REVOKED: Final = "n / 100 * 100 = n"
+_REVOKED: Final = "n / EACH * EACH = n"
 _COPIED: Final = {
     "number": "n",
     "name": "'device-' || n",
@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--registry", default="sqlite:///registry.db", help="default: %(default)s")
+    parser.add_argument("--revoked-each", type=int, default=100, metavar="N", help="default: every %(default)sth")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--station", type=Path, help="keep the station here; one that is there is used as it is")
     arguments = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
         folder = arguments.station or Path(scratch) / "station"
         if not folder.exists():
             begun_s = time.perf_counter()
-            fill(folder, arguments.rows, arguments.registry)
+            fill(folder, arguments.rows, arguments.registry, arguments.revoked_each)
             print(f"filled with {arguments.rows:,} rows in {time.perf_counter() - begun_s:.0f} s", flush=True)
         print(f"{'':24} seconds  of them on a processor")
         for what, words in commands(arguments.rows).items():
@@ -97,22 +98,23 @@ def commands(rows: int) -> dict[str, Sequence[str]]:
     }
 
 
-def fill(folder: Path, rows: int, url: str) -> None:
+def fill(folder: Path, rows: int, url: str, revoked_each: int) -> None:
     """Found a station, enrol one device and copy its row, by the database itself, until there are so many."""
     settings = Settings("Acme", registry=RegistrySetting(url))
     with closing(found_station(folder, settings, passphrase=PHRASE.encode())) as station:
         one = enrolled(station)
-        multiply(Database(url, folder), one.number, rows)
+        multiply(Database(url, folder), one.number, rows, revoked_each)
         with station.registry.transaction() as transaction:
             transaction.set_counter(LAST_ROW, one.number + rows - 1)
 
 
-def multiply(database: Database, number: int, rows: int) -> None:
+def multiply(database: Database, number: int, rows: int, revoked_each: int = 100) -> None:
     """Have a database copy one row, with what must be unique changed, until there are so many."""
     taken = _AS_SQLITE if database.path is not None else _AS_POSTGRESQL
     changed = _COPIED | taken
     columns = ", ".join(column.name for column in ROWS.c)
     values = ", ".join(changed.get(column.name, f"one.{column.name}") for column in ROWS.c)
+    values = values.replace("EACH", str(revoked_each))
     series = taken["series"].replace("FIRST", str(number + 1)).replace("LAST", str(number + rows - 1))
     copied = f"INSERT INTO birthmark_rows ({columns}) SELECT {values} FROM birthmark_rows AS one, {series}"  # noqa: S608
     with database.connect() as connection:
