@@ -40,7 +40,11 @@ def test_a_running_client_renews_and_goes_on_with_the_new_certificate(stand: Sta
         renewd.wait_for("confirmed")
         assert renewd.kill(signal.SIGTERM) == 0
         assert renewd.lines[-1]["event"] == "stopped"
-    told = [one for one in audit.read(stand.station.registry.audit_path) if one["action"].startswith("renew")]
+    told = [
+        one
+        for one in audit.read(stand.station.registry.audit_path)
+        if one["action"].startswith("renew") and one["subject"] == str(device.device_id)
+    ]
     assert [one["action"] for one in told] == ["renew", "renewed"]
     assert {one["details"]["by"] for one in told} == {str(device.device_id)}
     assert {one["details"]["via"] for one in told} == {f"{before.broker.host}:{before.broker.port}"}
