@@ -60,12 +60,16 @@ NONE = {
     "label": "what it writes is on the board's outside",
     "doctor": "it looks",
 }
+ENDLESS = {"crl serve"}
+"""Ends by a signal alone, and signs with what `crl` signs with."""
 
 
 PLAIN = [
     name
     for name, scenario in SCENARIOS.items()
-    if name not in NONE and not scenario.registry and not any("pkcs11:" in word for word in scenario.words)
+    if name not in {*NONE, *ENDLESS}
+    and not scenario.registry
+    and not any("pkcs11:" in word for word in scenario.words)
 ]
 
 

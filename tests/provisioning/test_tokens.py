@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 import threading
@@ -198,22 +197,42 @@ def test_what_a_module_leaves_behind_does_not_reach_tls(softhsm: SoftHsm, uri: T
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_child_process_opens_the_token_anew(softhsm: SoftHsm, key: TokenKey) -> None:
+FORKING = """
+import os, sys
+from pathlib import Path
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+from cryptography.hazmat.primitives.hashes import SHA256
+from birthmark.provisioning.pkcs11_modules import PROCESS
+from birthmark.provisioning.pkcs11_token import Pin, Token
+from birthmark.provisioning.token_uri import TokenUri
+
+module, label, pin = sys.argv[1:]
+uri = TokenUri(label, object="issuing", id=bytes(range(16)))
+key = Token(uri, Path(module), Pin(lambda: pin.encode(), by_person=False)).find_key(uri)
+
+def sign():
+    key.public_key().verify(key.sign(b"data", ECDSA(SHA256())), b"data", ECDSA(SHA256()))
+
+sign()
+child = os.fork()
+if child == 0:
+    assert (PROCESS.logins, PROCESS.stale) == ({}, {module}), (PROCESS.logins, PROCESS.stale)
+    sign()
+    assert not PROCESS.stale
+    print("the child has signed", flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+sign()
+print("the parent has signed again")
+"""
+
+
+def test_a_child_process_opens_the_token_anew(softhsm: SoftHsm, uri: TokenUri, key: TokenKey) -> None:
+    # In a process of its own: what forks should have no threads but the token's.
     assert signs(key)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            assert (PROCESS.logins, PROCESS.stale) == ({}, {str(softhsm.module)})
-            signs(key)
-            os.write(writer, b"signed" if not PROCESS.stale else b"")
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as answer:  # noqa: PTH123 - a descriptor
-        assert answer.read() == b"signed"
-    os.waitpid(child, 0)
-    assert signs(key)
+    command = [sys.executable, "-c", FORKING, str(softhsm.module), uri.token, PIN.decode()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["the child has signed", "the parent has signed again"], done.stderr
 
 
 def test_a_key_that_wants_the_pin_with_every_signature_gets_it(softhsm: SoftHsm, uri: TokenUri) -> None:
