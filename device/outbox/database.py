@@ -196,9 +196,9 @@ class Database:
 
         Only the order by priority looks at `below_priority`: it names none that is more important than that.
         """
-        limit = "AND priority <= ?2" if self._order != "seq" else ""
+        limit = "AND priority <= ?" if self._order != "seq" else ""
         found = self._connection.execute(
-            f"SELECT seq, size FROM messages WHERE seq > ?1 {limit} ORDER BY {self._order} LIMIT 1",  # noqa: S608
+            f"SELECT seq, size FROM messages WHERE seq > ? {limit} ORDER BY {self._order} LIMIT 1",  # noqa: S608
             (after, below_priority)[: 2 if limit else 1],
         ).fetchone()
         return (int(found[0]), int(found[1])) if found else None

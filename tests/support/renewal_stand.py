@@ -95,11 +95,12 @@ class Renewd:
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
-        """Return the count-th line of this name."""
+    def wait_for(self, event: str, count: int = 1, **facts: Any) -> dict[str, Any]:
+        """Return the count-th line of this name, with these facts in it."""
+        wanted = {"event": event, **facts}
 
         def found() -> list[dict[str, Any]]:
-            return [line for line in self.lines if line.get("event") == event]
+            return [line for line in self.lines if wanted.items() <= line.items()]
 
         with self._changed:
             self._changed.wait_for(lambda: len(found()) >= count or self._ended, timeout=DEADLINE_S)
