@@ -349,7 +349,8 @@ def _files(station: Station) -> Iterable[FileFacts]:
     for path in station.files():
         is_secret = path.parent == keys or (path == station.settings_path and has_password)
         is_known = not path.name.endswith(".key.pem") or path in known
-        yield from _file(path, 0o600 if is_secret else 0o644, is_secret=is_secret, is_known=is_known)
+        allowed = 0o400 if path.parent == keys else 0o600 if is_secret else 0o644
+        yield from _file(path, allowed, is_secret=is_secret, is_known=is_known)
     for path in station.registry.files():
         yield from _file(path, 0o600, is_secret=False)
     yield from _file(station.registry.audit_path, 0o600, is_secret=False)

@@ -21,7 +21,7 @@ from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, LAST_ROW
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State, check_change
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from contextlib import AbstractContextManager
     from datetime import datetime
 
@@ -119,7 +119,7 @@ class RuledTransaction(ABC):
     def update_all(self, rows: Sequence[Row]) -> list[Row]:
         """Change many rows (`interface.Transaction.update_all`)."""
         now = self._clock()
-        stored = self._rows_numbered([row.number for row in rows])
+        stored = self.numbered([row.number for row in rows])
         changes, claiming, issued = [], [], []
         for row in rows:
             old = _known(stored.get(row.number), row.number)
@@ -179,8 +179,8 @@ class RuledTransaction(ABC):
         """Set a counter."""
 
     @abstractmethod
-    def _rows_numbered(self, numbers: Sequence[int]) -> dict[int, Row]:
-        """Return those of the rows with these numbers that there are."""
+    def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
+        """Return the rows with these numbers (`interface.View.numbered`)."""
 
     @abstractmethod
     def _rows_sharing(self, rows: Sequence[Row]) -> Iterable[Row]:
@@ -224,7 +224,7 @@ class RuledTransaction(ABC):
             self.set_counter(LAST_ISSUED_AT, max(*issued, self.counter(LAST_ISSUED_AT)))
 
     def _existing(self, number: int) -> Row:
-        return _known(self._rows_numbered([number]).get(number), number)
+        return _known(self.numbered([number]).get(number), number)
 
 
 def _known(row: Row | None, number: int) -> Row:

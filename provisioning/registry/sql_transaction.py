@@ -150,13 +150,6 @@ class SqlTransaction(SqlView, RuledTransaction):
         if self.run(update(COUNTERS).where(COUNTERS.c.name == name).values(value=stored)).rowcount == 0:
             self.run(insert(COUNTERS), {"name": name, "value": stored})
 
-    def _rows_numbered(self, numbers: Sequence[int]) -> dict[int, Row]:
-        found: dict[int, Row] = {}
-        for some in in_portions(numbers):
-            records = self.records(select(ROWS).where(ROWS.c.number.in_(some)))
-            found.update((record["number"], row_from(record)) for record in records)
-        return found
-
     def _rows_sharing(self, rows: Sequence[Row]) -> Iterable[Row]:
         found: dict[int, Row] = {}
         for some in in_portions(rows):

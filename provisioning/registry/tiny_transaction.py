@@ -117,9 +117,6 @@ class TinyTransaction(TinyView, RuledTransaction):
     def _put_counter(self, name: str, value: int) -> None:
         self._set_facts({f"counter {name}": f"{value:x}"})
 
-    def _rows_numbered(self, numbers: Sequence[int]) -> dict[int, Row]:
-        return {number: row for number in numbers if (row := self.row(number)) is not None}
-
     def _rows_sharing(self, rows: Sequence[Row]) -> Iterable[Row]:
         """Look at all rows once, however many these are."""
         wanted = [(field, {encoded(field, value) for value in values_of(rows, field)}) for field in CLAIMED]

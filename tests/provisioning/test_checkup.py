@@ -71,6 +71,10 @@ def test_what_went_wrong_at_a_station_is_found(station: Station, clock: Clock, t
     assert said(station).keys() == {"root-key"}
     clock.advance(hours=25)
     assert said(station)["stuck"] == (Level.SOON, "1 identity begun more than a day ago and not finished")
+    key_of(station, "issuing").chmod(0o644)
+    locked = Station.open(station.folder, clock=station.clock)
+    (remark,) = [one for one in examine(gather(locked, timeout_s=None)) if one.check == "files" and one.hint]
+    assert (remark.level, remark.hint) == (Level.BROKEN, f"chmod 0400 {key_of(station, 'issuing')}")
     key_of(station, "issuing").chmod(0o440)
     assert said(station)["files"][0] is Level.BROKEN
     revoke(station, "sensor-1", LOST)
