@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.broker_process import BrokerProcess
 from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
-from support.pki import Pki
 from support.watching import Watching, eventually
 
 from birthmark.device.client import Client
@@ -26,18 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from support.broker_process import BrokerProcess
+    from support.pki import Pki
+
     from birthmark.device.received import Command
-
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[BrokerProcess]:
-    with BrokerProcess(tmp_path_factory.mktemp("broker"), pki) as process:
-        yield process
 
 
 def status(state: Path) -> tuple[dict[str, Any], int]:
@@ -49,9 +39,11 @@ def status(state: Path) -> tuple[dict[str, Any], int]:
 # --- the slot ---------------------------------------------------------------------------------------------
 
 
-def test_a_damaged_slot_is_waited_out_and_nothing_is_lost(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
+def test_a_damaged_slot_is_waited_out_and_nothing_is_lost(
+    tmp_path: Path, pki: Pki, gateway: BrokerProcess
+) -> None:
     """Without `--wait` it is an exit code; with it, as a service has it, there is no loop of crashes."""
-    state = enrolled(tmp_path / "s", pki, port=broker.port)
+    state = enrolled(tmp_path / "s", pki, port=gateway.port)
     whole = (state / "active").read_bytes()
     damaged = whole[: len(whole) // 2]
     (state / "active").write_bytes(damaged)
@@ -77,8 +69,8 @@ def test_waiting_ends_when_it_is_told_to(tmp_path: Path) -> None:
         assert device.end(signal.SIGTERM) == 0
 
 
-def test_settings_that_make_no_sense(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "s", pki, port=broker.port, name="typo-1")
+def test_settings_that_make_no_sense(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=gateway.port, name="typo-1")
     (state / "device.toml").write_text('clok = "trust-broker"\n')
     with DeviceCommand("run", "--state", state, "--json", "--wait") as device:
         assert "clok is not known" in device.wait_for("no_identity")["reason"]
@@ -144,9 +136,9 @@ def fill(folder: Path) -> Path:
     return folder / "ballast"
 
 
-def test_a_full_disk(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
+def test_a_full_disk(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
     with small_disk(tmp_path / "disk") as disk:
-        state = enrolled(disk / "s", pki, port=broker.port, name="full-1")
+        state = enrolled(disk / "s", pki, port=gateway.port, name="full-1")
         ballast = fill(disk)
         with DeviceCommand("run", "--state", state, "--simulate", "--interval", "0.05", "--json") as device:
             device.wait_for("connected")
@@ -162,9 +154,9 @@ def test_a_full_disk(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
         assert Credentials.from_folder(state).device_id.text == "full-1"
 
 
-def test_a_read_only_file_system(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
+def test_a_read_only_file_system(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
     with small_disk(tmp_path / "disk") as disk:
-        state = enrolled(disk / "s", pki, port=broker.port, name="frozen-1")
+        state = enrolled(disk / "s", pki, port=gateway.port, name="frozen-1")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         with DeviceCommand("run", "--state", state, "--simulate", "--interval", "0.05", "--json") as device:
             device.wait_for("connected")
@@ -179,12 +171,12 @@ def test_a_read_only_file_system(tmp_path: Path, pki: Pki, broker: BrokerProcess
 # --- messages ---------------------------------------------------------------------------------------------
 
 
-def test_a_command_that_is_not_json(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state, watching = enrolled(tmp_path / "s", pki, port=broker.port, name="odd-1"), Watching()
+def test_a_command_that_is_not_json(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state, watching = enrolled(tmp_path / "s", pki, port=gateway.port, name="odd-1"), Watching()
     anchors = tmp_path / "ca.pem"
     anchors.write_bytes(pki.root.pem)
     identity = pki.operator("alice").write(tmp_path / "alice.pem")
-    operator = Client(Credentials.from_files(identity, anchors, BrokerAddress("localhost", broker.port)))
+    operator = Client(Credentials.from_files(identity, anchors, BrokerAddress("localhost", gateway.port)))
     client = Client.from_folder(state, observe=watching)
     done: list[Any] = []
 
@@ -210,10 +202,10 @@ def test_a_command_that_is_not_json(tmp_path: Path, pki: Pki, broker: BrokerProc
 
 
 @pytest.mark.parametrize("settings", ["", "[outbox]\n"])
-def test_a_payload_over_the_limit(tmp_path: Path, pki: Pki, broker: BrokerProcess, settings: str) -> None:
+def test_a_payload_over_the_limit(tmp_path: Path, pki: Pki, gateway: BrokerProcess, settings: str) -> None:
     """At a gateway it ends the connection, and sent again it would end every other: it is refused before."""
     name = f"large-{len(settings)}"
-    state, watching = enrolled(tmp_path / "s", pki, port=broker.port, name=name), Watching()
+    state, watching = enrolled(tmp_path / "s", pki, port=gateway.port, name=name), Watching()
     (state / "device.toml").write_text(settings)
     with Client.from_folder(state, observe=watching) as client:
         topic = client.telemetry("picture")
@@ -225,8 +217,8 @@ def test_a_payload_over_the_limit(tmp_path: Path, pki: Pki, broker: BrokerProces
         assert not any(isinstance(event, Disconnected) for event in watching.events)
 
 
-def test_a_reading_over_the_limit_is_said_in_the_status(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "s", pki, port=broker.port, name="large-reading")
+def test_a_reading_over_the_limit_is_said_in_the_status(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=gateway.port, name="large-reading")
     client = Client.from_folder(state)
 
     @client.every(3600, telemetry="picture")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
 from support.device_folder import enrolled
-from support.pki import Pki
 from support.watching import DEADLINE_S, Watching, eventually
 
 from birthmark.device.backoff import Backoff, RetryTimer
@@ -24,8 +23,9 @@ from birthmark.device.events import AttemptFailed, Connected, Disconnected, Hand
 from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from support.pki import Pki
 
     from birthmark.device.received import Command, Message
 
@@ -35,17 +35,6 @@ AT_ONCE = Backoff(0.01, 0.01)
 
 def impatient() -> RetryTimer:
     return RetryTimer(unreachable=AT_ONCE, refused=AT_ONCE)
-
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture
-def broker(pki: Pki) -> Iterator[BrokerStub]:
-    with BrokerStub(pki) as stub:
-        yield stub
 
 
 @pytest.fixture

@@ -39,11 +39,6 @@ FAR = dt.datetime(2099, 1, 1, tzinfo=dt.UTC)
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
 # --- one function decides ---------------------------------------------------------------------------------
 
 

@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 GATEWAY = BrokerAddress("gateway-1.example.com", 8883)
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
 def test_an_enrolled_device(tmp_path: Path, pki: Pki) -> None:
     leaf = pki.device("sensor-1")
     state = enrolled(tmp_path / "state", pki, leaf, host="gw.example", port=1234, keepalive_s=30)

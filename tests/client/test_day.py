@@ -13,10 +13,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from support.broker_process import BrokerProcess
 from support.device_folder import enrolled
 from support.loopback_proxy import LoopbackProxy
-from support.pki import Pki
 from support.vitals import Vitals
 from support.watching import DEADLINE_S
 
@@ -24,8 +22,10 @@ from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from support.broker_process import BrokerProcess
+    from support.pki import Pki
 
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 ROUND = 600 if WHOLE else 400
@@ -77,27 +77,16 @@ client.stop()
 """
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[BrokerProcess]:
-    with BrokerProcess(tmp_path_factory.mktemp("gw"), pki) as process:
-        yield process
-
-
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kept", ["memory", "outbox"])
-def test_memory_stays_flat(tmp_path: Path, pki: Pki, broker: BrokerProcess, kept: str) -> None:
+def test_memory_stays_flat(tmp_path: Path, pki: Pki, gateway: BrokerProcess, kept: str) -> None:
     name = f"day-{kept}"
     anchors = tmp_path / "ca.pem"
     anchors.write_bytes(pki.root.pem)
     identity = pki.operator("alice").write(tmp_path / "alice.pem")
-    operator = Credentials.from_files(identity, anchors, BrokerAddress("127.0.0.1", broker.port))
-    with LoopbackProxy(broker.port) as network, Client(operator) as alice:
+    operator = Credentials.from_files(identity, anchors, BrokerAddress("127.0.0.1", gateway.port))
+    with LoopbackProxy(gateway.port) as network, Client(operator) as alice:
         state = enrolled(tmp_path / "state", pki, port=network.port, name=name)
         command = [sys.executable, "-W", "error", "-c", _DEVICE, str(state), kept, str(PAYLOAD_BYTES)]
         held: list[Vitals] = []

@@ -11,24 +11,13 @@ import pytest
 from support.broker_stub import CONNECT, DISCONNECT, PUBLISH, BrokerStub
 from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
-from support.pki import Issued, Pki
 
 from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture
-def broker(pki: Pki) -> Iterator[BrokerStub]:
-    with BrokerStub(pki) as stub:
-        yield stub
+    from support.pki import Issued, Pki
 
 
 @pytest.fixture

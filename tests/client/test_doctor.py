@@ -21,21 +21,9 @@ from support.watching import eventually
 from birthmark.device.record import read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 DAY = dt.timedelta(days=1)
-
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[BrokerProcess]:
-    with BrokerProcess(tmp_path_factory.mktemp("broker"), pki) as process:
-        yield process
 
 
 def doctor(state: Path, *arguments: str, **options: Any) -> tuple[list[dict[str, Any]], dict[str, Any], int]:
@@ -57,8 +45,8 @@ def failed_at(state: Path, *arguments: str, **options: Any) -> tuple[str, str, i
     return steps[-1]["step"], steps[-1]["check"], code, verdict["hint"]
 
 
-def test_all_is_well(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "s", pki, port=broker.port)
+def test_all_is_well(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=gateway.port)
     before = sorted(path.name for path in state.iterdir())
     steps, verdict, code = doctor(state)
     assert code == 0
@@ -75,14 +63,14 @@ def test_all_is_well(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
         "publish",
     ]
     assert {step["outcome"] for step in steps} == {"ok"}
-    assert verdict["verdict"] == f"nothing stands between sensor-1 and 127.0.0.1:{broker.port}"
+    assert verdict["verdict"] == f"nothing stands between sensor-1 and 127.0.0.1:{gateway.port}"
     assert sorted(path.name for path in state.iterdir()) == before
     told = run("doctor", "--state", state)
     assert told.stdout.splitlines()[-1] == verdict["verdict"]
 
 
-def test_a_client_that_is_connected_is_not_thrown_out(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "s", pki, port=broker.port, name="busy-1")
+def test_a_client_that_is_connected_is_not_thrown_out(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=gateway.port, name="busy-1")
     with DeviceCommand("run", "--state", state, "--simulate", "--interval", "0.05", "--json") as device:
         device.wait_for("connected")
         eventually(lambda: (record := read_record(state)) and record.state == "connected", "a record")
@@ -172,8 +160,8 @@ def test_the_broker_s_name_and_its_end(tmp_path: Path, pki: Pki) -> None:
 
 
 @needs_faketime
-def test_a_clock(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "s", pki, port=broker.port)
+def test_a_clock(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "s", pki, port=gateway.port)
     steps, _, code = doctor(state, at="1970-01-01 12:00:00")
     assert code == 0
     assert steps[0]["said"].startswith("1970-01-01 12:00 UTC, which is wrong: ")

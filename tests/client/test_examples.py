@@ -11,9 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from support.broker_process import BrokerProcess
 from support.device_folder import enrolled
-from support.pki import Pki
 from support.repository import ROOT, tracked
 from support.watching import DEADLINE_S, eventually
 
@@ -25,27 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from support.broker_process import BrokerProcess
+    from support.pki import Pki
+
     from birthmark.device.received import Message
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[BrokerProcess]:
-    with BrokerProcess(tmp_path_factory.mktemp("broker"), pki) as process:
-        yield process
-
-
 @pytest.fixture
-def alice(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> Iterator[Client]:
+def alice(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> Iterator[Client]:
     anchors = tmp_path / "ca.pem"
     anchors.write_bytes(pki.root.pem)
     identity = pki.operator("alice").write(tmp_path / "alice.pem")
     with Client.from_credentials(
-        Credentials.from_files(identity, anchors, BrokerAddress("localhost", broker.port))
+        Credentials.from_files(identity, anchors, BrokerAddress("localhost", gateway.port))
     ) as client:
         yield client
 
@@ -80,8 +70,8 @@ def stopped_in_order(process: subprocess.Popen[str], heard: list[Message]) -> No
     assert heard[-1].json()["reason"] == "goodbye"
 
 
-def test_counter(tmp_path: Path, pki: Pki, broker: BrokerProcess, heard: list[Message]) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="counter-1")
+def test_counter(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[Message]) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="counter-1")
     process = start(ROOT / "examples/counter.py", state, "10")
     out, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, out, err) == (0, "the broker has all 10\n", "")
@@ -93,8 +83,8 @@ def test_counter(tmp_path: Path, pki: Pki, broker: BrokerProcess, heard: list[Me
     assert "hint: " in err
 
 
-def test_valve(tmp_path: Path, pki: Pki, broker: BrokerProcess, alice: Client, heard: list[Message]) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="valve-1")
+def test_valve(tmp_path: Path, pki: Pki, gateway: BrokerProcess, alice: Client, heard: list[Message]) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="valve-1")
     process = start(ROOT / "examples/valve.py", state)
     eventually(lambda: said_online(heard, online=True), "presence")
     assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=DEADLINE_S).json() == {"percent": 40}
@@ -111,8 +101,8 @@ def test_valve(tmp_path: Path, pki: Pki, broker: BrokerProcess, alice: Client, h
     process.communicate()
 
 
-def test_cpu_temperature(tmp_path: Path, pki: Pki, broker: BrokerProcess, heard: list[Message]) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="pi-1")
+def test_cpu_temperature(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[Message]) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="pi-1")
     zone = tmp_path / "temp"
     zone.write_text("48312\n")
     text = (ROOT / "examples/cpu_temperature.py").read_text()
@@ -127,8 +117,8 @@ def test_cpu_temperature(tmp_path: Path, pki: Pki, broker: BrokerProcess, heard:
     stopped_in_order(process, heard)
 
 
-def test_the_readme(tmp_path: Path, pki: Pki, broker: BrokerProcess, heard: list[Message]) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="readme-1")
+def test_the_readme(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[Message]) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="readme-1")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1
     assert blocks[0].count("/var/lib/birthmark") == 1

@@ -10,7 +10,6 @@ from support.broker_process import BrokerProcess
 from support.broker_stub import CONNECT, DISCONNECT, PUBLISH, BrokerStub
 from support.device_folder import enrolled
 from support.loopback_proxy import LoopbackProxy
-from support.pki import Pki
 from support.watching import DEADLINE_S, Watching, eventually
 
 from birthmark.device.backoff import Backoff, RetryTimer
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from support.pki import Pki
+
     from birthmark.device.received import Message
 
 AT_ONCE = Backoff(0.01, 0.05)
@@ -32,11 +33,6 @@ TOPIC = "devices/sensor-1/telemetry/t"
 
 def impatient() -> RetryTimer:
     return RetryTimer(unreachable=AT_ONCE, refused=AT_ONCE, stable_after_s=0.001)
-
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
 
 
 @pytest.fixture

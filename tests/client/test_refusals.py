@@ -32,11 +32,6 @@ REFUSED, UNREACHABLE = RefusedError, UnreachableError
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
 def failure(
     state: Path,
     kind: type[ConnectionFailedError],

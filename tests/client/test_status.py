@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.broker_stub import BrokerStub
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
 from support.pki import Pki, now
@@ -26,19 +25,9 @@ from birthmark.device.outbox.outbox import OutboxState
 from birthmark.device.record import RECORD_FILE, WRITES_AT_ONCE, Record, Recorder, read_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture
-def broker(pki: Pki) -> Iterator[BrokerStub]:
-    with BrokerStub(pki) as broker:
-        yield broker
+    from support.broker_stub import BrokerStub
 
 
 @pytest.fixture

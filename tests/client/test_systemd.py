@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_stub import BrokerStub
 from support.device_folder import enrolled
-from support.pki import Pki
 from support.repository import ROOT
 from support.watching import DEADLINE_S, eventually
 
@@ -26,6 +25,8 @@ from birthmark.device.client import Client
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from support.pki import Pki
 
 WATCHDOG_S = 0.3
 
@@ -57,11 +58,6 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
     told = Systemd(tmp_path / "notify")
     yield told
     told.close()
-
-
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
 
 
 def run(state: Path, systemd: Systemd, *words: str, **more: object) -> subprocess.Popen[bytes]:

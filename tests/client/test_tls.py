@@ -22,11 +22,6 @@ VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 CONNECT_PACKET = b"\x10\x14\0\x04MQTT\x04\x02\0\x3c\0\x08sensor-1"
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
 def connected(context: DeviceContext, broker: BrokerStub) -> DeviceSocket:
     plain = socket.create_connection(("127.0.0.1", broker.port), timeout=10)
     return context.wrap_socket(plain, server_hostname="127.0.0.1")

@@ -39,17 +39,6 @@ def impatient() -> RetryTimer:
     return RetryTimer(unreachable=AT_ONCE, refused=AT_ONCE)
 
 
-@pytest.fixture(scope="module")
-def pki() -> Pki:
-    return Pki.create()
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[BrokerProcess]:
-    with BrokerProcess(tmp_path_factory.mktemp("broker"), pki) as process:
-        yield process
-
-
 @pytest.fixture
 def own_broker(tmp_path: Path, pki: Pki) -> Iterator[BrokerProcess]:
     """One that a test may restart, and revoke at."""
@@ -57,11 +46,11 @@ def own_broker(tmp_path: Path, pki: Pki) -> Iterator[BrokerProcess]:
         yield process
 
 
-def operator(tmp_path: Path, pki: Pki, broker: BrokerProcess, name: str = "alice") -> Credentials:
+def operator(tmp_path: Path, pki: Pki, gateway: BrokerProcess, name: str = "alice") -> Credentials:
     anchors = tmp_path / "ca.pem"
     anchors.write_bytes(pki.root.pem)
     identity = pki.operator(name).write(tmp_path / f"{name}.pem")
-    return Credentials.from_files(identity, anchors, BrokerAddress("localhost", broker.port))
+    return Credentials.from_files(identity, anchors, BrokerAddress("localhost", gateway.port))
 
 
 class Presences:
@@ -82,8 +71,8 @@ class Presences:
         )
 
 
-def test_a_command_goes_round(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="round-1")
+def test_a_command_goes_round(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="round-1")
     device = Client.from_folder(state)
     heard: list[Command] = []
 
@@ -92,7 +81,7 @@ def test_a_command_goes_round(tmp_path: Path, pki: Pki, broker: BrokerProcess) -
         heard.append(command)
         return {"celsius": 21.5, "of": command.json()["of"]}
 
-    with Client.from_credentials(operator(tmp_path, pki, broker)) as alice:
+    with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         presences = Presences(alice, "round-1")
         with device:
             presences.wait_for("", online=True)
@@ -112,8 +101,8 @@ def test_a_command_goes_round(tmp_path: Path, pki: Pki, broker: BrokerProcess) -
     assert [command.name for command in heard] == ["measure"]
 
 
-def test_a_request_and_its_reply(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="valve-1")
+def test_a_request_and_its_reply(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="valve-1")
     device = Client.from_folder(state)
 
     @device.command("open")
@@ -123,7 +112,7 @@ def test_a_request_and_its_reply(tmp_path: Path, pki: Pki, broker: BrokerProcess
             raise CommandFailedError("percent is at most 100")
         return {"percent": percent}
 
-    with Client.from_credentials(operator(tmp_path, pki, broker)) as alice:
+    with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         with device:
             assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=DEADLINE_S).json() == {
                 "percent": 40
@@ -159,8 +148,8 @@ def test_a_request_and_its_reply(tmp_path: Path, pki: Pki, broker: BrokerProcess
         alice.request("valve-1", "open", timeout_s=0)
 
 
-def test_what_the_policy_denies(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="nosy-1")
+def test_what_the_policy_denies(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="nosy-1")
     with Client.from_folder(state) as device:
         for topic_filter in ("devices/+/telemetry/#", "#", "devices/other/commands/#", "$SYS/#"):
             with pytest.raises(RefusedError, match="policy denies it"):
@@ -168,9 +157,9 @@ def test_what_the_policy_denies(tmp_path: Path, pki: Pki, broker: BrokerProcess)
         device.subscribe("devices/nosy-1/commands/#", lambda _: None, wait=DEADLINE_S)
 
 
-def test_goodbye_and_last_will(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="mortal-1")
-    with Client.from_credentials(operator(tmp_path, pki, broker)) as alice:
+def test_goodbye_and_last_will(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="mortal-1")
+    with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         presences = Presences(alice, "mortal-1")
         with DeviceCommand("run", "--state", state, "--json") as device:
             presences.wait_for("", online=True)
@@ -183,16 +172,16 @@ def test_goodbye_and_last_will(tmp_path: Path, pki: Pki, broker: BrokerProcess) 
         presences.wait_for("lost", online=False)
 
 
-def test_the_last_word_is_retained(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="gone-1")
+def test_the_last_word_is_retained(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="gone-1")
     with Client.from_folder(state):
         pass
-    with Client.from_credentials(operator(tmp_path, pki, broker)) as alice:
+    with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         Presences(alice, "gone-1").wait_for("goodbye", online=False)
 
 
-def test_the_next_connection_resumes_its_tls_session(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="resumed-1")
+def test_the_next_connection_resumes_its_tls_session(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="resumed-1")
     first, second = Watching(), Watching()
     with Client.from_folder(state, observe=first, retry=impatient()):
         first.wait_for(Connected)
@@ -247,24 +236,24 @@ def test_revoked_while_connected_and_ever_after(tmp_path: Path, pki: Pki, own_br
 
 
 @pytest.mark.parametrize("kind", ["of another CA", "expired", "not a client's", "without a role"])
-def test_who_is_not_let_in(tmp_path: Path, pki: Pki, broker: BrokerProcess, kind: str) -> None:
+def test_who_is_not_let_in(tmp_path: Path, pki: Pki, gateway: BrokerProcess, kind: str) -> None:
     leaf = {
         "of another CA": lambda: pki.stranger.device("odd-1"),
         "expired": lambda: pki.issuing.issue(cns=["odd-1"], not_after=now() - timedelta(hours=1)),
         "not a client's": lambda: pki.issuing.issue(cns=["odd-1"], usages=[SERVER]),
         "without a role": lambda: pki.issuing.issue(cns=["odd-1"], ous=[]),
     }[kind]()
-    state = enrolled(tmp_path / "state", pki, leaf, port=broker.port, name="odd-1")
+    state = enrolled(tmp_path / "state", pki, leaf, port=gateway.port, name="odd-1")
     with pytest.raises(RefusedError) as refused:
         Client.from_folder(state).connect()
     assert refused.value.hint
 
 
-def test_a_session_that_is_kept_gets_what_it_missed(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="sleepy-1")
+def test_a_session_that_is_kept_gets_what_it_missed(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="sleepy-1")
     with Client.from_folder(state) as device:
         device.subscribe("devices/sleepy-1/commands/#", lambda _: None, wait=DEADLINE_S)
-    with Client.from_credentials(operator(tmp_path, pki, broker)) as alice:
+    with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         for number in range(3):
             alice.publish(f"devices/sleepy-1/commands/{number}", b"", wait=DEADLINE_S)
     heard: list[str] = []
@@ -280,12 +269,12 @@ def test_a_session_that_is_kept_gets_what_it_missed(tmp_path: Path, pki: Pki, br
         eventually(lambda: heard == ["0", "1", "2"], "the commands it missed")
 
 
-def test_watch_and_send_from_the_command_line(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="remote-1")
-    operator(tmp_path, pki, broker, "bob")
+def test_watch_and_send_from_the_command_line(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="remote-1")
+    operator(tmp_path, pki, gateway, "bob")
     identity = [
         *("--identity", str(tmp_path / "bob.pem"), "--ca", str(tmp_path / "ca.pem")),
-        *("--broker", f"127.0.0.1:{broker.port}"),
+        *("--broker", f"127.0.0.1:{gateway.port}"),
     ]
     with (
         DeviceCommand("run", "--state", state, "--json") as device,
@@ -303,13 +292,13 @@ def test_watch_and_send_from_the_command_line(tmp_path: Path, pki: Pki, broker: 
 
 
 @pytest.mark.skipif(shutil.which("mosquitto_pub") is None, reason="mosquitto-clients is not installed")
-def test_debian_s_clients_with_the_exported_files(tmp_path: Path, pki: Pki, broker: BrokerProcess) -> None:
-    state = enrolled(tmp_path / "state", pki, port=broker.port, name="stock-1")
+def test_debian_s_clients_with_the_exported_files(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
+    state = enrolled(tmp_path / "state", pki, port=gateway.port, name="stock-1")
     out = tmp_path / "pem"
     exported = json.loads(run("export", "--state", state, "--out", out, "--json").stdout)
     words = shlex.split(exported["try"])
     readings: list[Message] = []
-    with Client.from_credentials(operator(tmp_path, pki, broker)) as alice:
+    with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         alice.subscribe("devices/+/telemetry/#", readings.append, wait=DEADLINE_S)
         published = mosquitto(words)
         assert (published.returncode, published.stderr) == (0, "")
