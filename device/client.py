@@ -157,7 +157,6 @@ class Client:
             )
         self._credentials = credentials
         self._observe = observe
-        self._now = now
         self._takes_all = takes_all
         self._max_packet_bytes = max_packet_bytes or (None if is_service else MAX_PACKET_BYTES)
         self._handlers = Handlers(self._failed)
@@ -483,7 +482,9 @@ class Client:
                 "could not wait for a reply in a callback: replies come on the same thread",
                 hint="call request() on a thread of your own",
             )
-        return ask(self, DeviceId(str(device_id)), command, as_bytes(payload), timeout_s=timeout_s, now=self._now)
+        return ask(
+            self, DeviceId(str(device_id)), command, as_bytes(payload), timeout_s=timeout_s, now=self._clock.now
+        )
 
     def use(self, credentials: Credentials) -> None:
         """Leave in good order, and connect anew with other credentials of the same identity.

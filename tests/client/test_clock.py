@@ -23,7 +23,7 @@ from birthmark.device.certificate_facts import CertificateFacts
 from birthmark.device.client import Client
 from birthmark.device.clock import FLOOR_FILE, SET_BACK, Clock, Moment, out_of_time
 from birthmark.device.connection_checks import Check
-from birthmark.device.credentials import Credentials
+from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import ConnectionFailedError, RefusedError, UnreachableError
 from birthmark.device.events import AttemptFailed, Connected
 from birthmark.device.messages import TimeAnswer, TimeRequest
@@ -354,8 +354,16 @@ def test_the_gateway_tells_the_time(tmp_path: Path, pki: Pki) -> None:
     with BrokerProcess(tmp_path / "broker", pki) as broker:
         early = int((now() - DAY / 2).timestamp())
         state = enrolled(tmp_path / "s", pki, port=broker.port, issued_at=early)
-        with asking(state, Watching()):
+        anchors = tmp_path / "ca.pem"
+        anchors.write_bytes(pki.root.pem)
+        identity = pki.operator("alice").write(tmp_path / "alice.pem")
+        alice = Client(Credentials.from_files(identity, anchors, BrokerAddress("localhost", broker.port)))
+        client = asking(state, Watching())
+        client.command("open")(lambda _: b"opened")
+        with client, alice:
             eventually(lambda: floor_of(state) >= now() - 60 * SECOND, "the floor is at the gateway's time")
+            # In 1970 every deadline is years away; by the gateway's time this one is not.
+            assert alice.request("sensor-1", "open", timeout_s=20).payload == b"opened"
         with Client.from_folder(
             enrolled(tmp_path / "b", pki, port=broker.port, issued_at=early), now=lambda: EPOCH
         ) as client:
