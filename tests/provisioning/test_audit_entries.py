@@ -9,10 +9,18 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.command_kills import NEW_PASSPHRASE, SCENARIOS, SECRET, run_here
+from support.command_scenarios import NEW_PASSPHRASE, SCENARIOS, SECRET, run_here, stopping_after_a_turn
 from support.station import CHEAP, PASSPHRASE, enrolled_row
 
-from birthmark.provisioning import audit, audit_check, backup_commands, ca_commands, rollover, station_commands
+from birthmark.provisioning import (
+    audit,
+    audit_check,
+    backup_commands,
+    ca_commands,
+    crl_commands,
+    rollover,
+    station_commands,
+)
 from birthmark.provisioning import station as station_module
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.founding import found_station
@@ -60,16 +68,12 @@ NONE = {
     "label": "what it writes is on the board's outside",
     "doctor": "it looks",
 }
-ENDLESS = {"crl serve"}
-"""Ends by a signal alone, and signs with what `crl` signs with."""
 
 
 PLAIN = [
     name
     for name, scenario in SCENARIOS.items()
-    if name not in {*NONE, *ENDLESS}
-    and not scenario.registry
-    and not any("pkcs11:" in word for word in scenario.words)
+    if name not in NONE and not scenario.registry and not any("pkcs11:" in word for word in scenario.words)
 ]
 
 
@@ -84,6 +88,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ca_commands, "change_passphrase", functools.partial(change_passphrase, derivation=CHEAP))
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
+    monkeypatch.setattr(crl_commands, "stopping_on_signals", stopping_after_a_turn)
     for start in (rollover.start_issuing, rollover.start_root):
         monkeypatch.setattr(rollover, start.__name__, functools.partial(start, derivation=CHEAP))
 

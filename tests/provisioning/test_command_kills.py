@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.command_kills import SCENARIOS, chosen
+from support.command_scenarios import SCENARIOS, chosen
 
 from birthmark.provisioning.cli import parser
 

@@ -1,6 +1,6 @@
 """A fleet whose gateway goes away, as numbers: who comes when. Only the backoff is real; nothing waits.
 
-PYTHONPATH=tests python -m support.stampede      the table of docs/device.md
+PYTHONPATH=tests python -m support.stampede      the table of docs/connection.md
 """
 
 from __future__ import annotations
