@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import configparser
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.programs import needs
 from support.repository import ROOT
 
 from birthmark.device import cli
@@ -44,7 +44,7 @@ def test_the_port_and_the_hardware_stay_in_sight() -> None:
     assert service["LimitCORE"] == "0"
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
+@needs("systemd-analyze", "systemd")
 @pytest.mark.parametrize(
     "unit_path", [UNIT, UNIT.with_name("birthmark-device.service")], ids=lambda path: path.stem
 )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import pytest
+from support.programs import needs
 
 from bench import device, messages, outbox, registry
 from bench.fleet_pki import FleetPki
@@ -62,10 +62,8 @@ def test_a_workload_is_run_and_verified(folder: Path, changes: dict[str, object]
     assert ("p99_ms" in result) == ("per_second" in changes)
 
 
+@needs("mosquitto")
 def test_mosquitto_is_measured_beside_it(folder: Path) -> None:
-    if shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin") is None:
-        assert not os.environ.get("CI"), "CI installs mosquitto"
-        pytest.skip("Mosquitto is not installed: apt install mosquitto")
     result = messages.run(MOSQUITTO, folder, **work(qos=1))
     assert "error" not in result, result
 

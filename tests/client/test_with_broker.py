@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import queue
 import shlex
-import shutil
 import signal
 import subprocess
 from datetime import timedelta
@@ -16,6 +15,7 @@ from support.broker_process import BrokerProcess
 from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
 from support.pki import SERVER, Pki, now
+from support.programs import needs
 from support.watching import DEADLINE_S, Watching, eventually
 
 from birthmark.device.backoff import Backoff, RetryTimer
@@ -291,7 +291,7 @@ def test_watch_and_send_from_the_command_line(tmp_path: Path, pki: Pki, gateway:
         assert watch.end(signal.SIGINT) == 130
 
 
-@pytest.mark.skipif(shutil.which("mosquitto_pub") is None, reason="mosquitto-clients is not installed")
+@needs("mosquitto_pub", "mosquitto-clients")
 def test_debian_s_clients_with_the_exported_files(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
     state = enrolled(tmp_path / "state", pki, port=gateway.port, name="stock-1")
     out = tmp_path / "pem"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import configparser
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from support.programs import needs
 from support.repository import ROOT
 
 from birthmark.provisioning.cli import parser
@@ -69,7 +69,7 @@ def test_both_run_as_the_station_and_by_a_timer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd on this machine")
+@needs("systemd-analyze", "systemd")
 def test_systemd_takes_them_for_well_protected(name: str) -> None:
     unit = DEPLOY / f"{name}.service"
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", str(unit)]

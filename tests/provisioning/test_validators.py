@@ -8,9 +8,7 @@ same validator takes with the same options.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509 import verification
 from support.pki import Pki
+from support.programs import program
 from support.station import Command
 from support.validated import KINDS, make_files
 
@@ -32,15 +31,6 @@ if TYPE_CHECKING:
 LINT = Path(__file__).parents[1] / "support" / "lint.py"
 GOOD_CRLS = ("crl", "root-crl")
 IN_2100 = "4102444800"
-
-
-def tool(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI has to have {name}")
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +107,7 @@ def openssl(
     root: str = "root",
 ) -> set[str]:
     """Return the errors that `openssl verify` names; it says OK exactly where it names none."""
-    command = [tool("openssl"), "verify", "-x509_strict", "-crl_check_all", "-purpose", purpose]
+    command = [program("openssl"), "verify", "-x509_strict", "-crl_check_all", "-purpose", purpose]
     command += ["-CAfile", f"{root}.pem", "-untrusted", "issuing.pem", *options]
     command += [word for crl in crls for word in ("-CRLfile", f"{crl}.pem")]
     done = subprocess.run(
@@ -172,7 +162,7 @@ GNUTLS_LEAVES = {
 def certtool(files: Path, command: list[str], content: str) -> str:
     """Return GnuTLS's last sentence; it calls verified exactly what it trusts."""
     done = subprocess.run(
-        [tool("certtool"), *command],
+        [program("certtool", "gnutls-bin"), *command],
         cwd=files,
         input=content,
         capture_output=True,

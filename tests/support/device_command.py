@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-import pytest
+from support.programs import needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 DEADLINE_S = 30.0
-needs_faketime = pytest.mark.skipif(
-    shutil.which("faketime") is None and not os.environ.get("CI"), reason="faketime is not installed"
-)
+needs_faketime = needs("faketime")
 COMMAND = [sys.executable, "-W", "error", "-m", "birthmark.device"]
 
 

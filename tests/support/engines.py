@@ -26,6 +26,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_process import BrokerProcess, broker_process
 from support.mqtt_world import RECEIPTS, replace
 from support.pki import Authority, Pki, crl_pem, now
+from support.programs import program
 
 from birthmark.device.messages import Receipt
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from support.pki import Issued
 
-MOSQUITTO_PATH = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 MAX_PACKET_BYTES = 16_384
 POLICY = b"""
 [roles.device]
@@ -271,10 +271,9 @@ def exported_mosquitto(folder: Path, identities: Identities) -> Iterator[Engine]
     write_gateway(folder, identities, port)
     done = export(folder, *ACCEPTED)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert MOSQUITTO_PATH is not None
     exported = folder / "mosquitto"
     process = subprocess.Popen(
-        [MOSQUITTO_PATH, "-c", exported / "mosquitto.conf"], stderr=subprocess.PIPE, text=True
+        [program("mosquitto"), "-c", exported / "mosquitto.conf"], stderr=subprocess.PIPE, text=True
     )
     control = MosquittoControl(folder, exported, process)
     reader = threading.Thread(target=control.read)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
+from support.programs import lacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,13 +35,7 @@ def programs() -> Path | None:
 
 def required() -> Path:
     """Return the programs' folder; skip the test without, but fail where everything must be there."""
-    found = programs()
-    if found is None:
-        missing = "PostgreSQL is not installed: apt install postgresql"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return found
+    return programs() or lacks("PostgreSQL", "postgresql")
 
 
 class Server:

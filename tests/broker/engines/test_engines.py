@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 from support import engine_cases
-from support.engines import ACCEPTED, MOSQUITTO_PATH, both
+from support.engines import ACCEPTED, both
+from support.programs import needs
 from support.repository import ROOT
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ WEAKER = {
 """What an exported Mosquitto lets pass, and the refusal that had to be accepted for it."""
 
 
-@pytest.mark.skipif(MOSQUITTO_PATH is None and "CI" not in os.environ, reason="mosquitto is not installed")
+@needs("mosquitto")
 @pytest.mark.timeout(180)
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     with both(tmp_path) as engines:
