@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
 from birthmark.device.errors import AuthorityError, ConfigurationError
@@ -394,11 +393,6 @@ class Station:
     def close(self) -> None:
         """Let go of the registry's file."""
         self.registry.close()
-
-
-def certificate_pem(certificate: x509.Certificate) -> bytes:
-    """Return a certificate as PEM."""
-    return certificate.public_bytes(Encoding.PEM)
 
 
 def _is_own(path: Path) -> bool:

@@ -27,7 +27,6 @@ from birthmark.provisioning.registry.document import (
     quarantined_from,
     revoked_from,
 )
-from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -36,11 +35,10 @@ if TYPE_CHECKING:
     from tinydb.table import Table
 
     from birthmark.provisioning.registry.line import Batch, Quarantined
+    from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
     from birthmark.provisioning.registry.storage import TransactionStorage
 
-_UNIQUE = ("name_folded", "hwid", "public_key_der", "cert_serial")
 _HEX = re.compile("[0-9a-f]{1,64}")
-_NO_BUNDLE = frozenset({State.ATTESTED, State.VOID})
 
 
 class TinyView:
