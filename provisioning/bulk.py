@@ -227,9 +227,8 @@ def _is_same(row: Row, fresh: Row) -> bool:
 
 def _claimant(wanted: Sequence[Wanted], missing: Sequence[Row], error: DuplicateError) -> Wanted:
     """Return who of `wanted` wants what the holder in the error has."""
-    field = {"name": "name_folded", "public_key": "public_key_der"}.get(error.field, error.field)
-    taken = getattr(error.holder, field)
-    name = next(row.name_folded for row in missing if getattr(row, field) == taken)
+    taken = getattr(error.holder, error.attribute)
+    name = next(row.name_folded for row in missing if getattr(row, error.attribute) == taken)
     return next(one for one in wanted if one.device_id.folded == name)
 
 

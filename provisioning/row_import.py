@@ -208,9 +208,10 @@ def _add(
 
 
 def _refusal(path: Path, fresh: Sequence[_Found], wanted: Sequence[Row], error: DuplicateError) -> BirthmarkError:
-    field = {"name": "name_folded", "public_key": "public_key_der"}.get(error.field, error.field)
-    holder, value = error.holder, getattr(error.holder, field)
-    number = max(row.number for row in wanted if getattr(row, field) == value and row.number != holder.number)
+    holder, value = error.holder, getattr(error.holder, error.attribute)
+    number = max(
+        row.number for row in wanted if getattr(row, error.attribute) == value and row.number != holder.number
+    )
     one = fresh[number - wanted[0].number]
     cause = f"{one.row.name}: its {error.field.replace('_', ' ')} belongs to {holder.kind} {holder.name}"
     return line_error(path, one.where, f"{cause}, row {holder.number}, {holder.state}")

@@ -72,6 +72,11 @@ class DuplicateError(EnrollmentRefusedError):
             hint=f"look at it with `birthmark show {holder.name}`",
         )
 
+    @property
+    def attribute(self) -> str:
+        """The attribute of `Row` that has the value."""
+        return {"name": "name_folded", "public_key": "public_key_der"}.get(self.field, self.field)
+
 
 class View(Protocol):
     """One consistent state of the registry, for reading."""
