@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -36,6 +35,7 @@ from birthmark.provisioning.gateway_look import Look, look_at
 from birthmark.provisioning.gateway_receipts import standing_of
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.opening import has_password
 from birthmark.provisioning.retirement import due_retirements
 from birthmark.provisioning.station import KEYS_FOLDER
 from birthmark.provisioning.token_uri import TokenUri
@@ -342,12 +342,13 @@ def _looks(station: Station, view: View) -> list[Look]:
 
 def _files(station: Station) -> Iterable[FileFacts]:
     keys = station.folder / KEYS_FOLDER
-    has_password = urlsplit(station.settings.registry.url).password is not None
+    url = station.settings.registry.url
+    keeps_password = bool(url) and has_password(url)
     for folder in (station.folder, keys):
         yield from _file(folder, 0o700, is_secret=folder == keys)
     known = {station.key_path(ca) for ca in station.cas}
     for path in station.files():
-        is_secret = path.parent == keys or (path == station.settings_path and has_password)
+        is_secret = path.parent == keys or (path == station.settings_path and keeps_password)
         is_known = not path.name.endswith(".key.pem") or path in known
         allowed = 0o400 if path.parent == keys else 0o600 if is_secret else 0o644
         yield from _file(path, allowed, is_secret=is_secret, is_known=is_known)

@@ -114,12 +114,19 @@ def setting_from(word: str, *, log: str = "") -> RegistrySetting:
     if word == TINYDB:
         return RegistrySetting()
     setting = RegistrySetting(word, log)
-    if _has_password(word):
+    if has_password(word):
         raise ConfigurationError(
             "could not use the URL of the registry: it has a password in it, and everybody can read arguments",
             hint="leave it out: PostgreSQL's ~/.pgpass, PGPASSFILE or PGPASSWORD gives it",
         )
     return setting
+
+
+def has_password(url: str) -> bool:
+    """Whether a password stands in the URL of a database; `ConfigurationError` if it is none."""
+    from birthmark.provisioning.registry import sql_database  # noqa: PLC0415 - it costs time to import
+
+    return sql_database.has_password(url)
 
 
 def _tiny() -> type[TinyRegistry]:
@@ -137,12 +144,6 @@ def _sql() -> type[SqlRegistry]:
     from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
 
     return SqlRegistry
-
-
-def _has_password(url: str) -> bool:
-    from birthmark.provisioning.registry.sql_database import has_password  # noqa: PLC0415 - it costs time to import
-
-    return has_password(url)
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:

@@ -130,6 +130,17 @@ def test_the_doctor_looks_at_the_files_of_a_registry(station: Station) -> None:
     station.close()
 
 
+@pytest.mark.parametrize("password", ["plain", "sl/ash", "br[acket", "ha#sh"])
+def test_settings_with_the_registry_s_password_are_a_secret(
+    postgres: Server, tmp_path: Path, password: str
+) -> None:
+    url = postgres.new_schema().replace("@", f":{password}@", 1)
+    station = new_station(tmp_path / "station", registry=url)
+    facts = {file.path: file for file in gather(station, timeout_s=None).files}
+    assert (facts[station.settings_path].allowed, facts[station.settings_path].is_secret) == (0o600, True)
+    station.close()
+
+
 def test_a_founding_that_fails_leaves_no_registry_behind(postgres: Server, tmp_path: Path) -> None:
     url = postgres.new_schema()
     (tmp_path / "station").mkdir()
