@@ -17,13 +17,13 @@ import struct
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from birthmark.device.errors import ConfigurationError, SystemFailureError
 from birthmark.device.escape import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Coroutine, Iterable
 
 MAX_HELD: Final = 64
 CHUNK_BYTES: Final = 16_384
@@ -171,8 +171,8 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*live, return_exceptions=True)
 
-    def _keep(self, work: object) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = self._loop.create_task(work)  # type: ignore[arg-type]
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._loop.create_task(work)
         self._live.add(task)
         task.add_done_callback(self._live.discard)
         return task
@@ -210,6 +210,9 @@ class Proxy:
         except OSError:
             self._reset(writer)
             return
+        except asyncio.CancelledError:
+            self._reset(writer)  # or it would stand open through an outage, and beyond the end
+            raise
         silent = asyncio.Event()
         ways = [
             asyncio.ensure_future(_pump(reader, back, faults, chance, silent)),
@@ -245,7 +248,7 @@ async def _pump(
     chance: random.Random,
     silent: asyncio.Event,
 ) -> None:
-    """Carry one direction; each chunk has its own time of arrival, and none overtakes another."""
+    """Carry one direction; each chunk has its own time of arrival, and waits for those before it."""
     loop = asyncio.get_running_loop()
     on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MAX_HELD)
 
@@ -260,14 +263,12 @@ async def _pump(
                 await writer.drain()
 
     delivering = asyncio.ensure_future(deliver())
-    due = 0.0
     try:
         with suppress(OSError):
             chunk = b"-"
             while chunk and not delivering.done():
                 chunk = await reader.read(CHUNK_BYTES)
-                due = max(due, loop.time() + _takes_s(faults, chance))
-                await on_the_way.put((due, chunk))
+                await on_the_way.put((loop.time() + _takes_s(faults, chance), chunk))
             await delivering
     finally:
         delivering.cancel()

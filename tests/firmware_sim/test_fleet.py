@@ -53,7 +53,11 @@ class Fleet:
 
     def __init__(self, *words: str | Path) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, "--json", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*COMMAND, "--json", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self.records: list[dict[str, Any]] = []
         self._err: list[str] = []
@@ -85,7 +89,7 @@ def test_a_bad_network_loses_nothing(tmp_path: Path, pki: Pki, broker: BrokerPro
     words = ("--seconds", "600", "--interval", "0.05", "--processes", "2")
     running = Fleet("--state", state, *words, "--fault", "latency=5", "loss=0.05", "cut=0.5", "refuse=0.3")
     running.wait_for(lambda r: r["lost"] >= 4 and r["acknowledged"] >= 50 and r["connects"] >= 9)
-    running.process.send_signal(signal.SIGINT)
+    os.killpg(running.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C, which its own processes get, too
     code, end, err = running.end()
     assert code == (4 if end["never"] else 0), err
     assert end["event"] == "end"

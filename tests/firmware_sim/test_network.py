@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import socket
@@ -141,6 +142,22 @@ def test_an_outage_resets_and_refuses_and_ends(echo: Echo) -> None:
                 break
         else:
             pytest.fail("the outage never ended")
+
+
+def test_who_waits_for_the_broker_is_reset_too(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled = threading.Event()
+
+    async def never(*_: object) -> None:
+        dialled.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio, "open_connection", never)
+    proxy = Proxy("127.0.0.1", echo.port, NetworkFaults())
+    with proxy:
+        client = connected(proxy)
+        assert dialled.wait(DEADLINE_S)
+    with client, pytest.raises(ConnectionResetError):
+        client.recv(1)
 
 
 def test_a_broker_that_is_not_there(echo: Echo) -> None:
