@@ -148,6 +148,7 @@ class Authority:
         *,
         cns: Sequence[str | tuple[int, bytes]] = ("sensor-1",),
         ous: Sequence[str] = ("device",),
+        organization: str = "Test",
         key: Key | None = None,
         not_before: dt.datetime | None = None,
         not_after: dt.datetime | None = None,
@@ -196,7 +197,7 @@ class Authority:
         for extension, critical in extra:
             builder = builder.add_extension(extension, critical)
         draft = builder.sign(new_key(), hashes.SHA256()).public_bytes(serialization.Encoding.DER)
-        attributes = [_attribute(_OID_O, "Test")]
+        attributes = [_attribute(_OID_O, organization)]
         attributes += [_attribute(_OID_OU, ou) for ou in ous]
         attributes += [_attribute(_OID_CN, cn) for cn in cns]
         fields = der_children(der_content(der_children(der_content(draft))[0]))

@@ -76,6 +76,16 @@ def test_init_writes_two_files_that_can_be_read(broker: Callable[..., Result]) -
     assert stat.S_IMODE(Path("broker.toml").stat().st_mode) == 0o644
 
 
+def test_an_expired_certificate_is_renewed_for_as_long_as_the_crl_has_it(broker: Callable[..., Result]) -> None:
+    broker("init", "--name", "gw-1")
+    with Path("broker.toml").open("a") as file:
+        file.write("\n[renewal_listener]\ngrace_days = 61\n")
+    refused = broker("run")
+    assert refused.code != 0
+    assert "grace_days" in refused.err
+    assert "60" in refused.err
+
+
 def test_what_init_comments_out_is_the_default(broker: Callable[..., Result]) -> None:
     broker("init", "--name", "gw-1")
     before = read_settings(Path("broker.toml"))

@@ -57,9 +57,16 @@ def folder(tmp_path: Path, identities: Identities) -> Path:
 def export(folder: Path, capsys: pytest.CaptureFixture[str]) -> Export:
     """Run the command with `--json`; what it answers, and the error that it ends with."""
 
-    def call(*accepted: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+    def call(*accepted: str, run_as: str = "mosquitto") -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
         words = ["export", "mosquitto", "--json", "--config", str(folder / "broker.toml")]
-        words += ["--identities", str(folder / "identities.jsonl"), "--out", str(folder / "out")]
+        words += [
+            "--identities",
+            str(folder / "identities.jsonl"),
+            "--out",
+            str(folder / "out"),
+            "--run-as",
+            run_as,
+        ]
         code = run(parser(), [*words, *(word for name in accepted for word in ("--accept", name))])
         captured = capsys.readouterr()
         records = [json.loads(line) for line in captured.out.splitlines()]
@@ -307,6 +314,19 @@ def test_identities_are_checked_as_the_gateway_would(
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("organization", ["Acme, Inc.", "Test\nuser CN=alice", "Test ", "Ärzte", "#1"])
+def test_a_subject_that_is_spelt_otherwise_elsewhere(
+    folder: Path, export: Export, identities: Identities, organization: str
+) -> None:
+    issued = identities.pki.issuing.issue(organization=organization)
+    record = {"id": "sensor-1", "kind": "device", "certificate": base64.b64encode(issued.der).decode()}
+    (folder / "identities.jsonl").write_text(json.dumps(record))
+    code, _, error = export(*ACCEPTED)
+    assert code == ConfigurationError("").exit_code
+    assert "line 1: its subject has " in error["error"]
+    assert not (folder / "out").exists()
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"certificate": 1}', '{"id": "x", "certificate": "?"}'])
 def test_a_line_that_is_no_record(folder: Path, export: Export, line: str) -> None:
     (folder / "identities.jsonl").write_text(line)
@@ -376,6 +396,14 @@ def test_an_export_replaces_an_export(folder: Path, export: Export) -> None:
     change(folder / "policy.toml", '"devices/{id}/frames/#"', '"devices/{id}/pictures/#"')
     assert export(*ACCEPTED)[0] == 0
     assert (folder / "out" / "acl").read_text() == before.replace("/frames/#", "/pictures/#")
+
+
+@pytest.mark.parametrize("user", ["", " me", "me\nallow_anonymous true"])
+def test_a_word_that_would_be_another_setting(folder: Path, export: Export, user: str) -> None:
+    code, _, error = export(*ACCEPTED, run_as=user)
+    assert code == ConfigurationError("").exit_code
+    assert "into mosquitto.conf" in error["error"]
+    assert not (folder / "out").exists()
 
 
 def test_an_export_needs_a_port(folder: Path, export: Export) -> None:
