@@ -38,7 +38,6 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
 MAX_INFLIGHT = 64
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 _ACL = """\
 pattern readwrite devices/%u/status
@@ -90,10 +89,6 @@ class Peer:
     def cpu_s(self) -> float:
         """Return the CPU time that it has used, all threads together."""
         return cpu_s(self.pid)
-
-    def memory_bytes(self) -> int:
-        """Return its resident memory."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
 def cpu_s(pid: int) -> float:
