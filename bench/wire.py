@@ -29,7 +29,6 @@ CYCLE: Final = 4096
 CHUNK_BYTES: Final = 65_536
 CONNECT_TIMEOUT_S: Final = 20.0
 KEEPALIVE_S: Final = 3600
-QOS_1: Final = 0x02
 
 
 class BenchError(Exception):

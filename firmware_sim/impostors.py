@@ -44,9 +44,7 @@ IMPOSTORS: Final = {
     "bootloader": Impostor("a board in its boot loader", chatter=Chatter(0.2, lambda _random: _BOOT)),
     "wrong-baud": Impostor(
         "a board at another speed",
-        lambda heard, random: bytes(
-            random.choice(b"\x80\x98\xe0\xf8\xfe\x06\x1c") for _ in range(len(heard) + 40)
-        ),
+        lambda heard, random: bytes(random.choice(_OTHER_SPEED) for _ in range(len(heard) + 40)),
     ),
     "text-flood": Impostor("firmware that prints without end", chatter=Chatter(0.005, lambda _random: _TEXT)),
     "random-flood": Impostor(
