@@ -20,7 +20,7 @@ from support.station import Command, enrolled_row, keyed_row
 from birthmark.device.credentials import Credentials
 from birthmark.device.identity import DeviceId
 from birthmark.device.pem import read_blocks
-from birthmark.provisioning import audit, bulk
+from birthmark.provisioning import audit, bulk, bulk_requests
 from birthmark.provisioning.registry.line import Batch
 from birthmark.provisioning.registry.model import KeyMode, Row, State
 from birthmark.provisioning.renewal import open_renewals
@@ -305,6 +305,18 @@ def test_twice_the_same_in_one_file_is_refused(birthmark: Command, living: Stati
         Path("two.jsonl").write_text(json.dumps(one) + "\n" + json.dumps(two))
         refused(birthmark("issue", "--from", "two.jsonl", "--out", "out"), "two.jsonl, line 2: ", what)
     assert rows_of(living) == []
+
+
+def test_more_devices_than_fit_into_one_go_are_refused(
+    birthmark: Command, living: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk_requests, "MAX_DEVICES", 2)
+    lines = [json.dumps({"id": name, "csr": request(name)}) for name in ("d-1", "d-2", "d-3")]
+    Path("three.jsonl").write_text("\n".join(lines))
+    refused(birthmark("issue", "--from", "three.jsonl", "--out", "out"), "line 3", "more than 2 devices")
+    assert rows_of(living) == []
+    Path("two.jsonl").write_text("\n".join(lines[:2]))
+    assert birthmark("issue", "--from", "two.jsonl", "--out", "out").exit_code == 0
 
 
 def test_what_belongs_to_another_device_is_refused_and_nothing_applied(

@@ -127,6 +127,7 @@ def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: StoredRegi
         assert view.rows(name_glob="*-1") == [one, three]
         assert view.rows(name_glob="*") == view.rows(name_glob="*?*") == [one, two, three, bare]
         assert view.rows(name_glob="pump-[12]") == view.rows(name_glob="pump_1") == view.rows(name_glob="p%") == []
+        assert view.rows(name_glob="*_1") == view.rows(name_glob="*%1") == view.rows(name_glob="?%") == []
         assert view.rows(name_glob="") == view.rows(name_glob="pum.") == view.rows(name_glob="\\") == []
         assert view.rows(expires_before=NOON + timedelta(days=20)) == [one], "the end itself is not before it"
         assert view.rows(expires_before=NOON + timedelta(days=20, microseconds=1)) == [one, two]
@@ -450,6 +451,18 @@ def test_a_replaced_row_that_is_void_does_not_come_back(registry: StoredRegistry
         transaction.update(replace(old, state=State.VOID, void_reason="replaced"))
         transaction.update(replace(new, state=State.VOID, void_reason="given up"))
         assert transaction.live_by_name("sensor-1") is None
+
+
+def test_a_replaced_row_does_not_come_back_beside_one_that_got_its_hwid(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        old = attested(transaction, keyed(transaction, device(transaction)))
+        new = device(transaction, replaces=old.number, hwid=b"another board")
+        device(transaction, "sensor-2", hwid=old.hwid)
+    with registry.transaction() as transaction:
+        with pytest.raises(DuplicateError) as caught:
+            transaction.update(replace(new, state=State.VOID, void_reason="given up"))
+        assert caught.value.field == "hwid"
+        assert transaction.row(new.number) == new
 
 
 def test_replacing_what_is_not_there_is_refused(registry: StoredRegistry) -> None:
