@@ -64,8 +64,8 @@ def ask(
     request = requests.Request(secrets.token_urlsafe(9), now().timestamp() + timeout_s)
     replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
     answers = topics.reply(device_id, requests.reply_name(command, request.id, "+"))
-    client.subscribe(answers, replies.put, wait=timeout_s)
     try:
+        client.subscribe(answers, replies.put, wait=timeout_s)
         topic = topics.command(device_id, f"{command}/{request.level}")
         client.publish(topic, payload, wait=_left_s(began, timeout_s))
         answer = replies.get(timeout=_left_s(began, timeout_s))

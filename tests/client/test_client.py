@@ -293,6 +293,17 @@ def test_a_denied_subscription_is_reported(state: Path, broker: BrokerStub) -> N
         assert client.is_connected
 
 
+def test_a_request_whose_reply_cannot_be_heard_leaves_no_subscription(
+    operator: Credentials, broker: BrokerStub
+) -> None:
+    broker.suback = 0x80
+    with Client.from_credentials(operator) as client:
+        with pytest.raises(RefusedError, match="policy denies it"):
+            client.request("valve-1", "open", timeout_s=DEADLINE_S)
+        asked = broker.wait_for(SUBSCRIBE).filters
+        assert broker.wait_for(UNSUBSCRIBE).body[4:].decode() == asked[0]
+
+
 def test_events_tell_the_story(state: Path, broker: BrokerStub) -> None:
     watching = Watching()
     with Client.from_folder(state, observe=watching, retry=impatient()):
