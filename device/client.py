@@ -355,10 +355,9 @@ class Client:
             UnreachableError: not acknowledged in time (it stays queued), or too many messages wait already.
             SystemFailureError: the outbox's disk does not take it.
         """
-        octets = as_bytes(payload)
-        if self._max_packet_bytes is not None:
-            check_size(topic, octets, self._max_packet_bytes)
         if self._outbox is None or not keep or qos != 1:
+            octets = as_bytes(payload)
+            check_size(topic, octets, self._max_packet_bytes)
             acknowledgement = self._worker.publications.add(Outgoing(topic, octets, qos, retain))
             self._worker.wake()
         else:
@@ -567,6 +566,7 @@ class Client:
             settings,
             settings.path or self._credentials.pem_path.parent / OUTBOX_FILE,
             str(self.device_id),
+            max_packet_bytes=self._max_packet_bytes,
             tell=self._tell,
             wake=self._worker.wake,
             send_from_memory=self._send_from_memory,

@@ -17,7 +17,7 @@ MAX_PAYLOAD_BYTES = 268_435_455 - MAX_TOPIC_BYTES - 4
 """What always fits a packet (MQTT 3.1.1 §2.2.3)."""
 
 HEAD_BYTES = 128
-"""Left for a packet's head, and for the id that an outbox may put into a message."""
+"""Left for a packet's head."""
 
 Payload = bytes | str | Mapping[str, Any]
 """Bytes as they are, text in UTF-8, a mapping as a JSON object."""
@@ -67,12 +67,14 @@ def as_bytes(payload: Payload) -> bytes:
         raise LocalProtocolError("could not publish a mapping: JSON cannot hold what is in it") from error
 
 
-def check_size(topic: str, payload: bytes, max_packet_bytes: int) -> None:
-    """Refuse a message that is larger than what the gateway takes.
+def check_size(topic: str, payload: bytes, max_packet_bytes: int | None) -> None:
+    """Refuse a message that is larger than what the gateway takes; None: that is not known.
 
     Raises:
         LocalProtocolError: it is.
     """
+    if max_packet_bytes is None:
+        return
     most = max_packet_bytes - HEAD_BYTES - len(topic.encode("utf-8", "surrogatepass"))
     if len(payload) > most:
         raise LocalProtocolError(

@@ -31,7 +31,7 @@ from birthmark.device.mqtt import topic_matches
 from birthmark.device.outbox.database import DatabaseFailedError, DatabaseUnfitError, Row
 from birthmark.device.outbox.opening import open_file, replaced
 from birthmark.device.outbox.storing import Totals, store
-from birthmark.device.publication import Acknowledgement, Outgoing, as_bytes, with_id
+from birthmark.device.publication import Acknowledgement, Outgoing, as_bytes, check_size, with_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -92,6 +92,7 @@ class Outbox:
         settings: the limits, and what happens at them.
         path: the file.
         owner: the identity.
+        max_packet_bytes: what the gateway takes; None: any.
         tell: gives an event to the observer.
         wake: is called, on the outbox's thread, when there is something to take.
         send_from_memory: takes what the disk does not, where the settings want that.
@@ -105,6 +106,7 @@ class Outbox:
         path: Path,
         owner: str,
         *,
+        max_packet_bytes: int | None = None,
         tell: Callable[[OutboxChanged], None],
         wake: Callable[[], None],
         send_from_memory: Callable[[Outgoing, Acknowledgement], None],
@@ -114,6 +116,7 @@ class Outbox:
         self._settings = settings
         self._path = path
         self._owner = owner
+        self._max_packet_bytes = max_packet_bytes
         self._tell = tell
         self._wake = wake
         self._send_from_memory = send_from_memory
@@ -151,7 +154,8 @@ class Outbox:
         """Have a message stored and sent; the acknowledgement's `wait_stored` says when it is durable.
 
         Raises:
-            LocalProtocolError: MQTT has no such topic or payload, or it is larger than the whole outbox.
+            LocalProtocolError: MQTT has no such topic or payload, or it is larger, with its id, than what the
+                gateway takes or the whole outbox.
             UnreachableError: the client has stopped.
         """
         what = f"publish to {escaped(topic)}"
@@ -166,6 +170,7 @@ class Outbox:
             acknowledgement.message_id = f"{self._epoch}-{seq}"
             key = self._settings.message_id
             content = as_bytes(with_id(payload, key, acknowledgement.message_id) if key else payload)
+            check_size(topic, content, self._max_packet_bytes)
             outgoing = Outgoing(topic, content, 1, retain)
             row = Row(seq, outgoing.topic, outgoing.payload, outgoing.retain, priority, self._now_s())
             if row.size > self._settings.max_bytes:

@@ -27,6 +27,7 @@ from birthmark.device.outbox import outbox as module
 from birthmark.device.outbox.database import Database, DatabaseUnfitError, Row
 from birthmark.device.outbox.outbox import IN_FLIGHT, READY, Outbox
 from birthmark.device.outbox.settings import OutboxSettings
+from birthmark.device.publication import HEAD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,6 +202,15 @@ def test_an_id_tells_what_came_twice(state: Path, broker: BrokerStub) -> None:
     epochs, numbers = zip(*(one.split("-") for one in ids), strict=True)
     assert len(set(epochs)) == 1
     assert list(map(int, numbers)) == sorted(map(int, numbers))
+
+
+def test_an_id_takes_no_message_past_what_the_gateway_takes(state: Path) -> None:
+    """Stored, it would end every connection that it is sent on."""
+    key = "k" * 100
+    with client_of(state, outbox=OutboxSettings(message_id=key), max_packet_bytes=1024) as client:
+        with pytest.raises(LocalProtocolError, match="bytes are too many, the gateway takes"):
+            client.publish(TOPIC, {"n": "x" * (1024 - HEAD_BYTES - len(TOPIC) - len('{"n":""}'))})
+        client.publish(TOPIC, b"x" * (1024 - HEAD_BYTES - len(TOPIC)), wait=DEADLINE_S)
 
 
 def test_no_number_comes_twice_after_a_kill_with_nothing_left_in_it(tmp_path: Path) -> None:
