@@ -67,12 +67,14 @@ class Periodic:
         """Call `reading` after `delay_s`, and then every `interval_s`; publish what it returns on `topic`.
 
         Raises:
-            LocalProtocolError: an interval that is shorter than a millisecond or longer than a year.
+            LocalProtocolError: the interval is not from a millisecond to a year, or the delay not from 0 to that.
         """
         if not SHORTEST_S <= interval_s <= LONGEST_S:
             raise LocalProtocolError(
                 f"could not do something every {interval_s} s: the interval is from {SHORTEST_S:g} s to a year"
             )
+        if not 0 <= delay_s <= LONGEST_S:
+            raise LocalProtocolError(f"could not begin after {delay_s} s: the delay is from 0 s to a year")
         with self._changed:
             # Before the start, `due` is a delay.
             begin = 0.0 if self._thread is None else time.monotonic()

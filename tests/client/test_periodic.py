@@ -99,3 +99,9 @@ def test_times_stay_on_their_grid(now: float, due: float) -> None:
 def test_intervals_that_make_no_sense(stage: Stage, interval_s: float) -> None:
     with pytest.raises(LocalProtocolError, match="the interval is from"):
         stage.periodic.add(interval_s, lambda: None)
+
+
+@pytest.mark.parametrize("delay_s", [-1, 1e9, float("nan"), float("inf")])
+def test_delays_that_make_no_sense(stage: Stage, delay_s: float) -> None:
+    with pytest.raises(LocalProtocolError, match="the delay is from"):
+        stage.periodic.add(1.0, lambda: None, delay_s=delay_s)
