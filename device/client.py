@@ -150,6 +150,7 @@ class Client:
         max_packet_bytes: int | None = None,
     ) -> None:
         is_service = credentials.role.is_reserved
+        has_presence = not is_service if presence is None else presence
         if client_suffix and not is_service:
             raise IdentityError(
                 f"could not connect as {credentials.device_id}:{escaped(client_suffix)}: a device has one session",
@@ -165,16 +166,16 @@ class Client:
         self._started = False
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock or Clock.of(credentials, system=now)
+        self._dispatcher = Dispatcher(self._observed, self._wake)
         self._renewer: Renewer | None = None
         if credentials.is_slot if renewal is None else renewal:
             self._renewer = self._make_renewer(renewal_port, renewal_pace)
             credentials = self._renewer.prepare(credentials)
-        self._dispatcher = Dispatcher(self._observed, self._make_room)
         self._worker = Worker(
             credentials,
             client_id=f"{credentials.device_id}:{client_suffix}" if client_suffix else str(credentials.device_id),
             clean_session=is_service if clean_session is None else clean_session,
-            has_presence=not is_service if presence is None else presence,
+            has_presence=has_presence,
             connect_timeout_s=connect_timeout_s,
             retry=retry or RetryTimer(),
             route=Route([credentials.broker, *further_addresses], return_after_s),
@@ -184,15 +185,11 @@ class Client:
             on_message=self._received,
             settled=self._renewer.settled if self._renewer else _nobody,
         )
-        self._outbox = None if outbox is None else self._make_outbox(outbox, self._clock.now)
+        self._outbox = None if outbox is None else self._make_outbox(outbox)
         self._worker.publications.outbox = self._outbox
         if self._renewer is not None:
             self.subscribe(topics.renewal_answer(credentials.device_id), self._renewal_answered)
-        is_running_device = self._credentials.is_slot and (not is_service if presence is None else presence)
-        self._recorder: Recorder | None = None
-        if is_running_device:
-            folder = self._credentials.pem_path.parent
-            self._recorder = self._make_recorder(folder)
+        self._recorder = self._make_recorder() if self._credentials.is_slot and has_presence else None
         self._time_asking: TimeAsking | None = None
         if trusts_gateway_clock:
             from birthmark.device.time_asking import TimeAsking  # noqa: PLC0415 - loaded as the renewal is
@@ -440,11 +437,11 @@ class Client:
         Args:
             interval_s: from 0.001 to a year.
             telemetry: publish what it returns, if not None, as this kind of our readings.
-            delay_s: when the first time comes. Many devices that get their power back at once should not all
-                speak at once: `delay_s=random.uniform(0, interval_s)`.
+            delay_s: when the first time comes, up to a year. Many devices that get their power back at once should
+                not all speak at once: `delay_s=random.uniform(0, interval_s)`.
 
         Raises:
-            LocalProtocolError: when it decorates: there is no such interval or topic.
+            LocalProtocolError: when it decorates: there is no such interval, delay or topic.
         """
         topic = None if telemetry is None else Outgoing(self.telemetry(telemetry), b"").topic
 
@@ -527,15 +524,15 @@ class Client:
             use=self.use,
             keep=self._keep,
             publish=self._publish_now,
-            tell=self._tell,
+            tell=self._dispatcher.tell,
             open_apart=self._open_apart,
         )
         return Renewer(store, connection, clock=self._clock, pace=pace)
 
-    def _make_recorder(self, folder: Path) -> Recorder:
+    def _make_recorder(self) -> Recorder:
         from birthmark.device.record import Recorder  # noqa: PLC0415 - loaded as the renewal is
 
-        return Recorder(folder, self._clock, outbox=self._outbox_state)
+        return Recorder(self._credentials.pem_path.parent, self._clock, outbox=self._outbox_state)
 
     def _renewal_answered(self, message: Message) -> None:
         if self._renewer is not None and not message.retained:  # what is retained there answers nobody
@@ -544,9 +541,6 @@ class Client:
     def _keep(self, credentials: Credentials) -> None:
         self._credentials = credentials
 
-    def _tell(self, event: Event) -> None:
-        self._dispatcher.tell(event)
-
     def _publish_now(self, topic: str, payload: bytes) -> Acknowledgement:
         """Publish what somebody waits for now: behind a week's readings it would come too late."""
         return self.publish(topic, payload, keep=False)
@@ -554,7 +548,7 @@ class Client:
     def _outbox_state(self) -> OutboxState | None:
         return None if self._outbox is None else self._outbox.state()
 
-    def _make_outbox(self, settings: OutboxSettings, now: Callable[[], datetime]) -> Outbox:
+    def _make_outbox(self, settings: OutboxSettings) -> Outbox:
         from birthmark.device.outbox.outbox import Outbox  # noqa: PLC0415 - SQLite, only for who has an outbox
 
         if settings.path is None and not self._credentials.is_slot:
@@ -567,10 +561,10 @@ class Client:
             settings.path or self._credentials.pem_path.parent / OUTBOX_FILE,
             str(self.device_id),
             max_packet_bytes=self._max_packet_bytes,
-            tell=self._tell,
+            tell=self._dispatcher.tell,
             wake=self._worker.wake,
             send_from_memory=self._send_from_memory,
-            now_s=lambda: now().timestamp(),
+            now_s=lambda: self._clock.now().timestamp(),
         )
 
     def _send_from_memory(self, outgoing: Outgoing, acknowledgement: Acknowledgement) -> None:
@@ -605,7 +599,7 @@ class Client:
     def _new_periodic(self) -> Periodic:
         from birthmark.device.periodic import Periodic  # noqa: PLC0415 - only for who has something to repeat
 
-        periodic = Periodic(self._dispatcher.run, self.publish, self._failed)
+        periodic = Periodic(self._dispatcher.do, self.publish, self._failed)
         if self._started:
             periodic.start()
         return periodic
@@ -617,7 +611,7 @@ class Client:
     def _failed(self, topic: str, error: Exception) -> None:
         self._observed(HandlerFailed(topic, error))
 
-    def _make_room(self) -> None:
+    def _wake(self) -> None:
         self._worker.wake()
 
     def _observed(self, event: Event) -> None:

@@ -62,12 +62,8 @@ class Dispatcher:
         """Queue an event for the observer."""
         self._put(lambda: self._observe(event))
 
-    def run(self, job: Callable[[], object]) -> None:
-        """Queue anything else that is the user's."""
-        self._put(job)
-
     def do(self, job: Callable[[], object]) -> None:
-        """Queue something of the client's own."""
+        """Queue anything else."""
         self._put(job)
 
     def take(self, job: Callable[[], object]) -> None:

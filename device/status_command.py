@@ -56,7 +56,7 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
     troubles += [trouble] if trouble else []
     first = troubles[0] if troubles else None
     said = (
-        {"state": _word(first), "summary": f"{first.message}: {first.hint}" if first.hint else first.message}
+        {"state": first.word, "summary": f"{first.message}: {first.hint}" if first.hint else first.message}
         if first
         else {"state": "ok", "summary": f"connected to {client['last_connected_to']}; nothing to be done"}
     )
@@ -72,10 +72,6 @@ class _Trouble:
         self.message = error.message
         self.hint = error.hint
         self.exit_code = error.exit_code
-
-
-def _word(trouble: _Trouble | None) -> str:
-    return trouble.word if trouble else "ok"
 
 
 def _identity(folder: Path) -> tuple[dict[str, Any], list[_Trouble]]:

@@ -95,7 +95,7 @@ class Worker:
         clock: Clock,
         dispatcher: Dispatcher,
         on_message: Callable[[Message], bool],
-        settled: Callable[[Credentials, ConnectionFailedError | None], object] = lambda _credentials, _error: None,
+        settled: Callable[[Credentials, ConnectionFailedError | None], object],
     ) -> None:
         self._credentials = credentials
         self._client_id = client_id
