@@ -2,7 +2,7 @@
 
 Rules:
 
-- What `write` was given is on disk when it returns (`synchronous=FULL`: one sync a call), whole or not at all.
+- What is done within `writing` is on disk at its end (`synchronous=FULL`: one sync each), whole or not at all.
 - One process has the file (`locking_mode=EXCLUSIVE`): two would send everything twice. No `-shm` file is needed.
 - Numbers rise for as long as the file lives, and none comes twice: they are reserved a thousand at a time, so
   that a message costs no page of its own for that.
@@ -96,7 +96,6 @@ class Contents(Frozen):
 
     messages: int
     bytes: int
-    oldest_at: float | None
     dropped: int
     """How many had to give way, ever."""
 
@@ -166,9 +165,8 @@ class Database:
         with _failures():
             run = self._connection.execute
             messages, size = run("SELECT count(*), total(size) FROM messages").fetchone()
-            oldest = run("SELECT at FROM messages ORDER BY seq LIMIT 1").fetchone()
             dropped = self._fact("dropped", 0)
-        return Contents(messages, int(size), oldest[0] if oldest else None, int(dropped))
+        return Contents(messages, int(size), int(dropped))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
