@@ -1,4 +1,4 @@
-"""What the tests of the client share: a PKI, and the two brokers, the one that does as told and the real one."""
+"""What the tests of the client share: a PKI, two brokers, one that does as told and the real one, a device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_process import BrokerProcess
 from support.broker_stub import BrokerStub
+from support.device_folder import enrolled
 from support.pki import Pki
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +25,12 @@ def broker(pki: Pki) -> Iterator[BrokerStub]:
     """A broker that does what the test says."""
     with BrokerStub(pki) as stub:
         yield stub
+
+
+@pytest.fixture
+def state(tmp_path: Path, pki: Pki, broker: BrokerStub) -> Path:
+    """The state folder of a device that was enrolled for that one."""
+    return enrolled(tmp_path / "state", pki, port=broker.port, keepalive_s=77)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
 from support.device_folder import enrolled
-from support.watching import DEADLINE_S, Watching, eventually
+from support.watching import DEADLINE_S, Watching, eventually, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
@@ -30,16 +30,6 @@ if TYPE_CHECKING:
     from birthmark.device.received import Command, Message
 
 STATUS = "devices/sensor-1/status"
-AT_ONCE = Backoff(0.01, 0.01)
-
-
-def impatient() -> RetryTimer:
-    return RetryTimer(unreachable=AT_ONCE, refused=AT_ONCE)
-
-
-@pytest.fixture
-def state(tmp_path: Path, pki: Pki, broker: BrokerStub) -> Path:
-    return enrolled(tmp_path / "state", pki, port=broker.port, keepalive_s=77)
 
 
 @pytest.fixture

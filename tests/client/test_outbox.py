@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.broker_stub import CONNECT, PUBLISH, BrokerStub
-from support.device_folder import enrolled
-from support.watching import DEADLINE_S, Watching, eventually
+from support.watching import DEADLINE_S, Watching, eventually, impatient
 
-from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import (
@@ -38,16 +36,6 @@ if TYPE_CHECKING:
     from birthmark.device.received import Command
 
 TOPIC = "devices/sensor-1/telemetry/t"
-AT_ONCE = Backoff(0.01, 0.01)
-
-
-def impatient() -> RetryTimer:
-    return RetryTimer(unreachable=AT_ONCE, refused=AT_ONCE)
-
-
-@pytest.fixture
-def state(tmp_path: Path, pki: Pki, broker: BrokerStub) -> Path:
-    return enrolled(tmp_path / "state", pki, port=broker.port)
 
 
 def client_of(state: Path, **options: Any) -> Client:

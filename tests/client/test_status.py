@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from support.broker_stub import BrokerStub
 
 
-@pytest.fixture
-def state(tmp_path: Path, pki: Pki, broker: BrokerStub) -> Path:
-    return enrolled(tmp_path / "state", pki, port=broker.port)
-
-
 def status(state: Path, **options: Any) -> tuple[dict[str, Any], int]:
     done = run("status", "--state", state, "--json", **options)
     assert done.stderr == ""

@@ -16,7 +16,7 @@ from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
 from support.pki import SERVER, Pki, now
 from support.programs import needs
-from support.watching import DEADLINE_S, Watching, eventually
+from support.watching import DEADLINE_S, Watching, eventually, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.device.received import Command, Message
-
-AT_ONCE = Backoff(0.05, 0.1)
-
-
-def impatient() -> RetryTimer:
-    return RetryTimer(unreachable=AT_ONCE, refused=AT_ONCE)
 
 
 @pytest.fixture

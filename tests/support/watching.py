@@ -1,10 +1,12 @@
-"""An observer of a client that a test can wait on."""
+"""What a test needs to wait for a client: an observer, and a timer without patience."""
 
 from __future__ import annotations
 
 import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
+
+from birthmark.device.backoff import Backoff, RetryTimer
 
 if TYPE_CHECKING:
     from birthmark.device.events import Event
@@ -45,3 +47,9 @@ def eventually(condition: object, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+def impatient() -> RetryTimer:
+    """Return a timer by which a client tries again at once."""
+    at_once = Backoff(0.01, 0.01)
+    return RetryTimer(unreachable=at_once, refused=at_once)
