@@ -41,19 +41,10 @@ def durable_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
         OSError: it could not be written. After this, or any other exception in the block, what was at `path` is
             unchanged and no temporary file is left.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor, not a path
-            os.fchmod(descriptor, mode)  # the umask does not decide the mode of a key
-            yield file
-            file.flush()
-            os.fsync(descriptor)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with _replacing(path, mode) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
     sync_folder(path.parent)
 
 
@@ -70,18 +61,25 @@ def write_many(folder: Path, contents: Iterable[tuple[str, bytes]], *, mode: int
         with contextlib.suppress(FileNotFoundError):
             if path.read_bytes() == content:
                 continue
-        temporary = folder / f".{name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
-                os.fchmod(descriptor, mode)
-                file.write(content)
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+        with _replacing(path, mode) as file:
+            file.write(content)
     os.sync()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
+    """Open a temporary file that takes the place of `path` at the end of the block; it is gone if that fails."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor, not a path
+            os.fchmod(descriptor, mode)  # the umask does not decide the mode of a key
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def rename_durably(source: Path, target: Path) -> None:
