@@ -7,11 +7,11 @@ is the two times side by side. Nothing but a message is ever made of it.
 
 from __future__ import annotations
 
-import socket
 import ssl
 from typing import TYPE_CHECKING
 
 from birthmark.device.certificate_facts import CertificateFacts, certificate_facts
+from birthmark.device.dialling import dial
 from birthmark.device.errors import CredentialError
 from birthmark.device.frozen import Frozen
 
@@ -32,14 +32,14 @@ def probed(broker: BrokerAddress, *, timeout_s: float) -> Seen:
     """Return what `broker` shows of itself.
 
     Raises:
-        OSError: it cannot be reached, or ends the handshake.
+        OSError, UnicodeError: it cannot be reached, or ends the handshake.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     with (
-        socket.create_connection((broker.host, broker.port), timeout=timeout_s) as plain,
+        dial(broker.host, broker.port, timeout_s=timeout_s) as plain,
         context.wrap_socket(plain, server_hostname=broker.host) as connection,
     ):
         certificate_der = connection.getpeercert(binary_form=True)
