@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.broker_process import BrokerProcess
-from support.broker_stub import CONNECT, DISCONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
+from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
 from support.pki import Pki, crl_pem, now
@@ -84,10 +84,18 @@ def test_a_client_that_is_connected_is_not_thrown_out(tmp_path: Path, pki: Pki, 
 
 
 def test_nothing_is_changed_at_the_broker(tmp_path: Path, pki: Pki) -> None:
-    """The device's own session, no will, no presence; what was subscribed is unsubscribed."""
+    """The device's own session, no will, no presence; what was subscribed is unsubscribed, what waits stays."""
     with BrokerStub(pki) as broker:
         state = enrolled(tmp_path / "s", pki, port=broker.port)
+
+        def deliver() -> None:
+            broker.wait_for(SUBSCRIBE)
+            broker.deliver("devices/sensor-1/commands/reboot", b"", qos=1)
+
+        delivering = threading.Thread(target=deliver)
+        delivering.start()
         steps, _, code = doctor(state, "--timeout", "0.5")
+        delivering.join()
         assert (code, steps[-1]["outcome"]) == (0, "skipped")  # this broker tells no time
         assert "policy explain sensor-1 publish" in steps[-1]["said"]
         hello = broker.wait_for(CONNECT).body
@@ -96,6 +104,7 @@ def test_nothing_is_changed_at_the_broker(tmp_path: Path, pki: Pki) -> None:
     asked = [name for packet in broker.packets if packet.kind == SUBSCRIBE for name in packet.filters]
     dropped = b"".join(packet.body for packet in broker.packets if packet.kind == UNSUBSCRIBE)
     assert asked
+    assert not any(packet.kind == PUBACK for packet in broker.packets), "it is the client's to take"
     assert all(name.encode() in dropped for name in asked)
     assert [packet.topic for packet in broker.packets if packet.kind == PUBLISH] == [
         "devices/sensor-1/time/request"

@@ -134,11 +134,11 @@ class BrokerStub:
     def deliver(
         self, topic: str, payload: bytes, *, qos: int = 0, retain: bool = False, packet_id: int = 1
     ) -> None:
-        """Send a PUBLISH to every client."""
+        """Send a PUBLISH to every client that is there."""
         name = topic.encode()
         body = struct.pack(">H", len(name)) + name + (struct.pack(">H", packet_id) if qos else b"") + payload
         with self._changed:
-            receivers = list(self._open)
+            receivers = [connection for connection in self._open if connection.fileno() >= 0]
         for connection in receivers:
             self._send(connection, PUBLISH, body, flags=qos << 1 | retain)
 
