@@ -16,10 +16,18 @@ from support.watching import DEADLINE_S, Watching, eventually, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
+from birthmark.device.commands import MAX_AHEAD_S
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.dispatch import MAX_WAITING
 from birthmark.device.errors import IdentityError, LocalProtocolError, RefusedError, UnreachableError
-from birthmark.device.events import AttemptFailed, Connected, Disconnected, HandlerFailed, SubscriptionDenied
+from birthmark.device.events import (
+    AttemptFailed,
+    Connected,
+    Disconnected,
+    HandlerFailed,
+    RenewalChanged,
+    SubscriptionDenied,
+)
 from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
@@ -292,6 +300,23 @@ def test_a_request_whose_reply_cannot_be_heard_leaves_no_subscription(
             client.request("valve-1", "open", timeout_s=DEADLINE_S)
         asked = broker.wait_for(SUBSCRIBE).filters
         assert broker.wait_for(UNSUBSCRIBE).body[4:].decode() == asked[0]
+
+
+def test_a_retained_renewal_answers_nobody(state: Path, broker: BrokerStub) -> None:
+    watching = Watching()
+    answers = "devices/sensor-1/renewal/answer"
+    with Client.from_folder(state, observe=watching):
+        broker.wait_for(SUBSCRIBE, lambda packet: answers in packet.filters)
+        broker.deliver(answers, b"retained", retain=True)
+        broker.deliver(answers, b"junk")
+        watching.wait_for(RenewalChanged)
+    assert [event.state for event in watching.events if isinstance(event, RenewalChanged)] == ["failed"]
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, MAX_AHEAD_S + 1, float("nan")])
+def test_a_request_waits_no_longer_than_a_device_remembers(operator: Credentials, timeout_s: float) -> None:
+    with pytest.raises(LocalProtocolError, match="at most 86400"):
+        Client.from_credentials(operator).request("valve-1", "open", timeout_s=timeout_s)
 
 
 def test_events_tell_the_story(state: Path, broker: BrokerStub) -> None:

@@ -573,3 +573,31 @@ def test_a_file_that_turns_out_to_be_damaged_later_is_replaced_and_no_number_com
         assert outbox.state().messages == 70
     assert len(set(ids)) == 70
     assert stored(tmp_path / "o.db") == list(map(str, range(70)))
+
+
+def test_what_comes_after_a_file_of_which_nothing_is_left_goes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers go on where they were: what is below those that were sent would never be looked for."""
+
+    def unfit() -> None:
+        raise DatabaseUnfitError("it is of another version", ".other-version")
+
+    with outbox_at(tmp_path / "o.db", drain_per_s=0) as (outbox, told):
+        sent: list[str] = []
+
+        def has_sent(count: int) -> bool:
+            for delivery in outbox.take():
+                sent.append(delivery.outgoing.payload.decode())
+                delivery.settle()
+            return len(sent) == count
+
+        ids = [put(outbox, str(number)) for number in range(3)]
+        eventually(lambda: has_sent(3), "the first three")
+        monkeypatch.setattr(outbox._database, "writing", unfit)
+        ids += [put(outbox, str(number)) for number in range(3, 6)]
+        assert [event.state for event in told] == ["set-aside"]
+        eventually(lambda: has_sent(6), "the others")
+    assert sent == list(map(str, range(6)))
+    numbers = [int(one.partition("-")[2]) for one in ids]
+    assert numbers == sorted(set(numbers))

@@ -20,7 +20,14 @@ from birthmark.device.clock import Clock
 from birthmark.device.connection_checks import Check
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import RefusedError, RemoteProtocolError, UnreachableError
-from birthmark.device.events import AttemptFailed, Connected, Disconnected, OutboxChanged, RenewalChanged
+from birthmark.device.events import (
+    AttemptFailed,
+    Connected,
+    Disconnected,
+    HandlerFailed,
+    OutboxChanged,
+    RenewalChanged,
+)
 from birthmark.device.outbox.outbox import OutboxState
 from birthmark.device.record import RECORD_FILE, WRITES_AT_ONCE, Record, Recorder, read_record
 
@@ -237,6 +244,21 @@ def test_a_network_that_comes_and_goes_does_not_wear_out_the_card(
     recorder.stopped()
     recorder.stopped()
     assert len(writes) == WRITES_AT_ONCE + 1
+
+
+def test_the_same_trouble_again_is_no_news(tmp_path: Path) -> None:
+    """A reading that fails every second would have the card written to every minute."""
+    times = [now()]
+    recorder = Recorder(tmp_path, Clock(system=lambda: times[0]))
+    recorder.take(HandlerFailed("reading", ValueError("a")))
+    before = read_record(tmp_path)
+    times[0] += timedelta(hours=1)
+    recorder.take(HandlerFailed("reading", ValueError("b")))
+    assert read_record(tmp_path) == before
+    recorder.take(HandlerFailed("another", ValueError("b")))
+    found = read_record(tmp_path)
+    assert found is not None
+    assert (found.trouble_at, "another" in found.trouble) == (times[0].timestamp(), True)
 
 
 def test_the_same_failure_again_is_no_news(tmp_path: Path) -> None:
