@@ -19,7 +19,7 @@ client = Client.from_folder(sys.argv[1])
 
 
 # A street of devices that get their power back in the same second: not all of them speak in the same second.
-@client.every(INTERVAL_S, telemetry="cpu-temperature", delay_s=random.uniform(0, 1))
+@client.every(INTERVAL_S, telemetry="cpu-temperature", delay_s=random.uniform(0, INTERVAL_S))
 def cpu_temperature() -> dict[str, float] | None:
     if not ZONE.exists():
         return None  # nothing to say
