@@ -51,7 +51,8 @@ def durable_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
 def write_many(folder: Path, contents: Iterable[tuple[str, bytes]], *, mode: int = 0o600) -> None:
     """Put many files into `folder`, by name, each whole or not at all; all are durable once this returns.
 
-    One sync of the whole system takes the place of two for each file. What is there already stays as it is.
+    One sync of the whole system takes the place of two for each file. What is there already stays as it is. A
+    power cut before that sync may leave a file without its content; the same call again puts it right.
 
     Raises:
         OSError: one could not be written; those before it are there, durable or not.

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
+from birthmark.provisioning import keyfile
 from birthmark.provisioning.audit import Head
 from birthmark.provisioning.audit_checkpoint import LAST_CHECKPOINT_AT
 from birthmark.provisioning.backup import LAST_BACKUP_AT
@@ -350,7 +351,7 @@ def _files(station: Station) -> Iterable[FileFacts]:
     for path in station.files():
         is_secret = path.parent == keys or (path == station.settings_path and keeps_password)
         is_known = not path.name.endswith(".key.pem") or path in known
-        allowed = 0o400 if path.parent == keys else 0o600 if is_secret else 0o644
+        allowed = keyfile.KEY_FILE_MODE if path.parent == keys else 0o600 if is_secret else 0o644
         yield from _file(path, allowed, is_secret=is_secret, is_known=is_known)
     for path in station.registry.files():
         yield from _file(path, 0o600, is_secret=False)
