@@ -13,6 +13,7 @@ from birthmark.provisioning import (
     ca_commands,
     doctor_command,
     flash,
+    gateway_commands,
     inspect_command,
     label_command,
     quarantine_commands,
@@ -51,6 +52,7 @@ birthmark revoke sensor-17 --reason lost""",
     quarantine_commands.add_to(commands)
     doctor_command.add_to(commands)
     revocation_commands.add_to(commands)
+    gateway_commands.add_to(commands)
     audit_commands.add_to(commands)
     ca_commands.add_to(commands)
     inspect_command.add_to(commands)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from birthmark.device.console import Console
-    from birthmark.provisioning.settings import Gateway
+    from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.station import Station
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from birthmark.provisioning.crls import CrlSet
-    from birthmark.provisioning.settings import Gateway
+    from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.station import Station
 
 LOOK_S: Final = 5.0

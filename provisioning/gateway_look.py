@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.device.received import Message
-    from birthmark.provisioning.settings import Gateway
+    from birthmark.provisioning.gateway_settings import Gateway
 
 DEFAULT_TIMEOUT_S: Final = 5.0
 MAX_TOLD_BYTES: Final = 256 * 1024 * 1024

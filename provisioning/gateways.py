@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from birthmark.device.received import Message
     from birthmark.provisioning.cas import Cas
     from birthmark.provisioning.crls import CrlSet, StoredCrl
-    from birthmark.provisioning.settings import Gateway
+    from birthmark.provisioning.gateway_settings import Gateway
 
     _Identity: TypeAlias = tuple[int, int, int]
 

@@ -24,7 +24,8 @@ from birthmark.provisioning.audit import append_missing
 from birthmark.provisioning.registry.content import MOVED, ROWS, UNFINISHED, Tally
 from birthmark.provisioning.registry.opening import open_registry
 from birthmark.provisioning.registry.place import REGISTRY_FILE
-from birthmark.provisioning.settings import put_registry, read_settings
+from birthmark.provisioning.settings import read_settings
+from birthmark.provisioning.settings_edit import put_registry
 from birthmark.provisioning.station import actor
 
 if TYPE_CHECKING:

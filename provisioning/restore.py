@@ -49,7 +49,8 @@ from birthmark.provisioning.registry.opening import new_registry
 from birthmark.provisioning.registry.place import REGISTRY_FILE
 from birthmark.provisioning.registry.storage import RegistryFile
 from birthmark.provisioning.revocation import lost_row, mark_revoked
-from birthmark.provisioning.settings import SETTINGS_FILE, put_registry, read_settings
+from birthmark.provisioning.settings import SETTINGS_FILE, read_settings
+from birthmark.provisioning.settings_edit import put_registry
 from birthmark.provisioning.station import Station, actor, utc_now
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.audit_places import Problem
     from birthmark.provisioning.backup import Member
+    from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.passphrase import PassphraseSource
     from birthmark.provisioning.registry.interface import Transaction
-    from birthmark.provisioning.settings import Gateway, RegistrySetting
+    from birthmark.provisioning.settings import RegistrySetting
 
 ROWS_JUMP: Final = 1_000_000
 _COPY_BYTES: Final = 1 << 16

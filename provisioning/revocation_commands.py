@@ -1,4 +1,4 @@
-"""`birthmark revoke | crl | gateway`: their options and their answers."""
+"""`birthmark revoke | crl`: their options and their answers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.provisioning import crl_commands
 from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
 from birthmark.provisioning.crls import clock_trouble, sign_and_store_crl, sign_root_crl
-from birthmark.provisioning.gateway_policies import forget_policy
-from birthmark.provisioning.gateway_receipts import forget_gateway, standing_of
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_root_passphrase_option,
@@ -24,7 +21,6 @@ from birthmark.provisioning.options import (
     root_passphrase,
 )
 from birthmark.provisioning.revocation import REASONS, parse_reason, revoke, revoke_certificate
-from birthmark.provisioning.settings import Gateway, add_gateway, remove_gateway
 
 if TYPE_CHECKING:
     import argparse
@@ -37,7 +33,6 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add these commands."""
     _add_revoke(commands)
     _add_crl(commands)
-    _add_gateway(commands)
 
 
 def _add_revoke(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -164,80 +159,3 @@ def _answer(console: Console, record: dict[str, object], head: str, deliveries: 
             "no gateway is configured: bring the CRL to each yourself, or see `birthmark gateway add --help`"
         )
     return 0 if warn_of_pending(console, deliveries) else 1
-
-
-def _add_gateway(commands: argparse._SubParsersAction[Parser]) -> None:
-    parser = commands.add_parser(
-        "gateway",
-        help="say which gateways are sent every CRL",
-        description="say which gateways are sent every CRL",
-        examples="birthmark gateway add gateway-1 --path /etc/birthmark/crl.pem\nbirthmark gateway list",
-    )
-    actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
-        title="actions", metavar="ACTION", required=True
-    )
-    add = command(
-        actions,
-        "add",
-        _gateway_add,
-        "add a gateway, reached by a path or over MQTT",
-        """\
-birthmark gateway add gateway-1 --path /etc/birthmark/crl.pem --clients-ca /etc/birthmark/clients-ca.pem
-birthmark gateway add gateway-1.example.com --host 192.0.2.7 --operator ~/birthmark/alice.pem""",
-    )
-    add.add_argument("name", metavar="NAME", help="the broker's own name (`name` in its broker.toml)")
-    add.add_argument("--path", type=Path, metavar="FILE", help="the CRL file that the gateway watches")
-    add.add_argument("--clients-ca", type=Path, metavar="FILE", help="its clients-ca.pem, to be written as well")
-    add.add_argument("--host", default="", metavar="HOST", help="where its broker listens")
-    add.add_argument("--port", type=int, default=8883, metavar="PORT", help="default: %(default)s")
-    add.add_argument("--operator", type=Path, metavar="FILE", help="NAME.pem of an operator")
-    listing = command(actions, "list", _gateway_list, "list the gateways", "birthmark gateway list --json")
-    remove = command(actions, "remove", _gateway_remove, "remove a gateway", "birthmark gateway remove gateway-1")
-    remove.add_argument("name", metavar="NAME", help="as in `birthmark gateway list`")
-    for each in (add, listing, remove):
-        add_station_option(each)
-
-
-def _gateway_add(arguments: argparse.Namespace, console: Console) -> None:
-    station = open_station(arguments)
-    gateway = Gateway(
-        name=arguments.name,
-        crl_path=arguments.path.absolute() if arguments.path else None,
-        host=arguments.host,
-        port=arguments.port,
-        operator_path=arguments.operator.absolute() if arguments.operator else None,
-        clients_ca_path=arguments.clients_ca.absolute() if arguments.clients_ca else None,
-    )
-    if gateway.operator_path is not None:
-        # Now is better than at the first revocation.
-        Credentials.from_files(gateway.operator_path, station.root_path, BrokerAddress(gateway.host, gateway.port))
-    add_gateway(station.settings_path, gateway)
-    with station.registry.transaction() as transaction:
-        transaction.record("gateway-add", gateway.name, reached_by=gateway.reached_by)
-    console.emit(_gateway_record(gateway), f"{gateway.name} is sent every CRL: {gateway.reached_by}")
-
-
-def _gateway_list(arguments: argparse.Namespace, console: Console) -> None:
-    station = open_station(arguments)
-    with station.registry.view() as view:
-        rows = [
-            {**_gateway_record(gateway), **crl_commands.standing_record(standing_of(view, gateway.name))}
-            for gateway in station.settings.gateways
-        ]
-    columns = ["name", "reached_by", "operator", "crl", "confirmed_at", "trouble"]
-    console.table(rows, columns, empty="no gateway is configured")
-
-
-def _gateway_remove(arguments: argparse.Namespace, console: Console) -> None:
-    station = open_station(arguments)
-    remove_gateway(station.settings_path, arguments.name)
-    with station.registry.transaction() as transaction:
-        forget_gateway(transaction, arguments.name)
-        forget_policy(transaction, arguments.name)
-        transaction.record("gateway-remove", arguments.name)
-    console.emit({"removed": arguments.name}, f"{arguments.name} is sent no CRL any more")
-
-
-def _gateway_record(gateway: Gateway) -> dict[str, object]:
-    operator = str(gateway.operator_path) if gateway.operator_path else None
-    return {"name": gateway.name, "reached_by": gateway.reached_by, "operator": operator}

@@ -24,7 +24,8 @@ from birthmark.provisioning.options import (
     token_settings,
 )
 from birthmark.provisioning.registry.model import Kind
-from birthmark.provisioning.settings import read_settings, set_token
+from birthmark.provisioning.settings import read_settings
+from birthmark.provisioning.settings_edit import set_token
 from birthmark.provisioning.station import PUBLIC_FILE_MODE
 from birthmark.provisioning.trust_census import take_census
 

@@ -1,38 +1,30 @@
 """`station.toml`: what this station puts into certificates and bundles, and which gateways it feeds.
 
-Rules: unknown keys, wrong types and values out of range are refused with the file, the table and the key. A change
-by a command edits the text, so that a person's comments stay; two commands at once do it one after the other.
+Rules: unknown keys, wrong types and values out of range are refused with the file, the table and the key. What
+commands change there: `settings_edit`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from birthmark.device.credentials import BrokerAddress
-from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError
-from birthmark.device.escape import escaped, quoted
+from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName, device_role
 from birthmark.device.renewal.messages import MAX_GRACE_DAYS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from birthmark.provisioning.gateway_settings import PORTS, Gateway, Upstream, check_routes
+from birthmark.provisioning.settings_table import Table, toml_text
 
 SETTINGS_FILE: Final = "station.toml"
 MAX_ORGANIZATION_CHARACTERS: Final = 64
 _DAYS: Final = range(1, 3651)
 _KEPT_DAYS: Final = range(MAX_GRACE_DAYS + 1, 3651)
-_PORTS: Final = range(1, 65536)
 _KEEPALIVES_S: Final = range(1, 65536)
-_GATEWAY: Final = re.compile(r"(?m)^[ \t]*\[\[[ \t]*gateway[ \t]*\]\]")
-_REGISTRY: Final = re.compile(r"(?m)^[ \t]*\[[ \t]*registry[ \t]*\]")
 _LOG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TABLE: Final = re.compile(r"(?m)^[ \t]*\[")
 
 TEMPLATE: Final = """\
 # The station's settings. Commands read them when they start.
@@ -67,7 +59,7 @@ retire_after_hours = {retire_after_hours}
 # How many renewals one device may begin within 24 hours.
 max_per_day = {renewals_per_day}
 
-# Gateways that are sent every new CRL: `birthmark gateway add --help`.
+# Gateways that are sent every new CRL: `birthmark gateway add --help`; upstreams: `birthmark upstream add --help`.
 """
 REGISTRY_TEMPLATE: Final = """\
 [registry]
@@ -112,7 +104,7 @@ class BrokerDefaults:
             BrokerName(self.host)
         except BirthmarkError as error:
             raise ConfigurationError(error.message, hint=error.hint) from error
-        if self.port not in _PORTS:
+        if self.port not in PORTS:
             raise ConfigurationError(f"could not use the broker port {self.port}: it is not in 1 to 65535")
         if self.keepalive_s not in _KEEPALIVES_S:
             raise ConfigurationError(f"could not use the keepalive {self.keepalive_s} s: it is not in 1 to 65535")
@@ -198,73 +190,6 @@ class TokenSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Gateway:
-    """A gateway that takes CRLs: either from a file, or over MQTT.
-
-    Raises:
-        ConfigurationError: it has neither a path nor an address, or both.
-    """
-
-    name: str
-    crl_path: Path | None = None
-    host: str = ""
-    port: int = 8883
-    operator_path: Path | None = None
-    """Key, certificate and chain of the operator that talks to it."""
-    clients_ca_path: Path | None = None
-    """Where it takes its issuing CAs from, if the station is to write that file too."""
-
-    def __post_init__(self) -> None:
-        try:
-            BrokerName(self.name)
-        except BirthmarkError as error:
-            raise ConfigurationError(error.message, hint=error.hint) from error
-        by_mqtt = bool(self.host) or self.operator_path is not None
-        if (self.crl_path is None) != by_mqtt or (by_mqtt and not (self.host and self.operator_path)):
-            raise ConfigurationError(
-                f"could not use the gateway {self.name}: it needs either a path or a broker with an operator",
-                hint="give --path FILE, or --host HOST with --operator FILE",
-            )
-        if by_mqtt and self.clients_ca_path is not None:
-            raise ConfigurationError(
-                f"could not use the gateway {self.name}: its issuing CAs cannot be brought over MQTT",
-                hint="give --clients-ca together with --path only",
-            )
-        if self.port not in _PORTS:
-            raise ConfigurationError(
-                f"could not use the port {self.port} of gateway {self.name}: not in 1 to 65535"
-            )
-        if by_mqtt:
-            BrokerAddress(self.host, self.port)
-        for path in filter(None, (self.crl_path, self.operator_path, self.clients_ca_path)):
-            # It is shown to people, and goes into the file: no control characters, no octets outside UTF-8.
-            if not str(path).isprintable():
-                raise ConfigurationError(
-                    f"could not use the path {quoted(str(path))} of gateway {self.name}: it is not printable"
-                )
-
-    @property
-    def reached_by(self) -> str:
-        """How a CRL gets there, for people."""
-        return str(self.crl_path) if self.crl_path else f"mqtts://{self.host}:{self.port}"
-
-    def to_toml(self) -> str:
-        """Return its table."""
-        lines = ["[[gateway]]", f"name = {toml_text(self.name)}"]
-        if self.crl_path is not None:
-            lines.append(f"crl_path = {toml_text(str(self.crl_path))}")
-            if self.clients_ca_path is not None:
-                lines.append(f"clients_ca_path = {toml_text(str(self.clients_ca_path))}")
-        else:
-            lines += [
-                f"host = {toml_text(self.host)}",
-                f"port = {self.port}",
-                f"operator = {toml_text(str(self.operator_path))}",
-            ]
-        return "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything in `station.toml`."""
 
@@ -277,6 +202,7 @@ class Settings:
     renewal: RenewalSettings = field(default_factory=RenewalSettings)
     registry: RegistrySetting = field(default_factory=RegistrySetting)
     token: TokenSettings = field(default_factory=TokenSettings)
+    upstreams: tuple[Upstream, ...] = ()
     gateways: tuple[Gateway, ...] = ()
 
     def __post_init__(self) -> None:
@@ -296,6 +222,11 @@ class Settings:
             device_role(self.default_role)
         except BirthmarkError as error:
             raise ConfigurationError(error.message, hint=error.hint) from error
+        check_routes(self.gateways, self.upstreams)
+
+    def upstream(self, name: str) -> Upstream:
+        """Return the upstream of that name, without regard to case; there is one for every gateway's `via`."""
+        return next(upstream for upstream in self.upstreams if upstream.name.lower() == name.lower())
 
     def to_toml(self) -> str:
         """Return a commented file with these settings."""
@@ -313,7 +244,12 @@ class Settings:
             retire_after_hours=self.renewal.retire_after_hours,
             renewals_per_day=self.renewal.max_per_day,
         )
-        tables = [self.registry.to_toml(), self.token.to_toml(), *(each.to_toml() for each in self.gateways)]
+        tables = [
+            self.registry.to_toml(),
+            self.token.to_toml(),
+            *(each.to_toml() for each in self.upstreams),
+            *(each.to_toml() for each in self.gateways),
+        ]
         return head + "".join("\n" + table for table in tables if table)
 
 
@@ -323,116 +259,11 @@ def read_settings(path: Path) -> Settings:
     Raises:
         ConfigurationError: it is missing, unreadable, no TOML, or has a key or a value that cannot be used.
     """
-    return _parsed(path, _text(path))
+    return parsed(path, settings_text(path))
 
 
-def add_gateway(path: Path, gateway: Gateway) -> None:
-    """Add a gateway to `station.toml`, durably.
-
-    Raises:
-        ConfigurationError: the file cannot be used, or has a gateway of that name.
-    """
-
-    def added(text: str, settings: Settings) -> str:
-        if any(other.name.lower() == gateway.name.lower() for other in settings.gateways):
-            raise ConfigurationError(
-                f"could not add the gateway {gateway.name}: there is one of that name",
-                hint=f"remove it first: birthmark gateway remove {gateway.name}",
-            )
-        return text.rstrip("\n") + "\n\n" + gateway.to_toml()
-
-    _edit(path, added)
-
-
-def set_token(path: Path, token: TokenSettings) -> None:
-    """Put module and PIN file of the tokens into `station.toml`, durably, if there are none yet.
-
-    Raises:
-        ConfigurationError: the file cannot be used, or has others.
-    """
-
-    def changed(text: str, settings: Settings) -> str:
-        if settings.token == token:
-            return text
-        if settings.token != TokenSettings():
-            raise ConfigurationError(
-                f"could not put the PKCS#11 module {token.module} into {path}: [token] there has something else",
-                hint="a station uses one module at a time: change it there, once no key needs the other",
-            )
-        gateway = _GATEWAY.search(text)
-        at = gateway.start() if gateway else len(text)
-        return f"{text[:at].rstrip()}\n\n{token.to_toml()}" + ("\n" + text[at:] if gateway else "")
-
-    _edit(path, changed)
-
-
-def remove_gateway(path: Path, name: str) -> None:
-    """Remove a gateway from `station.toml`, durably.
-
-    Raises:
-        ConfigurationError: the file cannot be used, or has no gateway of that name.
-    """
-
-    def removed(text: str, settings: Settings) -> str:
-        names = [gateway.name.lower() for gateway in settings.gateways]
-        if name.lower() not in names:
-            raise ConfigurationError(
-                f"could not remove the gateway {escaped(name)}: there is none of that name",
-                hint="list them with `birthmark gateway list`",
-            )
-        starts = [match.start() for match in _GATEWAY.finditer(text)]
-        if len(starts) != len(names):
-            raise ConfigurationError(
-                f"could not remove the gateway {name} from {path}: not every one there begins with [[gateway]]",
-                hint="take it out by hand",
-            )
-        start = starts[names.index(name.lower())]
-        after = _TABLE.search(text, text.index("]]", start))
-        end = after.start() if after else len(text)
-        return text[:start].rstrip("\n") + "\n\n" * bool(after) + text[end:] + "\n" * (not after)
-
-    _edit(path, removed)
-
-
-def put_registry(path: Path, registry: RegistrySetting) -> None:
-    """Say in `station.toml` where the registry is, durably.
-
-    Raises:
-        ConfigurationError: the file cannot be used; it is as it was.
-    """
-
-    def put(text: str, _settings: Settings) -> str:
-        for match in reversed(list(_REGISTRY.finditer(text))):
-            after = _TABLE.search(text, match.end())
-            rest = text[after.start() :] if after else ""
-            text = text[: match.start()].rstrip("\n") + "\n" + ("\n" + rest if rest else "")
-        changed = "\n\n".join(filter(None, (text.rstrip("\n"), registry.to_toml().rstrip("\n")))) + "\n"
-        if _parsed(path, changed).registry != registry:
-            raise ConfigurationError(
-                f"could not change [registry] in {path}: it is not written as this program writes it",
-                hint="write it as a table [registry] with a key url",
-            )
-        return changed
-
-    _edit(path, put)
-
-
-def toml_text(text: str) -> str:
-    """Return a TOML basic string."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _edit(path: Path, change: Callable[[str, Settings], str]) -> None:
-    _text(path)  # says what is missing before a lock is made there
-    with exclusive_lock(path.with_suffix(".lock")):
-        remove_leftovers(path.parent, path.name)
-        text = _text(path)
-        changed = change(text, _parsed(path, text))
-        _parsed(path, changed)
-        write_durably(path, changed.encode())
-
-
-def _text(path: Path) -> str:
+def settings_text(path: Path) -> str:
+    """Return what is in the file; errors as in `read_settings`."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -448,13 +279,14 @@ def _text(path: Path) -> str:
         raise ConfigurationError(f"could not read {path}: it is not UTF-8 text") from error
 
 
-def _parsed(path: Path, text: str) -> Settings:
+def parsed(path: Path, text: str) -> Settings:
+    """Return the settings that a text says; errors, which name the file, as in `read_settings`."""
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"could not read {path}: {error}", hint="it must be TOML") from error
     try:
-        top = _Table("", tables)
+        top = Table("", tables)
         station = top.table("station")
         lifetimes = top.table("lifetimes_days")
         broker = top.table("broker")
@@ -479,6 +311,7 @@ def _parsed(path: Path, text: str) -> Settings:
             ),
             registry=RegistrySetting(registry.text("url", ""), registry.text("log", "")),
             token=TokenSettings(token.path("module"), token.path("pin_file")),
+            upstreams=tuple(_upstream(table) for table in top.tables("upstream")),
             gateways=tuple(_gateway(table) for table in top.tables("gateway")),
         )
         for table in (station, lifetimes, broker, crl, renewal, registry, token, top):
@@ -488,58 +321,27 @@ def _parsed(path: Path, text: str) -> Settings:
     return settings
 
 
-def _gateway(table: _Table) -> Gateway:
-    crl_path, operator = table.text("crl_path", ""), table.text("operator", "")
-    clients_ca_path = table.text("clients_ca_path", "")
+def _gateway(table: Table) -> Gateway:
     gateway = Gateway(
         name=table.text("name"),
-        crl_path=Path(crl_path) if crl_path else None,
+        crl_path=table.path("crl_path"),
         host=table.text("host", ""),
         port=table.whole("port", 8883),
-        operator_path=Path(operator) if operator else None,
-        clients_ca_path=Path(clients_ca_path) if clients_ca_path else None,
+        operator_path=table.path("operator"),
+        clients_ca_path=table.path("clients_ca_path"),
+        via=table.text("via", ""),
     )
     table.finish()
     return gateway
 
 
-class _Table:
-    """Typed access to one TOML table; what nobody asked for is refused at the end."""
-
-    def __init__(self, name: str, values: Any) -> None:
-        self._name = name
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"[{name}] is no table")
-        self._values = dict(values)
-
-    def table(self, key: str) -> _Table:
-        return _Table(key, self._values.pop(key, {}))
-
-    def tables(self, key: str) -> list[_Table]:
-        values = self._values.pop(key, [])
-        if not isinstance(values, list):
-            raise ConfigurationError(f"{key!r} must be written as [[{key}]]")
-        return [_Table(key, value) for value in values]
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._values.pop(key, default)
-        if not isinstance(value, str):
-            raise ConfigurationError(f"{self._where(key)} is {'missing' if value is None else 'no text'}")
-        return value
-
-    def path(self, key: str) -> Path | None:
-        text = self.text(key, "")
-        return Path(text) if text else None
-
-    def whole(self, key: str, default: int) -> int:
-        value = self._values.pop(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigurationError(f"{self._where(key)} is no whole number")
-        return value
-
-    def finish(self) -> None:
-        if self._values:
-            raise ConfigurationError(f"{self._where(next(iter(self._values)))} is unknown", hint="is it misspelt?")
-
-    def _where(self, key: str) -> str:
-        return f"key {quoted(key)}" + (f" in [{self._name}]" if self._name else "")
+def _upstream(table: Table) -> Upstream:
+    upstream = Upstream(
+        name=table.text("name"),
+        host=table.text("host"),
+        operator_path=Path(table.text("operator")),
+        port=table.whole("port", 8883),
+        ca_path=table.path("ca"),
+    )
+    table.finish()
+    return upstream

@@ -12,8 +12,9 @@ from support.station_gateways import PathGateway, receipt_for
 
 from birthmark.provisioning import audit
 from birthmark.provisioning.enrol import Stored
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.registry.model import KeyMode, State
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -44,6 +44,8 @@ ENTRIES = {
     "crl": [UNLOCK, "crl issuing-ca"],
     "crl --root": [ROOT, "crl root-ca"],
     "ca detach-root": [ROOT, "detach-root root-ca"],
+    "upstream add": ["upstream-add cloud"],
+    "upstream remove": ["upstream-remove cloud"],
     "gateway add": ["gateway-add gw-1"],
     "gateway remove": ["gateway-remove gw-1"],
     "batch open": ["batch-open W47"],

@@ -23,9 +23,10 @@ from birthmark.provisioning.crl_service import CrlService
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl
 from birthmark.provisioning.gateway_look import Look, look_at
 from birthmark.provisioning.gateway_policies import note_policies
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.revocation import revoke
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ ONLY_READ = {
     "quarantine list",
     "doctor ports",
     "gateway list",
+    "upstream list",
     "audit verify",
     "audit show",
     "ca show",

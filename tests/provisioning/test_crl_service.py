@@ -19,10 +19,11 @@ from birthmark.device.backoff import Backoff
 from birthmark.provisioning import audit
 from birthmark.provisioning.crl_service import LOOK_S, TROUBLE_S, CrlService
 from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.retirement import note_retirement
 from birthmark.provisioning.revocation import revoke
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,9 +15,9 @@ from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_f
 from birthmark.device.durable import write_durably
 from birthmark.provisioning import rollover
 from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.gateways import Outcome, deliver
 from birthmark.provisioning.issuing import issue_broker, issue_operator
-from birthmark.provisioning.settings import Gateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,13 +13,15 @@ from support.station import Clock, Command, enrolled_row, keyed_row, new_station
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.provisioning import audit, audit_check
 from birthmark.provisioning.batches import open_batch
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.migration import migrate
 from birthmark.provisioning.registry.content import META, UNFINISHED
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.registry.opening import setting_from
 from birthmark.provisioning.registry.sql import SqlRegistry
-from birthmark.provisioning.settings import Gateway, RegistrySetting, add_gateway, put_registry, read_settings
+from birthmark.provisioning.settings import RegistrySetting, read_settings
+from birthmark.provisioning.settings_edit import add_gateway, put_registry
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:

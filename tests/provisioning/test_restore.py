@@ -21,13 +21,14 @@ from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.checkup import gather
 from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.gateways import Outcome, deliver
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.restore import ROWS_JUMP, Restored, merge_crls, read_crls, restore
 from birthmark.provisioning.revocation import revoke
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.gateway_receipts import note_deliveries
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.gateways import Delivery, Outcome
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.key_custody import give_up_key
@@ -25,7 +26,7 @@ from birthmark.provisioning.one_unit import journal_of
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover import RolloverRefusedError, RootKey
 from birthmark.provisioning.rollover_anchors import StationAnchors
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:

@@ -11,18 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birthmark.device.errors import ConfigurationError
-from birthmark.provisioning.settings import (
-    BrokerDefaults,
-    Gateway,
-    Lifetimes,
-    RenewalSettings,
-    Settings,
-    add_gateway,
-    read_settings,
-    remove_gateway,
-)
+from birthmark.provisioning.gateway_settings import Gateway, Upstream
+from birthmark.provisioning.settings import BrokerDefaults, Lifetimes, RenewalSettings, Settings, read_settings
+from birthmark.provisioning.settings_edit import add_gateway, add_upstream, remove_gateway, remove_upstream
 
 BY_PATH = Gateway("gateway-1", crl_path=Path("/etc/broker/crl.pem"))
+UPSTREAM = Upstream(
+    "cloud", "mq.example", port=8884, operator_path=Path("/srv/a.pem"), ca_path=Path("/srv/ca.pem")
+)
+VIA = Gateway("gateway-3", via="Cloud")
 BY_MQTT = Gateway("gateway-2.example", host="192.0.2.7", port=8884, operator_path=Path("/srv/alice.pem"))
 
 
@@ -40,7 +37,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         lifetimes=Lifetimes(10, 20, 30),
         broker=BrokerDefaults("gateway-1.example", 1883, 10),
         renewal=RenewalSettings(grace_days=7, retire_after_hours=1, max_per_day=3),
-        gateways=(BY_PATH, BY_MQTT),
+        upstreams=(UPSTREAM, Upstream("b", "::1", operator_path=Path("/srv/b.pem"))),
+        gateways=(BY_PATH, BY_MQTT, VIA),
     )
     path = tmp_path / "station.toml"
     path.write_text(settings.to_toml())
@@ -70,6 +68,30 @@ def test_gateways_come_and_go_and_comments_stay(path: Path) -> None:
     assert read_settings(path).gateways == ()
     assert path.read_text() == before
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_upstreams_come_and_go_and_not_while_gateways_are_behind_them(path: Path) -> None:
+    add_gateway(path, BY_PATH)
+    before = path.read_text()
+    with pytest.raises(ConfigurationError, match=r"gateway-3: there is no upstream") as caught:
+        add_gateway(path, VIA)
+    assert "upstream add" in caught.value.hint
+    add_upstream(path, UPSTREAM)
+    add_upstream(path, Upstream("other", "mq.example", operator_path=Path("/srv/a.pem")))
+    with pytest.raises(ConfigurationError, match="one of that name"):
+        add_upstream(path, UPSTREAM)
+    add_gateway(path, VIA)
+    settings = read_settings(path)
+    assert settings.gateways == (BY_PATH, VIA)
+    assert settings.upstream("CLOUD") == UPSTREAM
+    with pytest.raises(ConfigurationError, match="gateway-3 can be reached only by it"):
+        remove_upstream(path, "cloud")
+    remove_gateway(path, VIA.name)
+    remove_upstream(path, "Cloud")
+    with pytest.raises(ConfigurationError, match="none of that name"):
+        remove_upstream(path, "cloud")
+    remove_upstream(path, "other")
+    assert path.read_text() == before
 
 
 def test_a_gateway_in_the_middle_of_the_file_can_be_removed(path: Path) -> None:
@@ -142,6 +164,27 @@ def test_names_of_gateways_are_unique(path: Path) -> None:
         ("[station]\norganization = 'A'\n[[gateway]]\nname = 'g'\ncrl_path = '/x'\nx = 1", "'x' in \\[gateway\\]"),
         ("[station]\norganization = 'A'\n[[gateway]]\nname='g'\nhost='h'\noperator='o'\nport=0", "port"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\ncrl_path="/x\\u0000"', "not printable"),
+        ("[station]\norganization='A'\n[[gateway]]\nname='g'\nvia='cloud'", "no upstream 'cloud'"),
+        (
+            "[station]\norganization='A'\n[[gateway]]\nname='g'\nvia='c'\ncrl_path='/x'",
+            "either a path or a broker",
+        ),
+        ("[station]\norganization='A'\n[[gateway]]\nname='g'\nvia='c'\nclients_ca_path='/x'", "over MQTT"),
+        ("[station]\norganization='A'\n[[upstream]]\nname='a b'\nhost='h'\noperator='o'", "name of an upstream"),
+        ("[station]\norganization='A'\n[[upstream]]\nname='c'\nhost='h'", "'operator' in .* missing"),
+        (
+            "[station]\norganization='A'\n[[upstream]]\nname='c'\nhost='h'\noperator='o'\nport=0",
+            "port 0",
+        ),
+        (
+            "[station]\norganization='A'\n[[upstream]]\nname='c'\nhost='h'\noperator='o'\nkey='k'",
+            "'key' in",
+        ),
+        (
+            "[station]\norganization='A'\n" + "[[upstream]]\nname='c'\nhost='h'\noperator='o'\n" * 2,
+            "two of that name",
+        ),
+        ('[station]\norganization = "A"\n[[upstream]]\nname="c"\nhost="h"\noperator="/\\n"', "not printable"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\ncrl_path="/\\u001b[2J"', "not printable"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\nhost="h"\noperator="/\\n"', "not printable"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\nhost="\\u001bh"\noperator="o"', "host"),

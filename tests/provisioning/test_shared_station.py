@@ -19,7 +19,8 @@ from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.crls import current_crl, up_to_date_crl
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.settings import RegistrySetting, put_registry
+from birthmark.provisioning.settings import RegistrySetting
+from birthmark.provisioning.settings_edit import put_registry
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:

@@ -23,11 +23,12 @@ from birthmark.device.identity import DeviceId
 from birthmark.device.received import Message
 from birthmark.device.renewal.messages import RenewalAnswer
 from birthmark.provisioning import renewd
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.renewal_commands import take_up_new_credentials
 from birthmark.provisioning.renewd import MAX_ASKED, RenewalService
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,8 +17,9 @@ from birthmark.device.client import Client
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import ConnectionFailedError
 from birthmark.provisioning import rollover
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.registry.model import Kind, State
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
     from pathlib import Path

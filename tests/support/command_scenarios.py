@@ -37,13 +37,14 @@ from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.cli import parser
 from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
+from birthmark.provisioning.gateway_settings import Gateway, Upstream
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.retirement import note_retirement
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.row_records import jsonl_lines
-from birthmark.provisioning.settings import Gateway, add_gateway
+from birthmark.provisioning.settings_edit import add_gateway, add_upstream
 from birthmark.provisioning.station import Station
 from birthmark.provisioning.token_uri import TokenUri
 
@@ -125,6 +126,11 @@ def with_devices(root: Path) -> None:
 
 def with_gateway(root: Path) -> None:
     add_gateway(root / "station" / "station.toml", Gateway("gw-1", crl_path=Path("/nowhere/crl.pem")))
+
+
+def with_upstream(root: Path) -> None:
+    upstream = Upstream("cloud", "localhost", operator_path=Path("/nowhere/alice.pem"))
+    add_upstream(root / "station" / "station.toml", upstream)
 
 
 def with_devices_and_gateway(root: Path) -> None:
@@ -291,6 +297,10 @@ def stopping_after_a_turn() -> Iterator[Stopping]:
 
 def has_gateways(root: Path, count: int) -> None:
     assert len(station(root).settings.gateways) == count
+
+
+def has_upstreams(root: Path, count: int) -> None:
+    assert len(station(root).settings.upstreams) == count
 
 
 def has_backup(root: Path) -> None:
@@ -526,6 +536,18 @@ SCENARIOS: dict[str, Scenario] = {
         ["gateway", "remove", "gw-1"],
         prepare=with_gateway,
         finished=lambda root: has_gateways(root, 0),
+        done_already=["there is none of that name"],
+    ),
+    "upstream add": Scenario(
+        ["upstream", "add", "cloud", "--host", "localhost", "--operator", "@/out/alice.pem"],
+        prepare=lambda root: issue_operator(station(root), "alice", root / "out"),
+        finished=lambda root: has_upstreams(root, 1),
+        done_already=["there is one of that name"],
+    ),
+    "upstream remove": Scenario(
+        ["upstream", "remove", "cloud"],
+        prepare=with_upstream,
+        finished=lambda root: has_upstreams(root, 0),
         done_already=["there is none of that name"],
     ),
     "batch open": Scenario(

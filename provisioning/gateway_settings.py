@@ -1,0 +1,164 @@
+"""The gateways of a station, and the upstreams that it reaches some of them through, as `station.toml` names them.
+
+A gateway is reached by a path, over MQTT at its own broker, or through an upstream: a broker or a cluster that it
+keeps a link to (`[[upstream]]` in its broker.toml, with `fleet = true`). One connection to an upstream serves all
+the gateways behind it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from birthmark.device.credentials import BrokerAddress
+from birthmark.device.errors import BirthmarkError, ConfigurationError
+from birthmark.device.escape import quoted
+from birthmark.device.identity import BrokerName
+from birthmark.provisioning.settings_table import toml_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PORTS: Final = range(1, 65536)
+_UPSTREAM: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that takes CRLs: from a file, over MQTT, or through an upstream.
+
+    Raises:
+        ConfigurationError: it has none of a path, an address and an upstream, or several of them.
+    """
+
+    name: str
+    crl_path: Path | None = None
+    host: str = ""
+    port: int = 8883
+    operator_path: Path | None = None
+    """Key, certificate and chain of the operator that talks to it."""
+    clients_ca_path: Path | None = None
+    """Where it takes its issuing CAs from, if the station is to write that file too."""
+    via: str = ""
+    """The name of the upstream that it is reached through."""
+
+    def __post_init__(self) -> None:
+        try:
+            BrokerName(self.name)
+        except BirthmarkError as error:
+            raise ConfigurationError(error.message, hint=error.hint) from error
+        by_mqtt = bool(self.host) or self.operator_path is not None
+        if (self.crl_path is not None) + by_mqtt + bool(self.via) != 1 or (
+            by_mqtt and not (self.host and self.operator_path)
+        ):
+            raise ConfigurationError(
+                f"could not use the gateway {self.name}: it needs either a path or a broker with an operator, "
+                "or an upstream",
+                hint="give --path FILE, or --host HOST with --operator FILE, or --via UPSTREAM",
+            )
+        if self.crl_path is None and self.clients_ca_path is not None:
+            raise ConfigurationError(
+                f"could not use the gateway {self.name}: its issuing CAs cannot be brought over MQTT",
+                hint="give --clients-ca together with --path only",
+            )
+        whose = f"of gateway {self.name}"
+        if by_mqtt:
+            _check_address(self.host, self.port, whose)
+        _check_paths((self.crl_path, self.operator_path, self.clients_ca_path), whose)
+
+    @property
+    def reached_by(self) -> str:
+        """How a CRL gets there, for people."""
+        if self.via:
+            return f"via {self.via}"
+        return str(self.crl_path) if self.crl_path else f"mqtts://{self.host}:{self.port}"
+
+    def to_toml(self) -> str:
+        """Return its table."""
+        lines = ["[[gateway]]", f"name = {toml_text(self.name)}"]
+        if self.via:
+            lines.append(f"via = {toml_text(self.via)}")
+        elif self.crl_path is not None:
+            lines.append(f"crl_path = {toml_text(str(self.crl_path))}")
+            if self.clients_ca_path is not None:
+                lines.append(f"clients_ca_path = {toml_text(str(self.clients_ca_path))}")
+        else:
+            lines += [
+                f"host = {toml_text(self.host)}",
+                f"port = {self.port}",
+                f"operator = {toml_text(str(self.operator_path))}",
+            ]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A broker or a cluster that gateways are reached through.
+
+    Raises:
+        ConfigurationError: its name, its address or a path cannot be used.
+    """
+
+    name: str
+    host: str
+    operator_path: Path
+    """Key, certificate and chain of whom the station is there."""
+    port: int = 8883
+    ca_path: Path | None = None
+    """The CAs that its certificate may lead to; None for the station's own roots."""
+
+    def __post_init__(self) -> None:
+        if not _UPSTREAM.fullmatch(self.name):
+            raise ConfigurationError(
+                f"could not use {quoted(self.name, 80)} as the name of an upstream",
+                hint="1 to 63 letters, digits and hyphens, beginning and ending with a letter or a digit",
+            )
+        whose = f"of upstream {self.name}"
+        _check_address(self.host, self.port, whose)
+        _check_paths((self.operator_path, self.ca_path), whose)
+
+    @property
+    def reached_by(self) -> str:
+        """Where it is, for people."""
+        return f"mqtts://{self.host}:{self.port}"
+
+    def to_toml(self) -> str:
+        """Return its table."""
+        lines = [
+            "[[upstream]]",
+            f"name = {toml_text(self.name)}",
+            f"host = {toml_text(self.host)}",
+            f"port = {self.port}",
+            f"operator = {toml_text(str(self.operator_path))}",
+        ]
+        if self.ca_path is not None:
+            lines.append(f"ca = {toml_text(str(self.ca_path))}")
+        return "\n".join(lines) + "\n"
+
+
+def check_routes(gateways: tuple[Gateway, ...], upstreams: tuple[Upstream, ...]) -> None:
+    """Refuse (`ConfigurationError`) two upstreams of one name, and a gateway behind one that there is not."""
+    names = [upstream.name.lower() for upstream in upstreams]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"could not use the upstream {name}: there are two of that name")
+    for gateway in gateways:
+        if gateway.via and gateway.via.lower() not in names:
+            raise ConfigurationError(
+                f"could not use the gateway {gateway.name}: there is no upstream {quoted(gateway.via, 80)}",
+                hint="name it first: birthmark upstream add NAME --host HOST --operator FILE",
+            )
+
+
+def _check_address(host: str, port: int, whose: str) -> None:
+    if port not in PORTS:
+        raise ConfigurationError(f"could not use the port {port} {whose}: not in 1 to 65535")
+    BrokerAddress(host, port)
+
+
+def _check_paths(paths: tuple[Path | None, ...], whose: str) -> None:
+    for path in filter(None, paths):
+        # It is shown to people, and goes into the file: no control characters, no octets outside UTF-8.
+        if not str(path).isprintable():
+            raise ConfigurationError(f"could not use the path {quoted(str(path))} {whose}: it is not printable")
