@@ -35,6 +35,7 @@ POLICY = "policy"
 """The code of what cannot be accepted."""
 GATEWAY_TOPICS = {
     "gateway/+/receipts/#": "a station takes what is said here for a gateway's own word",
+    "gateway/+/policy-receipts/#": "a station takes what is said here for a gateway's own word",
     "gateway/+/status/#": "a station takes what is said here for a gateway's own word",
     "gateway/+/seen/#": "a station takes what is said here for a gateway's own word",
     "gateway/+/crl-in-force/#": "a station takes what is said here for a gateway's own word",

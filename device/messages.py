@@ -119,6 +119,22 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class UpstreamState:
+    """How a gateway stands with one of the brokers above it."""
+
+    name: str
+    connected: bool
+    since: float
+    """When it last changed, by the gateway's clock (0: it never was connected)."""
+    server: str = ""
+    """`host:port` of the one that it is connected to, or tried last."""
+    spooled: int = 0
+    """Messages that wait to go up."""
+    reason: str = ""
+    """Why it is not connected."""
+
+
+@dataclass(frozen=True, slots=True)
 class GatewayStatus:
     """A gateway's own state, retained on `gateway/{name}/status`."""
 
@@ -131,12 +147,16 @@ class GatewayStatus:
     crl_next_update: float
     """The earliest nextUpdate among them (0: none)."""
     policy_sha256: str
+    """Of the text of the policy in force."""
     sessions: int
     """Connected sessions."""
     alarms: tuple[str, ...] = ()
     """What needs a person: `crl-due` (past half its life), `crl-expired`, `crl-refusing` (nobody gets in)."""
     counters: dict[str, int] = field(default_factory=dict)
     """What the gateway has counted since it started."""
+    policy_version: int = 0
+    """Of the fleet's policy (`fleet_policy.SignedPolicy`) that is in force (0: it goes by a policy of its own)."""
+    upstreams: tuple[UpstreamState, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
@@ -156,6 +176,8 @@ class GatewayStatus:
             sessions=fields.whole("sessions"),
             alarms=fields.texts("alarms"),
             counters=fields.counts("counters", default={}),
+            policy_version=fields.whole("policy_version", default=0),
+            upstreams=tuple(_upstream(item) for item in fields.objects("upstreams")),
         )
 
 
@@ -184,6 +206,8 @@ class Sighting:
     last_seen: float
     addresses: tuple[AddressSeen, ...] = ()
     """Where that certificate was used from: a few of the last, the most recent at the end."""
+    visit: int = 0
+    """Counts an identity's moves between gateways: the highest is where it is (0: it has gone elsewhere)."""
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
@@ -202,7 +226,19 @@ class Sighting:
                 AddressSeen(item.text("address"), item.number("first_seen"), item.number("last_seen"))
                 for item in fields.objects("addresses")
             ),
+            visit=fields.whole("visit", default=0),
         )
+
+
+def _upstream(item: Fields) -> UpstreamState:
+    return UpstreamState(
+        name=item.text("name"),
+        connected=item.boolean("connected"),
+        since=item.number("since"),
+        server=item.text("server", default=""),
+        spooled=item.whole("spooled", default=0),
+        reason=item.text("reason", default=""),
+    )
 
 
 def _closed(item: Fields) -> ClosedIdentity:

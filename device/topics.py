@@ -3,8 +3,9 @@
 Up:    devices/{id}/telemetry/...  devices/{id}/status  devices/{id}/replies/...
 Down:  devices/{id}/commands/...   fleet/announcements/...
 Both:  devices/{id}/renewal/request|answer   devices/{id}/time/request|answer
-Gateway: gateway/{name}/crl in; gateway/{name}/receipts, gateway/{name}/status,
+Gateway: gateway/{name}/crl in; gateway/{name}/receipts, gateway/{name}/policy-receipts, gateway/{name}/status,
          gateway/{name}/seen/{id} and gateway/{name}/crl-in-force/{issuer} out
+Fleet:   fleet/crl/{issuer} and fleet/policy, retained, for every gateway that is one of a fleet
 `$...` is the broker's alone, and so is what a gateway says (out).
 """
 
@@ -20,7 +21,10 @@ TIME_REQUESTS = "devices/+/time/request"
 """What a gateway takes for itself, and answers."""
 RENEWAL_REQUESTS = "devices/+/renewal/request"
 """What the renewal service listens to."""
-_SAID_BY_GATEWAYS = frozenset({"receipts", "status", "seen", "crl-in-force"})
+FLEET_POLICY = "fleet/policy"
+"""Where the policy of a fleet is retained (`fleet_policy.SignedPolicy`)."""
+SAID_BY_GATEWAYS = ("receipts", "policy-receipts", "status", "seen", "crl-in-force")
+"""The third level of what a gateway says of itself."""
 
 
 def telemetry(device_id: DeviceId, name: str) -> str:
@@ -76,12 +80,17 @@ def gateway_crl(name: BrokerName) -> str:
 def is_said_by_gateway(topic: str) -> bool:
     """Whether a topic is one on which a gateway says something of itself: for the broker alone."""
     levels = topic.split("/", 3)
-    return len(levels) > 2 and levels[0] == "gateway" and levels[2] in _SAID_BY_GATEWAYS
+    return len(levels) > 2 and levels[0] == "gateway" and levels[2] in SAID_BY_GATEWAYS
 
 
 def gateway_receipts(name: BrokerName) -> str:
     """Where a gateway says what it did with a CRL."""
     return f"gateway/{name}/receipts"
+
+
+def gateway_policy_receipts(name: BrokerName) -> str:
+    """Where a gateway says what it did with a policy of its fleet."""
+    return f"gateway/{name}/policy-receipts"
 
 
 def gateway_status(name: BrokerName) -> str:
@@ -97,3 +106,8 @@ def gateway_seen(name: BrokerName, who: str) -> str:
 def gateway_crl_in_force(name: BrokerName, issuer: str) -> str:
     """Where a gateway retains the CRL (DER) that it goes by for one issuing CA; `+` for all of them."""
     return f"gateway/{name}/crl-in-force/{issuer}"
+
+
+def fleet_crl(issuer: str) -> str:
+    """Where the CRL (DER) of one issuing CA is retained for a whole fleet; `+` for all of them."""
+    return f"fleet/crl/{issuer}"

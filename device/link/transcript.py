@@ -1,4 +1,4 @@
-"""What is signed on the link (docs/serial-protocol.md section 6) and in a renewal (docs/renewal.md), and how.
+"""What is signed on the link (docs/serial-protocol.md section 6), in a renewal (docs/renewal.md) and for a fleet.
 
 ECDSA over P-256 with SHA-256, DER, over a transcript: the ASCII label and then each part, every one preceded by
 its length as u16 big-endian. The label keeps a signature of one kind from passing for another kind, or for one
@@ -37,6 +37,8 @@ class Label(StrEnum):
     """Parts: device id, outcome, nonce, leaf SHA-256; signed by the CA that issued that leaf."""
     AUDIT = "BIRTHMARK-AUDIT-1"
     """Parts: a checkpoint of the station's audit log, as JSON (docs/audit.md); signed by an issuing CA."""
+    POLICY = "BIRTHMARK-POLICY-1"
+    """Parts: version and issue time, u64 big-endian each, the policy's SHA-256; signed by an issuing CA."""
 
 
 def transcript(label: str, *parts: bytes) -> bytes:

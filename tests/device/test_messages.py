@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from birthmark.device.errors import RemoteProtocolError
-from birthmark.device.messages import AddressSeen, ClosedIdentity, GatewayStatus, Receipt, Sighting
+from birthmark.device.messages import (
+    AddressSeen,
+    ClosedIdentity,
+    GatewayStatus,
+    Receipt,
+    Sighting,
+    UpstreamState,
+)
 from birthmark.device.presence import Presence
 
 CLOSED = ClosedIdentity(
@@ -42,6 +49,10 @@ STATUS = GatewayStatus(
     sessions=3,
     alarms=("crl-due", "crl-refusing"),
     counters={"messages_in": 4},
+    policy_version=12,
+    upstreams=(
+        UpstreamState("cloud", connected=False, since=5.0, server="mq1:8883", spooled=8, reason="refused"),
+    ),
 )
 Message = Presence | Receipt | GatewayStatus | Sighting
 MESSAGES: list[Message] = [
@@ -49,7 +60,7 @@ MESSAGES: list[Message] = [
     Presence(online=False, since=2.0, reason="lost"),
     RECEIPT,
     STATUS,
-    Sighting("sensor-1", "5a01", 1.0, 2.0, (AddressSeen("192.0.2.7", 1.5, 2.0),)),
+    Sighting("sensor-1", "5a01", 1.0, 2.0, (AddressSeen("192.0.2.7", 1.5, 2.0),), visit=3),
 ]
 
 
@@ -71,6 +82,17 @@ def test_a_wrong_type_is_refused_key_by_key(message: Message) -> None:
         for wrong in (None, 5 if isinstance(value, str) else "5"):
             with pytest.raises(RemoteProtocolError):
                 type(message).from_bytes(json.dumps({**fields, key: wrong}).encode())
+
+
+def test_what_older_gateways_do_not_say_has_a_default() -> None:
+    status = json.loads(STATUS.to_bytes())
+    for key in ("policy_version", "upstreams", "counters"):
+        del status[key]
+    read = GatewayStatus.from_bytes(json.dumps(status).encode())
+    assert (read.policy_version, read.upstreams, read.counters) == (0, (), {})
+    sighting = json.loads(Sighting("sensor-1", "5a01", 1.0, 2.0, visit=3).to_bytes())
+    del sighting["visit"]
+    assert Sighting.from_bytes(json.dumps(sighting).encode()).visit == 0
 
 
 def test_an_unknown_outcome_is_refused_and_escaped() -> None:

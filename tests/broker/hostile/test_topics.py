@@ -105,7 +105,9 @@ def test_a_message_to_a_foreign_topic_reaches_nobody_and_is_not_retained(
     watcher.close()
 
 
-@pytest.mark.parametrize("topic", ["receipts", "status", "seen/sensor-1", "crl-in-force/00", "receipts/x"])
+@pytest.mark.parametrize(
+    "topic", ["receipts", "policy-receipts", "status", "seen/sensor-1", "crl-in-force/00", "receipts/x"]
+)
 def test_nobody_says_anything_in_the_name_of_a_gateway(world: ProcessWorld, topic: str) -> None:
     """However wide the entries of a role are: a station believes a receipt, and calls a revocation done."""
     watcher = world.operator("alice", ("gateway/#", 0), ("devices/free-1/x", 0))
