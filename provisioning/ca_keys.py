@@ -25,7 +25,8 @@ from cryptography.x509 import SubjectKeyIdentifier
 
 from birthmark.device.errors import AuthorityError, ConfigurationError
 from birthmark.device.escape import escaped
-from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
+from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, KeyDerivation
+from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.passphrase import PIN_VARIABLE, PassphraseSource
 from birthmark.provisioning.pkcs11_token import Pin, Token
 from birthmark.provisioning.token_key import TokenKey

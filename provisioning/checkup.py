@@ -34,11 +34,11 @@ from birthmark.provisioning.cas import Ca, CaKind, read_cas
 from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
 from birthmark.provisioning.gateway_look import Look, look_at
 from birthmark.provisioning.gateway_receipts import standing_of
+from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.opening import has_password
 from birthmark.provisioning.retirement import due_retirements
-from birthmark.provisioning.station import KEYS_FOLDER
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:

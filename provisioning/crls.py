@@ -346,7 +346,7 @@ def _sign(station: Station, cas: Iterable[Ca]) -> CrlSet:
     """Sign these CAs' CRLs, and put them in the file beside the others'. The caller holds the CRL lock."""
     wanted = [ca.key_id for ca in cas]
     unlock_all(station, wanted)  # a wrong passphrase must stop this before a number is taken
-    with station.registry.transaction() as transaction:
+    with station.signing() as transaction:
         issuing = read_cas(transaction).issuing
         chosen = [ca for ca in issuing if ca.key_id in wanted]
         plans = _plan(station, transaction, chosen)

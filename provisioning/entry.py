@@ -1,14 +1,19 @@
 """Where the command `birthmark` begins: at the one command that is typed, without what the others need.
 
-Loading every command's libraries takes longer than many a command: `show` starts in half the time without.
+Loading every command's libraries takes longer than many a command: `show` starts in half the time without. And a
+command that will need the CA's key has it derived meanwhile (`key_derivation`).
 """
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import Parser
+from birthmark.provisioning.key_derivation import derive_ahead
+from birthmark.provisioning.places import default_folder
 
 if TYPE_CHECKING:
     import argparse
@@ -36,10 +41,17 @@ _MODULES: Final = {
 """Which module has which commands. One that is not here is found by the whole parser, later."""
 
 
+_UNLOCKING: Final = ("revoke", "crl", "issue", "issue-broker", "issue-operator")
+"""Which commands need the CA's key whatever happens, but for words of `_OTHERWISE`."""
+_OTHERWISE: Final = frozenset({"-h", "--help", "serve", "status"})
+
+
 def parser(words: Sequence[str]) -> Parser:
     """Return a parser for a command line: of the command that it begins with alone, else of all (`cli.parser`)."""
     for module, names in _MODULES.items():
         if words and words[0] in names:
+            if words[0] in _UNLOCKING:
+                _derive_ahead(words[1:])
             top = Parser(prog="birthmark")
             commands: argparse._SubParsersAction[Parser] = top.add_subparsers(
                 title="commands", metavar="COMMAND", required=True
@@ -48,3 +60,16 @@ def parser(words: Sequence[str]) -> Parser:
             return top
     whole: Parser = import_module("birthmark.provisioning.cli").parser()
     return whole
+
+
+def _derive_ahead(words: Sequence[str]) -> None:
+    """Begin with what takes longest, if it is clear which station a command is about; the real parser judges."""
+    options = Parser(add_help=False, exit_on_error=False)
+    options.add_argument("--station", type=Path)
+    options.add_argument("--passphrase-fd")
+    try:
+        known, others = options.parse_known_args(words)
+    except ArgumentError:
+        return
+    if known.passphrase_fd is None and _OTHERWISE.isdisjoint(others):
+        derive_ahead(known.station or default_folder())

@@ -27,10 +27,12 @@ from birthmark.provisioning import profile
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, KeyMaker, TokenKeys, TokenPlace, undone
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.crls import sign_and_store_crl, sign_root_crl
-from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation, write_key
+from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, KeyDerivation
+from birthmark.provisioning.keyfile import write_key
+from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.opening import new_registry
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
-from birthmark.provisioning.station import KEYS_FOLDER, Station, actor, utc_now
+from birthmark.provisioning.station import Station, actor, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

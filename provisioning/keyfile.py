@@ -1,8 +1,7 @@
 """A CA's private key in a file: PKCS#8, encrypted under a passphrase with scrypt and AES-256-CBC.
 
-Standards: PBES2 (RFC 8018 section 6.2) with scrypt (RFC 7914 section 7). `cryptography` reads this form but
-writes only PBKDF2 with 2,048 rounds, which is nothing against today's guessing; so the dozen DER elements of
-an EncryptedPrivateKeyInfo are written here. docs/adr/0001-ca-key-files.md says why this and not another form.
+The form is `encrypted_key`'s: `cryptography` reads it, but writes only PBKDF2 with 2,048 rounds, which is nothing
+against today's guessing. An encrypted key of another program's is read as well, if it is of PKCS#8.
 
 Rules: file mode 0400 in a folder 0700; a key file that others can read is refused; the key is never in an error.
 """
@@ -12,60 +11,39 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CBC
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    load_der_private_key,
     load_pem_private_key,
 )
 
 from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import AuthorityError
-from birthmark.device.pem import block
+from birthmark.provisioning.encrypted_key import (
+    BLOCK_OCTETS,
+    DEFAULT_DERIVATION,
+    LABEL,
+    EncryptedKey,
+    KeyDerivation,
+)
+from birthmark.provisioning.key_derivation import derived
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+
 KEY_FILE_MODE: Final = 0o400
 _OTHERS: Final = 0o077
-_LABEL: Final = "ENCRYPTED PRIVATE KEY"
-_PBES2: Final = bytes.fromhex("06092a864886f70d01050d")
-_SCRYPT: Final = bytes.fromhex("06092b06010401da47040b")
-_AES_256_CBC: Final = bytes.fromhex("060960864801650304012a")
-_AES_KEY_OCTETS: Final = 32
-_BLOCK_OCTETS: Final = 16
-_INTEGER, _OCTET_STRING, _SEQUENCE = 0x02, 0x04, 0x30
-
-
-@dataclass(frozen=True, slots=True)
-class KeyDerivation:
-    """What it costs to try one passphrase.
-
-    The default takes about half a second and 16 MiB. 16 MiB is what stock OpenSSL allows, so that
-    `openssl pkey` can read the file in an emergency; `parallelism` makes up in time for it (OWASP's least for
-    this memory is 5).
-    """
-
-    cost: int = 1 << 14
-    block_size: int = 8
-    parallelism: int = 16
-
-    def derive(self, passphrase: bytes, salt: bytes) -> bytes:
-        """Return the AES key."""
-        scrypt = Scrypt(salt=salt, length=_AES_KEY_OCTETS, n=self.cost, r=self.block_size, p=self.parallelism)
-        return scrypt.derive(passphrase)
-
-
-DEFAULT_DERIVATION: Final = KeyDerivation()
 
 
 def encrypted_pem(private_key: EllipticCurvePrivateKey, passphrase: bytes, derivation: KeyDerivation) -> bytes:
@@ -76,23 +54,12 @@ def encrypted_pem(private_key: EllipticCurvePrivateKey, passphrase: bytes, deriv
     """
     if not passphrase:
         raise AuthorityError("could not encrypt the CA's key: the passphrase is empty", hint="choose a long one")
-    salt, iv = secrets.token_bytes(_BLOCK_OCTETS), secrets.token_bytes(_BLOCK_OCTETS)
+    salt, iv = secrets.token_bytes(BLOCK_OCTETS), secrets.token_bytes(BLOCK_OCTETS)
     plain = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
-    padder = PKCS7(_BLOCK_OCTETS * 8).padder()
+    padder = PKCS7(BLOCK_OCTETS * 8).padder()
     encryptor = Cipher(AES256(derivation.derive(passphrase, salt)), CBC(iv)).encryptor()
     sealed = encryptor.update(padder.update(plain) + padder.finalize()) + encryptor.finalize()
-    scrypt = _sequence(
-        _SCRYPT,
-        _sequence(
-            _element(_OCTET_STRING, salt),
-            _integer(derivation.cost),
-            _integer(derivation.block_size),
-            _integer(derivation.parallelism),
-        ),
-    )
-    cipher = _sequence(_AES_256_CBC, _element(_OCTET_STRING, iv))
-    der = _sequence(_sequence(_PBES2, _sequence(scrypt, cipher)), _element(_OCTET_STRING, sealed))
-    return block(_LABEL, der)
+    return EncryptedKey(derivation, salt, iv, sealed).pem
 
 
 def write_key(
@@ -161,10 +128,10 @@ def read_key(path: Path, passphrase: bytes, *, whose: str) -> EllipticCurvePriva
         raise AuthorityError(f"{what}: {error.strerror}", hint="run this as the station's user") from error
     if mode & _OTHERS:
         raise AuthorityError(f"{what}: other users have access to it", hint=f"chmod 400 {path}")
-    if _LABEL.encode() not in content:
+    if LABEL.encode() not in content:
         raise AuthorityError(f"{what}: it is no encrypted private key", hint="restore it from a backup")
     try:
-        key = load_pem_private_key(content, passphrase)
+        key = _opened(content, passphrase)
     except TypeError as error:
         raise AuthorityError(f"{what}: no passphrase was given", hint="set BIRTHMARK_PASSPHRASE") from error
     except ValueError as error:
@@ -176,20 +143,12 @@ def read_key(path: Path, passphrase: bytes, *, whose: str) -> EllipticCurvePriva
     return key
 
 
-def _sequence(*parts: bytes) -> bytes:
-    return _element(_SEQUENCE, b"".join(parts))
-
-
-def _integer(value: int) -> bytes:
-    return _element(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
-
-
-def _element(tag: int, content: bytes) -> bytes:
-    """Return a DER element: tag, shortest length, content (X.690 section 8.1.3)."""
-    length = len(content)
-    if length < 0x80:
-        head = bytes([tag, length])
-    else:
-        octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
-        head = bytes([tag, 0x80 | len(octets)]) + octets
-    return head + content
+def _opened(content: bytes, passphrase: bytes) -> PrivateKeyTypes:
+    """Decrypt a key; `ValueError` if that cannot be, `TypeError` without a passphrase."""
+    key = EncryptedKey.from_pem(content)
+    if key is None or not passphrase:
+        return load_pem_private_key(content, passphrase)  # in a form of another program's
+    decryptor = Cipher(AES256(derived(key, passphrase)), CBC(key.iv)).decryptor()
+    unpadder = PKCS7(BLOCK_OCTETS * 8).unpadder()
+    padded = decryptor.update(key.sealed) + decryptor.finalize()
+    return load_der_private_key(unpadder.update(padded) + unpadder.finalize(), None)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
-from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_VARIABLE, VARIABLE, PassphraseSource
+from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_VARIABLE, PassphraseSource
+from birthmark.provisioning.places import FOLDER_VARIABLE, PASSPHRASE_VARIABLE, default_folder
 from birthmark.provisioning.revocation import REASONS, parse_reason
 from birthmark.provisioning.settings import TokenSettings
-from birthmark.provisioning.station import FOLDER_VARIABLE, Station, default_folder
+from birthmark.provisioning.station import Station
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def add_passphrase_option(parser: Parser) -> None:
         "--passphrase-fd",
         type=int,
         metavar="N",
-        help=f"read the CA's passphrase from this descriptor (default: {VARIABLE}, else a prompt)",
+        help=f"read the CA's passphrase from this descriptor (default: {PASSPHRASE_VARIABLE}, else a prompt)",
     )
     add_pin_option(parser)
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import AuthorityError
+from birthmark.provisioning.places import PASSPHRASE_VARIABLE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-VARIABLE: Final = "BIRTHMARK_PASSPHRASE"
 ROOT_VARIABLE: Final = "BIRTHMARK_ROOT_PASSPHRASE"
 NEW_VARIABLE: Final = "BIRTHMARK_NEW_PASSPHRASE"
 PIN_VARIABLE: Final = "BIRTHMARK_TOKEN_PIN"
@@ -40,7 +40,7 @@ class PassphraseSource:
     """
 
     descriptor: int | None = None
-    variable: str = VARIABLE
+    variable: str = PASSPHRASE_VARIABLE
     prompt: str = "Passphrase of the CA: "
     confirm: bool = False
     option: str = "--passphrase-fd"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning import keyfile, profile
+from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, KeyDerivation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ def change_passphrase(
     new: bytes,
     *,
     path: Path | None = None,
-    derivation: keyfile.KeyDerivation = keyfile.DEFAULT_DERIVATION,
+    derivation: KeyDerivation = DEFAULT_DERIVATION,
 ) -> list[Changed]:
     """Change the passphrase of the issuing CAs' key files, or of the roots'.
 

@@ -190,7 +190,7 @@ def merge_crls(station: Station, crls: Sequence[Path]) -> tuple[tuple[Merged, ..
     """
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
     unlock_all(station, [ca.key_id for ca in station.cas.signing])
-    with station.registry.transaction() as transaction:
+    with station.signing() as transaction:
         merged = tuple(_merge(transaction, source, crl) for source, crl in known)
     return merged, sign_and_store_crl(station)
 

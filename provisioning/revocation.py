@@ -98,7 +98,7 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         lost = {ca.key_id for ca in station.cas.issuing if ca.lost_at is not None}
         unlock_all(station, {*(ca.key_id for ca in stale), *(issuers - lost or issuers)})
         newly = 0
-        with station.registry.transaction() as transaction:
+        with station.signing() as transaction:
             for row in transaction.named(name):
                 newly += mark_revoked(transaction, row, reason, word=word, now=station.clock())
         # A transaction of its own: whatever stops the CRL, the revocation stands, and the next CRL carries it.
@@ -131,7 +131,7 @@ def revoke_certificate(
             known = view.by_cert_serial(cert_serial)
         signing = [ca.key_id for ca in station.cas.signing]
         unlock_all(station, signing if known is None else {*signing, known.issuer})
-        with station.registry.transaction() as transaction:
+        with station.signing() as transaction:
             row = transaction.by_cert_serial(cert_serial) or lost_row(transaction, cert_serial)
             newly = mark_revoked(transaction, row, reason, word=word, now=station.clock())
         crls = sign_stale_crls(station)

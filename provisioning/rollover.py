@@ -38,11 +38,11 @@ from birthmark.provisioning.cas import (
     read_cas,
 )
 from birthmark.provisioning.crls import crl_number_counter, sign_root_crl
+from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, KeyDerivation
 from birthmark.provisioning.gateway_receipts import standing_of
-from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, KeyDerivation
+from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.revocation import mark_revoked
-from birthmark.provisioning.station import KEYS_FOLDER
 from birthmark.provisioning.trust_census import Census, take_census
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ Rules:
   at each use: a command that runs for long issues from a new CA as soon as that is in charge.
 - Nothing here asks for the passphrase, or a token's PIN, before an authority is used; it is asked for once.
 - A CA's key is given out only when its unlocking is in the audit log: once for each station that is opened, so not
-  within a transaction.
+  within a transaction; `signing` is a transaction that has the entry in itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import os
 import pwd
 import socket
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +41,7 @@ from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
 from birthmark.provisioning.passphrase import PassphraseSource
+from birthmark.provisioning.places import KEYS_FOLDER, default_folder
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
@@ -47,15 +49,15 @@ from birthmark.provisioning.token_key import TokenKey
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
     from birthmark.provisioning.ca_keys import KeyMaker, TokenPlace
-    from birthmark.provisioning.keyfile import KeyDerivation
-    from birthmark.provisioning.registry.interface import StoredRegistry
+    from birthmark.provisioning.encrypted_key import KeyDerivation
+    from birthmark.provisioning.registry.interface import StoredRegistry, Transaction
 
 ROOT_FILE: Final = "root.pem"
 ISSUING_FILE: Final = "issuing.pem"
@@ -64,7 +66,6 @@ ROOT_CRL_FILE: Final = "root-crl.pem"
 CRL_LOCK_FILE: Final = "crl.lock"
 ISSUE_LOCK_FILE: Final = "issue.lock"
 ROLLOVER_LOCK_FILE: Final = "rollover.lock"
-KEYS_FOLDER: Final = "keys"
 PUBLIC_FILE_MODE: Final = 0o644
 _KEPT_APART: Final = frozenset({".lock", ".db", ".db-wal", ".db-shm", ".db-journal"})
 """Locks, and what a registry on SQLite is made of."""
@@ -72,21 +73,11 @@ _UNENCRYPTED: Final = b"-----BEGIN PRIVATE KEY-----"
 _LOGIN_USER: Final = Path("/proc/self/loginuid")
 _NOBODY: Final = 0xFFFFFFFF
 """Of a process that no login led to."""
-FOLDER_VARIABLE: Final = "BIRTHMARK_STATION"
 
 
 def utc_now() -> datetime:
     """Return the current time, aware."""
     return datetime.now(UTC)
-
-
-def default_folder() -> Path:
-    """Return the station's folder when none is named: BIRTHMARK_STATION, else one under XDG_DATA_HOME."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    if named:
-        return Path(named)
-    data_home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(data_home) / "birthmark" / "station"
 
 
 def actor() -> str:
@@ -145,6 +136,8 @@ class Station:
         self._passphrase = passphrase
         self._purpose = purpose
         self._keys: dict[str, EllipticCurvePrivateKey] = {}
+        self._untold: dict[str, tuple[Ca, EllipticCurvePrivateKey]] = {}
+        """What is unlocked, and not in the audit log yet."""
         self._unlocking = threading.RLock()
 
     @classmethod
@@ -263,9 +256,33 @@ class Station:
         Raises:
             AuthorityError: its key cannot be used.
         """
-        key = self._key_of(self.cas.get(key_id))
+        ca = self.cas.get(key_id)
+        if not ca.key_uri:
+            self._unlocked(ca)
+            return
+        key = self._key_of(ca)
         if isinstance(key, TokenKey):
             key.prove()
+
+    @contextmanager
+    def signing(self) -> Iterator[Transaction]:
+        """Open a transaction of the registry that prepares a signature, and leaves word of the keys for it, too.
+
+        What `check_key` has unlocked is given out once this has ended: one write in the place of two.
+        """
+        with self._unlocking:
+            told, self._untold = self._untold, {}
+        try:
+            with self.registry.transaction() as transaction:
+                for ca, _ in told.values():
+                    self._record_unlock(transaction, ca)
+                yield transaction
+        except BaseException:
+            with self._unlocking:
+                self._untold = {**told, **self._untold}
+            raise
+        with self._unlocking:
+            self._keys.update((key_id, key) for key_id, (_, key) in told.items())
 
     def root_issuer(
         self, passphrase: bytes, key_path: Path | None = None, *, root: Ca | None = None
@@ -289,15 +306,18 @@ class Station:
             ca: whose key.
             path: where it is, if not at the station or in the CA's token.
         """
-        elsewhere = None if path in (None, self.key_path(ca)) else str(path)
         with self.registry.transaction() as transaction:
-            transaction.record(
-                "unlock",
-                f"{ca.kind}-ca",
-                key_id=ca.key_id,
-                purpose=self._purpose or None,
-                path=elsewhere or ca.key_uri or None,
-            )
+            self._record_unlock(transaction, ca, path)
+
+    def _record_unlock(self, transaction: Transaction, ca: Ca, path: Path | None = None) -> None:
+        elsewhere = None if path in (None, self.key_path(ca)) else str(path)
+        transaction.record(
+            "unlock",
+            f"{ca.kind}-ca",
+            key_id=ca.key_id,
+            purpose=self._purpose or None,
+            path=elsewhere or ca.key_uri or None,
+        )
 
     def read_passphrase(self, *, confirm: bool = False) -> bytes:
         """Return the passphrase of the issuing CAs' key files, asking for it if need be, but once.
@@ -342,17 +362,28 @@ class Station:
                     write_durably(path, content, mode=PUBLIC_FILE_MODE)
 
     def _key_of(self, ca: Ca) -> EllipticCurvePrivateKey:
+        """Return a key to sign with; that it was unlocked is in the audit log by then."""
+        with self._unlocking:
+            key = self._unlocked(ca)
+            if ca.key_id in self._untold:
+                self.note_unlock(ca)
+                self._keys[ca.key_id] = key
+                del self._untold[ca.key_id]
+            return key
+
+    def _unlocked(self, ca: Ca) -> EllipticCurvePrivateKey:
+        """Unlock a key, which is not to be used before that is in the audit log."""
         with self._unlocking:
             if ca.lost_at is not None:
                 raise AuthorityError(
                     f"could not use the key of the CA {ca.short}: it was given up on {ca.lost_at:%Y-%m-%d}, lost",
                     hint="replace the CA: birthmark ca rollover start issuing; if it was found: ca lost --found",
                 )
-            if ca.key_id not in self._keys:
-                key = self._token_key(ca) if ca.key_uri else self._file_key(ca)
-                self.note_unlock(ca)
-                self._keys[ca.key_id] = key
-            return self._keys[ca.key_id]
+            if ca.key_id in self._keys:
+                return self._keys[ca.key_id]
+            if ca.key_id not in self._untold:
+                self._untold[ca.key_id] = ca, self._token_key(ca) if ca.key_uri else self._file_key(ca)
+            return self._untold[ca.key_id][1]
 
     def _file_key(self, ca: Ca) -> EllipticCurvePrivateKey:
         whose = "the issuing CA" if ca.kind is CaKind.ISSUING else "the root CA"

@@ -4,6 +4,7 @@ Rules:
 
 - A transaction remembers how to undo each change, so that one caller's share of a common transaction can fail
   alone (`apart`).
+- A document is replaced, never changed: the state before this transaction, which views still look at, has it too.
 - One row or many: a change costs one look at all rows (for what must be unique), not one for each.
 """
 
@@ -146,7 +147,7 @@ class TinyTransaction(TinyView, RuledTransaction):
     def _remove(self, table: Table, known: Document) -> None:
         self._undo.append((table.name, known.doc_id, dict(known)))
         self.changed = True
-        table.remove(doc_ids=[known.doc_id])
+        del self._storage.tables[table.name][str(known.doc_id)]
 
     def _take_back(self, name: str, number: int, before: dict[str, Any] | None) -> None:
         table = self._storage.tables[name]

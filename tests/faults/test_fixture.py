@@ -9,8 +9,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from birthmark.provisioning.encrypted_key import KeyDerivation
 from birthmark.provisioning.founding import found_station
-from birthmark.provisioning.keyfile import KeyDerivation
 from birthmark.provisioning.settings import Settings
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from support.fault_bench import SimBoard
 
 from birthmark.device.agent import keys
 from birthmark.device.agent.slots import ACTIVE, Slots
+from birthmark.provisioning.encrypted_key import KeyDerivation
 from birthmark.provisioning.founding import found_station
-from birthmark.provisioning.keyfile import KeyDerivation
 from birthmark.provisioning.registry.model import KeyMode
 from birthmark.provisioning.settings import Settings
 

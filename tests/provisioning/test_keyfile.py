@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
 from support.station import CHEAP, PASSPHRASE
 
 from birthmark.device.errors import AuthorityError
-from birthmark.provisioning.keyfile import DEFAULT_DERIVATION, encrypted_pem, read_key, write_key
+from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION
+from birthmark.provisioning.keyfile import encrypted_pem, read_key, write_key
 
 if TYPE_CHECKING:
     from pathlib import Path

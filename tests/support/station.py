@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from birthmark.device.console import run
 from birthmark.provisioning.cli import parser
+from birthmark.provisioning.encrypted_key import KeyDerivation
 from birthmark.provisioning.founding import found_station
-from birthmark.provisioning.keyfile import KeyDerivation
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.settings import RegistrySetting, Settings
 

@@ -1,0 +1,142 @@
+"""An encrypted private key as the station writes one: PKCS#8, under a passphrase, with scrypt and AES-256-CBC.
+
+Standards: EncryptedPrivateKeyInfo (RFC 5958 section 3), PBES2 (RFC 8018 section 6.2), scrypt (RFC 7914 section 7);
+DER as in X.690. docs/adr/0001-ca-key-files.md says why this form.
+
+Rules: only exactly the form that is written here is read here; other bytes are None, and somebody else's to read.
+
+Without `cryptography`: a command begins to derive the key before it has loaded that (`key_derivation`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final, Self
+
+from birthmark.device.errors import BirthmarkError
+from birthmark.device.frozen import Frozen
+from birthmark.device.pem import block, read_blocks
+
+LABEL: Final = "ENCRYPTED PRIVATE KEY"
+AES_KEY_OCTETS: Final = 32
+BLOCK_OCTETS: Final = 16
+_PBES2: Final = bytes.fromhex("06092a864886f70d01050d")
+_SCRYPT: Final = bytes.fromhex("06092b06010401da47040b")
+_AES_256_CBC: Final = bytes.fromhex("060960864801650304012a")
+_INTEGER, _OCTET_STRING, _OBJECT_ID, _SEQUENCE = 0x02, 0x04, 0x06, 0x30
+_TAGS: Final = bytes((_OBJECT_ID, _OBJECT_ID, _OCTET_STRING, *[_INTEGER] * 3, _OBJECT_ID, *[_OCTET_STRING] * 2))
+"""What is in the sequences, in its order: scheme, derivation, salt, its numbers, cipher, IV, what is sealed."""
+_MAX_OCTETS: Final = 1024
+_MAX_MEMORY: Final = 1 << 30
+
+
+class KeyDerivation(Frozen):
+    """What it costs to try one passphrase.
+
+    The default takes about half a second and 16 MiB. 16 MiB is what stock OpenSSL allows, so that
+    `openssl pkey` can read the file in an emergency; `parallelism` makes up in time for it (OWASP's least for
+    this memory is 5).
+    """
+
+    cost: int = 1 << 14
+    block_size: int = 8
+    parallelism: int = 16
+
+    def derive(self, passphrase: bytes, salt: bytes) -> bytes:
+        """Return the AES key. Other threads run meanwhile.
+
+        Raises:
+            ValueError: there is no such derivation, or it needs more than a gigabyte.
+        """
+        return hashlib.scrypt(
+            passphrase,
+            salt=salt,
+            n=self.cost,
+            r=self.block_size,
+            p=self.parallelism,
+            maxmem=_MAX_MEMORY,
+            dklen=AES_KEY_OCTETS,
+        )
+
+
+DEFAULT_DERIVATION: Final = KeyDerivation()
+
+
+class EncryptedKey(Frozen):
+    """A private key, encrypted; nothing in it is secret to whoever lacks the passphrase."""
+
+    derivation: KeyDerivation
+    salt: bytes
+    iv: bytes
+    sealed: bytes
+    """PKCS#8, padded as PKCS#7 has it, under AES-256 in CBC mode."""
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> Self | None:
+        """Return the key in a PEM file; None if it is not exactly of this form."""
+        try:
+            ((label, der),) = read_blocks(pem)
+        except (ValueError, BirthmarkError):
+            return None
+        found = _read(der) if label == LABEL and len(der) <= _MAX_OCTETS else []
+        if bytes(tag for tag, _ in found) != _TAGS:
+            return None
+        cost, block_size, parallelism = (int.from_bytes(found[place][1], "big") for place in (3, 4, 5))
+        key = cls(KeyDerivation(cost, block_size, parallelism), found[2][1], sealed=found[8][1], iv=found[7][1])
+        return key if key.der == der else None
+
+    @property
+    def pem(self) -> bytes:
+        """The file's content."""
+        return block(LABEL, self.der)
+
+    @property
+    def der(self) -> bytes:
+        """The EncryptedPrivateKeyInfo."""
+        derivation = self.derivation
+        scrypt = _sequence(
+            _SCRYPT,
+            _sequence(
+                _element(_OCTET_STRING, self.salt),
+                _integer(derivation.cost),
+                _integer(derivation.block_size),
+                _integer(derivation.parallelism),
+            ),
+        )
+        cipher = _sequence(_AES_256_CBC, _element(_OCTET_STRING, self.iv))
+        return _sequence(_sequence(_PBES2, _sequence(scrypt, cipher)), _element(_OCTET_STRING, self.sealed))
+
+
+def _sequence(*parts: bytes) -> bytes:
+    return _element(_SEQUENCE, b"".join(parts))
+
+
+def _integer(value: int) -> bytes:
+    return _element(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def _element(tag: int, content: bytes) -> bytes:
+    """Return a DER element: tag, shortest length, content (X.690 section 8.1.3)."""
+    length = len(content)
+    if length < 0x80:
+        head = bytes([tag, length])
+    else:
+        octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
+        head = bytes([tag, 0x80 | len(octets)]) + octets
+    return head + content
+
+
+def _read(der: bytes) -> list[tuple[int, bytes]]:
+    """Return tag and content of what is no sequence, in order. Nothing is checked: what differs is seen later."""
+    found: list[tuple[int, bytes]] = []
+    while len(der) > 1 and len(found) <= len(_TAGS):
+        tag, length, head = der[0], der[1], 2
+        if length & 0x80:
+            head += length & 0x7F
+            length = int.from_bytes(der[2:head], "big")
+        if tag == _SEQUENCE:
+            der = der[head:]
+        else:
+            found.append((tag, der[head : head + length]))
+            der = der[head + length :]
+    return found
