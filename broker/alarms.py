@@ -26,6 +26,10 @@ class Alarm:
         "certificate-due",
         "certificate-expired",
         "certificate-not-yet-valid",
+        "upstream-down",
+        "upstream-refuses",
+        "upstream-spool-full",
+        "upstream-certificate-due",
     ]
     message: str
     hint: str

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from birthmark.broker.toml_file import Table, read_toml
+from birthmark.broker.upstream.settings import UpstreamSettings, read_upstreams
 from birthmark.device.errors import ConfigurationError, IdentityError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName
@@ -154,6 +155,7 @@ class BrokerSettings:
     revocation: RevocationSettings = field(default_factory=RevocationSettings)
     renewal_listener: RenewalListener | None = None
     """Off unless the file has its table."""
+    upstreams: tuple[UpstreamSettings, ...] = ()
     path: Path | None = None
     """The file these settings come from."""
 
@@ -184,6 +186,7 @@ def read_settings(path: Path) -> BrokerSettings:
             "limits",
             "revocation",
             "renewal_listener",
+            "upstream",
         )
     )
     try:
@@ -206,6 +209,7 @@ def read_settings(path: Path) -> BrokerSettings:
         limits=_limits(root.table("limits")),
         revocation=_revocation(root.table("revocation")),
         renewal_listener=_renewal_listener(root) if root.has("renewal_listener") else None,
+        upstreams=read_upstreams(root, folder, name),
         path=path.absolute(),
     )
 

@@ -233,23 +233,15 @@ class Connection:
     def _publish_kept(self, session: Session, packet: Publish) -> None:
         """A message that is to be acknowledged, or retained."""
         gateway, qos = self._gateway, packet.qos
-        journal = self._exchange.journal
-        if qos and journal.is_failing and self._exchange.must_store(session, packet):
-            gateway.counters.unstored_closed += 1
-            self._say_closed("the store takes nothing: a message that it must keep cannot be taken")
-            self.cut(with_will=True)
-            return
+        journal, uplinks = self._exchange.journal, self._exchange.uplinks
+        if qos and (journal.is_failing or (uplinks is not None and uplinks.filling)):
+            cause = self._no_room(session, packet)
+            if cause:
+                self._say_closed(cause)
+                self.cut(with_will=True)
+                return
         recorded = journal.recorded
-        if qos == 2 and packet.packet_id in session.incoming:
-            # §4.3.3: a packet identifier not released yet is the same message again, which may not be on disk yet.
-            allowed, number = True, journal.recorded
-        else:
-            if qos == 2:
-                session.incoming.add(packet.packet_id)
-                if session.key:
-                    journal.note_incoming(session, packet.packet_id)
-            allowed = self._exchange.accept(session, packet)
-            number = journal.recorded if journal.recorded != recorded else 0
+        allowed, number = self._take(session, packet)
         if not allowed and gateway.disconnects_denied:
             self._end_denied()
         elif qos == 1:
@@ -258,6 +250,32 @@ class Connection:
             self._acknowledge(mqtt.pubrec(packet.packet_id), number)
         if journal.pending_bytes > HIGH_WATER_BYTES and journal.recorded != recorded:
             journal.slow_down(self.stream)
+        if uplinks is not None and uplinks.filling:
+            uplinks.hold(self.stream, packet.topic, session.peer)
+
+    def _take(self, session: Session, packet: Publish) -> tuple[bool, int]:
+        """Send a message on; return whether it may be, and the change that its acknowledgement waits for."""
+        journal = self._exchange.journal
+        recorded = journal.recorded
+        if packet.qos == 2:
+            if packet.packet_id in session.incoming:
+                # §4.3.3: a packet identifier not released yet is the same message again, perhaps not on disk yet.
+                return True, recorded
+            session.incoming.add(packet.packet_id)
+            if session.key:
+                journal.note_incoming(session, packet.packet_id)
+        allowed = self._exchange.accept(session, packet)
+        return allowed, journal.recorded if journal.recorded != recorded else 0
+
+    def _no_room(self, session: Session, packet: Publish) -> str:
+        """Say why a message must not be acknowledged, if there is a reason: what should keep it cannot."""
+        exchange, uplinks = self._exchange, self._exchange.uplinks
+        if exchange.journal.is_failing and exchange.must_store(session, packet):
+            self._gateway.counters.unstored_closed += 1
+            return "the store takes nothing: a message that it must keep cannot be taken"
+        if uplinks is not None and uplinks.has_no_room(packet.topic, session.peer):
+            return "the spool of an upstream is full: a message for it cannot be taken"
+        return ""
 
     def _end_denied(self) -> None:
         self._say_closed("the policy denied a PUBLISH")

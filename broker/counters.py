@@ -61,6 +61,19 @@ class Counters:
     alarms: int = 0
     """Alarms that have begun: about the CRLs in force, and the gateway's own certificate."""
 
+    upstream_forwarded: int = 0
+    """Messages that an upstream has acknowledged."""
+    upstream_received: int = 0
+    """Messages that came down from an upstream."""
+    upstream_dropped: int = 0
+    """Messages that should have gone up and did not: the spool was full, or QoS 0 found no link."""
+    upstream_echoes: int = 0
+    """Messages from an upstream that were our own, or not asked for."""
+    upstream_lost: int = 0
+    """Connections to an upstream that ended."""
+    publishers_held: int = 0
+    """Times that a client was not read from because the spool of an upstream was nearly full."""
+
     def as_dict(self) -> dict[str, int]:
         """All of them by name."""
         return asdict(self)

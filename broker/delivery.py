@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from birthmark.broker.packets import Will
     from birthmark.broker.peer import Peer
     from birthmark.broker.policy import Policy
+    from birthmark.broker.upstream.upstreams import Upstreams
 
 MAX_FILTER_LEVELS = 64
 """Each level of a filter is a node of the tree."""
@@ -69,6 +70,8 @@ class Exchange:
         )
         self.outbound = Outbound(limits, counters, denials, journal, self.retained)
         self.router: Router[Session] = Router(_may_receive)
+        self.uplinks: Upstreams | None = None
+        """Where messages go up; None where there is no upstream."""
         self._hooks: dict[str, Callable[[str, bytes, Peer], None]] = {}
         self._max_waiting_bytes = limits.max_queued_bytes
 
@@ -119,6 +122,8 @@ class Exchange:
         """Whether a client's message may be acknowledged only with something about it on disk."""
         if packet.retain or (packet.qos == 2 and session.key):
             return True
+        if self.uplinks is not None and self.uplinks.takes(packet.topic, session.peer):
+            return True
         return any(granted and target.key for target, granted in self.router.route(packet.topic).targets)
 
     def accept(self, session: Session, packet: Publish) -> bool:
@@ -160,12 +165,16 @@ class Exchange:
         if retain:
             self.retain(Retained(topic, payload, qos, publisher))
         route = self.router.route(topic)
-        if not route.targets:
+        targets = route.targets
+        if self.uplinks is not None:
+            self.uplinks.forward(topic, payload, qos, retain=retain, publisher=publisher)
+            targets = self.uplinks.within(targets, publisher)
+        if not targets:
             return
         message: Message | None = None
         max_waiting_bytes = self._max_waiting_bytes
         sent = 0
-        for session, granted in route.targets:
+        for session, granted in targets:
             if granted == 0 or qos == 0:
                 stream = session.stream
                 if stream is None:
@@ -203,6 +212,15 @@ class Exchange:
                 session.may_publish.clear()
             session.may_publish[topic] = verdict
         return verdict
+
+    def give_to_gateway(self, topic: str, payload: bytes, publisher: Peer) -> bool:
+        """Give a message to the gateway itself, if it is one of those that it takes; return whether it is."""
+        hook = self._hook(topic)
+        if hook is None:
+            return False
+        self.counters.messages_in += 1
+        hook(topic, payload, publisher)
+        return True
 
     def _hook(self, topic: str) -> Callable[[str, bytes, Peer], None] | None:
         for taken, callback in self._hooks.items():

@@ -98,7 +98,12 @@ def _cut(exchange: Exchange, connection: Connection, tallies: _Tallies, peer: Pe
 def _purge_presence(exchange: Exchange, is_revoked: Callable[[Peer], bool], tallies: _Tallies) -> None:
     for message in exchange.retained:
         author = message.publisher
-        if author is None or message.topic != status(author.device_id) or not is_revoked(author):
+        if (
+            author is None
+            or author.is_upstream
+            or message.topic != status(author.device_id)
+            or not is_revoked(author)
+        ):
             continue
         if any(not is_revoked(session.peer) for session in exchange.sessions.of(author)):
             # The device lives on with a newer certificate; its presence is its own.

@@ -23,6 +23,7 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from birthmark.broker.config import BrokerSettings
     from birthmark.broker.peer import Peer
     from birthmark.broker.server_protocol import Server
+    from birthmark.device.identity import DeviceId
 
 STATUS_INTERVAL_S = 30.0
 GUARD_INTERVAL_S = 1.0
@@ -116,6 +118,10 @@ class Gateway:
                 WatchedFiles((settings.crl_path,), self._take_crl_file),
                 WatchedFiles((settings.policy_path,), self._take_policy),
                 WatchedFiles((settings.credentials_path, settings.clients_ca_path), self._take_credentials),
+                *(
+                    WatchedFiles((found.credentials_path, found.ca_path), partial(self._take_upstream, found.name))
+                    for found in settings.upstreams
+                ),
             ),
             settings.revocation.watch_interval_s,
         )
@@ -189,6 +195,7 @@ class Gateway:
         self._server = server
         self._sightings.take_up(server.own_retained(gateway_seen(self._settings.name, "+")))
         server.on_client = self._saw
+        server.upstreams.on_status = lambda: self._publish_status(online=True)
         # What the store has brought back may have been revoked meanwhile, or just before a crash.
         answers, started_s = self._arrived
         closed = [(answer, self._close_revoked(answer.issuer, started_s)) for answer in answers]
@@ -338,6 +345,10 @@ class Gateway:
             if issuer.key_id not in self.revocations.crls:
                 _log.error("no CRL of %s is in force: its clients are refused until one arrives", issuer.name)
 
+    async def _take_upstream(self, name: DeviceId) -> None:
+        if self._server:
+            self._server.upstreams.reload(name)
+
     # --- what is said ------------------------------------------------------------------------------------
 
     async def _tell(self) -> None:
@@ -379,7 +390,8 @@ class Gateway:
         """Look at CRLs and certificate in force, log what is due; return whether what stands has changed."""
         moment = now()
         own = self._own_certificate.alarms(moment) if self._own_certificate else []
-        has_changed = self._alarms.look(self.revocations.alarms(moment) + own)
+        above = self._server.upstreams.alarms(moment) if self._server else []
+        has_changed = self._alarms.look(self.revocations.alarms(moment) + own + above)
         if self._server:
             self._server.counters.alarms = self._alarms.raised
         return has_changed
@@ -399,6 +411,8 @@ class Gateway:
             counters=self._server.counters.as_dict() if self._server else {},
         )
         self._publish(gateway_status(self._settings.name), status.to_bytes())
+        if self._server:
+            self._server.upstreams.say(self._server.publish)
 
     def _publish_crls(self) -> None:
         """Say which CRLs are in force, whole: a station restored from a backup takes over what they list."""

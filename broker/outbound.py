@@ -22,10 +22,13 @@ from birthmark.broker.packets import as_duplicate, publish_head, pubrel, topic_f
 from birthmark.broker.session import MAX_REMEMBERED_DECISIONS, Message, Outgoing, Session
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
     from birthmark.broker.denials import Denials
     from birthmark.broker.journal import Journal
+    from birthmark.broker.peer import Peer
     from birthmark.broker.retained import RetainedStore
 
 MAX_REMEMBERED_TOPIC_CHARACTERS = 512
@@ -54,6 +57,8 @@ class Outbound:
         self.retained = retained
         self.queued_bytes = 0
         """What waits in all queues together."""
+        self.stays: Callable[[Peer], bool] | None = None
+        """Whether what somebody has published goes to no other gateway; None where there is no upstream."""
         self._max_waiting_bytes = limits.max_queued_bytes
         self._max_inflight = limits.max_inflight
 
@@ -116,7 +121,7 @@ class Outbound:
         limits = self.limits
         return (
             len(session.queue) + messages > limits.max_queued_messages
-            or session.queued_bytes + size_bytes > self._max_waiting_bytes
+            or session.queued_bytes + size_bytes > limits.max_queued_bytes
             or self.queued_bytes + size_bytes > limits.max_queued_bytes_total
         )
 
@@ -150,7 +155,7 @@ class Outbound:
         while stream is not None and session.replay and stream.waiting_bytes < REPLAY_WATER_BYTES:
             topic, granted = next(iter(session.replay.items()))
             found = self.retained.get(topic)
-            if found is not None and self.may_receive(session, topic):
+            if found is not None and self.may_receive(session, topic) and self._may_go(session, found.publisher):
                 qos = min(found.qos, granted)
                 if qos and not (not session.queue and self._has_room(session)):
                     return
@@ -164,6 +169,10 @@ class Outbound:
             del session.replay[topic]
         if session.replaying and not session.replay:
             self._replayed(session)
+
+    def _may_go(self, session: Session, publisher: Peer | None) -> bool:
+        is_bound = publisher is not None and self.stays is not None and self.stays(publisher)
+        return not (is_bound and session.peer.is_gateway)
 
     def _replayed(self, session: Session) -> None:
         """Every retained message that was asked for has been sent, or is among those unacknowledged."""

@@ -15,6 +15,8 @@ PUBLISH and PUBACK, nearly all that a busy broker sees, are read on a short path
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from birthmark.broker.filters import TopicError, check_filter
 from birthmark.broker.packets import (
     Connect,
@@ -103,6 +105,8 @@ class PacketReader:
 
     __slots__ = ("_failed", "_max_packet_bytes", "_needed", "_partial", "_topics")
 
+    first_bytes: ClassVar[frozenset[int]] = _FIRST_BYTES
+
     def __init__(self, max_packet_bytes: int, topics: TopicNames | None = None) -> None:
         self._max_packet_bytes = max_packet_bytes
         self._topics = topics or TopicNames()
@@ -143,11 +147,11 @@ class PacketReader:
     # One long loop on purpose: this runs once a message, and a call costs as much as the rest of a step.
     def _read(self, data: bytes, packets: list[Packet]) -> int:  # noqa: C901, PLR0912
         """Append the whole packets of `data`; return where the unfinished one begins."""
-        known = self._topics.known
+        known, first_bytes = self._topics.known, self.first_bytes
         at, end = 0, len(data)
         while at < end:
             first = data[at]
-            if first not in _FIRST_BYTES:
+            if first not in first_bytes:
                 raise MalformedPacketError(f"the first byte {first:#04x}")
             if at + 1 == end:
                 self._needed = 2
@@ -206,9 +210,13 @@ class PacketReader:
                     raise MalformedPacketError("packet identifier 0")
                 packets.append(_new(_ACKNOWLEDGEMENTS[first], (packet_id,)))
             else:
-                packets.append(_rare(first, data[body:stop]))
+                packets.append(self._rare(first, data[body:stop]))
             at = stop
         return at
+
+    def _rare(self, first: int, body: bytes) -> Packet:
+        """Read a packet that is neither a PUBLISH nor an acknowledgement of one."""
+        return _rare(first, body)
 
     def _long_length(self, data: bytes, at: int) -> tuple[int, int]:
         """Decode a remaining length of two to four bytes (§2.2.3).

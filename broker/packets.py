@@ -97,6 +97,30 @@ class Disconnect(NamedTuple):
     """DISCONNECT (§3.14)."""
 
 
+class ConnAck(NamedTuple):
+    """CONNACK (§3.2), from an upstream."""
+
+    session_present: bool
+    code: int
+
+
+class SubAck(NamedTuple):
+    """SUBACK (§3.9), from an upstream."""
+
+    packet_id: int
+    codes: bytes
+
+
+class UnsubAck(NamedTuple):
+    """UNSUBACK (§3.11), from an upstream."""
+
+    packet_id: int
+
+
+class PingResp(NamedTuple):
+    """PINGRESP (§3.13), from an upstream."""
+
+
 Packet: TypeAlias = (
     Connect
     | UnsupportedConnect
@@ -109,6 +133,10 @@ Packet: TypeAlias = (
     | Unsubscribe
     | PingReq
     | Disconnect
+    | ConnAck
+    | SubAck
+    | UnsubAck
+    | PingResp
 )
 
 # --- what the broker sends -----------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -35,15 +34,19 @@ from birthmark.device.errors import IdentityError, RefusedError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import DeviceId, Role
 
-if TYPE_CHECKING:
-    from datetime import datetime
-
 __all__ = ["Peer", "PeerRefusedError", "Trust", "check_peer"]
 
 MAX_LEAF_BYTES = 4_096
 """A device certificate has about 550 bytes; TLS itself would take 16 MB."""
 MAX_SERIAL_BITS = 160
 """RFC 5280 §4.1.2.2: at most 20 octets, positive."""
+
+GATEWAY_ROLE = "service-gateway"
+"""The role of a gateway in the certificate that it shows to its upstream."""
+UPSTREAM_ROLE = "service-upstream"
+UPSTREAM_ISSUER = "$upstream"
+"""In place of an issuing CA's key identifier, which is hex."""
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 _SIGNATURE = ec.ECDSA(SHA256())
 # The extensions that are understood here; any other one must not be critical (RFC 5280 §4.2).
@@ -92,6 +95,24 @@ class Peer:
     not_after: datetime
     for_renewal: bool = False
     """Whether it was let in to renew its certificate, and for nothing else."""
+
+    @property
+    def is_upstream(self) -> bool:
+        """Whether it is no client but a broker above this one (`upstream_peer`)."""
+        return self.issuer == UPSTREAM_ISSUER
+
+    @property
+    def is_gateway(self) -> bool:
+        """Whether it is another gateway, whose upstream this one is."""
+        return self.is_service and self.role.name.lower() == GATEWAY_ROLE
+
+
+def upstream_peer(name: DeviceId) -> Peer:
+    """Return who the publisher is of what comes down an upstream: nobody with a certificate of our CAs."""
+    role = Role(UPSTREAM_ROLE)
+    return Peer(
+        name, role, is_service=True, issuer=UPSTREAM_ISSUER, cert_serial=0, not_before=_EPOCH, not_after=_EPOCH
+    )
 
 
 def check_peer(leaf_der: bytes, trust: Trust, now: datetime, *, expired_by: timedelta | None = None) -> Peer:

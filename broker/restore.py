@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def restore(exchange: Exchange, stored: Stored, *, now_s: float, wall_s: float) -> None:
+def restore(exchange: Exchange, stored: Stored, *, now_s: float, wall_s: float) -> list[Session]:
     """Fill an empty exchange, whose journal has been started with the same rows.
+
+    Returns:
+        The spools: sessions of upstreams, which are not the exchange's.
 
     Args:
         exchange: to be filled.
@@ -50,8 +53,14 @@ def restore(exchange: Exchange, stored: Stored, *, now_s: float, wall_s: float) 
             f"could not take up the stored sessions: the store is damaged ({type(error).__name__}: {error})",
             hint="restore sessions.db in the data folder from a backup; or move it away, and start without it",
         ) from error
+    spools = []
     for session in sessions.values():
-        exchange.take_up(session)
+        if session.peer.is_upstream:
+            spools.append(session)
+        else:
+            exchange.sessions.add(session)
+            exchange.take_up(session)
+    return spools
 
 
 def _restore_retained(exchange: Exchange, stored: Stored) -> None:
@@ -78,7 +87,6 @@ def _restore_sessions(exchange: Exchange, stored: Stored, now_s: float, wall_s: 
             # A clock that has gone back since then makes nobody older.
             session.left_at_s = now_s - max(0.0, wall_s - row.left_at)
         sessions[row.key] = session
-        exchange.sessions.add(session)
     for subscription in stored.subscriptions:
         session = sessions[subscription.session]
         session.subscriptions[subscription.topic_filter] = subscription.qos

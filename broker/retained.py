@@ -56,7 +56,9 @@ class _Share:
 
 
 def _identity(message: Retained) -> str | None:
-    return None if message.publisher is None else message.publisher.device_id.folded
+    """Return whose share it counts against; what an upstream's many clients say, against nobody's."""
+    publisher = message.publisher
+    return None if publisher is None or publisher.is_upstream else publisher.device_id.folded
 
 
 class RetainedStore:

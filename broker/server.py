@@ -42,6 +42,7 @@ from birthmark.broker.rate import Meters
 from birthmark.broker.restore import restore
 from birthmark.broker.retained import Retained
 from birthmark.broker.store import FILE_NAME, Store
+from birthmark.broker.upstream.upstreams import Upstreams
 from birthmark.device.durable import private_folder
 from birthmark.device.errors import SystemFailureError
 
@@ -117,6 +118,7 @@ class GatewayBroker(Broker):
         self.meters = Meters(settings.limits.max_messages_per_s, settings.limits.max_bytes_per_s)
         self._journal = Journal(loop, settings.durability, self.counters)
         self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
+        self.upstreams = Upstreams(settings.upstreams, self.exchange, self.topics)
         self.on_message: Callable[[Session, Publish], None] | None = None
         self.on_client: Callable[[Peer, str], None] | None = None
         self._tls_context = tls_context
@@ -221,8 +223,10 @@ class GatewayBroker(Broker):
                 self._renewal_sockets = bind(self._renewal.settings.host, self._renewal.settings.port)
             if self.settings.durability is not Durability.NONE:
                 self._open_store()
+            self.upstreams.start()
             await super().start()
         except BaseException:
+            await self.upstreams.close(0)
             for sock in (*self._sockets, *self._renewal_sockets):
                 sock.close()
             await self._journal.close(STORE_TIMEOUT_S)
@@ -241,7 +245,7 @@ class GatewayBroker(Broker):
             store.close()
             raise
         self._journal.start(store, stored)
-        restore(self.exchange, stored, now_s=self.now_s(), wall_s=self.wall_s())
+        self.upstreams.take_up(restore(self.exchange, stored, now_s=self.now_s(), wall_s=self.wall_s()))
         self.forget_expired_sessions()
 
     async def settle(self) -> bool:
@@ -271,6 +275,7 @@ class GatewayBroker(Broker):
         timeout_s = min(self.limits.shutdown_timeout_s, MAX_SHUTDOWN_S)
         await self._journal.settle(SETTLE_TIMEOUT_S)  # who waits for an acknowledgement gets it before the end
         await self._connections.close_all(timeout_s)
+        await self.upstreams.close(SETTLE_TIMEOUT_S)
         await self._journal.close(STORE_TIMEOUT_S)
         await self._fire_and_wait(BrokerEvents.POST_SHUTDOWN)
         for fired in self._fired:
@@ -297,6 +302,7 @@ class GatewayBroker(Broker):
         for session in self.exchange.sessions:
             if session.connection is None and session.left_at_s < oldest_s:
                 self.exchange.forget(session)
+        self.upstreams.forget_orphans(oldest_s)
 
     # --- amqtt's own paths, closed or led into ours ------------------------------------------------------
 

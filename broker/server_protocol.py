@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from birthmark.broker.counters import Counters
     from birthmark.broker.peer import Peer
     from birthmark.broker.policy import Policy
+    from birthmark.broker.upstream.upstreams import Upstreams
     from birthmark.device.messages import ClosedIdentity
 
 
@@ -20,6 +21,7 @@ class Server(Protocol):
     counters: Counters
     on_client: Callable[[Peer, str], None] | None
     """Told of each client that is let in, with its address."""
+    upstreams: Upstreams
 
     @property
     def connected_count(self) -> int:

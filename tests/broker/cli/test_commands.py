@@ -17,6 +17,7 @@ from birthmark.broker.cli import parser
 from birthmark.broker.config import BrokerSettings, Limits, RenewalListener, read_settings
 from birthmark.broker.gateway import Gateway
 from birthmark.broker.policy_file import read_policy
+from birthmark.broker.upstream.settings import UPSTREAM_KEYS, UpstreamSettings
 from birthmark.device.console import run
 from birthmark.device.errors import ConfigurationError
 
@@ -72,6 +73,7 @@ def test_init_writes_two_files_that_can_be_read(broker: Callable[..., Result]) -
         "device",
         "operator",
         "service-renewal",
+        "service-gateway",
     ]
     assert stat.S_IMODE(Path("broker.toml").stat().st_mode) == 0o644
 
@@ -92,7 +94,8 @@ def test_what_init_comments_out_is_the_default(broker: Callable[..., Result]) ->
     lines = Path("broker.toml").read_text().splitlines()
     active = [
         line.removeprefix("# ")
-        if line == "# [renewal_listener]" or (line.startswith("# ") and " = " in line and line[2].islower())
+        if line in ("# [renewal_listener]", "# [[upstream]]")
+        or (line.startswith("# ") and " = " in line and line[2].islower())
         else line
         for line in lines
     ]
@@ -104,6 +107,16 @@ def test_what_init_comments_out_is_the_default(broker: Callable[..., Result]) ->
     after = read_settings(Path("all.toml"))
     assert before.renewal_listener is None
     assert after.renewal_listener == RenewalListener("0.0.0.0", 8884, timedelta(days=30))  # noqa: S104 - the default
+    assert before.upstreams == ()
+    (upstream,) = after.upstreams
+    assert set(keys["upstream"][0]) == set(UPSTREAM_KEYS)
+    assert upstream == UpstreamSettings(
+        name=upstream.name,
+        servers=upstream.servers,
+        credentials_path=upstream.credentials_path,
+        ca_path=upstream.ca_path,
+        mapping=upstream.mapping,
+    )
     assert (after.limits, after.revocation, after.on_denied) == (
         before.limits,
         before.revocation,
@@ -195,11 +208,11 @@ def test_policy_check(broker: Callable[..., Result]) -> None:
     broker("init", "--name", "gw")
     result = broker("policy", "check")
     assert result.code == 0
-    assert "policy.toml: ok, 3 roles, 3 assignments" in result.out
+    assert "policy.toml: ok, 4 roles, 4 assignments" in result.out
     assert result.err == ""
     record = json.loads(broker("policy", "check", "policy.toml", "--json").out)
     assert record["ok"] is True
-    assert record["roles"] == ["device", "operator", "service-renewal"]
+    assert record["roles"] == ["device", "operator", "service-renewal", "service-gateway"]
 
 
 def test_policy_check_of_a_bad_file(broker: Callable[..., Result]) -> None:
@@ -273,8 +286,8 @@ def test_policy_diff(broker: Callable[..., Result]) -> None:
     lines = broker("policy", "diff", "policy.toml", "new.toml").out.splitlines()
     assert lines == [
         "- roles.operator.publish: gateway/+/crl (loses)",
-        "- assignments[3]: cn '*' -> device",
-        "+ assignments[3]: cn 'sensor-*' -> device",
+        "- assignments[4]: cn '*' -> device",
+        "+ assignments[4]: cn 'sensor-*' -> device",
     ]
     record = json.loads(broker("policy", "diff", "policy.toml", "new.toml", "--json").out.splitlines()[0])
     assert (record["sign"], record["effect"]) == ("-", "loses")

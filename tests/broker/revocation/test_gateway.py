@@ -9,7 +9,7 @@ import hashlib
 import logging
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from support.pki import Authority, Pki, crl_pem, now
@@ -18,8 +18,10 @@ from birthmark.broker import gateway as gateway_module
 from birthmark.broker.config import BrokerSettings, read_settings
 from birthmark.broker.counters import Counters
 from birthmark.broker.gateway import MAX_WAITING_CRLS, Gateway
+from birthmark.broker.packet_reader import TopicNames
 from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
 from birthmark.broker.trust import Trust
+from birthmark.broker.upstream.upstreams import Upstreams
 from birthmark.device.errors import BirthmarkError, ConfigurationError, PolicyError
 from birthmark.device.messages import ClosedIdentity, GatewayStatus, Receipt
 
@@ -47,6 +49,7 @@ class Recorder:
     counters: Counters = field(default_factory=Counters)
     on_client: Callable[[Peer, str], None] | None = None
     retained: list[bytes] = field(default_factory=list)
+    upstreams: Upstreams = field(default_factory=lambda: Upstreams((), cast(Any, None), TopicNames()))
 
     def own_retained(self, topic_filter: str) -> list[bytes]:
         assert topic_filter == "gateway/gw-1/seen/+"

@@ -1,0 +1,67 @@
+"""What a client says to a broker, and what it hears, as bytes: the other half of `broker/packets.py` (MQTT 3.1.1).
+
+`ServerPacketReader` reads what a broker sends as strictly as `PacketReader` reads what a client does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
+from birthmark.broker.packets import ConnAck, Packet, PingResp, SubAck, UnsubAck, remaining_length, topic_field
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from birthmark.broker.packets import Will
+
+PINGREQ = b"\xc0\x00"
+DISCONNECT = b"\xe0\x00"
+_PING_RESP = PingResp()
+
+
+def connect(client_id: str, keepalive_s: int, will: Will | None) -> bytes:
+    """CONNECT (§3.1) for a session that is kept."""
+    flags = 0
+    payload = topic_field(client_id)
+    if will is not None:
+        flags = 0x04 | will.qos << 3 | will.retain << 5
+        payload += topic_field(will.topic) + len(will.payload).to_bytes(2, "big") + will.payload
+    body = b"\x00\x04MQTT\x04" + bytes((flags,)) + keepalive_s.to_bytes(2, "big") + payload
+    return b"\x10" + remaining_length(len(body)) + body
+
+
+def subscribe(packet_id: int, filters: Iterable[str], qos: int) -> bytes:
+    """SUBSCRIBE (§3.8)."""
+    body = packet_id.to_bytes(2, "big") + b"".join(topic_field(found) + bytes((qos,)) for found in filters)
+    return b"\x82" + remaining_length(len(body)) + body
+
+
+def unsubscribe(packet_id: int, filters: Iterable[str]) -> bytes:
+    """UNSUBSCRIBE (§3.10)."""
+    body = packet_id.to_bytes(2, "big") + b"".join(topic_field(found) for found in filters)
+    return b"\xa2" + remaining_length(len(body)) + body
+
+
+class ServerPacketReader(PacketReader):
+    """Reads one broker's bytes."""
+
+    __slots__ = ()
+
+    first_bytes: ClassVar[frozenset[int]] = frozenset(
+        {0x20, 0x40, 0x50, 0x62, 0x70, 0x90, 0xB0, 0xD0}
+        | {0x30, 0x31, 0x32, 0x33, 0x34, 0x35, 0x3A, 0x3B, 0x3C, 0x3D}
+    )
+
+    def _rare(self, first: int, body: bytes) -> Packet:
+        if first == 0xD0 and not body:
+            return _PING_RESP
+        if first == 0x20 and len(body) == 2 and body[0] <= 1 and not (body[0] and body[1]):
+            return ConnAck(bool(body[0]), body[1])
+        if first in (0x90, 0xB0) and len(body) >= 2:
+            packet_id = int.from_bytes(body[:2], "big")
+            if first == 0xB0 and len(body) == 2 and packet_id:
+                return UnsubAck(packet_id)
+            if first == 0x90 and len(body) > 2 and packet_id and all(code in (0, 1, 2, 0x80) for code in body[2:]):
+                return SubAck(packet_id, body[2:])
+        raise MalformedPacketError(f"a packet {first:#04x} that is not what a broker sends")

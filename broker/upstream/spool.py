@@ -1,0 +1,244 @@
+"""What waits to go up an upstream: a persistent session of the broker's own, in its store like any other's.
+
+Rules:
+
+- A message for the upstream is in the store before its publisher's PUBACK, and until the upstream has
+  acknowledged it: what holds for a persistent session (`outbound.py`, `journal.py`) holds for the spool, the code
+  being the same.
+- QoS 2 goes at 1, and so does what is retained, which is a state and must not be missed. The rest of QoS 0 goes
+  at 0 while the link is up, and is not spooled.
+- It is bounded by messages and bytes (`spool_messages`, `spool_bytes`). With "hold" publishers are stopped from
+  `HOLD_AT` of it on, until it has fallen to `GO_ON_AT`; what they have sent by then finds room. What comes from
+  nobody who could be stopped (wills, the gateway's own) is dropped when it is really full, as with "drop_newest".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from birthmark.broker.config import QueueFull
+from birthmark.broker.outbound import REPLAY_WATER_BYTES, Outbound
+from birthmark.broker.packets import publish_head, topic_field
+from birthmark.broker.peer import upstream_peer
+from birthmark.broker.policy import Rights
+from birthmark.broker.session import Message, Session
+from birthmark.broker.upstream.settings import SpoolFull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from birthmark.broker.delivery import Exchange
+    from birthmark.broker.peer import Peer
+    from birthmark.broker.session import Outgoing
+    from birthmark.broker.upstream.settings import UpstreamSettings
+
+CLIENT_ID_PREFIX = "$upstream/"
+"""No client has an id with a dollar or a slash in it."""
+WINDOW_BYTES = 4_194_304
+"""On their way to the upstream, unacknowledged: so much, and one message."""
+_DOWN = "$down/"
+"""Before a filter that is subscribed to at the upstream; the session's own filters never begin with a dollar."""
+HOLD_AT = 0.875
+GO_ON_AT = 0.75
+
+
+class Spool(Outbound):
+    """Sends to one upstream.
+
+    Args:
+        settings: the upstream's.
+        exchange: the broker's.
+        filling: all spools that have no room for long; this one puts itself in, and takes itself out.
+
+    Attributes:
+        on_room: called when it has room again.
+    """
+
+    def __init__(self, settings: UpstreamSettings, exchange: Exchange, filling: set[Spool]) -> None:
+        limits = replace(
+            exchange.limits,
+            max_inflight=settings.max_inflight,
+            max_queued_messages=settings.spool_messages,
+            max_queued_bytes=settings.spool_bytes,
+            max_queued_bytes_total=settings.spool_bytes,
+            queue_full=QueueFull.DROP_OLDEST
+            if settings.spool_full is SpoolFull.DROP_OLDEST
+            else QueueFull.DROP_NEWEST,
+        )
+        super().__init__(limits, exchange.counters, exchange.denials, exchange.journal, exchange.retained)
+        self._max_waiting_bytes = WINDOW_BYTES
+        self._mapping = settings.mapping
+        self._transit = settings.transit
+        self.holds = settings.spool_full is SpoolFull.HOLD
+        """Whether publishers are stopped rather than anything dropped."""
+        peer = upstream_peer(settings.name)
+        client_id = f"{CLIENT_ID_PREFIX}{settings.name.folded}"
+        self.session = Session(client_id, peer, Rights(peer.device_id, None, "an upstream"), clean=False)
+        self._filling = filling
+        self.on_room: Callable[[], None] = lambda: None
+        self._emptied: asyncio.Future[None] | None = None
+        self.forwarded = 0
+        """Messages that the upstream has acknowledged."""
+        self.dropped = 0
+        """Messages that did not go up: no room in the spool, or of QoS 0 and no link."""
+
+    @property
+    def peer(self) -> Peer:
+        """Who the upstream is, as a publisher."""
+        return self.session.peer
+
+    def adopt(self, session: Session) -> None:
+        """Go on with what the store has kept."""
+        session.rights = self.session.rights
+        self.session = session
+        self.queued_bytes = session.queued_bytes
+        self._look_for_room()
+
+    async def emptied(self) -> None:
+        """Wait until the upstream has acknowledged everything."""
+        if self.session.waiting_count:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await self._emptied
+
+    # --- what goes in ------------------------------------------------------------------------------------
+
+    def takes_from(self, publisher: Peer | None) -> bool:
+        """Whether what somebody publishes goes up: not what came down, nor another gateway's but in a tree."""
+        if publisher is None or not publisher.is_service:
+            return True
+        return not publisher.is_upstream and (self._transit or not publisher.is_gateway)
+
+    def take(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool) -> None:
+        """Take a message under its name at the upstream."""
+        if qos or retain:
+            self.send(self.session, Message(topic, topic_bytes, payload, 1, retain=retain), 1)
+            return
+        stream = self.session.stream
+        if stream is None:
+            self._count_dropped()
+        elif stream.waiting_bytes > self._max_waiting_bytes:
+            self._count_dropped()
+            self.drop_slow(self.session, topic)
+        else:
+            stream.write(publish_head(topic_bytes, len(payload), 0, retain=False) + payload)
+            self.counters.messages_out += 1
+
+    def may_receive(self, session: Session, topic: str) -> bool:
+        """Everything here was chosen by `broker.toml`."""
+        del session, topic
+        return True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more finds room."""
+        return self._is_beyond(1.0)
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether it has been nearly full, and has not much room again."""
+        return self in self._filling
+
+    def _is_beyond(self, fraction: float) -> bool:
+        limits, session = self.limits, self.session
+        return (
+            len(session.queue) >= limits.max_queued_messages * fraction
+            or session.queued_bytes >= limits.max_queued_bytes * fraction
+        )
+
+    def _look_for_room(self) -> None:
+        if self not in self._filling:
+            if self._is_beyond(HOLD_AT):
+                self._filling.add(self)
+        elif not self._is_beyond(GO_ON_AT):
+            self._filling.discard(self)
+            self.on_room()
+
+    def _count_dropped(self, count: int = 1) -> None:
+        self.dropped += count
+        self.counters.upstream_dropped += count
+
+    def _enqueue(self, session: Session, outgoing: Outgoing) -> None:
+        before = self.counters.dropped_queue_full
+        super()._enqueue(session, outgoing)
+        if self.counters.dropped_queue_full != before:
+            self._count_dropped(self.counters.dropped_queue_full - before)
+        self._look_for_room()
+
+    # --- what goes out -----------------------------------------------------------------------------------
+
+    def pump(self, session: Session) -> None:
+        """Send what waits, as far as there is room."""
+        super().pump(session)
+        if self._filling:
+            self._look_for_room()
+
+    def acknowledged(self, session: Session, packet_id: int, qos: int) -> None:
+        """PUBACK has come from the upstream."""
+        if packet_id in session.inflight:
+            self.forwarded += 1
+            self.counters.upstream_forwarded += 1
+        super().acknowledged(session, packet_id, qos)
+        if self._emptied is not None and not self._emptied.done() and not session.waiting_count:
+            self._emptied.set_result(None)
+
+    def begin(self, *, is_known: bool) -> None:
+        """Prepare for an upstream that has let us in; `is_known`: it has kept our session.
+
+        What goes up are the session's subscriptions here. As with any subscription, the retained messages of a new
+        one follow it, once; if the upstream has forgotten us, of all.
+        """
+        session, wanted = self.session, dict.fromkeys(passage.local for passage in self._mapping.up)
+        for topic_filter in [found for found in session.subscriptions if not found.startswith("$")]:
+            if topic_filter not in wanted:
+                self._forget(topic_filter)
+        for topic_filter in wanted:
+            if not is_known or topic_filter not in session.subscriptions or topic_filter in session.replaying:
+                is_replaying = self.replay(session, topic_filter, 1)
+                self._note(topic_filter, is_replaying=is_replaying)
+                if is_replaying and session.key:
+                    session.replaying.add(topic_filter)
+
+    def _replay(self, session: Session) -> None:
+        """Send retained messages as they are at this moment, as far as there is room, behind all that waits."""
+        replay = session.replay
+        while replay and session.stream is not None and session.stream.waiting_bytes < REPLAY_WATER_BYTES:
+            if session.queue or not self._has_room(session):
+                return
+            topic = next(iter(replay))
+            del replay[topic]
+            found, remote = self.retained.get(topic), self._mapping.to_remote(topic)
+            if found is not None and remote is not None and self.takes_from(found.publisher):
+                self.take(remote, topic_field(remote), found.payload, 1, retain=True)
+        if session.replaying and not replay:
+            self._replayed(session)
+
+    # --- what the upstream grants us -----------------------------------------------------------------------
+
+    @property
+    def granted(self) -> list[str]:
+        """The filters that we have subscribed to at the upstream, as far as its session is still the same."""
+        return [found.removeprefix(_DOWN) for found in self.session.subscriptions if found.startswith(_DOWN)]
+
+    def note_granted(self, topic_filter: str) -> None:
+        """The upstream has granted a subscription."""
+        self._note(_DOWN + topic_filter, is_replaying=False)
+
+    def forget_granted(self, topic_filter: str) -> None:
+        """A subscription at the upstream is no more."""
+        if _DOWN + topic_filter in self.session.subscriptions:
+            self._forget(_DOWN + topic_filter)
+
+    def _note(self, topic_filter: str, *, is_replaying: bool) -> None:
+        session = self.session
+        session.subscriptions[topic_filter] = 1
+        if session.key:
+            self.journal.note_subscription(session, topic_filter, 1, is_replaying=is_replaying)
+
+    def _forget(self, topic_filter: str) -> None:
+        session = self.session
+        del session.subscriptions[topic_filter]
+        session.replaying.discard(topic_filter)
+        if session.key:
+            self.journal.drop_subscription(session, topic_filter)

@@ -1,0 +1,102 @@
+"""Gateways with an upstream, for tests: the settings by way of the parser, and a policy that lets gateways in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from support.mqtt_gateway import POLICY_TOML
+
+from birthmark.broker.toml_file import parse_toml
+from birthmark.broker.upstream.settings import read_upstreams
+from birthmark.device.errors import ConfigurationError
+from birthmark.device.identity import BrokerName
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.mqtt_gateway import RunningGateway
+    from support.pki import Issued, Pki
+
+    from birthmark.broker.upstream.settings import UpstreamSettings
+    from birthmark.broker.upstream.upstream import Upstream
+
+ROLE = "service-gateway"
+POLICY = (
+    POLICY_TOML
+    + b"""
+[roles.service-gateway]
+publish = ["#"]
+subscribe = ["#"]
+
+[[assignments]]
+ou = "service-gateway"
+role = "service-gateway"
+"""
+)
+UP = ["devices/+/telemetry/#", "devices/+/status", "devices/+/replies/#"]
+DOWN = ["devices/+/commands/#"]
+SHARED = ["fleet/announcements/#"]
+
+
+def write_credentials(
+    folder: Path, pki: Pki, identity: str, *, issued: Issued | None = None, trust: bytes | None = None
+) -> None:
+    """Write what `upstream_toml` names: `IDENTITY.pem` and `IDENTITY-ca.pem`."""
+    folder.mkdir(exist_ok=True)
+    (issued or pki.device(identity, ROLE)).write(folder / f"{identity}.pem")
+    (folder / f"{identity}-ca.pem").write_bytes(trust or pki.root.pem)
+
+
+def upstream_toml(identity: str, *ports: int, name: str = "cloud", **changes: Any) -> str:
+    """One `[[upstream]]` table, quick to try again; `changes` are its keys, None to leave one out."""
+    values: dict[str, Any] = {
+        "name": name,
+        "servers": [f"mqtts://127.0.0.1:{port}" for port in ports],
+        "credentials": f"{identity}.pem",
+        "ca": f"{identity}-ca.pem",
+        "up": UP,
+        "down": DOWN,
+        "down_shared": SHARED,
+        "longest_wait_s": 0.1,
+    }
+    lines = [f"{key} = {_toml(value)}" for key, value in (values | changes).items() if value is not None]
+    return "\n[[upstream]]\n" + "\n".join(lines) + "\n"
+
+
+def upstreams(folder: Path, *tables: str, gateway: str = "localhost") -> tuple[UpstreamSettings, ...]:
+    """Read tables as `broker.toml` would."""
+    root = parse_toml("".join(tables).encode(), "broker.toml", ConfigurationError)
+    return read_upstreams(root, folder, BrokerName(gateway))
+
+
+def linked(folder: Path, pki: Pki, port: int, identity: str = "gw-1", **changes: Any) -> dict[str, Any]:
+    """Return what `running_gateway` needs to be given for a gateway below the broker on a port."""
+    write_credentials(folder, pki, identity)
+    return {
+        "policy_toml": POLICY,
+        "upstreams": upstreams(folder, upstream_toml(identity, port, **changes)),
+    }
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def upstream_of(gateway: RunningGateway, name: str = "cloud") -> Upstream:
+    return next(found for found in gateway.broker.upstreams if found.name == name)
+
+
+def wait_until_up(gateway: RunningGateway, name: str = "cloud") -> Upstream:
+    """Wait until a link is up and its subscriptions stand."""
+    upstream = upstream_of(gateway, name)
+
+    def is_up() -> bool:
+        wanted = set(upstream.settings.mapping.subscriptions())
+        return upstream.link is not None and wanted <= {*upstream.spool.granted, *upstream.link.refused}
+
+    gateway.wait_for(is_up, f"the link to {name}: {upstream.reason}")
+    return upstream
