@@ -4,6 +4,7 @@ Rules:
 
 - Every attempt is a whole enrollment from HELLO: the journal decides how to go on, so a retry is a resume.
 - A line that fails after HELLO is tried again; a refusal is not, and neither is a port on which nothing answers.
+- A registry whose server went away is waited for, and no attempt is counted; then the unit goes on from HELLO.
 - What happens is told as reports, from the slot's own thread; a person's Ctrl-C ends it between two actions, with
   word in the audit log of how far the unit got.
 - With `again`, the slot waits for the next board: for a port that comes, a HELLO that is answered, another hwid.
@@ -16,11 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError, LinkError, PortError
+from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError, LinkError, PortError, RegistryError
 from birthmark.provisioning.enrol import Reached, Step, Stored
 from birthmark.provisioning.exchange import NoAnswerError
 from birthmark.provisioning.outcomes import Attempt, Outcome, code_of, failed_step
-from birthmark.provisioning.registry.interface import DuplicateError
+from birthmark.provisioning.registry.interface import DuplicateError, RegistryAwayError
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.session import Replugged, Session, StoppedError, Unplugged
 from birthmark.provisioning.unit_ids import NoIdError
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 DEFAULT_TRIES: Final = 4
 """A line that loses one byte in two hundred gets a board through within four attempts."""
 LOOK_EVERY_S: Final = 0.3
+REGISTRY_PATIENCE_S: Final = 600.0
+"""How long the registry's server may be away: a restart, or a person who is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Noted:
 
     slot: str
     kind: str
-    """`waiting`, `unplugged`, `replugged`, `idle`, `id` or `confirm`."""
+    """`waiting`, `unplugged`, `replugged`, `registry`, `idle`, `id` or `confirm`."""
     text: str
 
 
@@ -156,7 +159,7 @@ class Slot:
                 if self._is_empty(error, progress):
                     self._last = None
                     return self._wait("put in a board")
-                if self._takes_another_id(error, progress):
+                if self._takes_another_id(error, progress) or self._waited_for_registry(error, progress):
                     continue
                 is_final = not (isinstance(error, LinkError) and progress.reached) or retries + 1 >= self.tries
                 self._end(progress, Outcome.FAIL, retries, error=error, is_final=is_final)
@@ -258,6 +261,28 @@ class Slot:
         self.ids.give_back(wish, taken=True)
         progress.wish = None
         return True
+
+    def _waited_for_registry(self, error: BirthmarkError, progress: _Progress) -> bool:
+        """Whether it was the registry that was away, and is to be asked again: it is back, or the line stops."""
+        if not isinstance(error, RegistryAwayError):
+            return False
+        if progress.wish is not None and progress.row is None:
+            self.ids.give_back(progress.wish, taken=False)
+            progress.wish = None
+        self.tell(Noted(self.port.slot, "registry", f"waiting: {error.message}"))
+        until_s = time.monotonic() + REGISTRY_PATIENCE_S
+        while time.monotonic() < until_s:
+            if self.stop.wait(LOOK_EVERY_S):
+                return True
+            try:
+                self.journal.look()
+            except RegistryAwayError:
+                continue
+            except RegistryError:  # another trouble: the next attempt meets it, and says so
+                return True
+            self.tell(Noted(self.port.slot, "registry", "it is back"))
+            return True
+        return False
 
     def _wait(self, text: str) -> bool:
         if not self._waits:

@@ -75,6 +75,15 @@ class Transitions:
         self.revoked = 0
         """Certificates marked revoked so far: the next CRL carries them."""
 
+    def look(self) -> None:
+        """See whether the registry can be read.
+
+        Raises:
+            RegistryError: it cannot.
+        """
+        with self._registry.view():
+            pass
+
     def standing(self, hwid: bytes) -> tuple[Row | None, Row | None]:
         """Return the unit's live row and, if that row is to replace another one, the other one."""
         with self._registry.view() as view:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import RegistryError
+from birthmark.provisioning.registry.interface import RegistryAwayError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,7 +150,8 @@ class GroupedRegistry:
 def _same(error: BaseException) -> RegistryError:
     """Return an error of the write as everybody else in the group gets it."""
     if isinstance(error, RegistryError):
-        return RegistryError(error.message, hint=error.hint)
+        kind = RegistryAwayError if isinstance(error, RegistryAwayError) else RegistryError
+        return kind(error.message, hint=error.hint)
     return RegistryError(
         "could not write the registry: the write that this one was part of was broken off",
         hint="run the same command again: it resumes where it stopped",

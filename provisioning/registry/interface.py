@@ -54,6 +54,14 @@ def moment(view: View, name: str) -> datetime:
         ) from error
 
 
+class RegistryAwayError(RegistryError):
+    """The server that keeps the registry cannot be reached, or the connection to it broke.
+
+    What was under way is undone; if it broke while it was being written, a look at the registry tells. The same
+    again, once the server is back, is always right.
+    """
+
+
 class DuplicateError(EnrollmentRefusedError):
     """A row would share what must be unique with another row.
 

@@ -21,11 +21,12 @@ from urllib.parse import quote
 from birthmark.device.durable import sync_folder
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.device.escape import escaped
+from birthmark.provisioning.registry.interface import RegistryAwayError
 
 try:
     from sqlalchemy import create_engine, event
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
     from sqlalchemy.pool import NullPool, QueuePool
 except ImportError as _missing:
     raise ConfigurationError(
@@ -61,6 +62,8 @@ _CONNECTING: Final = {
 }
 """What libpq is told, unless the URL says otherwise."""
 _NOT_THERE: Final = frozenset({"42P01", "3F000"})
+_AWAY: Final = ("08", "57P")
+"""Classes of SQLSTATE: the connection failed; an operator intervened (the server stops, starts or recovers)."""
 """SQLSTATE of a table, or a schema, that is not there."""
 
 
@@ -165,11 +168,13 @@ class Database:
                 f"could not write the registry {self.shown}: the database refuses it: {cause}",
                 hint="nothing was changed; has another program written there? see `birthmark doctor`",
             )
+        kind = RegistryError
         if self.path is None:
+            kind = RegistryAwayError if _is_away(error) else RegistryError
             hint = "nothing is lost that was acknowledged; see that PostgreSQL runs and lets you in, then again"
         else:
             hint = "nothing was changed; make room or repair the permissions, then try again"
-        return RegistryError(f"could not {verb} the registry {self.shown}: {cause}", hint=hint)
+        return kind(f"could not {verb} the registry {self.shown}: {cause}", hint=hint)
 
     def close(self) -> None:
         """Let go of connections that are kept for later."""
@@ -272,6 +277,14 @@ def _cause(error: SQLAlchemyError) -> str:
     """Return the first line of what the database itself said; SQLAlchemy would add the statement."""
     said = str(error.orig if isinstance(error, DBAPIError) and error.orig is not None else error)
     return escaped(next(iter(said.strip().splitlines()), type(error).__name__), 300)
+
+
+def _is_away(error: SQLAlchemyError) -> bool:
+    """Whether no connection came about, or the one that there was broke."""
+    if not isinstance(error, OperationalError):
+        return False
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    return error.connection_invalidated or sqlstate is None or sqlstate.startswith(_AWAY)
 
 
 def _is_not_there(error: DBAPIError) -> bool:

@@ -68,12 +68,12 @@ class SqlTransaction(SqlView, RuledTransaction):
         log: str,
     ) -> None:
         SqlView.__init__(self, database, connection)
-        RuledTransaction.__init__(self, clock, actor, self.head(log))
         self._log = log
         self._depth = 0
         self.changed = False
         self.spoilt: RegistryError | None = None
         """Why this may not be committed."""
+        RuledTransaction.__init__(self, clock, actor, self.head(log))
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -201,8 +201,9 @@ class SqlTransaction(SqlView, RuledTransaction):
         return there
 
     def _failed(self, error: RegistryError) -> RegistryError:
+        # After a connection broke, every further statement fails with another word for it.
         self.spoilt = self.spoilt or error
-        return error
+        return self.spoilt
 
     def _undo_to(self, name: str, spoilt: RegistryError | None) -> None:
         try:

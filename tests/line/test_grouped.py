@@ -14,7 +14,7 @@ import pytest
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.registry.grouped import GroupedRegistry
-from birthmark.provisioning.registry.interface import DuplicateError
+from birthmark.provisioning.registry.interface import DuplicateError, RegistryAwayError
 from birthmark.provisioning.registry.model import Kind, Row
 from birthmark.provisioning.registry.tiny import TinyRegistry
 
@@ -31,7 +31,7 @@ class Slow(TinyRegistry):
     writes = 0
     gate: threading.Event | None = None
     at_gate: threading.Event
-    fails = False
+    failure: RegistryError | None = None
 
     @contextmanager
     def transaction(self) -> Iterator[Any]:
@@ -40,8 +40,8 @@ class Slow(TinyRegistry):
             if self.gate is not None:
                 self.at_gate.set()
                 assert self.gate.wait(30)
-            if self.fails:
-                raise RegistryError("could not write the registry: no space", hint="make room")
+            if self.failure is not None:
+                raise self.failure
             self.writes += 1
 
 
@@ -157,22 +157,22 @@ def test_a_leader_that_fails_takes_nobody_with_it(registry: GroupedRegistry, ben
     assert names(registry) == ["kept"]
 
 
-def test_a_write_that_fails_fails_for_everybody(registry: GroupedRegistry, beneath: Slow) -> None:
+@pytest.mark.parametrize("kind", [RegistryError, RegistryAwayError])
+def test_a_write_that_fails_fails_for_everybody(
+    registry: GroupedRegistry, beneath: Slow, kind: type[RegistryError]
+) -> None:
     def work(number: int) -> None:
         with registry.transaction() as transaction:
             insert(transaction, f"row-{number}")
+            beneath.failure = kind("could not write the registry: no space", hint="make room")
 
     with ThreadPoolExecutor(20) as pool:
-        futures = sixteen_behind_one(registry, beneath, pool, work)
-        for future in futures:
-            future.result(30)
-        beneath.fails = True
-        later = [pool.submit(add, registry, f"later-{n}") for n in range(16)]
-        for future in later:
-            with pytest.raises(RegistryError, match="no space"):
+        for future in sixteen_behind_one(registry, beneath, pool, work):
+            with pytest.raises(RegistryError, match="no space") as caught:
                 future.result(30)
-    beneath.fails = False
-    assert len(names(registry)) == 17
+            assert type(caught.value) is kind
+    beneath.failure = None
+    assert names(registry) == ["first"]
     add(registry, "after")
 
 

@@ -19,6 +19,7 @@ from birthmark.provisioning.line_view import LiveTable, Tally
 from birthmark.provisioning.outcomes import Attempt, Outcome, code_of, failed_step
 from birthmark.provisioning.port import PortName
 from birthmark.provisioning.port_choice import SlotPort
+from birthmark.provisioning.registry.interface import RegistryAwayError
 from birthmark.provisioning.slot import Ended, Noted, Slot, Stepped
 from birthmark.provisioning.verdict import Evidence
 
@@ -57,21 +58,32 @@ class Acted(Slot):
 
 
 class NoIds:
+    given_back: list[tuple[str, bool]]
+
     def give_back(self, wish: Wish, *, taken: bool) -> None:
-        pass
+        self.given_back.append((wish.device_id.text, taken))
+
+
+def reports_of(
+    tmp_path: Path, *script: BirthmarkError | None, tries: int = 4, again: bool = False
+) -> tuple[list[Report], NoIds]:
+    reports: list[Report] = []
+    ids = NoIds()
+    ids.given_back = []
+    port = SlotPort("1", "/dev/null", PortName("/dev/null"))
+    stop = threading.Event()
+    journal = open_desk(tmp_path / "desk").journal
+    slot = Acted(port, journal, ids, reports.append, stop, tries, again)  # type: ignore[arg-type]
+    slot.script = list(script)
+    slot.run()
+    assert slot.script == []
+    return reports, ids
 
 
 def ends(
     tmp_path: Path, *script: BirthmarkError | None, tries: int = 4, again: bool = False
 ) -> list[tuple[str, str, int, bool]]:
-    reports: list[Report] = []
-    port = SlotPort("1", "/dev/null", PortName("/dev/null"))
-    stop = threading.Event()
-    journal = open_desk(tmp_path / "desk").journal
-    slot = Acted(port, journal, NoIds(), reports.append, stop, tries, again)  # type: ignore[arg-type]
-    slot.script = list(script)
-    slot.run()
-    assert slot.script == []
+    reports, _ = reports_of(tmp_path, *script, tries=tries, again=again)
     return [
         (report.attempt.outcome.value, report.attempt.code, report.retries, report.is_final)
         for report in reports
@@ -96,6 +108,17 @@ def test_what_is_on_a_port_instead_of_a_board_is_said_once(tmp_path: Path) -> No
 
 def test_tries_end(tmp_path: Path) -> None:
     assert [end[3] for end in ends(tmp_path, STUCK, STUCK, tries=2)] == [False, True]
+
+
+def test_a_registry_that_is_away_is_waited_for_and_no_attempt_is_counted(tmp_path: Path) -> None:
+    away = RegistryAwayError("could not reach the registry")
+    reports, ids = reports_of(tmp_path, away, away, RegistryError("it is damaged"))
+    assert [report.text for report in reports if isinstance(report, Noted)] == [
+        *["waiting: could not reach the registry", "it is back"] * 2
+    ]
+    (end,) = [report for report in reports if isinstance(report, Ended)]
+    assert (end.attempt.code, end.retries, end.is_final) == ("REGISTRY", 0, True)
+    assert ids.given_back == [("sensor-1", False)] * 3, "an id under which nothing was reserved is lost"
 
 
 @pytest.mark.parametrize("error", [SILENT, ProofError(Step.ATTEST, "x"), RegistryError("x")])

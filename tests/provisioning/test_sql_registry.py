@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import insert, text, update
+from sqlalchemy import event, insert, text, update
 from support.postgres import running
 from support.station import NOON, Clock
 
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.registry.grouped import GroupedRegistry
+from birthmark.provisioning.registry.interface import RegistryAwayError
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.sql import SqlRegistry
 from birthmark.provisioning.registry.sql_database import Database, has_password, shown_url
@@ -168,6 +169,40 @@ def test_a_restarted_server_ends_a_transaction_and_not_the_next(
         assert not verdict_of(registry).problems
         assert registry._database.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
         registry.close()
+
+
+def test_a_connection_that_breaks_at_any_statement_is_said_to_be_away(
+    opened: Callable[..., SqlRegistry], postgres: Server
+) -> None:
+    registry = opened(postgres.new_schema(), make=True)
+    engine = registry._database.engine
+    grouped = GroupedRegistry(registry)
+    known = ["before"]
+    add(registry, *known)
+    left = 0
+
+    def cut(connection: Any, *_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            pid = connection.connection.driver_connection.info.backend_pid
+            assert postgres.psql(f"SELECT pg_terminate_backend({pid}, 10000)").strip() == "t"
+
+    event.listen(engine, "before_cursor_execute", cut)
+    statements = 0
+    while left <= 0:
+        statements += 1
+        left = statements
+        try:
+            with grouped.transaction() as transaction:
+                insert_device(transaction, f"d-{statements}")
+            known.append(f"d-{statements}")
+        except RegistryAwayError:
+            assert names(registry) == known
+    event.remove(engine, "before_cursor_execute", cut)
+    assert names(registry) == known == ["before", f"d-{statements}"], "only what was not cut is there"
+    assert statements > 8
+    assert not verdict_of(registry).problems
 
 
 def test_a_share_that_the_database_refuses_is_undone_alone(registry: SqlRegistry) -> None:

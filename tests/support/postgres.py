@@ -52,6 +52,7 @@ class Server:
         self._as = _somebody()
         self._schemas = 0
         self._durable = durable
+        self._is_up = False
         if os.geteuid() == 0:
             os.chown(self.folder, self._as.pw_uid, self._as.pw_gid)
         self._run("initdb", "-D", self._data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
@@ -67,9 +68,11 @@ class Server:
         settings += ["-c shared_buffers=16MB", "-c fsync=" + ("on" if self._durable else "off")]
         log = str(self.folder / "log")
         self._run("pg_ctl", "-D", self._data, "-w", "-s", "-l", log, "-o", " ".join(settings), "start")
+        self._is_up = True
 
     def stop(self, mode: str = "immediate") -> None:
         """Stop the server, as a crash does or (`fast`) as its service does."""
+        self._is_up = False
         self._run("pg_ctl", "-D", self._data, "-w", "-s", "-m", mode, "stop")
 
     def restart(self, mode: str = "immediate") -> None:
@@ -90,7 +93,7 @@ class Server:
         return self._run("psql", *where, "-qXAt", *words)
 
     def close(self) -> None:
-        with contextlib.suppress(subprocess.CalledProcessError):
+        if self._is_up:
             self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
