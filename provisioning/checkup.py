@@ -275,8 +275,12 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         }
         looks = _looks(station, view)
     if timeout_s is not None:
-        by_mqtt = [gateway for gateway in station.settings.gateways if gateway.crl_path is None]
-        looks += look_at(by_mqtt, anchors_path=station.root_path, timeout_s=timeout_s)
+        looks += look_at(
+            station.settings.gateways,
+            anchors_path=station.root_path,
+            timeout_s=timeout_s,
+            upstreams=station.settings.upstreams,
+        )
     return Facts(
         now=now,
         census=census,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crls import CrlSet, sign_and_store_crl
+from birthmark.provisioning.delivery import Delivery, Outcome
 from birthmark.provisioning.gateway_receipts import note_deliveries, standing_of
-from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, Delivery, Outcome, deliver
+from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, deliver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
     from birthmark.device.console import Console
     from birthmark.provisioning.gateway_settings import Gateway
@@ -31,7 +34,15 @@ def deliver_crl(
     """
     gateways = station.settings.gateways if gateways is None else gateways
     station.publish_certificates()
-    deliveries = deliver(gateways, crls, station.cas, anchors_path=station.root_path, timeout_s=timeout_s)
+    begun = station.clock()
+    deliveries = deliver(
+        gateways,
+        crls,
+        station.cas,
+        anchors_path=station.root_path,
+        upstreams=station.settings.upstreams,
+        timeout_s=timeout_s,
+    )
     told = [delivery for delivery in deliveries if not (again and _is_known(station, delivery))]
     if told:
         numbers = " ".join(f"{crl.issuer[:SHORT]}:{crl.number}" for crl in crls.crls)
@@ -46,7 +57,17 @@ def deliver_crl(
                     outcome=delivery.outcome.value,
                     cause=delivery.cause or None,
                 )
-    return deliveries
+    return _with_since(station, deliveries, begun)
+
+
+def _with_since(station: Station, deliveries: Sequence[Delivery], now: datetime) -> list[Delivery]:
+    """Say of each that is not done since when that is so, if not since `now`."""
+    with station.registry.view() as view:
+        troubled = [standing_of(view, delivery.gateway).trouble_since for delivery in deliveries]
+    return [
+        replace(delivery, since=since) if since is not None and since < now else delivery
+        for delivery, since in zip(deliveries, troubled, strict=True)
+    ]
 
 
 def _is_known(station: Station, delivery: Delivery) -> bool:

@@ -23,10 +23,10 @@ from birthmark.device.backoff import Backoff
 from birthmark.device.errors import BirthmarkError
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, look_at
 from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.gateway_receipts import standing_of
-from birthmark.provisioning.gateways import Outcome
 from birthmark.provisioning.retirement import retire_due
 from birthmark.provisioning.settings import read_settings
 
@@ -111,9 +111,13 @@ class CrlService:
         if time.monotonic() < self._look_at_s:
             return
         self._look_at_s = time.monotonic() + LOOK_AT_GATEWAYS_S
-        by_mqtt = [gateway for gateway in self._station.settings.gateways if gateway.crl_path is None]
-        timeout_s = min(self._timeout_s, DEFAULT_TIMEOUT_S)
-        looks = look_at(by_mqtt, anchors_path=self._station.root_path, timeout_s=timeout_s)
+        looks = look_at(
+            self._station.settings.gateways,
+            anchors_path=self._station.root_path,
+            timeout_s=min(self._timeout_s, DEFAULT_TIMEOUT_S),
+            upstreams=self._station.settings.upstreams,
+            sightings=False,
+        )
         for name in note_policies(self._station, looks):
             self._say("policy", f"{name} goes by a policy that it did not before", gateway=name)
 

@@ -218,24 +218,26 @@ def successor(station_cas: Iterable[Ca], crls: CrlSet) -> CrlSet | None:
 
 def _read(path: Path, cas: Iterable[Ca]) -> list[StoredCrl]:
     """Return the CRLs in a file, of those CAs, that are whole and signed by them."""
+    cas = tuple(cas)
     try:
         blocks = [der for label, der in read_blocks(path.read_bytes()) if label == CRL]
     except (OSError, BirthmarkError):
         return []
-    by_key_id = {ca.key_id: ca for ca in cas}
-    found = []
-    for der in blocks:
-        try:
-            crl = x509.load_der_x509_crl(der)
-            stored = _stored(crl)
-            ca = by_key_id.get(stored.issuer) if stored is not None else None
-            if ca is None or stored is None:
-                continue
-            if crl.is_signature_valid(cast(EllipticCurvePublicKey, ca.certificate.public_key())):
-                found.append(stored)
-        except ValueError:
-            continue
-    return found
+    found = (signed_crl(der, cas) for der in blocks)
+    return [crl for crl in found if crl is not None]
+
+
+def signed_crl(der: bytes, cas: Iterable[Ca]) -> StoredCrl | None:
+    """Return a CRL that one of these CAs signed; None if it is none."""
+    try:
+        crl = x509.load_der_x509_crl(der)
+        stored = _stored(crl)
+        ca = None if stored is None else next((each for each in cas if each.key_id == stored.issuer), None)
+        if ca is None or not crl.is_signature_valid(cast(EllipticCurvePublicKey, ca.certificate.public_key())):
+            return None
+    except ValueError:
+        return None
+    return stored
 
 
 def _stored(crl: x509.CertificateRevocationList) -> StoredCrl | None:

@@ -1,10 +1,11 @@
-"""What the station's gateways say of themselves, for `birthmark doctor` and for a restore; nothing is brought.
+"""What the station's gateways say of themselves; nothing is brought.
 
 Rules:
 
-- Over MQTT: the retained `gateway/{name}/status` and `gateway/{name}/seen/+`, in the name of its operator.
-  Whom it saw is asked first: the broker sends retained messages in the order in which they were asked for, so
-  with the retained status all have come.
+- Over MQTT: the retained `gateway/{name}/status` and, where that is asked for, `gateway/{name}/seen/+`, in the
+  name of an operator, at each gateway's own broker or at the upstream that it keeps a link to. Whom it saw is
+  asked first: a broker sends retained messages in the order in which they were asked for, so with the status all
+  have come.
 - A gateway that is reached by a path cannot be asked; of it is known what its receipts said (`gateway_receipts`).
 - All gateways at once, within one time-out; what goes wrong at one is said in its look.
 """
@@ -13,31 +14,28 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.client import Client
-from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import BirthmarkError, RefusedError, RemoteProtocolError, UnreachableError
 from birthmark.device.identity import BrokerName
 from birthmark.device.messages import GatewayStatus, Sighting
 from birthmark.device.topics import gateway_crl_in_force, gateway_seen, gateway_status
+from birthmark.provisioning.gateway_contact import Contact, contacts, left
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from birthmark.device.received import Message
-    from birthmark.provisioning.gateway_settings import Gateway
+    from birthmark.provisioning.gateway_settings import Gateway, Upstream
 
 DEFAULT_TIMEOUT_S: Final = 5.0
 MAX_TOLD_BYTES: Final = 256 * 1024 * 1024
-"""Four times what a gateway retains by default. Whoever has one must not have the station run out of memory."""
-_STOP_S: Final = 1.0
-_LEAST_S: Final = 0.02
+"""Four times what a broker retains by default. Whoever has one must not have the station run out of memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,115 +51,166 @@ class Look:
     status: GatewayStatus | None = None
     """None for one that is reached by a path."""
     sightings: tuple[Sighting, ...] | None = None
-    """Whom it saw; None where it cannot be asked."""
+    """Whom it saw; None where it cannot be asked, or was not."""
     looked_at_s: float = 0.0
     """When the status came, in seconds since 1970, by this station's clock."""
+    via: str = ""
+    """The upstream that it was seen through."""
 
 
-def look_at(gateways: Sequence[Gateway], *, anchors_path: Path, timeout_s: float) -> list[Look]:
-    """Look at every gateway at once, for `timeout_s` at most. Never fails as a whole.
+def look_at(
+    gateways: Sequence[Gateway],
+    *,
+    anchors_path: Path,
+    timeout_s: float,
+    upstreams: Sequence[Upstream] = (),
+    sightings: bool = True,
+) -> list[Look]:
+    """Look at every gateway that is reached over MQTT, at all at once. Never fails as a whole.
 
     Args:
-        gateways: which.
+        gateways: which; those that are reached by a path are passed over.
         anchors_path: the CA certificates that a gateway's own certificate leads to (PEM).
         timeout_s: how long to wait in all.
+        upstreams: that some of the gateways are reached through.
+        sightings: whether to ask whom each saw.
     """
-    if not gateways:
+    reached = contacts(gateways, upstreams, anchors_path)
+    if not reached:
         return []
     deadline = time.monotonic() + timeout_s
-    with ThreadPoolExecutor(max_workers=min(32, len(gateways))) as pool:
-        return list(pool.map(lambda gateway: _look_at_one(gateway, anchors_path, deadline), gateways))
+    with ThreadPoolExecutor(max_workers=min(32, len(reached))) as pool:
+        looks = pool.map(lambda contact: _look(contact, deadline, sightings=sightings), reached)
+        found = {look.name: look for some in looks for look in some}
+    return [found[gateway.name] for gateway in gateways if gateway.name in found]
 
 
-def _look_at_one(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
-    try:
-        return _look_by_mqtt(gateway, anchors_path, deadline)
-    except BirthmarkError as error:
-        return Look(gateway.name, gateway.reached_by, error.message)
-    except OSError as error:
-        where = error.filename or gateway.reached_by
-        return Look(gateway.name, gateway.reached_by, f"could not read {where}: {error.strerror or error}")
-
-
-def crls_in_force(gateway: Gateway, *, anchors_path: Path, timeout_s: float) -> list[bytes]:
-    """Return the CRLs (DER) that a gateway which is reached by MQTT goes by, as it says.
+def crls_in_force(contact: Contact, *, timeout_s: float) -> dict[str, list[bytes] | BirthmarkError]:
+    """Return by name the CRLs (DER) that each gateway at a contact goes by, as it says, or why there are none.
 
     Raises:
-        BirthmarkError: it cannot be reached, does not answer in time, or does not tell its operator.
+        BirthmarkError: the broker there cannot be reached.
     """
-    name = BrokerName(gateway.name)
-    topic = gateway_crl_in_force(name, "+")
-    _, payloads = _retained(gateway, topic, anchors_path, time.monotonic() + timeout_s)
-    if payloads is None:
-        raise RefusedError(f"could not ask {gateway.name} for its CRL: its policy keeps that from its operator")
-    if not payloads:
-        raise BirthmarkError(f"could not take the CRL of {gateway.name}: it does not say which one it goes by")
-    return payloads
+    asked = {gateway.name: gateway_crl_in_force(BrokerName(gateway.name), "+") for gateway in contact.gateways}
+    told = _ask(contact, asked, time.monotonic() + timeout_s)
+    return {gateway.name: _crls_of(contact, gateway, told[gateway.name]) for gateway in contact.gateways}
 
 
-def _look_by_mqtt(gateway: Gateway, anchors_path: Path, deadline: float) -> Look:
-    topic = gateway_seen(BrokerName(gateway.name), "+")
-    status, payloads = _retained(gateway, topic, anchors_path, deadline)
-    sightings = []
-    for payload in payloads or ():
+def _crls_of(contact: Contact, gateway: Gateway, told: _Told) -> list[bytes] | BirthmarkError:
+    if told.status is None:
+        return UnreachableError(_silence(contact, gateway))
+    if told.is_denied:
+        return RefusedError(f"could not ask {gateway.name} for its CRL: the policy keeps that from its operator")
+    if not told.payloads:
+        return BirthmarkError(f"could not take the CRL of {gateway.name}: it does not say which one it goes by")
+    return told.payloads
+
+
+def _look(contact: Contact, deadline: float, *, sightings: bool) -> list[Look]:
+    asked = {
+        gateway.name: gateway_seen(BrokerName(gateway.name), "+") for gateway in contact.gateways if sightings
+    }
+    try:
+        told = _ask(contact, asked, deadline)
+    except BirthmarkError as error:
+        return [Look(gateway.name, gateway.reached_by, error.message) for gateway in contact.gateways]
+    except OSError as error:
+        cause = f"could not read {error.filename or contact.address}: {error.strerror or error}"
+        return [Look(gateway.name, gateway.reached_by, cause) for gateway in contact.gateways]
+    return [_look_of(contact, gateway, told[gateway.name], asked) for gateway in contact.gateways]
+
+
+def _look_of(contact: Contact, gateway: Gateway, told: _Told, asked: Mapping[str, str]) -> Look:
+    if told.status is None:
+        return Look(gateway.name, gateway.reached_by, _silence(contact, gateway), via=contact.upstream)
+    seen = []
+    for payload in told.payloads:
         with contextlib.suppress(RemoteProtocolError):
-            sightings.append(Sighting.from_bytes(payload))
+            seen.append(Sighting.from_bytes(payload))
     return Look(
         gateway.name,
         gateway.reached_by,
-        crl_numbers=tuple(sorted(status.crl_numbers.items())),
-        status=status,
-        sightings=None if payloads is None else tuple(sightings),
-        looked_at_s=time.time(),
+        crl_numbers=tuple(sorted(told.status.crl_numbers.items())),
+        status=told.status,
+        sightings=None if told.is_denied or gateway.name not in asked else tuple(seen),
+        looked_at_s=told.at_s,
+        via=contact.upstream,
     )
 
 
-def _retained(
-    gateway: Gateway, topic_filter: str, anchors_path: Path, deadline: float
-) -> tuple[GatewayStatus, list[bytes] | None]:
-    """Return a gateway's status, and what it retains on other topics; None if its policy denies these."""
-    if gateway.operator_path is None:
-        raise BirthmarkError(f"could not reach {gateway.name}: no operator is set for it")
-    address = BrokerAddress(gateway.host, gateway.port)
-    credentials = Credentials.from_files(gateway.operator_path, anchors_path, address)
-    payloads: list[bytes] = []
-    told_bytes = 0
-    statuses: queue.Queue[GatewayStatus] = queue.Queue()
+def _silence(contact: Contact, gateway: Gateway) -> str:
+    if contact.upstream:
+        return f"{contact.upstream} knows nothing of it: has it a link there, with fleet = true?"
+    return f"nothing from a gateway of that name at {gateway.reached_by}"
 
-    def keep(message: Message) -> None:
-        nonlocal told_bytes
-        told_bytes += len(message.payload)
-        if message.retained and told_bytes <= MAX_TOLD_BYTES:
-            payloads.append(message.payload)
 
-    def keep_status(message: Message) -> None:
+@dataclass(slots=True)
+class _Told:
+    """What came of one gateway."""
+
+    status: GatewayStatus | None = None
+    at_s: float = 0.0
+    payloads: list[bytes] = field(default_factory=list)
+    """What it retains on the topics that were asked for."""
+    is_denied: bool = False
+    """Whether the policy denies these: one of before they were there."""
+
+
+class _Hearing:
+    """What comes of all gateways at one contact; the callbacks run in order, on one thread."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.told = {name: _Told() for name in names}
+        self.told_bytes = 0
+        self.statuses: queue.Queue[str] = queue.Queue()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every status has come, and so all that was asked for before; or far too much."""
+        return self.told_bytes > MAX_TOLD_BYTES or all(told.status for told in self.told.values())
+
+    def keep(self, name: str, message: Message) -> None:
+        self.told_bytes += len(message.payload)
+        if message.retained and self.told_bytes <= MAX_TOLD_BYTES:
+            self.told[name].payloads.append(message.payload)
+
+    def keep_status(self, name: str, message: Message) -> None:
         with contextlib.suppress(RemoteProtocolError):
-            if message.retained:
-                statuses.put(GatewayStatus.from_bytes(message.payload))
+            self.told[name].status = GatewayStatus.from_bytes(message.payload)
+            self.told[name].at_s = time.time()
+            self.statuses.put(name)
 
-    client = Client(credentials, client_suffix=f"look-{secrets.token_hex(4)}", connect_timeout_s=_left(deadline))
-    client.connect(timeout_s=_left(deadline))
-    try:
-        is_denied = False
-        try:
-            client.subscribe(topic_filter, keep, qos=0, wait=_left(deadline))
-        except RefusedError:
-            is_denied = True  # a policy of before
-        client.subscribe(gateway_status(BrokerName(gateway.name)), keep_status, qos=0, wait=_left(deadline))
-        # Callbacks run in order, on one thread: with the status, all that came before it has been kept.
-        status = statuses.get(timeout=_left(deadline))
-    except queue.Empty as error:
-        raise UnreachableError(f"nothing from a gateway of that name at {gateway.reached_by}") from error
-    finally:
-        client.stop(timeout_s=_STOP_S)
-    if told_bytes > MAX_TOLD_BYTES:
+
+def _ask(contact: Contact, asked: Mapping[str, str], deadline: float) -> dict[str, _Told]:
+    """Return by name what is retained of each gateway at a contact: its status, and what its filter matches.
+
+    Raises:
+        BirthmarkError: the broker cannot be reached, denies the statuses, or says too much.
+    """
+    hearing = _Hearing([gateway.name for gateway in contact.gateways])
+    with contact.client("look", deadline) as client:
+        wanted = [
+            (name, client.subscribe(topic, partial(hearing.keep, name), qos=0)) for name, topic in asked.items()
+        ]
+        for name, acknowledgement in wanted:
+            try:
+                acknowledgement.wait(left(deadline))
+            except RefusedError:
+                hearing.told[name].is_denied = True
+        statuses = [
+            client.subscribe(gateway_status(BrokerName(name)), partial(hearing.keep_status, name), qos=0)
+            for name in hearing.told
+        ]
+        for acknowledgement in statuses:
+            acknowledgement.wait(left(deadline))
+        with contextlib.suppress(queue.Empty):
+            while not hearing.is_over:
+                hearing.statuses.get(timeout=left(deadline))
+                if time.monotonic() >= deadline:
+                    break
+    if hearing.told_bytes > MAX_TOLD_BYTES:
         raise RemoteProtocolError(
-            f"could not take what {gateway.name} says: it is more than {MAX_TOLD_BYTES} bytes",
+            f"could not take what is said at {contact.address}: it is more than {MAX_TOLD_BYTES} bytes",
             hint="no gateway retains so much of itself: look at that machine",
         )
-    return status, None if is_denied else payloads
-
-
-def _left(deadline: float) -> float:
-    """Return the seconds until `deadline`, a few milliseconds at least."""
-    return max(_LEAST_S, deadline - time.monotonic())
+    return hearing.told

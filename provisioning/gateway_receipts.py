@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.errors import RegistryError
-from birthmark.provisioning.gateways import Outcome
+from birthmark.provisioning.delivery import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from birthmark.provisioning.crls import CrlSet, StoredCrl
-    from birthmark.provisioning.gateways import Delivery
+    from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.registry.interface import Transaction, View
 
 TOPIC: Final = "gateway"

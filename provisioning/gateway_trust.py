@@ -16,7 +16,7 @@ from birthmark.provisioning.station import PUBLIC_FILE_MODE
 
 if TYPE_CHECKING:
     from birthmark.provisioning.crls import CrlSet
-    from birthmark.provisioning.gateways import Delivery
+    from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.station import Station
 
 

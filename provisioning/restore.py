@@ -40,6 +40,7 @@ from birthmark.provisioning.crls import (
     sign_and_store_crl,
     unlock_all,
 )
+from birthmark.provisioning.gateway_contact import contacts
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, crls_in_force
 from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.registry.content import from_tables
@@ -60,7 +61,8 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.audit_places import Problem
     from birthmark.provisioning.backup import Member
-    from birthmark.provisioning.gateway_settings import Gateway
+    from birthmark.provisioning.cas import Cas
+    from birthmark.provisioning.gateway_contact import Contact
     from birthmark.provisioning.passphrase import PassphraseSource
     from birthmark.provisioning.registry.interface import Transaction
     from birthmark.provisioning.settings import RegistrySetting
@@ -232,13 +234,21 @@ def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
 
 def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
     """Return the CRLs that can be had of the gateways, all asked at once, and those of which none can."""
-    gateways = station.settings.gateways
-    if not gateways:
-        return [], []
-    with ThreadPoolExecutor(max_workers=min(32, len(gateways))) as pool:
-        held = list(pool.map(lambda gateway: _held_by(gateway, station, timeout_s), gateways))
-    found, unknown = [], []
-    for gateway, answer in zip(gateways, held, strict=True):
+    settings, cas = station.settings, station.cas
+    answers = {
+        gateway.name: _of_file(gateway.crl_path, cas)
+        for gateway in settings.gateways
+        if gateway.crl_path is not None
+    }
+    reached = contacts(settings.gateways, settings.upstreams, station.root_path)
+    if reached:
+        with ThreadPoolExecutor(max_workers=min(32, len(reached))) as pool:
+            for told in pool.map(lambda contact: _held_at(contact, cas, timeout_s), reached):
+                answers |= told
+    found: list[tuple[str, KnownCrl]] = []
+    unknown: list[Merged] = []
+    for gateway in settings.gateways:
+        answer = answers[gateway.name]
         if isinstance(answer, BirthmarkError):
             unknown.append(Merged(gateway.name, cause=answer.message))
         else:
@@ -246,12 +256,27 @@ def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, 
     return found, unknown
 
 
-def _held_by(gateway: Gateway, station: Station, timeout_s: float) -> list[KnownCrl] | BirthmarkError:
+def _of_file(path: Path, cas: Cas) -> list[KnownCrl] | BirthmarkError:
     try:
-        if gateway.crl_path is not None:
-            return read_crls(gateway.crl_path, station.cas)
-        told = crls_in_force(gateway, anchors_path=station.root_path, timeout_s=timeout_s)
-        return [crl for der in told for crl in parse_crls(der, station.cas, of=gateway.name)]
+        return read_crls(path, cas)
+    except BirthmarkError as error:
+        return error
+
+
+def _held_at(contact: Contact, cas: Cas, timeout_s: float) -> dict[str, list[KnownCrl] | BirthmarkError]:
+    """Return what each gateway at a contact holds, or why that is not known."""
+    try:
+        told = crls_in_force(contact, timeout_s=timeout_s)
+    except BirthmarkError as error:
+        return {gateway.name: error for gateway in contact.gateways}
+    return {name: _of_answer(name, answer, cas) for name, answer in told.items()}
+
+
+def _of_answer(name: str, answer: list[bytes] | BirthmarkError, cas: Cas) -> list[KnownCrl] | BirthmarkError:
+    if isinstance(answer, BirthmarkError):
+        return answer
+    try:
+        return [crl for der in answer for crl in parse_crls(der, cas, of=name)]
     except BirthmarkError as error:
         return error
 

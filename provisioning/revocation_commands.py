@@ -25,7 +25,7 @@ from birthmark.provisioning.revocation import REASONS, parse_reason, revoke, rev
 if TYPE_CHECKING:
     import argparse
 
-    from birthmark.provisioning.gateways import Delivery
+    from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.station import Station
 
 

@@ -15,15 +15,16 @@ from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_f
 from birthmark.device.durable import write_durably
 from birthmark.provisioning import rollover
 from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_settings import Gateway
-from birthmark.provisioning.gateways import Outcome, deliver
+from birthmark.provisioning.gateways import deliver
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from birthmark.provisioning.gateways import Delivery
+    from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.station import Station
 
 SHORT_S = 0.3

@@ -21,8 +21,9 @@ from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.checkup import gather
 from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
+from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_settings import Gateway
-from birthmark.provisioning.gateways import Outcome, deliver
+from birthmark.provisioning.gateways import deliver
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.registry.model import State

@@ -17,9 +17,9 @@ from birthmark.provisioning import audit, rollover
 from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.delivery import Delivery, Outcome
 from birthmark.provisioning.gateway_receipts import note_deliveries
 from birthmark.provisioning.gateway_settings import Gateway
-from birthmark.provisioning.gateways import Delivery, Outcome
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.one_unit import journal_of
