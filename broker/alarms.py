@@ -30,6 +30,11 @@ class Alarm:
         "upstream-refuses",
         "upstream-spool-full",
         "upstream-certificate-due",
+        "fleet-crl-refused",
+        "fleet-policy-refused",
+        "fleet-unheard",
+        "policy-local",
+        "policy-signer",
     ]
     message: str
     hint: str

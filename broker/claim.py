@@ -67,6 +67,8 @@ def claim_session(
             # A new certificate may carry another role: what the old one was granted is asked again.
             exchange.renew_rights(old)
             exchange.router.forget_routes()
+        if old.is_away:
+            exchange.come_back(old)
         if old.key:
             exchange.journal.note_session(old)
         return old, True

@@ -432,6 +432,12 @@ class Connection:
         self._say_closed(f"a new connection from {by_address} took over")
         self.end(with_will=True)
 
+    def moved(self, gateway: str) -> None:
+        """End the connection now: the client is at another gateway of the fleet, which speaks for its presence."""
+        self._gateway.counters.moved_away += 1
+        self._say_closed(f"it is at the gateway {gateway} now")
+        self.cut(with_will=False)
+
     def check(self, now_s: float, wall_s: float) -> None:
         """End what is overdue: a handshake, a CONNECT, a keepalive, a certificate, a socket that takes nothing."""
         if self._is_done:

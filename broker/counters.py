@@ -20,6 +20,8 @@ class Counters:
     clients_refused: int = 0
     """CONNECTs answered with a refusal."""
     take_overs: int = 0
+    moved_away: int = 0
+    """Connections ended because their client connected to another gateway of the fleet."""
     malformed: int = 0
     """Connections ended for bytes that are no MQTT 3.1.1."""
     keepalives_missed: int = 0

@@ -255,6 +255,18 @@ class Exchange:
             if topic_filter in session.subscriptions:
                 self._drop_subscription(session, topic_filter)
 
+    def send_away(self, session: Session) -> None:
+        """Owe a session nothing new: its client is elsewhere, and gets there what is said from now on."""
+        session.is_away = True
+        for topic_filter in session.subscriptions:
+            self.router.unsubscribe(session, topic_filter)
+
+    def come_back(self, session: Session) -> None:
+        """Go on with a session that was sent away."""
+        session.is_away = False
+        for topic_filter, qos in session.subscriptions.items():
+            self.router.subscribe(session, topic_filter, qos)
+
     def forget(self, session: Session) -> None:
         """End a session, with all that it holds."""
         if session.key:

@@ -19,11 +19,11 @@ from birthmark.broker import mosquitto_files as files
 from birthmark.broker.config import read_settings
 from birthmark.broker.crl import read_crl, split_crls
 from birthmark.broker.export_roster import read_roster
+from birthmark.broker.fleet.policy import kept_policy, policy_in_force, shown
 from birthmark.broker.mosquitto_limits import CODES, POLICY, Refusal, refusals
-from birthmark.broker.policy_file import read_policy
 from birthmark.broker.revocation import Revocations
 from birthmark.broker.tls import server_context
-from birthmark.broker.toml_file import read_toml
+from birthmark.broker.toml_file import parse_toml, read_toml
 from birthmark.broker.trust import read_trust
 from birthmark.device.console import Parser, command
 from birthmark.device.durable import write_durably
@@ -68,7 +68,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 def _mosquitto(arguments: argparse.Namespace, console: Console) -> None:
     config, folder = arguments.config.absolute(), arguments.out.absolute()
     settings = read_settings(config)
-    policy = read_policy(settings.policy_path)
+    policy, version = policy_in_force(settings)
     accepted = _accepted(settings, policy, arguments.accept, console)
     _check_words(settings, folder, arguments.run_as)
     server_context(settings.credentials_path, settings.clients_ca_path)  # that Mosquitto could use them, too
@@ -86,7 +86,7 @@ def _mosquitto(arguments: argparse.Namespace, console: Console) -> None:
             files.CRL: files.crls_pem(crls.values()),
             files.CLIENTS_CA: files.clients_ca(trust),
             files.RELOAD: files.reload_script(again, folder),
-            files.README: files.readme(settings, policy, roster, crls, accepted=accepted, moment=now),
+            files.README: files.readme(settings, policy, version, roster, crls, accepted=accepted, moment=now),
             files.CONF: files.conf(settings, folder, arguments.run_as),
         },
     )
@@ -109,7 +109,11 @@ def _accepted(settings: BrokerSettings, policy: Policy, names: list[str], consol
     """Return what is weaker and accepted. Raises `ConfigurationError` or `PolicyError`: not all of it is."""
     assert settings.path is not None  # it was read from a file  # noqa: S101
     config, _ = read_toml(settings.path, ConfigurationError)
-    rules, _ = read_toml(settings.policy_path, PolicyError)
+    signed = kept_policy(settings)
+    if signed is None:
+        rules, _ = read_toml(settings.policy_path, PolicyError)
+    else:
+        rules = parse_toml(signed.text, shown(signed), PolicyError)
     found = refusals(settings, config, policy, rules)
     left = [each for each in found if each.code not in names]
     for each in left:

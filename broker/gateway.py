@@ -9,9 +9,9 @@ Rules:
   connections that it let in, as it refuses new ones. Their wills are published and their sessions kept: nothing is
   known against them. The status that says why leaves first.
 - The gateway's own certificate is an alarm before it expires, and no obstacle afterwards: its clients judge it.
-- A CRL comes as a file or on `gateway/{name}/crl`. Either way it is judged by its signature alone, installed
-  durably, then what it revokes is closed, and then a receipt says so: as a file beside the CRL file, and retained
-  on `gateway/{name}/receipts`.
+- A CRL comes as a file, on `gateway/{name}/crl`, or from the fleet (`fleet/member.py`). Either way it is judged by
+  its signature alone, installed durably, then what it revokes is closed, and then a receipt says so: as a file
+  beside the CRL file, and retained on `gateway/{name}/receipts`.
 - Reading and writing happen off the event loop; CRLs are installed one at a time.
 """
 
@@ -27,9 +27,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
+from birthmark.broker.fleet.member import Member
 from birthmark.broker.known_peers import KnownPeers
 from birthmark.broker.own_certificate import read_own_certificate
-from birthmark.broker.policy_file import read_policy
+from birthmark.broker.policy_in_force import PolicyInForce
 from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_receipts
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
 from birthmark.broker.server import RenewalDoor
@@ -53,7 +54,9 @@ if TYPE_CHECKING:
     import ssl
 
     from birthmark.broker.config import BrokerSettings
+    from birthmark.broker.fleet.intake import Offer
     from birthmark.broker.peer import Peer
+    from birthmark.broker.policy import Policy
     from birthmark.broker.server_protocol import Server
     from birthmark.device.identity import DeviceId
 
@@ -94,7 +97,6 @@ class Gateway:
     Attributes:
         tls_context: for the broker's listener.
         renewal_tls_context: for the one where what has expired is renewed; None where there is none.
-        policy: in force.
         revocations: the CRLs in force.
     """
 
@@ -126,7 +128,16 @@ class Gateway:
             settings.revocation.watch_interval_s,
         )
         # After the watch has taken its first look: what changes from here on is seen.
-        self.policy = read_policy(settings.policy_path)
+        self._policies = PolicyInForce(settings, trust)
+        self._member = Member(
+            settings.name,
+            self._policies,
+            trust=lambda: self._trust,
+            install_crl=self._take_fleet_crl,
+            go_by=self._go_by,
+            publish=self._publish,
+            changed=self._look_again,
+        )
         self.tls_context = server_context(settings.credentials_path, settings.clients_ca_path)
         self.renewal_tls_context = _renewal_context(settings)
         self._own_certificate = read_own_certificate(settings.credentials_path)
@@ -167,6 +178,11 @@ class Gateway:
         gateway._look_for_alarms()
         return gateway
 
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        return self._policies.policy
+
     def admit(self, leaf_der: bytes) -> Peer:
         """Judge a peer's certificate, after every handshake. Raises `PeerRefusedError`."""
         moment = now()
@@ -190,8 +206,14 @@ class Gateway:
             return None
         return RenewalDoor(listener, self.renewal_tls_context, self.admit_for_renewal)
 
-    async def start(self, server: Server) -> None:
-        """Take up work around a broker that has started."""
+    async def start(self, server: Server, stop: asyncio.Event | None = None) -> None:
+        """Take up work around a broker that has taken up its store, and lets nobody in yet.
+
+        Args:
+            server: the broker.
+            stop: set when the start is not wanted any more: nothing is waited for then.
+        """
+        del stop
         self._server = server
         self._sightings.take_up(server.own_retained(gateway_seen(self._settings.name, "+")))
         server.on_client = self._saw
@@ -207,10 +229,11 @@ class Gateway:
         self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
         server.on_gateway_message(TIME_REQUESTS, TimeAnswers(server.publish, time.time).asked)
+        self._member.start(server)
         self._publish_status(online=True)
         self._tasks = [
             asyncio.create_task(work)
-            for work in (self._watch.run(), self._take_brought(), self._tell(), self._guard())
+            for work in (self._watch.run(), self._take_brought(), self._member.run(), self._tell(), self._guard())
         ]
 
     def reload(self) -> None:
@@ -234,8 +257,13 @@ class Gateway:
     async def _take_crl_file(self) -> None:
         started_s = time.monotonic()
         content = await asyncio.to_thread(_read_crl_file, self._settings)
-        receipts = await self._install(content, started_s, str(self._settings.crl_path))
+        installed = await self._install(content, started_s, str(self._settings.crl_path))
+        receipts = [receipt for _answer, receipt in installed]
         await asyncio.to_thread(try_to_write_receipts, self._settings.receipt_path, receipts)
+
+    async def _take_fleet_crl(self, offer: Offer) -> list[Installation]:
+        installed = await self._install(offer.payload, offer.started_s, offer.by, is_again=offer.is_again)
+        return [answer for answer, _receipt in installed]
 
     def _bring(self, topic: str, payload: bytes, peer: Peer) -> None:
         del topic
@@ -264,7 +292,10 @@ class Gateway:
             except Exception:  # noqa: BLE001 - a defect over one CRL must not keep out the next
                 _log.exception("a CRL brought by %s could not be judged", brought.by)
 
-    async def _install(self, content: bytes, started_s: float, origin: str) -> list[Receipt]:
+    async def _install(
+        self, content: bytes, started_s: float, origin: str, *, is_again: bool = False
+    ) -> list[tuple[Installation, Receipt]]:
+        """Judge CRLs, have what they revoke closed, and say so; `is_again`: a refusal was said before."""
         async with self._installing:
             answers = await asyncio.to_thread(self.revocations.install, content, now())
             # Nothing is awaited between a CRL in force and the sessions it closes.
@@ -272,11 +303,12 @@ class Gateway:
         if any(receipt.closed for receipt in receipts):
             await self._settle(origin)
         for receipt in receipts:
+            if receipt.outcome == "refused" and is_again:
+                continue
             log_receipt(receipt, origin)
             self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
-        self._look_for_alarms()
-        self._publish_status(online=True)
-        return receipts
+        self._look_again()
+        return list(zip(answers, receipts, strict=True))
 
     def _close(self, answer: Installation, started_s: float) -> tuple[ClosedIdentity, ...]:
         return self._close_revoked(answer.issuer, started_s) if answer.outcome == "installed" else ()
@@ -313,13 +345,13 @@ class Gateway:
     # --- policy and credentials --------------------------------------------------------------------------
 
     async def _take_policy(self) -> None:
-        policy = await asyncio.to_thread(read_policy, self._settings.policy_path)
-        if policy.sha256 == self.policy.sha256:
-            return
-        self.policy = policy
-        ended = self._server.set_policy(policy) if self._server else 0
-        _log.info("a new policy is in force (%s); it ended %s subscriptions", policy.sha256[:12], ended)
-        self._publish_status(online=True)
+        if await asyncio.to_thread(self._policies.take_file):
+            ended = self._go_by(self.policy)
+            _log.info("a new policy is in force (%s); it ended %s subscriptions", self.policy.sha256[:12], ended)
+        self._look_again()
+
+    def _go_by(self, policy: Policy) -> int:
+        return self._server.set_policy(policy) if self._server else 0
 
     async def _take_credentials(self) -> None:
         """Take up new credentials or issuing CAs; connections of a CA that is no longer trusted are closed."""
@@ -341,6 +373,7 @@ class Gateway:
                 self._server.close_identities(lambda peer: not trust.has(peer.issuer))
         _log.info("new credentials are in force; trusted issuing CAs: %s", ", ".join(ca.name for ca in trust))
         await self._take_crl_file()  # the file may hold the CRL of a CA that is trusted only now
+        self._member.try_again()
         for issuer in trust:
             if issuer.key_id not in self.revocations.crls:
                 _log.error("no CRL of %s is in force: its clients are refused until one arrives", issuer.name)
@@ -357,6 +390,7 @@ class Gateway:
             try:
                 self._publish_status(online=True)
                 self._sightings.forget(time.time())
+                self._member.try_again()
             except Exception:  # noqa: BLE001 - a defect here must not silence what is to come
                 _log.exception("the gateway's status could not be said")
 
@@ -390,11 +424,17 @@ class Gateway:
         """Look at CRLs and certificate in force, log what is due; return whether what stands has changed."""
         moment = now()
         own = self._own_certificate.alarms(moment) if self._own_certificate else []
-        above = self._server.upstreams.alarms(moment) if self._server else []
-        has_changed = self._alarms.look(self.revocations.alarms(moment) + own + above)
+        found = self.revocations.alarms(moment) + own + self._policies.alarms(self._trust) + self._member.alarms()
+        if self._server:
+            found += self._server.upstreams.alarms(moment)
+        has_changed = self._alarms.look(found)
         if self._server:
             self._server.counters.alarms = self._alarms.raised
         return has_changed
+
+    def _look_again(self) -> None:
+        self._look_for_alarms()
+        self._publish_status(online=True)
 
     def _publish_status(self, *, online: bool) -> None:
         self._publish_crls()
@@ -409,6 +449,7 @@ class Gateway:
             sessions=self._server.connected_count if self._server else 0,
             alarms=self._alarms.codes,
             counters=self._server.counters.as_dict() if self._server else {},
+            policy_version=self._policies.version,
         )
         self._publish(gateway_status(self._settings.name), status.to_bytes())
         if self._server:
@@ -424,6 +465,7 @@ class Gateway:
                 told = crl.der if len(crl.der) <= MAX_TOLD_CRL_BYTES else b""
                 self._publish(gateway_crl_in_force(self._settings.name, issuer), told)
         self._told_crls = {issuer: crl.sha256 for issuer, crl in in_force.items()}
+        self._member.tell(in_force, MAX_TOLD_CRL_BYTES)
 
     def _publish(self, topic: str, payload: bytes) -> None:
         if self._server:

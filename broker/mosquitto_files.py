@@ -165,6 +165,7 @@ kill -HUP "$pid"
 def readme(
     settings: BrokerSettings,
     policy: Policy,
+    version: int,
     roster: Roster,
     crls: Mapping[str, Crl],
     *,
@@ -172,6 +173,7 @@ def readme(
     moment: datetime,
 ) -> str:
     """Return what the folder is, how it is used, and in what it is not the gateway."""
+    where = f"the fleet's, version {version}" if version else str(settings.policy_path)
     issuers = [
         f"- CRL number {crl.number}, {len(crl.serials)} revoked, until {crl.next_update:%F %H:%M} UTC. **After"
         " that nobody of this CA is let in**: bring a new CRL and run `reload` before."
@@ -185,7 +187,7 @@ def readme(
             "",
             f"Written by `birthmark-broker export mosquitto` on {moment:%F %H:%M} UTC, for Mosquitto 2.0.",
             "",
-            f"- Policy: {settings.policy_path}, sha256 {policy.sha256}.",
+            f"- Policy: {where}, sha256 {policy.sha256}.",
             f"- Identities: {len(roster.peers)}. Left out: {left_out}.",
             *issuers,
             "",

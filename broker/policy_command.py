@@ -5,10 +5,12 @@ The answers come from the very function that the broker asks (`policy.Rights`).
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.broker.config import read_settings
+from birthmark.broker.fleet.policy import kept_policy, policy_in_force
 from birthmark.broker.policy import ID
 from birthmark.broker.policy_diff import changes, warnings
 from birthmark.broker.policy_file import read_policy
@@ -17,6 +19,7 @@ from birthmark.device.console import Parser, command
 from birthmark.device.errors import IdentityError, PolicyError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import DeviceId, Role
+from birthmark.device.topics import FLEET_POLICY
 
 if TYPE_CHECKING:
     import argparse
@@ -35,6 +38,10 @@ birthmark-broker policy diff policy.toml new-policy.toml
 birthmark-broker policy test policy-tests.toml
 """
 _CHECK_EXAMPLES = "birthmark-broker policy check\nbirthmark-broker policy check new-policy.toml --json"
+_SHOW_EXAMPLES = """
+birthmark-broker policy show
+birthmark-broker policy show --text --config /etc/birthmark/broker.toml > policy.toml
+"""
 _EXPLAIN_EXAMPLES = """
 birthmark-broker policy explain sensor-17 publish devices/sensor-17/telemetry/temperature
 birthmark-broker policy explain sensor-17 subscribe 'devices/+/commands/#'
@@ -62,6 +69,10 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     check.add_argument("file", nargs="?", type=Path, metavar="FILE", help="default: the broker's own")
     _add_config(check)
 
+    show = command(actions, "show", _show, "say which policy is in force, and its version", _SHOW_EXAMPLES)
+    show.add_argument("--text", action="store_true", help="the policy itself as well")
+    show.add_argument("--config", type=Path, default=Path("broker.toml"), metavar="FILE", help="broker.toml")
+
     explain = command(actions, "explain", _explain, "say what one identity may do, and why", _EXPLAIN_EXAMPLES)
     explain.add_argument("cn", metavar="CN", help="the identity's CN")
     explain.add_argument("action", choices=_ACTIONS, help="what it asks for")
@@ -87,36 +98,67 @@ def _add_policy(parser: Parser) -> None:
     _add_config(parser)
 
 
-def _policy_path(given: Path | None, config: Path | None) -> Path:
-    """The file given, else the one that broker.toml names, else ./policy.toml."""
+def _policy_of(given: Path | None, config: Path | None) -> tuple[Policy, str, int]:
+    """Return a policy, its name and its version: of the file given, else the one that the broker goes by."""
     if given is not None:
-        return given
+        return read_policy(given), str(given), 0
     if config is not None or Path("broker.toml").exists():
-        return read_settings(config or Path("broker.toml")).policy_path
-    return Path("policy.toml")
+        settings = read_settings(config or Path("broker.toml"))
+        policy, version = policy_in_force(settings)
+        return policy, FLEET_POLICY if version else str(settings.policy_path), version
+    path = Path("policy.toml")
+    return read_policy(path), str(path), 0
 
 
 def _check(arguments: argparse.Namespace, console: Console) -> None:
-    path = _policy_path(arguments.file, arguments.config)
-    policy = read_policy(path)
+    policy, where, version = _policy_of(arguments.file, arguments.config)
     found = warnings(policy)
     record = {
-        "file": str(path),
+        "file": where,
         "ok": True,
         "roles": [role.name for role in policy.roles],
         "assignments": len(policy.assignments),
         "sha256": policy.sha256,
+        "version": version,
         "warnings": found,
     }
+    called = f"{where}, version {version}" if version else where
     roles, assignments = len(policy.roles), len(policy.assignments)
-    console.emit(record, f"{path}: ok, {roles} roles, {assignments} assignments, sha256 {policy.sha256[:12]}")
+    console.emit(record, f"{called}: ok, {roles} roles, {assignments} assignments, sha256 {policy.sha256[:12]}")
     for warning in found:
         if not console.as_json:
             console.warn(warning)
 
 
+def _show(arguments: argparse.Namespace, console: Console) -> None:
+    settings = read_settings(arguments.config)
+    signed = kept_policy(settings)
+    if signed is None:
+        policy, content = read_policy(settings.policy_path), settings.policy_path.read_bytes()
+        record = {"source": str(settings.policy_path), "version": 0, "sha256": policy.sha256}
+        said = f"in force: {settings.policy_path}, sha256 {policy.sha256[:12]}; no policy of a fleet has come"
+    else:
+        content, issued_at = signed.text, datetime.fromtimestamp(signed.issued_at, UTC)
+        record = {
+            "source": FLEET_POLICY,
+            "version": signed.version,
+            "sha256": signed.text_sha256,
+            "issued_at": f"{issued_at:%FT%TZ}",
+            "issuer": signed.issuer,
+        }
+        said = (
+            f"in force: the fleet's policy, version {signed.version}, of {issued_at:%F %T} UTC, signed by the CA"
+            f" {signed.issuer}, sha256 {signed.text_sha256[:12]}; {settings.policy_path} has no say"
+        )
+    if arguments.text and not console.as_json:
+        console.say(said)
+        console.emit(record, content.decode("utf-8").removesuffix("\n"))
+        return
+    console.emit(record | ({"policy": content.decode("utf-8")} if arguments.text else {}), said)
+
+
 def _explain(arguments: argparse.Namespace, console: Console) -> None:
-    policy = read_policy(_policy_path(arguments.policy, arguments.config))
+    policy, _, _ = _policy_of(arguments.policy, arguments.config)
     device_id, role = DeviceId(arguments.cn), Role(arguments.role)
     decision = _decision(policy, device_id, role, arguments.action, arguments.topic)
     record = {
@@ -165,7 +207,7 @@ def _diff(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _test(arguments: argparse.Namespace, console: Console) -> int:
-    policy = read_policy(_policy_path(arguments.policy, arguments.config))
+    policy, _, _ = _policy_of(arguments.policy, arguments.config)
     root, _ = read_toml(arguments.file, PolicyError)
     root.only(("test",))
     cases = root.tables("test")

@@ -61,6 +61,8 @@ class Installation:
     reason: str = ""
     """Why it was refused: `code: message`."""
     hint: str = ""
+    fault: str = ""
+    """The code alone."""
 
 
 class Revocations:
@@ -249,6 +251,7 @@ class Revocations:
             revoked_count=len(in_force.serials) if in_force else 0,
             reason=f"{error.reason}: {error.message}",
             hint=error.hint,
+            fault=error.reason,
         )
 
 

@@ -18,6 +18,7 @@ import dataclasses
 import gc
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +82,28 @@ def _locked(data_folder: Path) -> Iterator[None]:
         yield
 
 
-async def serve(settings: BrokerSettings, console: Console) -> None:
-    """Run a gateway until it is told to stop. Raises `BirthmarkError` where it cannot start."""
+def compose(settings: BrokerSettings, stop: asyncio.Event) -> tuple[Gateway, GatewayBroker]:
+    """Return a gateway and its broker, which starts both, and listens once the gateway is ready for clients.
+
+    Args:
+        settings: of both.
+        stop: set when they are told to stop: nothing is waited for at the start any more.
+
+    Raises:
+        BirthmarkError: something that a start needs is missing or cannot be used.
+    """
     gateway = Gateway.open(settings)
     broker = GatewayBroker(
         settings, gateway.tls_context, gateway.admit, gateway.policy, renewal=gateway.renewal_door()
     )
+    broker.before_listening = partial(gateway.start, broker, stop)
+    return gateway, broker
+
+
+async def serve(settings: BrokerSettings, console: Console) -> None:
+    """Run a gateway until it is told to stop. Raises `BirthmarkError` where it cannot start."""
     stop = asyncio.Event()
+    gateway, broker = compose(settings, stop)
     loop = asyncio.get_running_loop()
     # Before the port is open: whoever sees us listening may also stop us.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,7 +113,6 @@ async def serve(settings: BrokerSettings, console: Console) -> None:
     interval_s = watchdog_interval_s()
     watchdog = loop.create_task(feed_watchdog(interval_s)) if interval_s else None
     try:
-        await gateway.start(broker)
         _say_ready(settings, broker, console)
         await stop.wait()
         notify("STOPPING=1")

@@ -49,7 +49,7 @@ from birthmark.device.errors import SystemFailureError
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
     from amqtt.events import Events
 
@@ -121,6 +121,8 @@ class GatewayBroker(Broker):
         self.upstreams = Upstreams(settings.upstreams, self.exchange, self.topics)
         self.on_message: Callable[[Session, Publish], None] | None = None
         self.on_client: Callable[[Peer, str], None] | None = None
+        self.before_listening: Callable[[], Awaitable[None]] | None = None
+        """Called at the start, when the store is taken up and nobody is let in yet."""
         self._tls_context = tls_context
         self._admit = admit
         self._renewal = renewal
@@ -224,6 +226,8 @@ class GatewayBroker(Broker):
             if self.settings.durability is not Durability.NONE:
                 self._open_store()
             self.upstreams.start()
+            if self.before_listening is not None:
+                await self.before_listening()
             await super().start()
         except BaseException:
             await self.upstreams.close(0)

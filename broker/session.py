@@ -5,6 +5,8 @@ Rules:
 - A session belongs to one client id, and that to one identity; whoever asks for a session by its client id has
   been checked for it before (`connection.py`).
 - A clean session ends with its connection; any other waits for its client, `session_expiry_s` at most.
+- A session whose client has moved to another gateway of the fleet is away: it keeps what it is owed and its
+  subscriptions, and is owed nothing new until its client comes back.
 - A session that is kept in the store (`journal.py`) has a `key`; so has each message owed to it.
 """
 
@@ -84,6 +86,7 @@ class Session:
         "incoming",
         "inflight",
         "inflight_bytes",
+        "is_away",
         "key",
         "last_packet_id",
         "left_at_s",
@@ -105,6 +108,7 @@ class Session:
         """Whose it is, by the certificate of its last connection."""
         self.rights = rights
         self.clean = clean
+        self.is_away = False
         self.key = 0
         """In the store; 0: it is not in it, and ends with the broker if not before."""
         self.connection: Connection | None = None
@@ -189,7 +193,11 @@ class Sessions:
 
     def of(self, peer: Peer) -> set[Session]:
         """Return the sessions of an identity, whichever of its certificates they last saw."""
-        return set(self._by_identity.get(peer.device_id.folded, ()))
+        return self.of_identity(peer.device_id.folded)
+
+    def of_identity(self, folded: str) -> set[Session]:
+        """Return the sessions of an identity by its folded name."""
+        return set(self._by_identity.get(folded, ()))
 
     def has_room(self, peer: Peer) -> bool:
         """Whether another session may be made for an identity."""

@@ -10,12 +10,15 @@ Rules:
 - Addresses are those of the certificate in use; a new certificate begins with none. The last few are kept. Who is
   let in to renew what has expired does not count: that certificate is not in use.
 - Whoever did not come for `FORGOTTEN_AFTER_S` is forgotten.
+- In a fleet each is said with its visit (`fleet/visits.py`), and a new visit at once, however short a time ago the
+  identity was told of: that it has come here is what other gateways go by.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from birthmark.broker.fleet.visits import Visit
 from birthmark.device.errors import RemoteProtocolError
 from birthmark.device.messages import AddressSeen, Sighting
 from birthmark.device.topics import gateway_seen
@@ -23,6 +26,7 @@ from birthmark.device.topics import gateway_seen
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from birthmark.broker.fleet.visits import Visits
     from birthmark.broker.peer import Peer
     from birthmark.device.identity import BrokerName
 
@@ -60,9 +64,9 @@ class _Known:
             del self.addresses[next(iter(self.addresses))]
         return not is_last
 
-    def message(self) -> Sighting:
+    def message(self, visit: Visit) -> Sighting:
         addresses = tuple(AddressSeen(host, *times) for host, times in self.addresses.items())
-        return Sighting(self.name, self.cert_serial, self.first_s, self.last_s, addresses)
+        return Sighting(self.name, self.cert_serial, self.first_s, self.last_s, addresses, *visit)
 
 
 class Sightings:
@@ -71,13 +75,18 @@ class Sightings:
     Args:
         gateway: its name.
         publish: retains a message of the broker's own.
+        visits: where identities are in a fleet; None where there is no fleet.
     """
 
-    def __init__(self, gateway: BrokerName, publish: Callable[[str, bytes], None]) -> None:
+    def __init__(
+        self, gateway: BrokerName, publish: Callable[[str, bytes], None], visits: Visits | None = None
+    ) -> None:
         self._gateway = gateway
         self._publish = publish
+        self._visits = visits
         self._known: dict[str, _Known] = {}
-        self._due: dict[str, None] = {}
+        self._due: dict[str, bool] = {}
+        """Whom to tell of, and whether at once."""
 
     def take_up(self, payloads: Iterable[bytes]) -> None:
         """Begin with what was said before a restart; what cannot be read is left out."""
@@ -91,6 +100,8 @@ class Sightings:
             for seen in told.addresses[-MAX_ADDRESSES:]:
                 known.addresses[seen.address] = (seen.first_seen, seen.last_seen)
             self._known[told.id.lower()] = known
+            if self._visits is not None:
+                self._visits.take_up(told.id.lower(), Visit(told.visit, told.moved_to))
 
     def saw(self, peer: Peer, address: str, now_s: float) -> None:
         """Take note of a client that was let in.
@@ -107,7 +118,14 @@ class Sightings:
         has_changed = known.saw(cert_serial, address.rpartition(":")[0].strip("[]"), now_s)
         # A clock that went back says it again, rather than never.
         if has_changed or known.said_s is None or not 0 <= now_s - known.said_s < DAY_S:
-            self._due[key] = None
+            self._due.setdefault(key, False)
+        if self._visits is not None and not peer.is_service and self._visits.arrived(key):
+            self._due[key] = True
+
+    def say_again(self, identity: str) -> None:
+        """Have an identity told of at once, by its folded name: its visit has changed, or was not heard."""
+        if identity in self._known:
+            self._due[identity] = True
 
     def tell(self, now_s: float, *, at_once: bool = False) -> None:
         """Say what is due.
@@ -122,11 +140,13 @@ class Sightings:
             if not at_once:
                 if told >= MAX_TOLD_AT_ONCE:
                     return
-                if known.said_s is not None and 0 <= now_s - known.said_s < MIN_INTERVAL_S:
+                is_recent = known.said_s is not None and 0 <= now_s - known.said_s < MIN_INTERVAL_S
+                if is_recent and not self._due[key]:
                     continue
             del self._due[key]
             known.said_s = now_s
-            self._publish(gateway_seen(self._gateway, known.name), known.message().to_bytes())
+            visit = self._visits.of(key) if self._visits is not None else Visit(0)
+            self._publish(gateway_seen(self._gateway, known.name), known.message(visit).to_bytes())
             told += 1
 
     def forget(self, now_s: float) -> int:
@@ -135,5 +155,7 @@ class Sightings:
         for key in gone:
             known = self._known.pop(key)
             self._due.pop(key, None)
+            if self._visits is not None:
+                self._visits.forget(key)
             self._publish(gateway_seen(self._gateway, known.name), b"")
         return len(gone)

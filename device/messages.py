@@ -207,7 +207,9 @@ class Sighting:
     addresses: tuple[AddressSeen, ...] = ()
     """Where that certificate was used from: a few of the last, the most recent at the end."""
     visit: int = 0
-    """Counts an identity's moves between gateways: the highest is where it is (0: it has gone elsewhere)."""
+    """Counts an identity's moves between the gateways of a fleet: the highest is where it is (0: not counted)."""
+    moved_to: str = ""
+    """The gateway that it has gone to from here, as far as this one knows; empty if it was last seen here."""
 
     def to_bytes(self) -> bytes:
         """Return the message's payload."""
@@ -227,6 +229,7 @@ class Sighting:
                 for item in fields.objects("addresses")
             ),
             visit=fields.whole("visit", default=0),
+            moved_to=fields.text("moved_to", default=""),
         )
 
 

@@ -11,10 +11,9 @@ Fleet:   fleet/crl/{issuer} and fleet/policy, retained, for every gateway that i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from birthmark.device.identity import BrokerName, DeviceId
+from birthmark.device.errors import IdentityError
+from birthmark.device.escape import quoted
+from birthmark.device.identity import BrokerName, DeviceId
 
 ANNOUNCEMENTS = "fleet/announcements/#"
 TIME_REQUESTS = "devices/+/time/request"
@@ -101,6 +100,14 @@ def gateway_status(name: BrokerName) -> str:
 def gateway_seen(name: BrokerName, who: str) -> str:
     """Where a gateway retains when and from where it last saw one identity; `+` for all of them."""
     return f"gateway/{name}/seen/{who}"
+
+
+def sighting_of(topic: str) -> tuple[BrokerName, DeviceId]:
+    """Return which gateway speaks of whom on a topic `gateway/{name}/seen/{id}`; raises `IdentityError`."""
+    levels = topic.split("/")
+    if len(levels) != 4 or (levels[0], levels[2]) != ("gateway", "seen"):
+        raise IdentityError(f"could not read {quoted(topic, 80)}: it is no topic of a sighting")
+    return BrokerName(levels[1]), DeviceId(levels[3])
 
 
 def gateway_crl_in_force(name: BrokerName, issuer: str) -> str:

@@ -60,7 +60,7 @@ MESSAGES: list[Message] = [
     Presence(online=False, since=2.0, reason="lost"),
     RECEIPT,
     STATUS,
-    Sighting("sensor-1", "5a01", 1.0, 2.0, (AddressSeen("192.0.2.7", 1.5, 2.0),), visit=3),
+    Sighting("sensor-1", "5a01", 1.0, 2.0, (AddressSeen("192.0.2.7", 1.5, 2.0),), 3, "gw-2"),
 ]
 
 
@@ -91,8 +91,9 @@ def test_what_older_gateways_do_not_say_has_a_default() -> None:
     read = GatewayStatus.from_bytes(json.dumps(status).encode())
     assert (read.policy_version, read.upstreams, read.counters) == (0, (), {})
     sighting = json.loads(Sighting("sensor-1", "5a01", 1.0, 2.0, visit=3).to_bytes())
-    del sighting["visit"]
-    assert Sighting.from_bytes(json.dumps(sighting).encode()).visit == 0
+    del sighting["visit"], sighting["moved_to"]
+    old = Sighting.from_bytes(json.dumps(sighting).encode())
+    assert (old.visit, old.moved_to) == (0, "")
 
 
 def test_an_unknown_outcome_is_refused_and_escaped() -> None:

@@ -1,0 +1,172 @@
+"""What a fleet's CRLs and policy go through before they take hold, from wherever they come.
+
+    fleet/crl/{issuer}   a CRL
+    fleet/policy         a signed policy
+
+Rules:
+
+- An upstream and a client whom the policy lets publish there are treated alike: nothing is believed for having
+  come, only for whose signature it has.
+- They are judged one at a time, off the event loop. Each is a state: of several on one topic only the last counts.
+- What was refused because its CA is not trusted *yet*, because of a clock, or of a disk is judged again, by and by
+  and after each change of the issuing CAs: it is retained above, and nobody sends it twice.
+- While the last one on a topic is one that was refused, that is an alarm.
+- Nothing on other topics keeps out what is on those of trusted CAs, or the policy.
+- An empty message takes a retained one away. It takes nothing away here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from birthmark.broker.alarms import Alarm
+from birthmark.device.escape import escaped
+from birthmark.device.topics import FLEET_POLICY, fleet_crl
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+MAX_STRANGERS = 16
+"""Topics of CAs that are not trusted, of which something is kept: the one heard of first makes room."""
+Code = Literal["fleet-crl-refused", "fleet-policy-refused"]
+_TOPIC = re.compile(rf"{re.escape(FLEET_POLICY)}|{re.escape(fleet_crl(''))}[0-9a-f]{{1,64}}")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Something that arrived on a topic of the fleet."""
+
+    topic: str
+    payload: bytes
+    by: str
+    """Who brought it, fit for a log."""
+    started_s: float
+    """`time.monotonic()` when it arrived."""
+    is_again: bool = False
+    """Whether it was refused before, and that was said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What became of an offer."""
+
+    refusal: str = ""
+    """Why it was refused; empty if it is in force now."""
+    hint: str = ""
+    may_pass_later: bool = False
+    """Whether the very same may be taken another time."""
+    is_stale: bool = False
+    """Whether it is merely older than what is in force, as a node may serve that was away."""
+
+
+class Intake:
+    """Takes offers, and has them judged.
+
+    Args:
+        judge: installs what is good, with all effects and its receipt.
+        is_trusted: whether a CA, by its key identifier, is trusted now.
+        changed: called after each one: what the alarms are about may be another.
+    """
+
+    def __init__(
+        self,
+        judge: Callable[[Offer], Awaitable[Judgement]],
+        is_trusted: Callable[[str], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self._judge = judge
+        self._is_trusted = is_trusted
+        self._changed = changed
+        self._waiting: dict[str, Offer] = {}
+        self._again: dict[str, Offer] = {}
+        self._refused: dict[str, Alarm] = {}
+        self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._complained = False
+        self.heard: set[str] = set()
+        """Topics on which something was judged since the start."""
+
+    def offer(self, topic: str, payload: bytes, by: str) -> None:
+        """Have something judged, soon. Never raises; what is no topic of the fleet's is logged once."""
+        if not _TOPIC.fullmatch(topic):
+            if not self._complained:
+                self._complained = True
+                _log.warning("ignored a message from %s on %s: no topic of a fleet's", by, escaped(topic[:128]))
+            return
+        if not payload:
+            _log.info("%s was taken away by %s; what is in force here stays", topic, by)
+            return
+        self._make_room(topic)
+        self._waiting[topic] = Offer(topic, payload, by, time.monotonic())
+        self._again.pop(topic, None)
+        self._idle.clear()
+        self._arrived.set()
+
+    def try_again(self) -> None:
+        """Have judged once more what may be taken now."""
+        for topic, offer in self._again.items():
+            self._waiting.setdefault(topic, offer)
+        if self._again:
+            self._again.clear()
+            self._idle.clear()
+            self._arrived.set()
+
+    async def settled(self) -> None:
+        """Wait until everything that has come is judged."""
+        await self._idle.wait()
+
+    def alarms(self) -> list[Alarm]:
+        """Return what was refused, of what stands on the fleet's topics."""
+        return list(self._refused.values())
+
+    async def run(self) -> None:
+        """Judge what comes, one at a time, until cancelled."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._waiting:
+                topic = next(iter(self._waiting))
+                offer = self._waiting.pop(topic)
+                try:
+                    self._note(offer, await self._judge(offer))
+                except Exception:  # noqa: BLE001 - a defect over one of them must not keep out the next
+                    _log.exception("a message from %s on %s could not be judged", offer.by, offer.topic)
+                self._changed()
+            self._idle.set()
+
+    def _note(self, offer: Offer, judgement: Judgement) -> None:
+        topic = offer.topic
+        self.heard.add(topic)
+        self._refused.pop(topic, None)
+        self._again.pop(topic, None)
+        if not judgement.refusal:
+            return
+        level = logging.WARNING if judgement.is_stale else logging.ERROR
+        message = f"what {offer.by} has on {topic} is refused, and what was in force stays: {judgement.refusal}"
+        self._refused[topic] = Alarm(
+            "fleet-policy-refused" if topic == FLEET_POLICY else "fleet-crl-refused",
+            message,
+            judgement.hint,
+            level,
+        )
+        if judgement.may_pass_later and topic not in self._waiting:
+            self._again[topic] = replace(offer, is_again=True)
+
+    def _make_room(self, topic: str) -> None:
+        known = self._refused | dict.fromkeys(self._waiting)
+        strangers = [found for found in known if found != topic and self._is_strange(found)]
+        if self._is_strange(topic) and len(strangers) >= MAX_STRANGERS:
+            self._waiting.pop(strangers[0], None)
+            self._again.pop(strangers[0], None)
+            self._refused.pop(strangers[0], None)
+
+    def _is_strange(self, topic: str) -> bool:
+        return topic != FLEET_POLICY and not self._is_trusted(topic.rpartition("/")[2])

@@ -1,0 +1,140 @@
+"""A gateway of a fleet for tests: all of it, in a thread of this process; policies that a test CA has signed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from support.mqtt_gateway import RunningGateway
+
+from birthmark.broker.config import read_settings
+from birthmark.broker.event_loop import run_loop
+from birthmark.broker.run_command import compose
+from birthmark.device.durable import private_folder
+from birthmark.device.fleet_policy import SignedPolicy, policy_transcript
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from support.pki import Authority, Pki
+
+    from birthmark.broker.gateway import Gateway
+
+DEVICES = 'publish = ["devices/{id}/#"]\nsubscribe = ["devices/{id}/#", "fleet/announcements/#"]\n'
+OTHERS = """
+[roles.operator]
+publish = ["devices/+/commands/#", "fleet/#", "gateway/+/crl"]
+subscribe = ["devices/#", "fleet/#", "gateway/#"]
+
+[roles.service-gateway]
+publish = ["devices/#", "gateway/#"]
+subscribe = ["devices/#", "fleet/#", "gateway/#"]
+
+[[assignments]]
+ou = "operator"
+role = "operator"
+
+[[assignments]]
+ou = "service-gateway"
+role = "service-gateway"
+
+[[assignments]]
+cn = "*"
+role = "device"
+"""
+POLICY = f"[roles.device]\n{DEVICES}{OTHERS}"
+
+
+def signed_policy(
+    signer: Authority, version: int, text: str = POLICY, *, issued_at: int = 1_800_000_000, issuer: str = ""
+) -> bytes:
+    """A policy as the station publishes it; `issuer` is whom it names, by default the signer."""
+    assert isinstance(signer.key, ec.EllipticCurvePrivateKey)
+    content = text.encode()
+    signature = signer.key.sign(policy_transcript(version, issued_at, content), ec.ECDSA(hashes.SHA256()))
+    return SignedPolicy(version, issued_at, issuer or signer.issuer_id, content, signature).to_bytes()
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_gateway(folder: Path, pki: Pki, name: str = "gw-1", toml: str = "") -> Path:
+    """Write everything that a gateway needs to a folder; return its broker.toml."""
+    folder.mkdir(exist_ok=True)
+    pki.write_broker_files(folder, "localhost", "127.0.0.1")
+    (folder / "policy.toml").write_text(POLICY)
+    path = folder / "broker.toml"
+    head = f'name = "{name}"\nlisten = "127.0.0.1:0"\n'
+    path.write_text(f"{head}[revocation]\nwatch_interval_s = 0.02\n{toml}")
+    return path
+
+
+@dataclass(kw_only=True)
+class Member(RunningGateway):
+    """A whole gateway."""
+
+    gateway: Gateway
+
+
+@contextmanager
+def running_member(config: Path, pki: Pki) -> Iterator[Member]:
+    """Run the gateway of a broker.toml, composed as the command composes it; it must stop in good order."""
+    listening = threading.Event()
+    found: list[Member] = []
+    failures: list[BaseException] = []
+    stops: list[asyncio.Event] = []
+
+    async def serve() -> None:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        loop.set_exception_handler(lambda _loop, details: failures.append(_failure(details)))
+        settings = read_settings(config)
+        private_folder(settings.data_folder)
+        gateway, broker = compose(settings, stop)
+        await broker.start()
+        port = broker.addresses[0][1]
+        stops.append(stop)
+        found.append(Member(config.parent, pki, port, broker=broker, loop=loop, revoked=set(), gateway=gateway))
+        listening.set()
+        await stop.wait()
+        await gateway.stop()
+        await broker.shutdown()
+        if broker.counters.defects:
+            failures.append(AssertionError("a defect ended a connection: see the log"))
+
+    def main() -> None:
+        try:
+            run_loop(serve())
+        except BaseException as error:  # noqa: BLE001 - told to the test below
+            failures.append(error)
+        finally:
+            listening.set()
+
+    thread = threading.Thread(target=main)
+    thread.start()
+    listening.wait(30)
+    if not found:
+        thread.join(10)
+        raise failures[0] if failures else AssertionError("the gateway did not start")
+    member = found[0]
+    try:
+        yield member
+    finally:
+        member.close_clients()
+        member.loop.call_soon_threadsafe(stops[0].set)
+        thread.join(10)
+        assert not thread.is_alive(), "the gateway did not stop"
+        if failures:
+            raise failures[0]
+
+
+def _failure(details: dict[str, object]) -> BaseException:
+    error = details.get("exception")
+    return error if isinstance(error, BaseException) else AssertionError(str(details["message"]))
