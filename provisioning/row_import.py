@@ -209,9 +209,10 @@ def _add(
 
 def _refusal(path: Path, fresh: Sequence[_Found], wanted: Sequence[Row], error: DuplicateError) -> BirthmarkError:
     holder, value = error.holder, getattr(error.holder, error.attribute)
-    number = max(
-        row.number for row in wanted if getattr(row, error.attribute) == value and row.number != holder.number
-    )
+    # Rows that are no longer live share name and hwid with whom they like; the holder may be in the file, too.
+    ever = error.field not in ("name", "hwid")
+    alike = [row for row in wanted if getattr(row, error.attribute) == value and (ever or row.is_live)]
+    number = next(row.number for row in alike if row.number != holder.number)
     one = fresh[number - wanted[0].number]
     cause = f"{one.row.name}: its {error.field.replace('_', ' ')} belongs to {holder.kind} {holder.name}"
     return line_error(path, one.where, f"{cause}, row {holder.number}, {holder.state}")

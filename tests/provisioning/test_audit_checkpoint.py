@@ -7,18 +7,24 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from support.station import PASSPHRASE, Command, enrolled_row
 
 from birthmark.device.errors import ConfigurationError
-from birthmark.device.link.transcript import Label, transcript
+from birthmark.device.link.transcript import Label, sign, transcript
 from birthmark.device.pem import block, read_blocks
 from birthmark.provisioning import audit
 from birthmark.provisioning.audit_checkpoint import SIGNATURE, STATEMENT, read_checkpoint
+from birthmark.provisioning.profile import key_id
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -157,6 +163,30 @@ def test_what_the_ca_would_not_say_is_none(
 def test_another_ca_s_checkpoint_is_none(carried: Path, station: Station) -> None:
     with pytest.raises(ConfigurationError, match="none of the roots"):
         read_checkpoint(carried, [station.root])
+
+
+def test_what_a_certificate_that_is_no_ca_s_signed_is_none(carried: Path, living: Station) -> None:
+    """Below the root, and valid, and all of it signed as it should be: but only a CA speaks for the log."""
+    key = generate_private_key(SECP256R1())
+    issuer = living.root_issuer(PASSPHRASE)
+    now = living.clock()
+    leaf = (
+        x509.CertificateBuilder(serial_number=1, public_key=key.public_key())
+        .issuer_name(issuer.certificate.subject)
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "sensor-1")]))
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(issuer.private_key, SHA256())
+    )
+    genuine = read_checkpoint(carried, [living.root])
+    signed = transcript(Label.AUDIT, replace(genuine, key_id=key_id(leaf).hex()).statement())
+    with_block(carried, "CERTIFICATE", lambda _: leaf.public_bytes(Encoding.DER))
+    with_block(carried, STATEMENT, lambda _: signed)
+    with_block(carried, SIGNATURE, lambda _: sign(key, signed))
+    with pytest.raises(ConfigurationError, match="leads to none of the roots"):
+        read_checkpoint(carried, [living.root])
 
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN X-----\n", b"\x00" * 40])

@@ -21,6 +21,7 @@ from birthmark.device.credentials import Credentials
 from birthmark.device.identity import DeviceId
 from birthmark.device.pem import read_blocks
 from birthmark.provisioning import audit, bulk, bulk_requests
+from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.registry.line import Batch
 from birthmark.provisioning.registry.model import KeyMode, Row, State
 from birthmark.provisioning.renewal import open_renewals
@@ -167,6 +168,41 @@ def test_what_was_recorded_and_not_signed_is_signed(
     again = rows_of(living)
     assert again[0] == one
     assert (again[1].state, again[1].cert_serial) == (State.ATTESTED, two.cert_serial)
+
+
+def test_what_was_recorded_under_another_ca_is_signed_by_it_in_one_group(
+    birthmark: Command, living: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run was killed before it signed, the issuing CA was changed, and its devices stand between new ones."""
+    lines = [json.dumps({"id": f"d-{n}", "csr": request(f"d-{n}")}) for n in range(6)]
+    Path("odd.jsonl").write_text("\n".join(lines[1::2]))
+    Path("all.jsonl").write_text("\n".join(lines))
+    groups: list[list[Row]] = []
+    real = bulk._Run.sign
+
+    def full(self: bulk._Run, rows: list[Row]) -> list[Row]:
+        raise OSError(28, "No space left on device")
+
+    def counted(self: bulk._Run, rows: list[Row]) -> list[Row]:
+        groups.append(rows)
+        return real(self, rows)
+
+    monkeypatch.setattr(bulk._Run, "sign", full)
+    assert birthmark("issue", "--from", "odd.jsonl", "--out", "out").exit_code == 5
+    old = {row.issuer for row in rows_of(living)}
+    assert birthmark("ca", "rollover", "start", "issuing").exit_code == 0
+    assert birthmark("ca", "rollover", "activate", "--force").exit_code == 0
+    monkeypatch.setattr(bulk._Run, "sign", counted)
+    assert birthmark("issue", "--from", "all.jsonl", "--out", "out").exit_code == 0
+    by_issuer = {rows[0].issuer: sorted(row.name for row in rows) for rows in groups}
+    assert len(groups) == len(by_issuer) == 2, "a transaction for each CA, not for each change from one to another"
+    assert by_issuer.pop(*old) == ["d-1", "d-3", "d-5"]
+    assert list(by_issuer.values()) == [["d-0", "d-2", "d-4"]]
+    for row in rows_of(living):
+        assert row.state is State.ATTESTED
+        leaf = x509.load_der_x509_certificate(row.certificate_der or b"")
+        with living.registry.view() as view:
+            leaf.verify_directly_issued_by(read_cas(view).get(row.issuer).certificate)
 
 
 HEAD = "id,role,csr,hwid\n"

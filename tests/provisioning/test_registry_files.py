@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import secrets
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -297,6 +298,69 @@ def test_what_belongs_to_somebody_here_is_refused(birthmark: Command, living: St
         "all.csv, line 2: sensor-1: its name belongs to device SENSOR-1, row 1, ATTESTED",
     )
     assert rows_of(living) == before
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_the_line_that_clashes_is_named_wherever_it_stands(
+    birthmark: Command, living: Station, tmp_path: Path, first: int
+) -> None:
+    """One board is somebody else's here; the others, before and after it in the file, are not."""
+    shutil.copytree(living.folder, tmp_path / "elsewhere")
+    other = Station.open(tmp_path / "elsewhere", passphrase=PASSPHRASE)
+    boards = [secrets.token_bytes(8) for _ in range(3)]
+    for number, hwid in enumerate(boards):
+        enrolled_row(other, f"sensor-{number}", hwid=hwid)
+    enrolled_row(living, "own", hwid=boards[first])
+    Path("made.jsonl").write_text("\n".join(json.dumps(to_record(row)) for row in rows_of(other)))
+    before = rows_of(living)
+    refused(
+        birthmark("registry", "import", "made.jsonl"),
+        f"made.jsonl, line {first + 1}: sensor-{first}: its hwid belongs to device own, row 1, ATTESTED",
+    )
+    assert rows_of(living) == before
+    other.close()
+
+
+def test_a_line_that_shares_a_name_and_is_void_does_not_clash(
+    birthmark: Command, living: Station, tmp_path: Path
+) -> None:
+    shutil.copytree(living.folder, tmp_path / "elsewhere")
+    other = Station.open(tmp_path / "elsewhere", passphrase=PASSPHRASE)
+    for _ in range(2):
+        enrolled_row(other, "sensor-1")
+        revoke(other, "sensor-1", x509.ReasonFlags.superseded)
+        with other.registry.transaction() as transaction:
+            row = transaction.live_by_name("sensor-1")
+            assert row is not None
+            transaction.update(replace(row, state=State.VOID, void_reason="made again"))
+    enrolled_row(other, "sensor-1")
+    enrolled_row(living, "SENSOR-1")
+    first, second, live = (json.dumps(to_record(row)) for row in rows_of(other))
+    Path("made.jsonl").write_text(f"{first}\n{live}\n{second}")
+    refused(birthmark("registry", "import", "made.jsonl"), "made.jsonl, line 2: sensor-1: its name belongs to")
+    other.close()
+
+
+def test_of_two_lines_that_clash_the_later_one_is_named(
+    birthmark: Command, living: Station, tmp_path: Path
+) -> None:
+    """Two stations of the same CAs made one board each of the same id, and their files were put together."""
+    records = []
+    for folder in ("line-2", "line-3"):
+        shutil.copytree(living.folder, tmp_path / folder)
+        other = Station.open(tmp_path / folder, passphrase=PASSPHRASE)
+        enrolled_row(other, f"of-{folder}")
+        enrolled_row(other, "sensor-1")
+        records += [to_record(row) for row in rows_of(other)]
+        other.close()
+    for number, record in enumerate(records, start=1):
+        record["number"] = str(number)
+    Path("both.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    refused(
+        birthmark("registry", "import", "both.jsonl"),
+        "both.jsonl, line 4: sensor-1: its name belongs to device sensor-1, row 2, ATTESTED",
+    )
+    assert rows_of(living) == []
 
 
 def test_a_revocation_is_not_imported_into_a_row_that_stands(

@@ -93,9 +93,16 @@ def issue(station: Station, row: Row) -> bytes:
     )
 
 
-def enrolled_row(station: Station, name: str, *, state: State = State.ATTESTED, role: str = "sensor") -> Row:
+def enrolled_row(
+    station: Station,
+    name: str,
+    *,
+    state: State = State.ATTESTED,
+    role: str = "sensor",
+    hwid: bytes | None = None,
+) -> Row:
     """Bring a device to ISSUED or beyond, as an enrollment does."""
-    row = keyed_row(station, name, role=role)
+    row = keyed_row(station, name, role=role, hwid=hwid)
     certificate = x509.load_der_x509_certificate(issue(station, row))
     with station.registry.transaction() as transaction:
         return transaction.update(
