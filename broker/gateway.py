@@ -30,6 +30,7 @@ from birthmark.broker.alarms import Alarms
 from birthmark.broker.fleet.member import Member
 from birthmark.broker.known_peers import KnownPeers
 from birthmark.broker.own_certificate import read_own_certificate
+from birthmark.broker.packets import Will
 from birthmark.broker.policy_in_force import PolicyInForce
 from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_receipts
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
@@ -218,6 +219,9 @@ class Gateway:
         self._sightings.take_up(server.own_retained(gateway_seen(self._settings.name, "+")))
         server.on_client = self._saw
         server.upstreams.on_status = lambda: self._publish_status(online=True)
+        for upstream in server.upstreams:
+            if upstream.settings.fleet:
+                upstream.make_will = self._will
         # What the store has brought back may have been revoked meanwhile, or just before a crash.
         answers, started_s = self._arrived
         closed = [(answer, self._close_revoked(answer.issuer, started_s)) for answer in answers]
@@ -249,6 +253,7 @@ class Gateway:
                 await task
         self._tasks = []
         if self._server:
+            self._server.upstreams.on_status = lambda: None  # a link that ends now must not say that we are online
             self._sightings.tell(time.time(), at_once=True)
             self._publish_status(online=False)
 
@@ -438,8 +443,17 @@ class Gateway:
 
     def _publish_status(self, *, online: bool) -> None:
         self._publish_crls()
+        self._publish(gateway_status(self._settings.name), self._status(online=online).to_bytes())
+        if self._server:
+            self._server.upstreams.say(self._server.publish)
+
+    def _will(self) -> Will:
+        """What an upstream says of this gateway when it has lost it."""
+        return Will(gateway_status(self._settings.name), self._status(online=False).to_bytes(), qos=1, retain=True)
+
+    def _status(self, *, online: bool) -> GatewayStatus:
         crls = self.revocations.crls.values()
-        status = GatewayStatus(
+        return GatewayStatus(
             gateway=str(self._settings.name),
             online=online,
             clock=time.time(),
@@ -450,10 +464,8 @@ class Gateway:
             alarms=self._alarms.codes,
             counters=self._server.counters.as_dict() if self._server else {},
             policy_version=self._policies.version,
+            upstreams=tuple(upstream.state() for upstream in self._server.upstreams) if self._server else (),
         )
-        self._publish(gateway_status(self._settings.name), status.to_bytes())
-        if self._server:
-            self._server.upstreams.say(self._server.publish)
 
     def _publish_crls(self) -> None:
         """Say which CRLs are in force, whole: a station restored from a backup takes over what they list."""

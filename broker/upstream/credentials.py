@@ -35,6 +35,13 @@ _OTHERS = 0o077
 _HINT = "it holds key, certificate and chain of this gateway: birthmark issue-operator NAME --role service-gateway"
 
 
+class _Socket(ssl.SSLSocket):
+    """One that closes itself: `wrap_socket` drops it, open, if the peer resets the connection at that moment."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @dataclass(frozen=True, slots=True)
 class UpstreamCredentials:
     """What is read from the files of an upstream."""
@@ -76,6 +83,7 @@ def read_credentials(settings: UpstreamSettings) -> UpstreamCredentials:
     """
     path, ca_path = settings.credentials_path, settings.ca_path
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _Socket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
     try:

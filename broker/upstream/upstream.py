@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarm
@@ -26,6 +27,7 @@ from birthmark.device import connection_errors as errors
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.errors import UnreachableError
 from birthmark.device.escape import escaped
+from birthmark.device.messages import UpstreamState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +98,8 @@ class Upstream:
         self._stuck = 0
         self._forwarded_before = 0
         self._since_s = 0.0
+        self._changed_at = 0.0
+        """When the link came or went last, in seconds since 1970; 0: it never was up."""
         longest_s = settings.longest_wait_s
         self._retry = RetryTimer(
             unreachable=Backoff(min(FIRST_WAIT_S, longest_s), longest_s),
@@ -134,6 +138,17 @@ class Upstream:
         self._again.set()
         if self.link is not None:
             self.link.close()
+
+    def state(self) -> UpstreamState:
+        """Return what the gateway's status says of it."""
+        return UpstreamState(
+            name=self.name,
+            connected=self.link is not None,
+            since=self._changed_at,
+            server=str(self.settings.servers[self._next]),
+            spooled=self.spool.session.waiting_count,
+            reason=self.reason,
+        )
 
     def figures(self) -> dict[str, int]:
         """Return the numbers for `$SYS` and the gateway's status."""
@@ -191,6 +206,7 @@ class Upstream:
     def let_in(self, link: Link, *, is_known: bool) -> None:
         """CONNECT was accepted."""
         self.link = link
+        self._changed_at = time.time()
         self._since_s = asyncio.get_running_loop().time()
         self._forwarded_before = self.spool.forwarded
         self.reason = ""
@@ -298,7 +314,9 @@ class Upstream:
             self._look_for_stumbling()
             return ended, max(loop.time() - self._since_s, 0.001)
         finally:
-            self.link = None
+            if self.link is link:
+                self.link = None
+                self._changed_at = time.time()
             if not link.ended.done():
                 link.cut()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from support import mqtt_client as mqtt
 from support.mqtt_gateway import POLICY_TOML
 
 from birthmark.broker.toml_file import parse_toml
@@ -14,6 +15,7 @@ from birthmark.device.identity import BrokerName
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from support.mqtt_client import RawClient
     from support.mqtt_gateway import RunningGateway
     from support.pki import Issued, Pki
 
@@ -100,3 +102,20 @@ def wait_until_up(gateway: RunningGateway, name: str = "cloud") -> Upstream:
 
     gateway.wait_for(is_up, f"the link to {name}: {upstream.reason}")
     return upstream
+
+
+def publish(client: RawClient, topic: str, payload: bytes, *, pid: int = 1, retain: bool = False) -> None:
+    """Publish at QoS 1, and have it acknowledged."""
+    client.send(mqtt.publish(topic, payload, qos=1, pid=pid, retain=retain))
+    assert client.read() == mqtt.Packet(0x40, pid.to_bytes(2, "big"))
+
+
+def said(client: RawClient, count: int) -> list[tuple[str, bytes, int, bool]]:
+    """The next messages of a client; what came at QoS 1 is acknowledged."""
+    found = []
+    for _ in range(count):
+        message = client.read_delivery()
+        if message.qos:
+            client.send(mqtt.puback(message.packet_id))
+        found.append((message.topic, message.payload, message.qos, message.retain))
+    return found

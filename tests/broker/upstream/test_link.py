@@ -8,30 +8,21 @@ from typing import TYPE_CHECKING
 import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_gateway import RunningGateway, running_gateway
-from support.upstreams import linked, upstream_of, upstream_toml, upstreams, wait_until_up, write_credentials
+from support.upstreams import (
+    linked,
+    publish,
+    said,
+    upstream_of,
+    upstream_toml,
+    upstreams,
+    wait_until_up,
+    write_credentials,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from support.mqtt_client import RawClient
     from support.pki import Pki
-
-
-def publish(client: RawClient, topic: str, payload: bytes, *, pid: int = 1, retain: bool = False) -> None:
-    """Publish at QoS 1, and have it acknowledged."""
-    client.send(mqtt.publish(topic, payload, qos=1, pid=pid, retain=retain))
-    assert client.read() == mqtt.Packet(0x40, pid.to_bytes(2, "big"))
-
-
-def said(client: RawClient, count: int) -> list[tuple[str, bytes, int, bool]]:
-    """The next messages of a client; what came at QoS 1 is acknowledged."""
-    found = []
-    for _ in range(count):
-        message = client.read_delivery()
-        if message.qos:
-            client.send(mqtt.puback(message.packet_id))
-        found.append((message.topic, message.payload, message.qos, message.retain))
-    return found
 
 
 def test_what_is_chosen_goes_up_and_comes_down(above: RunningGateway, tmp_path: Path, pki: Pki) -> None:
