@@ -28,6 +28,7 @@ class Alarm:
         "certificate-not-yet-valid",
         "upstream-down",
         "upstream-refuses",
+        "upstream-refused-message",
         "upstream-spool-full",
         "upstream-certificate-due",
         "fleet-crl-refused",

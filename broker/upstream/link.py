@@ -10,6 +10,7 @@ Rules:
   takes nothing, the connection ends without it. Nobody above is let past what the settings ask for (`mapping.py`).
 - A message that comes as retained is retained here, and published only if it is news. Later ones on its topic come
   without the flag (§3.3.1-9) and keep it up to date.
+- A spool that is careful (`spool.py`) sends nothing before a PINGREQ has been answered: the connection works then.
 - Half of a keepalive without a word is answered with a PINGREQ, one and a half with the end.
 """
 
@@ -102,6 +103,10 @@ class Link:
         """Done when CONNECT is answered with yes, or the connection is over."""
         self.ended: asyncio.Future[ConnectionFailedError] = loop.create_future()
         """Why the connection is over."""
+        self.has_settled = False
+        """Whether the subscriptions stand, and a PINGREQ after them was answered."""
+        self.was_closed = False
+        """Whether it ended, and not by our doing."""
         self.refused: tuple[str, ...] = ()
         """Filters that the upstream does not let us subscribe to."""
 
@@ -153,6 +158,7 @@ class Link:
         if session.stream is self.stream:
             session.stream = None
         if self._failure is None:
+            self.was_closed = True
             self._failure = self._explained(error)
         self._tell_end(self._failure)
 
@@ -193,7 +199,8 @@ class Link:
         self._subscribe(is_known=packet.session_present)
         spool.begin(is_known=packet.session_present)
         session.stream = self.stream
-        spool.resume(session)
+        if not spool.is_careful:
+            spool.resume(session)
         self._later()
         self.accepted.set_result(None)
 
@@ -210,7 +217,8 @@ class Link:
             self._subscribing[packet_id] = wanted
             self.stream.write(up.subscribe(packet_id, wanted, 1))
         else:
-            self._settle()
+            self._settling = False
+            self.stream.write(up.PINGREQ)
 
     def _suback(self, packet: mqtt.SubAck) -> None:
         asked = self._subscribing.pop(packet.packet_id, ())
@@ -243,6 +251,9 @@ class Link:
 
     def _settle(self) -> None:
         self._settling = None
+        self.has_settled = True
+        if self._above.spool.is_careful:
+            self._above.spool.resume(self._above.spool.session)
         self._above.has_settled()
 
     def _puback(self, packet: mqtt.PubAck) -> None:

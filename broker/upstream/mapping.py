@@ -36,9 +36,17 @@ class Mapping:
         gateway: this gateway's name.
         up: what goes up.
         down: what comes down.
+        max_topic_bytes: of a name at the upstream; what has a longer one stays here.
     """
 
-    def __init__(self, gateway: str, up: tuple[Passage, ...], down: tuple[Passage, ...]) -> None:
+    def __init__(
+        self,
+        gateway: str,
+        up: tuple[Passage, ...],
+        down: tuple[Passage, ...],
+        max_topic_bytes: int = MAX_TOPIC_BYTES,
+    ) -> None:
+        self._max_topic_bytes = max_topic_bytes
         self.up = up
         self.down = down
         self._own = f"gateway/{gateway}/"
@@ -48,7 +56,7 @@ class Mapping:
         for passage in self.up:
             if matches(passage.local, topic):
                 remote = passage.prefix + topic
-                return remote if len(remote.encode()) <= MAX_TOPIC_BYTES else None
+                return remote if len(remote.encode()) <= self._max_topic_bytes else None
         return None
 
     def to_local(self, remote: str) -> str | None:

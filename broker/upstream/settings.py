@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from birthmark.broker.filters import TopicError, check_filter, check_topic
+from birthmark.broker.filters import MAX_TOPIC_BYTES, TopicError, check_filter, check_topic
+from birthmark.broker.packets import MAX_REMAINING_LENGTH
 from birthmark.broker.upstream.mapping import Mapping, Passage
 from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import ConfigurationError, IdentityError
@@ -41,6 +42,8 @@ UPSTREAM_KEYS = (
     "spool_bytes",
     "spool_full",
     "max_inflight",
+    "max_topic_bytes",
+    "max_payload_bytes",
     "longest_wait_s",
 )
 FLEET_DOWN = ("fleet/crl/+", "fleet/policy", "gateway/+/seen/+")
@@ -86,6 +89,8 @@ class UpstreamSettings:
     spool_full: SpoolFull = SpoolFull.HOLD
     max_inflight: int = 1_000
     """Messages on their way up, unacknowledged."""
+    max_payload_bytes: int = MAX_REMAINING_LENGTH
+    """Of a message that goes up; a longer one is dropped. The longest topic is the mapping's."""
     longest_wait_s: float = 30.0
     """Between two attempts to connect."""
 
@@ -136,6 +141,9 @@ def _upstream(table: Table, folder: Path, gateway: str) -> UpstreamSettings:
         spool_bytes=table.whole("spool_bytes", 67_108_864, least=65_536, most=2**40),
         spool_full=_spool_full(table),
         max_inflight=table.whole("max_inflight", 1_000, least=1, most=65_000),
+        max_payload_bytes=table.whole(
+            "max_payload_bytes", MAX_REMAINING_LENGTH, least=16, most=MAX_REMAINING_LENGTH
+        ),
         longest_wait_s=table.number("longest_wait_s", 30.0, least=0.1, most=3_600),
     )
 
@@ -190,7 +198,8 @@ def _mapping(table: Table, gateway: str, *, fleet: bool) -> Mapping:
         down += [Passage(found) for found in FLEET_DOWN]
     if not up and not down:
         raise table.complain(cause="nothing goes up and nothing comes down", hint='such as up = ["devices/#"]')
-    mapping = Mapping(gateway, tuple(up), tuple(down))
+    max_topic_bytes = table.whole("max_topic_bytes", MAX_TOPIC_BYTES, least=16, most=MAX_TOPIC_BYTES)
+    mapping = Mapping(gateway, tuple(up), tuple(down), max_topic_bytes)
     loop = mapping.loop()
     if loop is not None:
         goes_up, comes_down = (quoted(passage.remote, 80) for passage in loop)

@@ -7,6 +7,9 @@ Rules:
   being the same.
 - QoS 2 goes at 1, and so does what is retained, which is a state and must not be missed. The rest of QoS 0 goes
   at 0 while the link is up, and is not spooled.
+- A message that ends the connection whenever it is sent would keep all others back for ever (RabbitMQ has no other
+  way to refuse one). After connections in vain the spool is *careful*: what is unacknowledged goes one by one. The
+  one over which a connection ends again and again is set aside: dropped, counted, named (`upstream.py` judges).
 - It is bounded by messages and bytes (`spool_messages`, `spool_bytes`). With "hold" publishers are stopped from
   `HOLD_AT` of it on, until it has fallen to `GO_ON_AT`; what they have sent by then finds room. What comes from
   nobody who could be stopped (wills, the gateway's own) is dropped when it is really full, as with "drop_newest".
@@ -20,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.broker.config import QueueFull
 from birthmark.broker.outbound import REPLAY_WATER_BYTES, Outbound
-from birthmark.broker.packets import publish_head, topic_field
+from birthmark.broker.packets import as_duplicate, publish_head, topic_field
 from birthmark.broker.peer import upstream_peer
 from birthmark.broker.policy import Rights
 from birthmark.broker.session import Message, Session
@@ -71,6 +74,7 @@ class Spool(Outbound):
         self._max_waiting_bytes = WINDOW_BYTES
         self._mapping = settings.mapping
         self._transit = settings.transit
+        self._max_payload_bytes = settings.max_payload_bytes
         self.holds = settings.spool_full is SpoolFull.HOLD
         """Whether publishers are stopped rather than anything dropped."""
         peer = upstream_peer(settings.name)
@@ -79,6 +83,8 @@ class Spool(Outbound):
         self._filling = filling
         self.on_room: Callable[[], None] = lambda: None
         self._emptied: asyncio.Future[None] | None = None
+        self.is_careful = False
+        """One message at a time, and none of QoS 0."""
         self.forwarded = 0
         """Messages that the upstream has acknowledged."""
         self.dropped = 0
@@ -112,17 +118,24 @@ class Spool(Outbound):
 
     def take(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool) -> None:
         """Take a message under its name at the upstream."""
-        if qos or retain:
+        if len(payload) > self._max_payload_bytes:
+            self._count_dropped()
+            self.denials.dropped(self.peer, "more than max_payload_bytes", topic)
+        elif qos or retain:
             self.send(self.session, Message(topic, topic_bytes, payload, 1, retain=retain), 1)
-            return
+        else:
+            self._send_once(topic, publish_head(topic_bytes, len(payload), 0, retain=False) + payload)
+
+    def _send_once(self, topic: str, frame: bytes) -> None:
+        """Send a PUBLISH of QoS 0 now, or never."""
         stream = self.session.stream
-        if stream is None:
+        if stream is None or self.is_careful:
             self._count_dropped()
         elif stream.waiting_bytes > self._max_waiting_bytes:
             self._count_dropped()
             self.drop_slow(self.session, topic)
         else:
-            stream.write(publish_head(topic_bytes, len(payload), 0, retain=False) + payload)
+            stream.write(frame)
             self.counters.messages_out += 1
 
     def may_receive(self, session: Session, topic: str) -> bool:
@@ -168,6 +181,38 @@ class Spool(Outbound):
 
     # --- what goes out -----------------------------------------------------------------------------------
 
+    def resume(self, session: Session) -> None:
+        """Send again what has not been acknowledged; if we are careful, the first of it alone."""
+        if self.is_careful:
+            self._send_next(session)
+        else:
+            super().resume(session)
+
+    def _send_next(self, session: Session) -> None:
+        stream = session.stream
+        for packet_id, outgoing in session.inflight.items():
+            if stream is not None:
+                message = outgoing.message
+                stream.write(as_duplicate(message.head(1)) + packet_id.to_bytes(2, "big") + message.payload)
+                self.counters.messages_out += 1
+            return
+        self.is_careful = False
+        self.pump(session)
+
+    def set_aside(self) -> Message | None:
+        """Drop the first of what is unacknowledged; return it."""
+        session = self.session
+        for packet_id, outgoing in session.inflight.items():
+            del session.inflight[packet_id]
+            session.inflight_bytes -= outgoing.message.size_bytes
+            self.journal.drop_delivery(outgoing)
+            self._count_dropped()
+            return outgoing.message
+        return None
+
+    def _has_room(self, session: Session) -> bool:
+        return not self.is_careful and super()._has_room(session)
+
     def pump(self, session: Session) -> None:
         """Send what waits, as far as there is room."""
         super().pump(session)
@@ -180,6 +225,8 @@ class Spool(Outbound):
             self.forwarded += 1
             self.counters.upstream_forwarded += 1
         super().acknowledged(session, packet_id, qos)
+        if self.is_careful:
+            self._send_next(session)
         if self._emptied is not None and not self._emptied.done() and not session.waiting_count:
             self._emptied.set_result(None)
 

@@ -4,6 +4,8 @@ Rules:
 
 - The servers are tried in turn, without a wait between them; the one that worked last comes first. After a round
   in vain, or a connection lost, there is a wait that grows, with jitter (`device/backoff.py`).
+- A message that ends every connection is found and set aside (`spool.py`): first by one at a time, then by three
+  connections that worked until this message was sent, and that the upstream itself ended.
 - Whatever goes wrong with an upstream is a line in the log, once for each cause, and an alarm while it lasts; it
   never stops the gateway.
 - New credentials are tried at once. SIGHUP does the same: it cuts a wait short.
@@ -46,8 +48,12 @@ CONNECT_TIMEOUT_S = 10.0
 FIRST_WAIT_S = 0.5
 FIRST_WAIT_REFUSED_S = 5.0
 LONGEST_WAIT_REFUSED_S = 300.0
-STUCK_AFTER = 3
+CAREFUL_AFTER = 2
 """Connections in a row that ended without an acknowledgement of what was sent."""
+SET_ASIDE_AFTER = 3
+"""Connections in a row that worked, and ended when this one message was sent."""
+UNSETTLED_AFTER = 3
+"""Connections in a row that ended before our subscriptions stood."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +94,8 @@ class Upstream:
         """The link that is up."""
         self.reason = ""
         """Why it is down; empty while it is up, and before the first attempt."""
+        self.refused = ""
+        """The message that was set aside last, in words; empty: none since the credentials were read."""
         self._exchange = exchange
         self._topics = topics
         self._flusher = flusher
@@ -95,7 +103,7 @@ class Upstream:
         self._task: asyncio.Task[None] | None = None
         self._next = 0
         self._said: set[str] = set()
-        self._stuck = 0
+        self._stuck = self._unsettled = 0
         self._forwarded_before = 0
         self._since_s = 0.0
         self._changed_at = 0.0
@@ -135,6 +143,7 @@ class Upstream:
     def reload(self) -> None:
         """Read the credentials again, and connect with them. Raises `ConfigurationError`, and changes nothing."""
         self.credentials = read_credentials(self.settings)
+        self.refused = ""
         self._again.set()
         if self.link is not None:
             self.link.close()
@@ -167,27 +176,23 @@ class Upstream:
         hint = "docs/upstream.md says what each reason means"
         if self.reason:
             message = f"the upstream {self.name} is down: {self.reason}"
-            if self._stuck >= STUCK_AFTER:
-                message += f"; {self._sticks()}"
+            if self._unsettled >= UNSETTLED_AFTER:
+                message += "; each time before it granted our subscriptions: it may not allow one of them"
             found.append(Alarm("upstream-down", message, hint, logging.ERROR))
         if self.link is not None and self.link.refused:
             filters = ", ".join(escaped(topic_filter) for topic_filter in self.link.refused)
             message = f"the upstream {self.name} does not let us subscribe to {filters}"
             refused_hint = "look at our rights there, or at `down` in broker.toml"
             found.append(Alarm("upstream-refuses", message, refused_hint))
+        if self.refused:
+            message = f"the upstream {self.name} refuses messages, which are set aside: at last {self.refused}"
+            refused_hint = "allow it there, or set max_topic_bytes or max_payload_bytes; SIGHUP ends this alarm"
+            found.append(Alarm("upstream-refused-message", message, refused_hint))
         if self.spool.is_filling:
             verb = "stops publishers" if self.spool.holds else "drops messages"
             message = f"the spool for the upstream {self.name} is full and {verb}"
             found.append(Alarm("upstream-spool-full", message, "bring the upstream back; or raise spool_messages"))
         return found
-
-    def _sticks(self) -> str:
-        """Say what it may stumble over: a message that the upstream does not take ends every connection."""
-        first = next(iter(self.spool.session.inflight.values()), None)
-        if first is None:
-            return "it takes nothing"
-        message = first.message
-        return f"each time after {escaped(message.topic)} ({len(message.payload)} bytes), which it may not take"
 
     # --- for the link ------------------------------------------------------------------------------------
 
@@ -221,7 +226,7 @@ class Upstream:
             waiting,
             extra={"fields": {"event": "upstream_connected", "upstream": self.name, "spooled": waiting}},
         )
-        if not is_known and (self.spool.granted or self.spool.session.inflight):
+        if not is_known and self.spool.granted:
             _log.warning(
                 "the upstream %s has forgotten our session: subscribing anew, sending again what it may not have",
                 self.name,
@@ -311,7 +316,7 @@ class Upstream:
                 return await link.ended, 0.0
             ended = await link.ended
             self._exchange.counters.upstream_lost += 1
-            self._look_for_stumbling()
+            self._look_for_stumbling(link)
             return ended, max(loop.time() - self._since_s, 0.001)
         finally:
             if self.link is link:
@@ -320,7 +325,34 @@ class Upstream:
             if not link.ended.done():
                 link.cut()
 
-    def _look_for_stumbling(self) -> None:
-        """Count the connections in a row that ended with nothing acknowledged of what was sent."""
-        is_stuck = bool(self.spool.session.inflight) and self.spool.forwarded == self._forwarded_before
-        self._stuck = self._stuck + 1 if is_stuck else 0
+    def _look_for_stumbling(self, link: Link) -> None:
+        """Look whether a message, or a subscription, ends every connection."""
+        spool, first = self.spool, next(iter(self.spool.session.inflight.values()), None)
+        self._unsettled = 0 if link.has_settled else self._unsettled + 1
+        if first is None or spool.forwarded != self._forwarded_before:
+            self._stuck = 0
+            return
+        if not spool.is_careful:
+            self._stuck += 1
+            if self._stuck >= CAREFUL_AFTER:
+                spool.is_careful, self._stuck = True, 0
+        elif link.has_settled and link.was_closed:
+            self._stuck += 1
+            if self._stuck >= SET_ASIDE_AFTER:
+                self._stuck = 0
+                self._set_aside()
+
+    def _set_aside(self) -> None:
+        message = self.spool.set_aside()
+        if message is None:
+            return
+        self._exchange.counters.upstream_refused += 1
+        topic = escaped(message.topic)
+        self.refused = f"one on {topic} of {len(message.payload)} bytes"
+        _log.error(
+            "the upstream %s ends every connection over a message on %s of %s bytes: set aside, and gone",
+            self.name,
+            topic,
+            len(message.payload),
+            extra={"fields": {"event": "upstream_refused", "upstream": self.name, "topic": topic}},
+        )

@@ -201,18 +201,70 @@ def policy_of(*, subscribe: str = '["#"]', publishes: str = '["#"]') -> Policy:
     return policy(POLICY_TOML + (rights + assigned).encode())
 
 
-def test_a_message_that_is_never_taken_is_named(tmp_path: Path, pki: Pki) -> None:
+def test_a_message_that_ends_every_connection_is_set_aside_and_the_others_arrive(
+    tmp_path: Path, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "above"
     folder.mkdir()
     with (
         running_gateway(folder, pki, policy_toml=POLICY, limits=Limits(max_packet_bytes=2_000)) as above,
-        running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port)) as gateway,
+        LoopbackProxy(1) as proxy,
+        running_gateway(tmp_path, pki, **linked(tmp_path, pki, proxy.port)) as gateway,
     ):
+        operator = above.client("alice", "operator").subscribed(("devices/#", 1))
+        device = gateway.client()
+        payloads = [b"1", b"2", b"x" * 3_000, b"3", b"y" * 3_000, b"4"]
+        for number, payload in enumerate(payloads, start=1):
+            publish(device, TOPIC, payload, pid=number)
+        proxy.target_port = above.port
+        arrived = [payload for _, payload, _, _ in said(operator, 4)]
+        # The first two were sent more than once before it was known over which message the connections end.
+        while b"4" not in arrived:
+            arrived += [payload for _, payload, _, _ in said(operator, 1)]
+        assert list(dict.fromkeys(arrived)) == [b"1", b"2", b"3", b"4"]
+        upstream = upstream_of(gateway)
+        gateway.wait_for(lambda: not upstream.spool.session.waiting_count, "acknowledged")
+        assert gateway.broker.counters.upstream_refused == upstream.spool.dropped == 2
+        assert codes(gateway) == ["upstream-refused-message"]
+        assert f"over a message on {TOPIC} of 3000 bytes: set aside" in caplog.text
+        assert not upstream.spool.is_careful
+        gateway.call(upstream.reload)
+        assert "upstream-refused-message" not in codes(gateway)
+
+
+def test_what_the_other_end_would_not_take_can_be_kept_from_it(
+    above: RunningGateway, tmp_path: Path, pki: Pki
+) -> None:
+    operator = above.client("alice", "operator").subscribed(("devices/#", 1))
+    values = linked(tmp_path, pki, above.port, max_topic_bytes=len(TOPIC), max_payload_bytes=16)
+    with running_gateway(tmp_path, pki, **values) as gateway:
         upstream = wait_until_up(gateway)
-        publish(gateway.client(), TOPIC, b"x" * 3_000)
-        words = f"each time after {TOPIC} (3000 bytes), which it may not take"
-        gateway.wait_for(lambda: any(words in found.message for found in upstream.alarms(now())), "it is named")
+        device = gateway.client()
+        publish(device, f"{TOPIC}t", b"1")
+        publish(device, TOPIC, b"x" * 17)
+        publish(device, TOPIC, b"x" * 16)
+        assert said(operator, 1) == [(TOPIC, b"x" * 16, 1, False)]
+        assert upstream.spool.dropped == 1
+
+
+def test_an_upstream_that_only_accepts_and_closes_costs_no_message(tmp_path: Path, pki: Pki) -> None:
+    connections = 0
+
+    def talk(secured: ssl.SSLSocket) -> None:
+        nonlocal connections
+        connections += 1
+        secured.recv(4_096)
+        secured.sendall(ACCEPTED)
+        secured.recv(4_096)
+
+    with (
+        speaking(tmp_path, pki, talk) as port,
+        running_gateway(tmp_path, pki, **linked(tmp_path, pki, port)) as gateway,
+    ):
+        upstream = wait_until_down(gateway, "the broker closed it")
+        gateway.wait_for(lambda: connections > 12, "many connections in vain")
         assert upstream.spool.session.waiting_count == 1
+        assert "it may not allow one of them" in upstream.alarms(now())[0].message
 
 
 def test_a_link_that_fell_silent_is_given_up_and_made_anew(
