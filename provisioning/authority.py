@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 
 CLOCK_STEP: Final = timedelta(seconds=2)
 """How far the clock may have gone back since the last issuance: time synchronisation steps by as much."""
+
+
+@lru_cache(64)
+def _role(name: str) -> Role:
+    # Thousands of devices share a few.
+    return Role(name)
 
 
 class Authority:
@@ -115,7 +122,7 @@ class Authority:
             self._issuer,
             organization=self._organization,
             device_id=DeviceId(name),
-            role=Role(role),
+            role=_role(role),
             public_key=profile.parse_public_key(public_key_der),
             cert_serial=cert_serial,
             lifetime=timedelta(days=self._lifetimes.device_days),
@@ -160,10 +167,9 @@ class Authority:
         self, *, number: int, this_update: datetime, next_update: datetime, revoked: Sequence[Revoked]
     ) -> bytes:
         """Sign a complete CRL and return it (DER). `number` and `this_update` are durable already."""
-        crl = profile.revocation_list(
+        return profile.revocation_list_der(
             self._issuer, number=number, this_update=this_update, next_update=next_update, revoked=revoked
         )
-        return crl.public_bytes(Encoding.DER)
 
     def sign_transcript(self, transcript: bytes) -> bytes:
         """Sign a transcript (docs/serial-protocol.md section 6, docs/renewal.md); return the signature (DER)."""
@@ -187,17 +193,16 @@ class Authority:
 
     def _check_all(self, rows: Sequence[Row], *, now: datetime) -> None:
         with self._registry.view() as view:
-            recorded = view.numbered([row.number for row in rows])
+            differing = view.differing(rows)
             last_issued_at = moment(view, LAST_ISSUED_AT)
             closed = any(ca.key_id == self.key_id and ca.closed_at is not None for ca in read_cas(view))
         for row in rows:
-            found = recorded.get(row.number)
-            if found is None or found != row or row.kind is not Kind.DEVICE:
+            if row.number in differing or row.kind is not Kind.DEVICE:
                 raise AuthorityError(
                     f"could not issue a certificate for {row.kind} {row.name}: it is not recorded as a device's",
                     hint="somebody else has changed it meanwhile: start these devices again",
                 )
-            self._check_row(found, closed=closed)
+            self._check_row(row, closed=closed)
         self._check_clock(now, last_issued_at)
 
     def _check_row(self, row: Row, *, closed: bool) -> None:

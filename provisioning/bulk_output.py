@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 ANCHORS_FILE: Final = "ca.pem"
 CERTIFICATE_SUFFIX: Final = ".crt.pem"
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def _line(row: Row, cas: Cas) -> str:
         "not_after": row.not_after.isoformat() if row.not_after else None,
         "certificate": _chain(row, cas).decode(),
     }
-    return json.dumps(record, separators=(",", ":")) + "\n"
+    return _ENCODER.encode(record) + "\n"
 
 
 def _read_key(path: Path) -> StationKey:

@@ -20,26 +20,39 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
+from birthmark.provisioning.der import (
+    INTEGER,
+    OCTET_STRING,
+    SEQUENCE,
+    SET,
+    UTF8_STRING,
+    content,
+    head,
+    integer_octets,
+    time,
+    tlv,
+)
+from birthmark.provisioning.signed_der import ECDSA_WITH_SHA256, extension
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
+    from typing import TypeAlias
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-_INTEGER, _BIT_STRING, _OCTET_STRING, _UTF8, _SEQUENCE, _SET = 0x02, 0x03, 0x04, 0x0C, 0x30, 0x31
-_UTC_TIME, _GENERALIZED_TIME = 0x17, 0x18
+    _Part: TypeAlias = bytes | int
+    """Octets that are known, or how many are filled in."""
+
 _EXTENSIONS, _DIRECTORY_NAME = 0xA3, 0xA4
-_FIRST_GENERALIZED_YEAR: Final = 2050
-"""From here on a date is a GeneralizedTime (RFC 5280 section 4.1.2.5)."""
 _VERSION_3: Final = bytes.fromhex("a003020102")
-_ECDSA_WITH_SHA256: Final = bytes.fromhex("300a06082a8648ce3d040302")
 _P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
-"""A SubjectPublicKeyInfo up to the 65 octets of its point."""
+"""A SubjectPublicKeyInfo up to its point."""
+_POINT_OCTETS: Final = 65
+_KEY_ID_OCTETS: Final = 20
 _COMMON_NAME: Final = bytes.fromhex("0603550403")
 _SUBJECT_ALT_NAME: Final = bytes.fromhex("0603551d11")
 _SUBJECT_KEY_ID: Final = bytes.fromhex("0603551d0e")
-_CERTIFICATE_EXTENSION_ARC: Final = bytes.fromhex("0603551d")
-_TRUE: Final = bytes.fromhex("0101ff")
 
 
 class ClientTemplate:
@@ -52,7 +65,7 @@ class ClientTemplate:
         same_for_all: extensions that are the same in every certificate, which go first; whether each is critical.
     """
 
-    __slots__ = ("_after_serial", "_first_extensions", "_last_extension", "_organization_and_role")
+    __slots__ = ("_after_serial", "_first_extensions", "_frames", "_last_extension", "_organization_and_role")
 
     def __init__(
         self,
@@ -62,17 +75,19 @@ class ClientTemplate:
         role: str,
         same_for_all: Sequence[tuple[x509.ExtensionType, bool]],
     ) -> None:
-        self._after_serial = _ECDSA_WITH_SHA256 + issuer.subject.public_bytes()
+        self._after_serial = ECDSA_WITH_SHA256 + issuer.subject.public_bytes()
         subject = x509.Name(
             [
                 x509.NameAttribute(NameOID.ORGANIZATION_NAME, organization),
                 x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
             ]
         )
-        self._organization_and_role = _content(subject.public_bytes())
-        self._first_extensions = b"".join(_extension(value, critical=critical) for value, critical in same_for_all)
+        self._organization_and_role = content(subject.public_bytes())
+        self._first_extensions = b"".join(extension(value, critical=critical) for value, critical in same_for_all)
         key_id = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
-        self._last_extension = _extension(x509.AuthorityKeyIdentifier(key_id, None, None), critical=False)
+        self._frames: dict[tuple[int, ...], tuple[bytes, ...]] = {}
+        """What is constant, by the lengths of what is not (serial number, validity, name), so there are few."""
+        self._last_extension = extension(x509.AuthorityKeyIdentifier(key_id, None, None), critical=False)
 
     def to_be_signed(
         self,
@@ -93,62 +108,64 @@ class ClientTemplate:
             not_after: the same.
         """
         point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
-        own_name = _tlv(_SET, _tlv(_SEQUENCE, _COMMON_NAME + _tlv(_UTF8, common_name.encode("ascii"))))
+        name = common_name.encode("ascii")
+        serial = integer_octets(cert_serial)
+        validity = _validity(not_before, not_after)
+        # RFC 5280 section 4.2.1.2, method (1): SHA-1 of the point. It names the key, and protects nothing.
+        key_id = sha1(point, usedforsecurity=False).digest()
+        around = self._around(len(serial), len(validity), len(name))
+        own = (serial, validity, name, point, name, key_id, b"")
+        return b"".join([octets for both in zip(around, own, strict=True) for octets in both])
+
+    def _around(self, *lengths: int) -> tuple[bytes, ...]:
+        """Return what stands before, between and after a certificate's own octets of these lengths."""
+        known = self._frames.get(lengths)
+        if known is None:
+            known = self._frames[lengths] = _constant(self._parts(*lengths))
+        return known
+
+    def _parts(self, serial: int, validity: int, name: int) -> tuple[_Part, ...]:
+        own_name = _around(SET, *_around(SEQUENCE, _COMMON_NAME, *_around(UTF8_STRING, name)))
         # A client certificate needs no SAN to name its holder, but pyca's verifier wants one, and linters refuse
         # URNs of our own: the CN again, as a directory name, satisfies both.
-        also_known_as = _tlv(_SEQUENCE, _tlv(_DIRECTORY_NAME, _tlv(_SEQUENCE, own_name)))
-        # RFC 5280 section 4.2.1.2, method (1): SHA-1 of the point. It names the key, and protects nothing.
-        key_id = _tlv(_OCTET_STRING, sha1(point, usedforsecurity=False).digest())
+        also_known_as = _around(SEQUENCE, *_around(_DIRECTORY_NAME, *_around(SEQUENCE, *own_name)))
+        key_id = _around(OCTET_STRING, _KEY_ID_OCTETS)
         extensions = (
-            self._first_extensions
-            + _tlv(_SEQUENCE, _SUBJECT_ALT_NAME + _tlv(_OCTET_STRING, also_known_as))
-            + _tlv(_SEQUENCE, _SUBJECT_KEY_ID + _tlv(_OCTET_STRING, key_id))
-            + self._last_extension
+            self._first_extensions,
+            *_around(SEQUENCE, _SUBJECT_ALT_NAME, *_around(OCTET_STRING, *also_known_as)),
+            *_around(SEQUENCE, _SUBJECT_KEY_ID, *_around(OCTET_STRING, *key_id)),
+            self._last_extension,
         )
-        return _tlv(
-            _SEQUENCE,
-            _VERSION_3
-            + _tlv(_INTEGER, cert_serial.to_bytes(cert_serial.bit_length() // 8 + 1, "big"))
-            + self._after_serial
-            + _validity(not_before, not_after)
-            + _tlv(_SEQUENCE, self._organization_and_role + own_name)
-            + _P256_KEY
-            + point
-            + _tlv(_EXTENSIONS, _tlv(_SEQUENCE, extensions)),
+        return _around(
+            SEQUENCE,
+            _VERSION_3,
+            *_around(INTEGER, serial),
+            self._after_serial,
+            validity,
+            *_around(SEQUENCE, self._organization_and_role, *own_name),
+            _P256_KEY,
+            _POINT_OCTETS,
+            *_around(_EXTENSIONS, *_around(SEQUENCE, *extensions)),
         )
 
 
-def signed(to_be_signed: bytes, signature: bytes) -> bytes:
-    """Put a TBSCertificate and its ECDSA signature with SHA-256 (DER) together; return the certificate (DER)."""
-    return _tlv(_SEQUENCE, to_be_signed + _ECDSA_WITH_SHA256 + _tlv(_BIT_STRING, b"\0" + signature))
+def _around(tag: int, *parts: _Part) -> tuple[_Part, ...]:
+    """Return the parts of a DER value with this tag around those."""
+    return head(tag, sum(part if isinstance(part, int) else len(part) for part in parts)), *parts
 
 
-def _tlv(tag: int, value: bytes) -> bytes:
-    length = len(value)
-    if length < 0x80:
-        return bytes((tag, length)) + value
-    octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
-    return bytes((tag, 0x80 | len(octets))) + octets + value
+def _constant(parts: Iterable[_Part]) -> tuple[bytes, ...]:
+    """Return the octets before, between and after the parts that are filled in."""
+    found = [b""]
+    for part in parts:
+        if isinstance(part, int):
+            found.append(b"")
+        else:
+            found[-1] += part
+    return tuple(found)
 
 
 @lru_cache(maxsize=16)
 def _validity(not_before: datetime, not_after: datetime) -> bytes:
     # The same for all that are signed in one second.
-    return _tlv(_SEQUENCE, _time(not_before) + _time(not_after))
-
-
-def _time(moment: datetime) -> bytes:
-    if moment.year < _FIRST_GENERALIZED_YEAR:
-        return _tlv(_UTC_TIME, f"{moment:%y%m%d%H%M%SZ}".encode())
-    return _tlv(_GENERALIZED_TIME, f"{moment:%Y%m%d%H%M%SZ}".encode())
-
-
-def _content(der: bytes) -> bytes:
-    """Return what is in a DER value, without its tag and length."""
-    return der[2 if der[1] < 0x80 else 2 + (der[1] & 0x7F) :]
-
-
-def _extension(value: x509.ExtensionType, *, critical: bool) -> bytes:
-    arc = int(value.oid.dotted_string.removeprefix("2.5.29."))
-    oid = _CERTIFICATE_EXTENSION_ARC + bytes((arc,))
-    return _tlv(_SEQUENCE, oid + (_TRUE if critical else b"") + _tlv(_OCTET_STRING, value.public_bytes()))
+    return tlv(SEQUENCE, time(not_before) + time(not_after))

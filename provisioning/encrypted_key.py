@@ -16,6 +16,7 @@ from typing import Final, Self
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.frozen import Frozen
 from birthmark.device.pem import block, read_blocks
+from birthmark.provisioning.der import INTEGER, OBJECT_ID, OCTET_STRING, SEQUENCE, integer_octets, tlv
 
 LABEL: Final = "ENCRYPTED PRIVATE KEY"
 AES_KEY_OCTETS: Final = 32
@@ -23,8 +24,7 @@ BLOCK_OCTETS: Final = 16
 _PBES2: Final = bytes.fromhex("06092a864886f70d01050d")
 _SCRYPT: Final = bytes.fromhex("06092b06010401da47040b")
 _AES_256_CBC: Final = bytes.fromhex("060960864801650304012a")
-_INTEGER, _OCTET_STRING, _OBJECT_ID, _SEQUENCE = 0x02, 0x04, 0x06, 0x30
-_TAGS: Final = bytes((_OBJECT_ID, _OBJECT_ID, _OCTET_STRING, *[_INTEGER] * 3, _OBJECT_ID, *[_OCTET_STRING] * 2))
+_TAGS: Final = bytes((OBJECT_ID, OBJECT_ID, OCTET_STRING, *[INTEGER] * 3, OBJECT_ID, *[OCTET_STRING] * 2))
 """What is in the sequences, in its order: scheme, derivation, salt, its numbers, cipher, IV, what is sealed."""
 _MAX_OCTETS: Final = 1024
 _MAX_MEMORY: Final = 1 << 30
@@ -97,33 +97,22 @@ class EncryptedKey(Frozen):
         scrypt = _sequence(
             _SCRYPT,
             _sequence(
-                _element(_OCTET_STRING, self.salt),
+                tlv(OCTET_STRING, self.salt),
                 _integer(derivation.cost),
                 _integer(derivation.block_size),
                 _integer(derivation.parallelism),
             ),
         )
-        cipher = _sequence(_AES_256_CBC, _element(_OCTET_STRING, self.iv))
-        return _sequence(_sequence(_PBES2, _sequence(scrypt, cipher)), _element(_OCTET_STRING, self.sealed))
+        cipher = _sequence(_AES_256_CBC, tlv(OCTET_STRING, self.iv))
+        return _sequence(_sequence(_PBES2, _sequence(scrypt, cipher)), tlv(OCTET_STRING, self.sealed))
 
 
 def _sequence(*parts: bytes) -> bytes:
-    return _element(_SEQUENCE, b"".join(parts))
+    return tlv(SEQUENCE, b"".join(parts))
 
 
 def _integer(value: int) -> bytes:
-    return _element(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big"))
-
-
-def _element(tag: int, content: bytes) -> bytes:
-    """Return a DER element: tag, shortest length, content (X.690 section 8.1.3)."""
-    length = len(content)
-    if length < 0x80:
-        head = bytes([tag, length])
-    else:
-        octets = length.to_bytes((length.bit_length() + 7) // 8, "big")
-        head = bytes([tag, 0x80 | len(octets)]) + octets
-    return head + content
+    return tlv(INTEGER, integer_octets(value))
 
 
 def _read(der: bytes) -> list[tuple[int, bytes]]:
@@ -134,7 +123,7 @@ def _read(der: bytes) -> list[tuple[int, bytes]]:
         if length & 0x80:
             head += length & 0x7F
             length = int.from_bytes(der[2:head], "big")
-        if tag == _SEQUENCE:
+        if tag == SEQUENCE:
             der = der[head:]
         else:
             found.append((tag, der[head : head + length]))

@@ -37,10 +37,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 from birthmark.device.errors import AuthorityError, IdentityError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName, DeviceId, Role, device_role
-from birthmark.provisioning.client_template import ClientTemplate, signed
+from birthmark.provisioning.client_template import ClientTemplate
+from birthmark.provisioning.crl_template import crl_to_be_signed
+from birthmark.provisioning.signed_der import signed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 BACKDATED: Final = timedelta(hours=24)
 ONE_SECOND: Final = timedelta(seconds=1)
@@ -52,6 +54,7 @@ ROOT_CRL_LIFETIME: Final = timedelta(days=365)
 CERT_SERIAL_OCTETS: Final = range(16, 21)
 """Long enough that nobody guesses the next one, short enough for RFC 5280 section 4.1.2.2."""
 _KEY_ID_IN_NAME: Final = 8
+_SIGNATURE: Final = ECDSA(SHA256())
 _ONLY_P256: Final = "birthmark uses P-256 throughout"
 _DNS_NAME: Final = re.compile(r"(?=.{1,253}\Z)(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
 
@@ -188,7 +191,8 @@ def device_certificate_der(
 
     To read them into an object and write them again costs as much as the signature.
     """
-    device_role(role.name)
+    if role.is_reserved:
+        device_role(role.name)  # says why
     return _client_certificate(
         issuer,
         organization=organization,
@@ -268,18 +272,25 @@ def revocation_list(
     issuer: Issuer, *, number: int, this_update: datetime, next_update: datetime, revoked: Sequence[Revoked]
 ) -> x509.CertificateRevocationList:
     """Make a complete CRL of `issuer`. `number` and `this_update` rise strictly from CRL to CRL."""
-    # All entries go to the constructor at once: adding them one by one copies the list each time.
-    builder = x509.CertificateRevocationListBuilder(
-        issuer_name=issuer.certificate.subject,
-        last_update=_seconds(this_update).replace(tzinfo=None),
-        next_update=_seconds(next_update).replace(tzinfo=None),
-        revoked_certificates=[_entry(item) for item in revoked],
+    return x509.load_der_x509_crl(
+        revocation_list_der(
+            issuer, number=number, this_update=this_update, next_update=next_update, revoked=revoked
+        )
     )
-    return (
-        builder.add_extension(_authority_key_id(issuer), critical=False)
-        .add_extension(x509.CRLNumber(number), critical=False)
-        .sign(issuer.private_key, SHA256())
+
+
+def revocation_list_der(
+    issuer: Issuer, *, number: int, this_update: datetime, next_update: datetime, revoked: Iterable[Revoked]
+) -> bytes:
+    """Make a CRL as `revocation_list` does, for whoever wants the octets (DER) alone."""
+    to_be_signed = crl_to_be_signed(
+        issuer.certificate,
+        number=number,
+        this_update=_seconds(this_update),
+        next_update=_seconds(next_update),
+        entries=((item.cert_serial, _seconds(item.revoked_at), item.reason) for item in revoked),
     )
+    return signed(to_be_signed, issuer.private_key.sign(to_be_signed, _SIGNATURE))
 
 
 def general_name(host: str) -> x509.GeneralName:
@@ -332,7 +343,7 @@ def _client_certificate(
     to_be_signed = _client_template(issuer.certificate, organization, role.name).to_be_signed(
         identity.text, public_key, cert_serial=cert_serial, not_before=not_before, not_after=not_after
     )
-    return signed(to_be_signed, issuer.private_key.sign(to_be_signed, ECDSA(SHA256())))
+    return signed(to_be_signed, issuer.private_key.sign(to_be_signed, _SIGNATURE))
 
 
 @lru_cache(maxsize=64)
@@ -435,15 +446,6 @@ def _name(organization: str, *, common_name: str, unit: str = "") -> x509.Name:
 
 def _attribute(oid: ObjectIdentifier, value: str) -> x509.NameAttribute[str]:
     return x509.NameAttribute(oid, value)
-
-
-def _entry(item: Revoked) -> x509.RevokedCertificate:
-    builder = (
-        x509.RevokedCertificateBuilder().serial_number(item.cert_serial).revocation_date(_seconds(item.revoked_at))
-    )
-    if item.reason is not x509.ReasonFlags.unspecified:  # RFC 5280 section 5.3.1: leave it out instead
-        builder = builder.add_extension(x509.CRLReason(item.reason), critical=False)
-    return builder.build()
 
 
 def _seconds(moment: datetime) -> datetime:

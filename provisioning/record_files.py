@@ -138,7 +138,7 @@ def _jsonl_records(path: Path, file: IO[str], columns: Columns) -> Iterator[Reco
         if not text.strip():
             continue
         try:
-            fields = json.loads(text, object_pairs_hook=_once)
+            fields = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             cause = str(error) if isinstance(error, _TwiceError) else "it is no JSON"
             raise line_error(path, where, cause) from error
@@ -162,6 +162,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise _TwiceError("it names a field twice")
     return found
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _record(path: Path, where: str, fields: dict[str, str], columns: Columns) -> Record:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
@@ -19,6 +21,13 @@ from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.device.escape import escaped
 
 MAX_REQUEST_BYTES: Final = 512
+_SIGNATURE: Final = ec.ECDSA(SHA256())
+_SEQUENCE, _SET, _UTF8_STRING = 0x30, 0x31, 0x0C
+_VERSION_1: Final = bytes.fromhex("020100")
+_COMMON_NAME: Final = bytes.fromhex("0603550403")
+_P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
+"""A SubjectPublicKeyInfo up to the coordinates of its point, which is uncompressed."""
+_POINT_OCTETS: Final = 64
 
 
 class RequestRefusedError(EnrollmentRefusedError):
@@ -49,14 +58,37 @@ def requested_key(request_der: bytes, common_name: str) -> bytes:
 
 def _checked(request_der: bytes, common_name: str) -> bytes:
     request = x509.load_der_x509_csr(request_der)
+    to_be_signed = request.tbs_certrequest_bytes
     key = request.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise RequestRefusedError("its key is not on P-256")
     if request.signature_algorithm_oid != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
         raise RequestRefusedError("it is not signed with ECDSA and SHA-256")
-    if not request.is_signature_valid:
-        raise RequestRefusedError("its self-signature does not verify")
+    try:
+        key.verify(request.signature, to_be_signed, _SIGNATURE)
+    except InvalidSignature:
+        raise RequestRefusedError("its self-signature does not verify") from None
+    if found := _usual_key(to_be_signed, common_name):
+        return found
     names = [(attribute.oid, attribute.value) for rdn in request.subject.rdns for attribute in rdn]
     if names != [(NameOID.COMMON_NAME, common_name)]:
         raise RequestRefusedError(f"its subject is not exactly CN = {common_name}")
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _usual_key(to_be_signed: bytes, common_name: str) -> bytes:
+    """Return the key of a request that is encoded as nearly all are; empty for one that needs a closer look.
+
+    That is a CertificationRequestInfo (RFC 2986 section 4.1) that begins with version 1, the CN as UTF8String, and
+    an uncompressed point on P-256: the octets are compared, which takes a tenth of the time of reading them.
+    """
+    name = common_name.encode("ascii", "replace")
+    attribute = _COMMON_NAME + bytes((_UTF8_STRING, len(name))) + name
+    for tag in (_SEQUENCE, _SET, _SEQUENCE):
+        attribute = bytes((tag, len(attribute))) + attribute
+    beginning = _VERSION_1 + attribute + _P256_KEY
+    header = 2 if to_be_signed[1] < 0x80 else 2 + (to_be_signed[1] & 0x7F)
+    if not to_be_signed.startswith(beginning, header):
+        return b""
+    end = header + len(beginning) + _POINT_OCTETS
+    return to_be_signed[end - _POINT_OCTETS - len(_P256_KEY) : end]

@@ -125,6 +125,9 @@ class View(Protocol):
     def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
         """Return those of the rows with these numbers that there are, by number: many at the cost of few."""
 
+    def differing(self, rows: Sequence[Row]) -> set[int]:
+        """Return the numbers of those of `rows` that are not stored just so: many at the cost of few."""
+
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""
 

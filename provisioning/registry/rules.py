@@ -99,7 +99,7 @@ class RuledTransaction(ABC):
         """Add many rows (`interface.Transaction.insert_all`)."""
         now, last = self._clock(), self.counter(LAST_ROW)
         numbered = [
-            replace(row, number=number, created_at=now, changed_at=now, bundle=_kept_bundle(row))
+            row.stamped(number=number, created_at=now, changed_at=now, bundle=_kept_bundle(row))
             for number, row in enumerate(rows, start=last + 1)
         ]
         with self.apart():
@@ -119,11 +119,13 @@ class RuledTransaction(ABC):
     def update_all(self, rows: Sequence[Row]) -> list[Row]:
         """Change many rows (`interface.Transaction.update_all`)."""
         now = self._clock()
-        stored = self.numbered([row.number for row in rows])
+        stored = self.numbered({row.number for row in rows})
         changes, claiming, issued = [], [], []
         for row in rows:
             old = _known(stored.get(row.number), row.number)
-            new = replace(row, changed_at=now, bundle=_kept_bundle(row))
+            new = row.stamped(
+                number=row.number, created_at=row.created_at, changed_at=now, bundle=_kept_bundle(row)
+            )
             try:
                 check_change(old, new)
             except ValueError as error:

@@ -54,7 +54,7 @@ def documents_of(view: SqlView, log: str) -> Iterator[Placed]:
         facts.update(audit_seq=head.seq, audit_hash=head.hash)
     yield Placed(META, META_ID, facts)
     for record in _all(view, schema.ROWS):
-        yield Placed(ROWS, record["number"], without_unset(to_document(schema.row_from(record))))
+        yield Placed(ROWS, record["number"], without_unset(to_document(schema.row_from([*record.values()]))))
     outbox = schema.OUTBOX
     for record in view.records(select(outbox).where(outbox.c.log == log).order_by(outbox.c.seq)):
         yield Placed(OUTBOX, record["seq"], {"line": record["line"]})

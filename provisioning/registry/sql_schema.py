@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy import BigInteger, Column, Index, LargeBinary, MetaData, Table, Text, UniqueConstraint, text
@@ -148,6 +149,14 @@ _TIMES: Final = frozenset({"created_at", "changed_at", "not_before", "not_after"
     "since",
 }
 _ROW_FIELDS: Final = tuple(field.name for field in fields(Row))
+ROW_COLUMNS: Final = tuple(column.name for column in ROWS.c)
+_NAME_FOLDED: Final = ROW_COLUMNS.index("name_folded")
+"""The one column that is no field: without it, columns and fields are the same and in the same order."""
+_KIND, _STATE, _KEY_MODE, _CERT_SERIAL = (
+    _ROW_FIELDS.index(name) for name in ("kind", "state", "key_mode", "cert_serial")
+)
+_ROW_TIMES: Final = tuple(place for place, name in enumerate(_ROW_FIELDS) if name in _TIMES)
+_content = attrgetter(*_ROW_FIELDS)
 _OF_BATCH: Final = ("name", "opened_at", "closed_at")
 _OF_QUARANTINED: Final = ("hwid", "since", "name", "reason", "active_txn")
 _T = TypeVar("_T")
@@ -158,36 +167,54 @@ def microseconds(moment: datetime) -> int:
     return (moment - _EPOCH) // _MICROSECOND
 
 
+def row_values(row: Row) -> list[Any]:
+    """Return what is stored of the row, in the order of the columns of `ROWS`."""
+    values = list(_content(row))
+    values[_KIND], values[_STATE] = row.kind.value, row.state.value
+    values[_KEY_MODE] = None if row.key_mode is None else row.key_mode.value
+    values[_CERT_SERIAL] = None if row.cert_serial is None else f"{row.cert_serial:x}"
+    for place in _ROW_TIMES:
+        if values[place] is not None:
+            values[place] = microseconds(values[place])
+    values.insert(_NAME_FOLDED, row.name_folded)
+    return values
+
+
 def row_record(row: Row) -> dict[str, Any]:
     """Return the row as a record of `ROWS`."""
-    record = {name: getattr(row, name) for name in _ROW_FIELDS}
-    record["name_folded"] = row.name_folded
-    record["kind"], record["state"] = row.kind.value, row.state.value
-    record["key_mode"] = None if row.key_mode is None else row.key_mode.value
-    record["cert_serial"] = None if row.cert_serial is None else f"{row.cert_serial:x}"
-    return _with_times(record)
+    return dict(zip(ROW_COLUMNS, row_values(row), strict=True))
 
 
-def row_from(record: Mapping[str, Any]) -> Row:
-    """Return the row of a record of `ROWS`.
+def changed_columns(old: Row, new: Row) -> tuple[str, ...]:
+    """Return in which columns two states of a row differ; its name never does."""
+    pairs = zip(_ROW_FIELDS, _content(old), _content(new), strict=True)
+    return tuple(name for name, before, after in pairs if before != after)
+
+
+def row_from(record: Sequence[Any]) -> Row:
+    """Return the row of a record of `ROWS`, whose values are in the order of the columns.
 
     Raises:
         RegistryError: the record is damaged.
     """
 
     def read() -> Row:
-        values = _plain(record, _ROW_FIELDS)
-        values["kind"], values["state"] = Kind(values["kind"]), State(values["state"])
-        if values["key_mode"] is not None:
-            values["key_mode"] = KeyMode(values["key_mode"])
-        if values["cert_serial"] is not None:
-            values["cert_serial"] = int(values["cert_serial"], 16)
-        row = Row(**values)
-        if record["name_folded"] != row.name_folded:
+        values = list(record)
+        name_folded = values.pop(_NAME_FOLDED)
+        values[_KIND], values[_STATE] = Kind(values[_KIND]), State(values[_STATE])
+        if values[_KEY_MODE] is not None:
+            values[_KEY_MODE] = KeyMode(values[_KEY_MODE])
+        if values[_CERT_SERIAL] is not None:
+            values[_CERT_SERIAL] = int(values[_CERT_SERIAL], 16)
+        for place in _ROW_TIMES:
+            if values[place] is not None:
+                values[place] = moment_from(values[place])
+        row = Row(*values)
+        if name_folded != row.name_folded:
             raise ValueError("its two names differ")
         return row
 
-    return _read(f"row {record['number']}", read)
+    return _read(f"row {record[0]}", read)
 
 
 def revoked_from(record: Sequence[Any]) -> RevokedCertificate:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, func, insert, or_, select, text, update
@@ -27,11 +28,14 @@ from birthmark.provisioning.registry.sql_schema import (
     NOTES,
     OUTBOX,
     QUARANTINE,
+    ROW_COLUMNS,
     ROWS,
     batch_record,
+    changed_columns,
     quarantined_record,
     row_from,
     row_record,
+    row_values,
 )
 from birthmark.provisioning.registry.sql_views import SqlView, in_portions
 
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
 
-    from sqlalchemy import ColumnElement, Table
+    from sqlalchemy import ColumnElement, Insert, Table, Update
     from sqlalchemy.engine import Connection
 
     from birthmark.provisioning.registry.line import Batch, Quarantined
@@ -134,9 +138,9 @@ class SqlTransaction(SqlView, RuledTransaction):
         """Put the entries into the outbox, in the place of those that the log has."""
         self.run(delete(OUTBOX).where(OUTBOX.c.log == self._log))
         first = self._head.seq - len(self._lines) + 1
-        lines = [{"log": self._log, "seq": seq, "line": line} for seq, line in enumerate(self._lines, start=first)]
+        lines = [(self._log, seq, line) for seq, line in enumerate(self._lines, start=first)]
         if lines:
-            self.run(insert(OUTBOX), lines)
+            self._run_many(insert(OUTBOX), ("log", "seq", "line"), lines)
             facts = {"log": self._log, "seq": self._head.seq, "hash": self._head.hash}
             if self.run(update(LOGS).where(LOGS.c.log == self._log).values(**facts)).rowcount == 0:
                 self.run(insert(LOGS), facts)
@@ -157,27 +161,42 @@ class SqlTransaction(SqlView, RuledTransaction):
             tests = [
                 ROWS.c[field].in_([_stored(field, value) for value in them]) for field, them in wanted if them
             ]
-            records = self.records(select(ROWS).where(or_(*tests)))
-            found.update((record["number"], row_from(record)) for record in records)
+            records = self.run(select(ROWS).where(or_(*tests))).all()
+            found.update((record[0], row_from(record)) for record in records)
         return found.values()
 
     def _add_rows(self, rows: Sequence[Row]) -> None:
         if rows:
             self.changed = True
-            self.run(insert(ROWS), [row_record(row) for row in rows])
+            self._run_many(insert(ROWS), ROW_COLUMNS, [row_values(row) for row in rows])
 
     def _change_rows(self, changes: Sequence[tuple[Row, Row]]) -> None:
         """Write what differs; rows in which the same fields do, in one statement."""
-        alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        alike: dict[tuple[str, ...], list[list[Any]]] = {}
         for old, new in changes:
-            before, after = row_record(old), row_record(new)
-            fields = tuple(name for name in after if after[name] != before[name])
-            if fields:
-                record = {name: after[name] for name in fields}
-                alike.setdefault(fields, []).append({**record, "which": new.number})
-        for records in alike.values():
+            names = changed_columns(old, new)
+            if names:
+                record = row_record(new)
+                alike.setdefault(names, []).append([*(record[name] for name in names), new.number])
+        for names, records in alike.items():
             self.changed = True
-            self.run(update(ROWS).where(ROWS.c.number == bindparam("which")), records)
+            changed = update(ROWS).where(ROWS.c.number == bindparam("which"))
+            self._run_many(changed.values({name: bindparam(name) for name in names}), [*names, "which"], records)
+
+    def _run_many(
+        self, statement: Insert | Update, columns: Sequence[str], records: Sequence[Sequence[Any]]
+    ) -> None:
+        """Run a statement for many records, each a value for each of `columns`, as they are to be stored.
+
+        SQLAlchemy writes the statement, and the driver gets the values: to have every one of them looked after by
+        SQLAlchemy takes longer than SQLite takes to store them.
+        """
+        compiled: Any = statement.compile(dialect=self._connection.dialect, column_keys=list(columns))
+        values: Any = [dict(zip(columns, record, strict=True)) for record in records]
+        if compiled.positional:
+            in_order = itemgetter(*(columns.index(name) for name in compiled.positiontup))
+            values = [in_order(record) for record in records]
+        self.run_text(compiled.string, values)
 
     def _counted(self, name: str) -> Callable[[], int]:
         def next_number() -> int:

@@ -28,6 +28,7 @@ from birthmark.provisioning.registry.sql_schema import (
     quarantined_from,
     revoked_from,
     row_from,
+    row_values,
 )
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class SqlView:
     def names(self, *, live: bool = False) -> set[str]:
         """Return every name ever, or only those that live rows hold: from an index, without the rows."""
         query = select(ROWS.c.name_folded)
-        return {name for (name,) in self.run(query.where(LIVE) if live else query)}
+        return set(self.run(query.where(LIVE) if live else query).scalars().all())
 
     def row(self, number: int) -> Row | None:
         """Return the row with this number."""
@@ -112,8 +113,16 @@ class SqlView:
 
     def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
         """Return the rows with these numbers (`interface.View.numbered`)."""
-        found = [row for some in in_portions(sorted(numbers)) for row in self._rows(ROWS.c.number.in_(some))]
-        return {row.number: row for row in found}
+        wanted = set(numbers)
+        found = [row for which in _numbered(wanted) for row in self._rows(which)]
+        return {row.number: row for row in found if row.number in wanted}
+
+    def differing(self, rows: Sequence[Row]) -> set[int]:
+        """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`)."""
+        stored: dict[int, list[Any]] = {}
+        for which in _numbered({row.number for row in rows}):
+            stored.update((record[0], list(record)) for record in self.run(select(ROWS).where(which)).all())
+        return {row.number for row in rows if stored.get(row.number) != row_values(row)}
 
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""
@@ -155,7 +164,7 @@ class SqlView:
         """Return what a CRL needs of every certificate that is revoked: from an index, without the rows."""
         columns = [ROWS.c[name] for name in OF_REVOKED]
         query = select(*columns).where(ROWS.c.revoked_at.is_not(None)).order_by(ROWS.c.number)
-        return [revoked_from(record) for record in self.run(query)]
+        return [revoked_from(record) for record in self.run(query).all()]
 
     def batches(self) -> list[Batch]:
         """Return every batch, the oldest first."""
@@ -209,7 +218,7 @@ class SqlView:
             )
 
     def _rows(self, *tests: ColumnElement[bool]) -> list[Row]:
-        return [row_from(record) for record in self.records(select(ROWS).where(*tests).order_by(ROWS.c.number))]
+        return [row_from(record) for record in self.run(select(ROWS).where(*tests).order_by(ROWS.c.number)).all()]
 
     def records(self, statement: Executable) -> Sequence[Any]:
         """Return what a query finds; `RegistryError` if the database cannot answer."""
@@ -224,6 +233,15 @@ class SqlView:
         except SQLAlchemyError as error:
             raise self._failed(self._database.failure(error)) from error
 
+    def run_text(self, statement: str, parameters: Any = None) -> None:
+        """Run a statement in the driver's own words; `RegistryError` if the database cannot."""
+        if self._is_over:
+            raise RuntimeError("a transaction was used after its end")
+        try:
+            self._connection.exec_driver_sql(statement, parameters)
+        except SQLAlchemyError as error:
+            raise self._failed(self._database.failure(error)) from error
+
     def _failed(self, error: RegistryError) -> RegistryError:
         """Take note of what a statement failed with."""
         return error
@@ -233,6 +251,19 @@ def in_portions(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """Yield the values, so many at once as a statement takes."""
     for start in range(0, len(values), AT_ONCE):
         yield values[start : start + AT_ONCE]
+
+
+def _numbered(numbers: Collection[int]) -> Iterator[ColumnElement[bool]]:
+    """Yield what finds the rows with these numbers, a portion at a time, or all that lie between them.
+
+    Rows that are made together have numbers that follow each other: then the first and the last one do.
+    """
+    ordered = sorted(numbers)
+    if ordered and ordered[-1] - ordered[0] < 2 * len(ordered):
+        yield ROWS.c.number.between(ordered[0], ordered[-1])
+        return
+    for some in in_portions(ordered):
+        yield ROWS.c.number.in_(some)
 
 
 def note_from(topic: str, text: str) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from birthmark.provisioning.registry.document import (
     from_document,
     quarantined_from,
     revoked_from,
+    to_document,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from datetime import datetime
 
     from tinydb.table import Table
@@ -103,6 +104,16 @@ class TinyView:
     def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
         """Return the rows with these numbers (`interface.View.numbered`)."""
         return {number: row for number in numbers if (row := self.row(number)) is not None}
+
+    def differing(self, rows: Sequence[Row]) -> set[int]:
+        """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`)."""
+        stored = self._storage.read().get(ROWS, {})
+        return {
+            row.number
+            for row in rows
+            if (facts := stored.get(str(row.number))) is None
+            or any(facts.get(name) != value for name, value in to_document(row).items())
+        }
 
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""

@@ -345,6 +345,56 @@ def test_a_crl(issuing: profile.Issuer) -> None:
     }
 
 
+MOMENTS = st.timedeltas(0 * DAY, 365 * 7000 * DAY).map(lambda age: datetime(1950, 1, 1, tzinfo=UTC) + age)
+
+
+@given(
+    number=st.integers(1, (1 << 158) - 1),
+    organization=st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=200),
+    update=MOMENTS,
+    revoked=st.lists(
+        st.tuples(
+            st.integers(1, (1 << 159) - 1),
+            MOMENTS,
+            st.sampled_from([each for each in x509.ReasonFlags if each is not x509.ReasonFlags.remove_from_crl]),
+        ),
+        max_size=40,
+    ),
+)
+def test_every_octet_of_a_crl_is_what_cryptography_makes_of_it(
+    number: int,
+    organization: str,
+    update: datetime,
+    revoked: list[tuple[int, datetime, x509.ReasonFlags]],
+) -> None:
+    ca_key = key()
+    certificate = profile.root_certificate(ca_key, organization=organization, cert_serial=serial(), now=NOW)
+    ours = profile.revocation_list(
+        profile.Issuer(certificate, ca_key),
+        number=number,
+        this_update=update,
+        next_update=update + 30 * DAY,
+        revoked=[profile.Revoked(*each) for each in revoked],
+    )
+    last = update.replace(microsecond=0, tzinfo=None)
+    theirs = (
+        x509.CertificateRevocationListBuilder(certificate.subject)
+        .last_update(last)
+        .next_update(last + 30 * DAY)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .add_extension(x509.CRLNumber(number), critical=False)
+    )
+    for cert_serial, at, reason in revoked:
+        entry = x509.RevokedCertificateBuilder(cert_serial, at.replace(microsecond=0, tzinfo=None))
+        if reason is not x509.ReasonFlags.unspecified:
+            entry = entry.add_extension(x509.CRLReason(reason), critical=False)
+        theirs = theirs.add_revoked_certificate(entry.build())
+    signed = theirs.sign(ca_key, SHA256())
+    assert ours.tbs_certlist_bytes == signed.tbs_certlist_bytes
+    assert ours.is_signature_valid(ca_key.public_key())
+    assert len(ours) == len(revoked)
+
+
 def test_a_long_crl_is_built_at_once(issuing: profile.Issuer) -> None:
     revoked = [profile.Revoked((1 << 158) + each, NOW, x509.ReasonFlags.superseded) for each in range(20_000)]
     assert len(crl(issuing, *revoked)) == 20_000

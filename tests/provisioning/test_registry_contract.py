@@ -158,6 +158,10 @@ def test_rows_are_found_by_many_serial_numbers_at_once(registry: StoredRegistry)
     with registry.view() as view:
         assert view.numbered([3, rows[0].number, 99]) == {1: rows[0], 3: rows[2]}
         assert view.numbered([]) == {}
+        assert view.differing([rows[0], gone, rows[2]]) == set()
+        assert view.differing(rows) == {gone.number}
+        assert view.differing([replace(rows[0], label="x: y"), replace(rows[2], number=99)]) == {1, 99}
+        assert view.differing([]) == set()
         found = view.by_cert_serials([SERIAL, SERIAL + 1, SERIAL + 7])
         assert found == {SERIAL: rows[0], SERIAL + 1: gone}
         assert view.by_cert_serials([]) == {}
