@@ -33,7 +33,7 @@ from birthmark.provisioning.backup import LAST_BACKUP_AT
 from birthmark.provisioning.cas import Ca, CaKind, read_cas
 from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
 from birthmark.provisioning.gateway_look import Look, look_at
-from birthmark.provisioning.gateway_receipts import standing_of
+from birthmark.provisioning.gateway_receipts import look_by_path, standing_of
 from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
@@ -334,15 +334,11 @@ def _token(station: Station, ca: Ca) -> TokenLook:
 
 def _looks(station: Station, view: View) -> list[Look]:
     """Return what is known of the gateways that are reached by a path: what their receipts said last."""
-    looks = []
-    for gateway in station.settings.gateways:
-        if gateway.crl_path is None:
-            continue
-        standing = standing_of(view, gateway.name)
-        numbers = tuple(sorted((key_id, one.number) for key_id, one in standing.confirmed.items()))
-        cause = standing.trouble or ("" if numbers else "it never gave a receipt for a CRL")
-        looks.append(Look(gateway.name, gateway.reached_by, cause, numbers))
-    return looks
+    return [
+        look_by_path(gateway, standing_of(view, gateway.name))
+        for gateway in station.settings.gateways
+        if gateway.crl_path is not None
+    ]
 
 
 def _files(station: Station) -> Iterable[FileFacts]:

@@ -14,8 +14,10 @@ from birthmark.provisioning import (
     doctor_command,
     flash,
     gateway_commands,
+    gateways_command,
     inspect_command,
     label_command,
+    policy_commands,
     quarantine_commands,
     reflash,
     registry_commands,
@@ -53,6 +55,8 @@ birthmark revoke sensor-17 --reason lost""",
     doctor_command.add_to(commands)
     revocation_commands.add_to(commands)
     gateway_commands.add_to(commands)
+    gateways_command.add_to(commands)
+    policy_commands.add_to(commands)
     audit_commands.add_to(commands)
     ca_commands.add_to(commands)
     inspect_command.add_to(commands)

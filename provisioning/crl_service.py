@@ -26,7 +26,7 @@ from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, look_at
 from birthmark.provisioning.gateway_policies import note_policies
-from birthmark.provisioning.gateway_receipts import standing_of
+from birthmark.provisioning.gateway_receipts import note_heard, standing_of
 from birthmark.provisioning.retirement import retire_due
 from birthmark.provisioning.settings import read_settings
 
@@ -118,6 +118,7 @@ class CrlService:
             upstreams=self._station.settings.upstreams,
             sightings=False,
         )
+        note_heard(self._station, looks)
         for name in note_policies(self._station, looks):
             self._say("policy", f"{name} goes by a policy that it did not before", gateway=name)
 

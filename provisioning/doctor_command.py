@@ -14,6 +14,7 @@ from birthmark.provisioning.checkup_view import exit_code, show
 from birthmark.provisioning.doctor import Health, Machine, examine, ports_here
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.gateway_policies import note_policies
+from birthmark.provisioning.gateway_receipts import note_heard
 from birthmark.provisioning.options import add_station_option, open_station
 from birthmark.provisioning.port_choice import choose, read_fixture
 
@@ -68,6 +69,7 @@ birthmark doctor ports --ports fixture.toml --json""",
 def _station(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
     facts = gather(station, timeout_s=None if arguments.offline else arguments.timeout)
+    note_heard(station, facts.gateways)
     note_policies(station, facts.gateways)
     remarks = examine_station(facts)
     show(console, facts, remarks)

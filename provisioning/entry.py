@@ -31,6 +31,8 @@ _MODULES: Final = {
     "doctor_command": ("doctor",),
     "revocation_commands": ("revoke", "crl"),
     "gateway_commands": ("gateway", "upstream"),
+    "gateways_command": ("gateways",),
+    "policy_commands": ("policy",),
     "audit_commands": ("audit",),
     "ca_commands": ("ca",),
     "inspect_command": ("inspect",),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device.errors import BirthmarkError, RefusedError, RemoteProtocolError, UnreachableError
 from birthmark.device.identity import BrokerName
 from birthmark.device.messages import GatewayStatus, Sighting
-from birthmark.device.topics import gateway_crl_in_force, gateway_seen, gateway_status
+from birthmark.device.topics import FLEET_POLICY, gateway_crl_in_force, gateway_seen, gateway_status
 from birthmark.provisioning.gateway_contact import Contact, contacts, left
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S: Final = 5.0
 MAX_TOLD_BYTES: Final = 256 * 1024 * 1024
 """Four times what a broker retains by default. Whoever has one must not have the station run out of memory."""
+_FOR_ALL: Final = ""
+"""Stands for the fleet among the names of gateways."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +87,21 @@ def look_at(
     return [found[gateway.name] for gateway in gateways if gateway.name in found]
 
 
-def crls_in_force(contact: Contact, *, timeout_s: float) -> dict[str, list[bytes] | BirthmarkError]:
+def crls_in_force(
+    contact: Contact, *, timeout_s: float
+) -> tuple[dict[str, list[bytes] | BirthmarkError], list[bytes]]:
     """Return by name the CRLs (DER) that each gateway at a contact goes by, as it says, or why there are none.
+
+    Beside them the fleet's policy, as it is retained there, if it is.
 
     Raises:
         BirthmarkError: the broker there cannot be reached.
     """
     asked = {gateway.name: gateway_crl_in_force(BrokerName(gateway.name), "+") for gateway in contact.gateways}
+    asked[_FOR_ALL] = FLEET_POLICY
     told = _ask(contact, asked, time.monotonic() + timeout_s)
-    return {gateway.name: _crls_of(contact, gateway, told[gateway.name]) for gateway in contact.gateways}
+    crls = {gateway.name: _crls_of(contact, gateway, told[gateway.name]) for gateway in contact.gateways}
+    return crls, told[_FOR_ALL].payloads
 
 
 def _crls_of(contact: Contact, gateway: Gateway, told: _Told) -> list[bytes] | BirthmarkError:
@@ -160,14 +168,15 @@ class _Hearing:
     """What comes of all gateways at one contact; the callbacks run in order, on one thread."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.told = {name: _Told() for name in names}
+        self.told = {name: _Told() for name in (*names, _FOR_ALL)}
+        self._names = names
         self.told_bytes = 0
         self.statuses: queue.Queue[str] = queue.Queue()
 
     @property
     def is_over(self) -> bool:
         """Whether every status has come, and so all that was asked for before; or far too much."""
-        return self.told_bytes > MAX_TOLD_BYTES or all(told.status for told in self.told.values())
+        return self.told_bytes > MAX_TOLD_BYTES or all(self.told[name].status for name in self._names)
 
     def keep(self, name: str, message: Message) -> None:
         self.told_bytes += len(message.payload)
@@ -187,7 +196,8 @@ def _ask(contact: Contact, asked: Mapping[str, str], deadline: float) -> dict[st
     Raises:
         BirthmarkError: the broker cannot be reached, denies the statuses, or says too much.
     """
-    hearing = _Hearing([gateway.name for gateway in contact.gateways])
+    names = [gateway.name for gateway in contact.gateways]
+    hearing = _Hearing(names)
     with contact.client("look", deadline) as client:
         wanted = [
             (name, client.subscribe(topic, partial(hearing.keep, name), qos=0)) for name, topic in asked.items()
@@ -199,7 +209,7 @@ def _ask(contact: Contact, asked: Mapping[str, str], deadline: float) -> dict[st
                 hearing.told[name].is_denied = True
         statuses = [
             client.subscribe(gateway_status(BrokerName(name)), partial(hearing.keep_status, name), qos=0)
-            for name in hearing.told
+            for name in names
         ]
         for acknowledgement in statuses:
             acknowledgement.wait(left(deadline))

@@ -3,27 +3,33 @@
 Rules:
 
 - Only a gateway's own receipt counts. A gateway that has confirmed a CRL of a CA trusts that CA.
+- Beside that is noted when it was last there: whoever looks at it leaves word, once a minute at most.
 - What it confirmed stays known while it cannot be reached; that it no longer trusts a CA is known once it says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning.delivery import Outcome
+from birthmark.provisioning.gateway_look import Look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from birthmark.provisioning.crls import CrlSet, StoredCrl
     from birthmark.provisioning.delivery import Delivery
+    from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.registry.interface import Transaction, View
+    from birthmark.provisioning.station import Station
 
 TOPIC: Final = "gateway"
 """Where the registry notes them; the key is the gateway's name in lower case."""
+HEARD_EVERY: Final = timedelta(minutes=1)
+"""How often it is noted at most that a gateway is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class Standing:
     trouble: str = ""
     """Why the last delivery did not succeed; empty if it did."""
     trouble_since: datetime | None = None
+    heard_at: datetime | None = None
+    """When it was last known to be there, within `HEARD_EVERY`; None: never."""
 
     def has(self, crls: Iterable[StoredCrl]) -> bool:
         """Whether it has confirmed each of these CRLs."""
@@ -67,8 +75,9 @@ def standing_of(view: View, gateway: str) -> Standing:
             key_id: Confirmed(int(one["number"]), str(one["sha256"]), datetime.fromisoformat(one["at"]))
             for key_id, one in note["confirmed"].items()
         }
-        since = note.get("trouble_since")
-        return Standing(confirmed, str(note["trouble"]), datetime.fromisoformat(since) if since else None)
+        return Standing(
+            confirmed, str(note["trouble"]), _moment(note.get("trouble_since")), _moment(note.get("heard_at"))
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RegistryError(
             f"could not read the registry: what it notes of the gateway {gateway} is damaged",
@@ -89,14 +98,48 @@ def note_deliveries(transaction: Transaction, deliveries: Sequence[Delivery], cr
             trouble, since = "", None
         else:
             trouble, since = delivery.cause, before.trouble_since or now
+        heard_at = now if any(one.outcome == "installed" for one in delivery.receipts) else before.heard_at
         # A retired CA is nobody's business any more.
         confirmed = {crl.issuer: confirmed[crl.issuer] for crl in crls.crls if crl.issuer in confirmed}
-        _put(transaction, delivery.gateway, Standing(confirmed, trouble, since))
+        _put(transaction, delivery.gateway, Standing(confirmed, trouble, since, heard_at))
+
+
+def note_heard(station: Station, looks: Iterable[Look]) -> None:
+    """Note that those which say that they are online are there; durable when this returns.
+
+    Raises:
+        RegistryError: the registry cannot be used.
+    """
+    now = station.clock()
+    online = [look.name for look in looks if look.status is not None and look.status.online]
+
+    def is_due(view: View, name: str) -> bool:
+        heard_at = standing_of(view, name).heard_at
+        return heard_at is None or not now - HEARD_EVERY <= heard_at <= now
+
+    with station.registry.view() as view:
+        if not any(is_due(view, name) for name in online):
+            return
+    with station.registry.transaction() as transaction:
+        for name in online:
+            if is_due(transaction, name):
+                _put(transaction, name, replace(standing_of(transaction, name), heard_at=now))
+
+
+def look_by_path(gateway: Gateway, standing: Standing) -> Look:
+    """Return what is known of a gateway that is reached by a path: what its receipts said last."""
+    numbers = tuple(sorted((key_id, one.number) for key_id, one in standing.confirmed.items()))
+    cause = standing.trouble or ("" if numbers else "it never gave a receipt for a CRL")
+    return Look(gateway.name, gateway.reached_by, cause, numbers)
 
 
 def forget_gateway(transaction: Transaction, gateway: str) -> None:
     """Forget what is known of a gateway."""
     transaction.put_note(TOPIC, gateway.lower(), None)
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def _put(transaction: Transaction, gateway: str, standing: Standing) -> None:
@@ -107,6 +150,7 @@ def _put(transaction: Transaction, gateway: str, standing: Standing) -> None:
             for key_id, one in standing.confirmed.items()
         },
     }
-    if standing.trouble_since is not None:
-        note["trouble_since"] = standing.trouble_since.astimezone(UTC).isoformat()
+    for name, moment in (("trouble_since", standing.trouble_since), ("heard_at", standing.heard_at)):
+        if moment is not None:
+            note[name] = moment.astimezone(UTC).isoformat()
     transaction.put_note(TOPIC, gateway.lower(), note)

@@ -8,8 +8,8 @@ Rules:
   unlocked and fitting its certificate. An audit log that does not verify is said, not refused: what was damaged
   before the backup must not keep anybody from revoking.
 - Nobody knows what the lost station did after the backup. So numbers that must never repeat are jumped: CRL
-  numbers go on from the seconds since 1970 (or from the highest CRL that is known, if that is more), row numbers
-  from `ROWS_JUMP` above. Serial numbers of certificates are random, and need no jump.
+  numbers and versions of the fleet's policy go on from the seconds since 1970 (or from the highest that is known,
+  if that is more), row numbers from `ROWS_JUMP` above. Serial numbers of certificates are random: no jump.
 - No revocation is lost as far as it can be known: the CRLs that gateways hold are merged. An entry whose
   certificate the registry does not know becomes a VOID row `lost-SERIAL`, so that every later CRL lists it, too.
 - The first entries in the audit log after it are `unlock`, for each issuing CA, and `restore`; the lost station's
@@ -40,6 +40,7 @@ from birthmark.provisioning.crls import (
     sign_and_store_crl,
     unlock_all,
 )
+from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy, keep_policy, trusted_policy
 from birthmark.provisioning.gateway_contact import contacts
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, crls_in_force
 from birthmark.provisioning.key_custody import give_up_key
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
+    from birthmark.device.fleet_policy import SignedPolicy
     from birthmark.provisioning.audit_places import Problem
     from birthmark.provisioning.backup import Member
     from birthmark.provisioning.cas import Cas
@@ -206,7 +208,7 @@ def _continue(
     unlock_all(station, [ca.key_id for ca in station.cas.signing])
     problems = audit_check.check(station.registry).problems
     known = [(str(path), crl) for path in crls for crl in read_crls(path, station.cas)]
-    found, unknown = _from_gateways(station, timeout_s)
+    found, unknown, policies = _from_gateways(station, timeout_s)
     now = station.clock()
     with station.registry.transaction() as transaction:
         transaction.record(
@@ -217,6 +219,7 @@ def _continue(
             audit_problems=len(problems),
         )
         _jump(transaction, manifest, now)
+        _take_over(transaction, policies)
         merged = tuple(_merge(transaction, source, crl) for source, crl in [*known, *found])
     return problems, (*merged, *unknown), sign_and_store_crl(station)
 
@@ -227,14 +230,32 @@ def _jump(transaction: Transaction, manifest: Manifest, now: datetime) -> None:
         name = crl_number_counter(ca.key_id)
         transaction.set_counter(name, max(transaction.counter(name), int(now.timestamp())))
     transaction.set_counter(LAST_ROW, transaction.counter(LAST_ROW) + ROWS_JUMP)
+    transaction.set_counter(POLICY_VERSION, max(transaction.counter(POLICY_VERSION), int(now.timestamp())))
     backed_up_at = int(manifest.created_at.timestamp())
     transaction.set_counter(LAST_ISSUED_AT, max(transaction.counter(LAST_ISSUED_AT), backed_up_at))
     transaction.set_counter(LAST_BACKUP_AT, max(transaction.counter(LAST_BACKUP_AT), backed_up_at))
 
 
-def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, KnownCrl]], list[Merged]]:
-    """Return the CRLs that can be had of the gateways, all asked at once, and those of which none can."""
+def _take_over(transaction: Transaction, policies: Sequence[SignedPolicy]) -> None:
+    """Take the newest policy of the fleet that is known anywhere for the last one."""
+    newest = max(policies, key=lambda policy: policy.version, default=None)
+    before = current_policy(transaction)
+    if newest is None or (before is not None and before.version >= newest.version):
+        return
+    keep_policy(transaction, newest)
+    transaction.set_counter(POLICY_VERSION, max(transaction.counter(POLICY_VERSION), newest.version))
+    transaction.record("merge-policy", "fleet", version=newest.version, sha256=newest.text_sha256)
+
+
+def _from_gateways(
+    station: Station, timeout_s: float
+) -> tuple[list[tuple[str, KnownCrl]], list[Merged], list[SignedPolicy]]:
+    """Return the CRLs that can be had of the gateways, all asked at once, and those of which none can.
+
+    Beside them the policies of their fleet that are held where they are reached.
+    """
     settings, cas = station.settings, station.cas
+    policies: list[SignedPolicy] = []
     answers = {
         gateway.name: _of_file(gateway.crl_path, cas)
         for gateway in settings.gateways
@@ -243,8 +264,9 @@ def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, 
     reached = contacts(settings.gateways, settings.upstreams, station.root_path)
     if reached:
         with ThreadPoolExecutor(max_workers=min(32, len(reached))) as pool:
-            for told in pool.map(lambda contact: _held_at(contact, cas, timeout_s), reached):
+            for told, held in pool.map(lambda contact: _held_at(contact, cas, timeout_s), reached):
                 answers |= told
+                policies += held
     found: list[tuple[str, KnownCrl]] = []
     unknown: list[Merged] = []
     for gateway in settings.gateways:
@@ -253,7 +275,7 @@ def _from_gateways(station: Station, timeout_s: float) -> tuple[list[tuple[str, 
             unknown.append(Merged(gateway.name, cause=answer.message))
         else:
             found += [(gateway.name, crl) for crl in answer]
-    return found, unknown
+    return found, unknown, policies
 
 
 def _of_file(path: Path, cas: Cas) -> list[KnownCrl] | BirthmarkError:
@@ -263,13 +285,17 @@ def _of_file(path: Path, cas: Cas) -> list[KnownCrl] | BirthmarkError:
         return error
 
 
-def _held_at(contact: Contact, cas: Cas, timeout_s: float) -> dict[str, list[KnownCrl] | BirthmarkError]:
-    """Return what each gateway at a contact holds, or why that is not known."""
+def _held_at(
+    contact: Contact, cas: Cas, timeout_s: float
+) -> tuple[dict[str, list[KnownCrl] | BirthmarkError], list[SignedPolicy]]:
+    """Return what each gateway at a contact holds, or why that is not known; and the policy that is held there."""
     try:
-        told = crls_in_force(contact, timeout_s=timeout_s)
+        told, policies = crls_in_force(contact, timeout_s=timeout_s)
     except BirthmarkError as error:
-        return {gateway.name: error for gateway in contact.gateways}
-    return {name: _of_answer(name, answer, cas) for name, answer in told.items()}
+        return {gateway.name: error for gateway in contact.gateways}, []
+    found = [trusted_policy(payload, cas) for payload in policies]
+    answers = {name: _of_answer(name, answer, cas) for name, answer in told.items()}
+    return answers, [policy for policy in found if policy is not None]
 
 
 def _of_answer(name: str, answer: list[bytes] | BirthmarkError, cas: Cas) -> list[KnownCrl] | BirthmarkError:

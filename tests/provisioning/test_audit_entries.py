@@ -48,6 +48,7 @@ ENTRIES = {
     "upstream remove": ["upstream-remove cloud"],
     "gateway add": ["gateway-add gw-1"],
     "gateway remove": ["gateway-remove gw-1"],
+    "policy publish": [UNLOCK, "policy-sign fleet", "policy-deliver gw-1"],
     "batch open": ["batch-open W47"],
     "batch close": [UNLOCK, "void sensor-1", "batch-close W47", "crl issuing-ca"],
     "quarantine clear": ["quarantine-clear 0000000000000000"],

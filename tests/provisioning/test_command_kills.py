@@ -27,6 +27,8 @@ ONLY_READ = {
     "doctor ports",
     "gateway list",
     "upstream list",
+    "policy show",
+    "gateways",  # one transaction, which notes who was there
     "audit verify",
     "audit show",
     "ca show",

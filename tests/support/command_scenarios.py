@@ -37,6 +37,7 @@ from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.cli import parser
 from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
+from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy, trusted_policy
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.line import Quarantined
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///registry.db"
 CURRENT_CA = "CURRENT-CA"
 """Stands for what people call the CA that issues now."""
+POLICY = b"[roles.device]\n[[assignments]]\nou = 'device'\nrole = 'device'\n"
 SECRET = b"the backup's own passphrase"
 REQUESTED = ("pump-1", "pump-2", "pump-3")
 NEW_PASSPHRASE = b"another one"
@@ -131,6 +133,23 @@ def with_gateway(root: Path) -> None:
 def with_upstream(root: Path) -> None:
     upstream = Upstream("cloud", "localhost", operator_path=Path("/nowhere/alice.pem"))
     add_upstream(root / "station" / "station.toml", upstream)
+
+
+def with_policy(root: Path) -> None:
+    with_gateway(root)
+    (root / "policy.toml").write_bytes(POLICY)
+
+
+def is_published(root: Path) -> None:
+    """One version was given, and it is the last one that is kept: signed, and of this text."""
+    opened = station(root)
+    with opened.registry.view() as view:
+        policy = current_policy(view)
+        assert policy is not None
+        assert (policy.version, policy.text, view.counter(POLICY_VERSION)) == (1, POLICY, 1)
+    assert trusted_policy(policy.to_bytes(), opened.cas) == policy
+    entries = [entry["action"] for entry in audit.read(root / "station" / "audit.jsonl")]
+    assert entries.count("policy-sign") == 1
 
 
 def with_devices_and_gateway(root: Path) -> None:
@@ -549,6 +568,9 @@ SCENARIOS: dict[str, Scenario] = {
         prepare=with_upstream,
         finished=lambda root: has_upstreams(root, 0),
         done_already=["there is none of that name"],
+    ),
+    "policy publish": Scenario(
+        ["policy", "publish", "@/policy.toml"], prepare=with_policy, finished=is_published, code=1
     ),
     "batch open": Scenario(
         ["batch", "open", "W47"],

@@ -90,6 +90,7 @@ class PlayedGateway:
     """Key identifiers of the issuing CAs that it trusts."""
     answers: bool = True
     """Whether it gives receipts."""
+    takes_policies: bool = True
     clock_is_ahead_s: float = 0.0
     crl_numbers: dict[str, int] = field(default_factory=dict)
     policy: SignedPolicy | None = None
@@ -178,6 +179,8 @@ class PlayedGateway:
         self.say()
 
     def _take_policy(self, payload: bytes) -> None:
+        if not self.takes_policies:
+            return
         policy = SignedPolicy.from_bytes(payload)
         held = self.policy
         if self.refuses or (held is not None and (policy.version, policy.text) < (held.version, held.text)):
