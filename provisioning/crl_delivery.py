@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from birthmark.provisioning.cas import SHORT
-from birthmark.provisioning.crls import CrlSet, sign_and_store_crl
+from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl
 from birthmark.provisioning.delivery import Delivery, Outcome
 from birthmark.provisioning.gateway_receipts import note_deliveries, standing_of
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, deliver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from birthmark.device.console import Console
@@ -84,6 +84,30 @@ def warn_of_pending(console: Console, deliveries: Sequence[Delivery]) -> bool:
         names = ", ".join(delivery.gateway for delivery in pending)
         console.warn(f"not every gateway has it ({names}): `birthmark crl` tries again")
     return not pending
+
+
+def bring_missing(station: Station, console: Console, revoked: Mapping[int, str]) -> bool:
+    """Do as `bring_new_crl` unless every one of these is on the station's CRLs.
+
+    Args:
+        station: whose CRLs they are to be on.
+        console: where it is said.
+        revoked: serial numbers of revoked certificates, and the key identifier of the CA that issued each.
+
+    Returns:
+        Whether there was nothing to do, or every gateway has the new CRLs.
+
+    Raises:
+        AuthorityError: a CA cannot be unlocked.
+    """
+    if not revoked:
+        return True
+    crls = current_crl(station)
+    listed = frozenset[int]() if crls is None else crls.cert_serials
+    can_list = {"", *(ca.key_id for ca in station.cas.issuing if ca.lost_at is None)}
+    if all(serial in listed for serial, issuer in revoked.items() if issuer in can_list):
+        return True
+    return bring_new_crl(station, console)
 
 
 def bring_new_crl(station: Station, console: Console, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:

@@ -20,7 +20,7 @@ from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.bundles import BrokerAddress
-from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.crl_delivery import bring_missing
 from birthmark.provisioning.outcomes import Outcome
 from birthmark.provisioning.port_choice import choose
 from birthmark.provisioning.registry.model import KeyMode, State
@@ -114,7 +114,7 @@ def enrol_one(
             journal.attempted(progress.attempt(Outcome.FAIL, error))
         raise
     finally:
-        delivered = not journal.revoked or bring_new_crl(station, console)
+        delivered = bring_missing(station, console, journal.revoked)
     with suppress(BirthmarkError):  # it is made, whether or not it can be counted
         journal.attempted(progress.attempt(Outcome.PASS))
     progress.passed(row)

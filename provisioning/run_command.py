@@ -24,7 +24,7 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.batches import moment
-from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.crl_delivery import bring_missing
 from birthmark.provisioning.line_run import run_line
 from birthmark.provisioning.line_view import Lines, LiveTable, Tally, display_for
 from birthmark.provisioning.one_unit import add_unit_options, broker_address, journal_of, warn_of_loopback
@@ -202,8 +202,7 @@ class _Line:
                     terminal.enter_context(self.scanner.key_by_key(display.typed))
                 run_line(make, display, tally, self.stop)
         finally:
-            if journal.revoked:
-                bring_new_crl(station, console)
+            bring_missing(station, console, journal.revoked)
         if isinstance(display, Lines):  # a table has it below
             console.emit(tally.record(), "\n".join(tally.described()))
         if self.stop.is_set():

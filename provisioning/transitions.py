@@ -72,8 +72,9 @@ class Transitions:
         self._default_role = default_role
         self._clock = clock
         self._random_bytes = random_bytes
-        self.revoked = 0
-        """Certificates marked revoked so far: the next CRL carries them."""
+        self.revoked: dict[int, str] = {}
+        """The revoked certificates of the units that were at work, by serial number, and who issued each: the CRL
+        is to list them. Some of them a run may have revoked that was killed before it came to its CRL."""
 
     def look(self) -> None:
         """See whether the registry can be read.
@@ -89,6 +90,12 @@ class Transitions:
         with self._registry.view() as view:
             row = view.live_by_hwid(hwid)
             replaced = view.row(row.replaces) if row is not None and row.replaces is not None else None
+            past = view.named(row.name) if row is not None else []
+        now = self._clock()
+        for old in past:
+            # What has expired has left the CRL, or will.
+            if old.is_revoked and old.cert_serial is not None and (old.not_after is None or old.not_after > now):
+                self.revoked[old.cert_serial] = old.issuer
         return row, replaced
 
     def reserve(self, hwid: bytes, wish: Wish) -> Row:
@@ -260,7 +267,8 @@ class Transitions:
         for relative in _renewed_with(transaction, row):
             self._void(transaction, relative.number, reason, revocation_reason)
         flag = x509.ReasonFlags(revocation_reason or x509.ReasonFlags.superseded)
-        self.revoked += mark_revoked(transaction, row, flag, word=reason, now=self._clock())
+        if mark_revoked(transaction, row, flag, word=reason, now=self._clock()) and row.cert_serial is not None:
+            self.revoked[row.cert_serial] = row.issuer
         row = transaction.row(number) or row
         if row.state is not State.VOID:
             row = transaction.update(dataclasses.replace(row, state=State.VOID, void_reason=reason))

@@ -164,6 +164,37 @@ def test_a_unit_that_lost_its_identity_gets_another(birthmark: Command, station:
     assert held_serial(made) == new.cert_serial
 
 
+@pytest.mark.parametrize("again", ["reflash", "resume", "flash"])
+def test_what_a_run_revoked_that_was_killed_is_on_the_crl_of_the_next(
+    birthmark: Command, station: Station, made: LineBoard, again: str
+) -> None:
+    """It was killed when the lost certificate was revoked, and had signed no CRL yet."""
+    lost = held_serial(made)
+    made.wipe()
+
+    def cut(event: Event) -> None:
+        if isinstance(event, Stored) and event.row.state is State.RESERVED:
+            raise CutError
+
+    enrolling = session(station, made.port, "sensor-17", KeyMode.ON_DEVICE, cut)
+    object.__setattr__(enrolling.wish, "replaces_reason", "cessationOfOperation")
+    with pytest.raises(CutError):
+        enrolling.run()
+    assert revoked(station) == {}
+    words = {
+        "reflash": ("reflash", "sensor-17", "--reason", "broken"),
+        "resume": ("resume",),
+        "flash": ("flash", "--id", "sensor-17"),
+    }
+    done = birthmark(*words[again], "--port", made.port, *WHERE)
+    assert done.exit_code == 0, done.stderr
+    assert revoked(station) == {lost: "cessationOfOperation"}
+    # It is on it now: whoever comes by again needs no other one.
+    signed = station.crl_path.read_bytes()
+    assert birthmark("flash", "--id", "sensor-17", "--port", made.port, *WHERE).exit_code == 3
+    assert station.crl_path.read_bytes() == signed
+
+
 def test_what_was_never_made_is_not_made_again(birthmark: Command, station: Station, board: LineBoard) -> None:
     done = birthmark("reflash", "sensor-17", "--reason", "lost", "--port", board.port, *WHERE)
     assert done.exit_code == 3

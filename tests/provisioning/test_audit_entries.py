@@ -76,11 +76,12 @@ NONE = {
 PLAIN = [
     name
     for name, scenario in SCENARIOS.items()
-    if name not in NONE and not scenario.registry and not any("pkcs11:" in word for word in scenario.words)
+    if name not in NONE
+    and not scenario.registry
+    and not scenario.boards
+    and not any("pkcs11:" in word for word in scenario.words)
 ]
-
-
-"""With neither a token nor a database: those have tests of their own."""
+"""With neither a token, a database nor a board: those have tests of their own."""
 
 
 @pytest.fixture

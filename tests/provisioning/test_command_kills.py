@@ -39,23 +39,24 @@ ONLY_READ = {
     "crl status",
 }
 KILLED_ELSEWHERE = {
-    "flash": "tests/flash/test_processes.py",
-    "run": "tests/line/test_run.py",
-    "resume": "tests/line/test_run.py",
-    "reflash": "tests/line/test_reflash.py",
     "renewd": "tests/renewal/test_kills.py",
 }
-"""With a board or a broker at the other end, which is killed too."""
+"""With a broker at the other end, which is killed too."""
+SHARES = 12 if WHOLE else 2
+"""How many processes the commands are dealt out to."""
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
-def test_a_kill_at_any_step_of_any_command_leaves_nothing_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", range(SHARES))
+def test_a_kill_at_any_step_of_any_command_leaves_nothing_half(tmp_path: Path, share: int) -> None:
     kills = 0 if WHOLE else 2
-    command = [sys.executable, str(COMMAND_KILLS), str(tmp_path), str(kills)]
+    names = list(chosen(kills))[share::SHARES]
+    command = [sys.executable, str(COMMAND_KILLS), str(tmp_path), str(kills), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == len(chosen(kills))
+    print(done.stdout)
+    assert [line.rpartition(": ")[0] for line in done.stdout.splitlines()] == names
 
 
 def commands(of: argparse.ArgumentParser, name: str = "") -> Iterator[str]:

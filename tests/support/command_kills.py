@@ -1,9 +1,10 @@
 """SIGKILL at every durable step of every command of the station: run as `command_kills.py FOLDER KILLS [NAME...]`.
 
 A command runs in a forked child. Before its n-th step (a file opened for writing, a write, an fsync, a rename, a
-removal, a folder, a mode, a statement to a database) the child is killed; a write that is the n-th step is cut in
-the middle. After each kill the station is looked at as the next process would, then the same command is run again:
-it finishes, or says plainly that it is done. KILLS is how many steps are tried, spread evenly; 0: every one.
+removal, a folder, a mode, a statement that changes a database) the child is killed; a write that is the n-th step
+is cut in the middle. After each kill the station is looked at as the next process would, then the same command is
+run again: it finishes, or says plainly that it is done. KILLS is how many steps are tried, spread evenly; 0: every
+one.
 
 A process of its own, with one thread: only such a one may fork safely.
 """
@@ -28,12 +29,13 @@ from sqlalchemy import Engine, event
 from support.command_scenarios import (
     NEW_PASSPHRASE,
     SECRET,
-    Scenario,
     chosen,
     enter,
     run_here,
     stopping_after_a_turn,
 )
+from support.line_scenarios import powered
+from support.scenario import all_listed
 from support.softhsm import PIN
 from support.station import CHEAP, PASSPHRASE, new_station
 
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
+    from support.scenario import Scenario
+
 STEPS = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.chmod"})
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # --- the child that dies -----------------------------------------------------------------------------------------
@@ -76,7 +80,7 @@ class Killer:
         os.pwrite = self._pwrite
         os.fsync = self._fsync
         sys.addaudithook(self._saw)
-        event.listen(Engine, "before_cursor_execute", lambda *_: self._step())
+        event.listen(Engine, "before_cursor_execute", self._executes)
 
     def _saw(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in STEPS or (event == "open" and _is_for_writing(*arguments)):
@@ -86,6 +90,10 @@ class Killer:
         self.count += 1
         if self.count == self._at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _executes(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if not statement.startswith("SELECT"):  # what is only read leaves nothing
+            self._step()
 
     def _fsync(self, fd: Any) -> None:
         self._step()
@@ -187,6 +195,13 @@ def kill_once(scenario: Scenario, prepared: Path, root: Path, at: int) -> bool:
     """Kill the command before its `at`-th step, look, run it again, look; return whether it came to that step."""
     shutil.copytree(prepared, root, symlinks=True)
     enter(root)
+    with powered(root, scenario.boards):
+        came = _kill_once(scenario, root, at)
+    shutil.rmtree(root)
+    return came
+
+
+def _kill_once(scenario: Scenario, root: Path, at: int) -> bool:
     history = History()
     for folder in stations(root):
         history.look(folder)
@@ -196,10 +211,13 @@ def kill_once(scenario: Scenario, prepared: Path, root: Path, at: int) -> bool:
         return False
     for folder in stations(root):
         history.look(folder, killed=True)
+    scenario.killed(root)
     code, _, said = in_child(root, scenario.words, 0)
     if code != scenario.code:
         assert any(word in said for word in scenario.done_already), (code, said)
-        assert "hint: " in said
+        assert "hint: " in said or scenario.boards, said
+        if scenario.boards:
+            all_listed(root)
         # What it says is to be done: the next CRL carries what was revoked, and clears away what the kill left.
         if (root / "station").exists():
             assert in_child(root, ["crl", "--timeout", "0.05"], 0)[0] in (0, 1)
@@ -208,7 +226,6 @@ def kill_once(scenario: Scenario, prepared: Path, root: Path, at: int) -> bool:
     scenario.finished(root)
     found = leftovers(root)
     assert not found, found
-    shutil.rmtree(root)
     return True
 
 
@@ -222,7 +239,8 @@ def survive(scenario: Scenario, root: Path, kills: int) -> tuple[int, int]:
     whole = root / "whole"
     shutil.copytree(prepared, whole, symlinks=True)
     enter(whole)
-    code, steps, said = in_child(whole, scenario.words, 0)
+    with powered(whole, scenario.boards):
+        code, steps, said = in_child(whole, scenario.words, 0)
     assert code == scenario.code, (code, said)
     scenario.finished(whole)
     assert steps > 0, "it writes nothing"

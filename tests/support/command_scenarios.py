@@ -10,15 +10,17 @@ import contextlib
 import io
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from support.line_scenarios import LINE_SCENARIOS
+from support.scenario import Scenario, all_listed, rows_named, station
 from support.softhsm import LABEL, SoftHsm, found_module, with_a_token
 from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, public_key_der
 
@@ -46,11 +48,10 @@ from birthmark.provisioning.retirement import note_retirement
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.row_records import jsonl_lines
 from birthmark.provisioning.settings_edit import add_gateway, add_upstream
-from birthmark.provisioning.station import Station
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 SQLITE = "sqlite:///registry.db"
 CURRENT_CA = "CURRENT-CA"
@@ -60,37 +61,6 @@ SECRET = b"the backup's own passphrase"
 REQUESTED = ("pump-1", "pump-2", "pump-3")
 NEW_PASSPHRASE = b"another one"
 LOST = x509.ReasonFlags.key_compromise
-
-
-def nothing(_root: Path) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A command, the station that it finds, and what must be true when it has finished, killed before or not."""
-
-    words: Sequence[str]
-    """`@` stands for the scenario's folder; the station is `@/station` unless it says otherwise."""
-    prepare: Callable[[Path], object] = nothing
-    finished: Callable[[Path], object] = nothing
-    done_already: Sequence[str] = ()
-    """What the same command may say instead of finishing, where the killed one was done."""
-    code: int = 0
-    """How it ends when it is not killed."""
-    founds: bool = True
-    """Whether a station is founded first."""
-    registry: str = ""
-    """Where that station's registry is; empty for TinyDB."""
-
-
-def station(root: Path, folder: str = "station") -> Station:
-    return Station.open(root / folder, passphrase=PASSPHRASE)
-
-
-def rows_named(root: Path, name: str, folder: str = "station") -> list[Any]:
-    with station(root, folder).registry.view() as view:
-        return view.named(name)
 
 
 def is_issued(root: Path, name: str, file: str) -> None:
@@ -109,14 +79,6 @@ def is_gateway(root: Path) -> None:
     assert (root / "out" / "clients-ca.pem").read_bytes() == opened.cas.for_brokers.pem
     ((label, _),) = read_blocks((root / "out" / "crl.pem").read_bytes())
     assert label == CRL
-
-
-def all_listed(root: Path, folder: str = "station") -> None:
-    opened = station(root, folder)
-    crls = current_crl(opened)
-    assert crls is not None
-    with opened.registry.view() as view:
-        assert {row.cert_serial for row in view.revoked()} == crls.cert_serials
 
 
 def with_devices(root: Path) -> None:
@@ -487,6 +449,7 @@ def is_moved(root: Path, url: str) -> None:
 
 
 SCENARIOS: dict[str, Scenario] = {
+    **LINE_SCENARIOS,
     "init": Scenario(["init"], founds=False, done_already=["there is something already"]),
     "issue": Scenario(
         ["issue", "--from", "@/in", "--out", "@/out"], prepare=with_requests, finished=are_issued_for_requests

@@ -243,14 +243,14 @@ def nothing_is_half(rows: Sequence[Row], folders: Iterable[Path]) -> None:
         if active is None:
             assert not any(row.state.reached(State.COMMITTED) for row in mine if row.state is not State.VOID)
             continue
-        (row,) = [row for row in mine if row.is_live]
+        (row,) = [row for row in mine if row.txn == active.txn]
         leaf = x509.load_der_x509_certificate(active.bundle.leaf_der)
         own = keys.key_from_der(active.key_der).public_key()
         assert isinstance(own, ec.EllipticCurvePublicKey)
         assert leaf.public_key() == own, "it could not attest"
         assert row.state.reached(State.PREPARED), f"{row.name} is {row.state}"
-        assert (row.txn, row.cert_serial) == (active.txn, leaf.serial_number)
-        assert (row.bundle_sha256, row.name) == (active.bundle_sha256, active.bundle.config.device_id.text)
+        assert (row.cert_serial, row.bundle_sha256) == (leaf.serial_number, active.bundle_sha256)
+        assert row.name == active.bundle.config.device_id.text
 
 
 def all_is_accounted_for(rows: Sequence[Row], logs: Sequence[Path], counters: dict[str, int]) -> None:
