@@ -32,8 +32,9 @@ from birthmark.provisioning.audit_checkpoint import LAST_CHECKPOINT_AT
 from birthmark.provisioning.backup import LAST_BACKUP_AT
 from birthmark.provisioning.cas import Ca, CaKind, read_cas
 from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
+from birthmark.provisioning.fleet_policy import current_policy
 from birthmark.provisioning.gateway_look import Look, look_at
-from birthmark.provisioning.gateway_receipts import look_by_path, standing_of
+from birthmark.provisioning.gateway_receipts import completed, look_by_path, standing_of
 from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
@@ -42,7 +43,7 @@ from birthmark.provisioning.retirement import due_retirements
 from birthmark.provisioning.token_uri import TokenUri
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from birthmark.provisioning.crls import StoredCrl
@@ -158,6 +159,15 @@ class AuditFacts:
     """Whether entries were missing at its end, which the registry has given it again."""
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """The policy of the fleet that was published last."""
+
+    version: int
+    issuer: str
+    """The key identifier of the CA that signed it."""
+
+
 @dataclass(slots=True)
 class Census:
     """All rows, added up."""
@@ -242,6 +252,10 @@ class Facts:
     free_bytes: int = 1 << 40
     gateways: tuple[Look, ...] = ()
     looked_at_gateways: bool = True
+    last_heard: Mapping[str, datetime | None] = field(default_factory=dict)
+    """When each gateway was last known to be there."""
+    policy: PolicyFacts | None = None
+    """None: none was published."""
 
 
 def gather(station: Station, *, timeout_s: float | None) -> Facts:
@@ -274,13 +288,16 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
             "overdue_retirements": len(due_retirements(view, now - STUCK_AFTER)),
         }
         looks = _looks(station, view)
+        policy = current_policy(view)
+        standings = {gateway.name: standing_of(view, gateway.name) for gateway in station.settings.gateways}
     if timeout_s is not None:
-        looks += look_at(
+        found = look_at(
             station.settings.gateways,
             anchors_path=station.root_path,
             timeout_s=timeout_s,
             upstreams=station.settings.upstreams,
         )
+        looks += [completed(look, standings[look.name]) for look in found]
     return Facts(
         now=now,
         census=census,
@@ -291,6 +308,8 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         audit=AuditFacts(_last_entry(log), expected, lacks),
         free_bytes=shutil.disk_usage(station.folder).free,
         gateways=tuple(looks),
+        last_heard={name: standing.heard_at for name, standing in standings.items()},
+        policy=None if policy is None else PolicyFacts(policy.version, policy.issuer),
         looked_at_gateways=timeout_s is not None,
         **facts,
     )

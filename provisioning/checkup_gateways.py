@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from birthmark.device.messages import AddressSeen, Sighting
+    from birthmark.provisioning.gateway_look import Look
 
 NAMED: Final = 5
 ADDRESS_WINDOW: Final = timedelta(days=7)
@@ -39,15 +40,58 @@ def check_gateways(facts: Facts) -> Iterator[Remark]:
         if look.status is None:
             continue
         if not look.status.online:
-            yield Remark("gateways", Level.BROKEN, f"{look.name} was stopped", "start it", (look.name,))
+            yield _absence(look, facts)
+            continue
         alarms = ", ".join(escaped(alarm, 40) for alarm in look.status.alarms)
         if alarms:
             hint = "docs/operations.md says what each alarm means"
             yield Remark("gateways", Level.BROKEN, f"{look.name} has alarms: {alarms}", hint, (look.name,))
         if look.sightings is None:
             text = f"the policy of {look.name} keeps from its operator who connected there"
+            if look.via:
+                text = f"{look.via} does not tell who connected at {look.name}"
             hint = 'add "gateway/+/seen/+" to the operator\'s subscribe list in policy.toml'
             yield Remark("gateways", Level.NOTE, text, hint, (look.name,))
+
+
+def _absence(look: Look, facts: Facts) -> Remark:
+    heard_at = facts.last_heard.get(look.name)
+    since = "" if heard_at is None else f" since {heard_at:%Y-%m-%d %H:%M}"
+    if look.via:
+        hint = "does it run? its log says why it has no link; the CRL and the policy wait for it there"
+        return Remark("gateways", Level.SOON, f"{look.name} has no link to {look.via}{since}", hint, (look.name,))
+    return Remark("gateways", Level.BROKEN, f"{look.name} was stopped{since}", "start it", (look.name,))
+
+
+def check_upstreams(facts: Facts) -> Iterator[Remark]:
+    """A gateway that says that one of its links is down."""
+    for look in facts.gateways:
+        for state in look.status.upstreams if look.status is not None and look.status.online else ():
+            if not state.connected:
+                reason = f": {escaped(state.reason)}" if state.reason else ""
+                link = f"{look.name} has no link to {escaped(state.name, 64)}{reason}"
+                text = f"{link}; {state.spooled} messages wait"
+                yield Remark("upstreams", Level.SOON, text, "its log says more: docs/upstream.md", (look.name,))
+
+
+def check_policy(facts: Facts) -> Iterator[Remark]:
+    """The fleet's policy: signed by a CA that goes, or not the one that a gateway goes by."""
+    ours = facts.policy
+    if ours is not None and not any(ca.key_id == ours.issuer and ca.is_issuing for ca in facts.cas):
+        text = f"version {ours.version} of the policy is signed by a CA that issues no more"
+        yield Remark("policy", Level.SOON, text, "birthmark policy publish signs it anew")
+    for look in facts.gateways:
+        if look.status is None or (ours is None and not look.status.policy_version):
+            continue
+        version, current = look.status.policy_version, 0 if ours is None else ours.version
+        if version < current:
+            goes_by = f"version {version} of the policy" if version else "a policy of its own"
+            text = f"{look.name} goes by {goes_by}, and {current} is current"
+            yield Remark("policy", Level.SOON, text, "birthmark policy publish brings it", (look.name,))
+        elif version > current:
+            text = f"{look.name} goes by version {version} of the policy, and {current or 'none'} is ours"
+            hint = "was this station restored? publish again, which gives a version above that one"
+            yield Remark("policy", Level.BROKEN, text, hint, (look.name,))
 
 
 def check_gateway_crls(facts: Facts) -> Iterator[Remark]:

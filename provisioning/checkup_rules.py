@@ -16,7 +16,9 @@ from birthmark.provisioning.checkup_gateways import (
     check_gateways,
     check_let_in,
     check_never_connected,
+    check_policy,
     check_unknown,
+    check_upstreams,
 )
 from birthmark.provisioning.profile import CRL_LIFETIME
 from birthmark.provisioning.registry.model import Kind
@@ -303,6 +305,8 @@ CHECKS: Final[tuple[tuple[str, Callable[[Facts], Iterable[Remark]]], ...]] = (
     ("crls", _check_crls),
     ("gateways", check_gateways),
     ("gateway-crls", check_gateway_crls),
+    ("policy", check_policy),
+    ("upstreams", check_upstreams),
     ("let-in", check_let_in),
     ("unknown", check_unknown),
     ("addresses", check_addresses),

@@ -2,8 +2,7 @@
 
 Rules:
 
-- What a gateway says counts; of one that is away, what it said last, or what the station knows from its receipts
-  if that is more: the last will that speaks for it is as old as its link.
+- What a gateway says counts, and of one that is away what is known of it (`gateway_receipts.completed`).
 - Behind is who goes by an older CRL than the station's, of a CA that has issued, or by an older version of the
   fleet's policy. One that is reached by a path takes no policy, and is not behind for that.
 - A status is half a minute old at most, and on the way as long as a message: a clock within that is right.
@@ -61,9 +60,6 @@ class GatewayRow:
     def crls(self) -> dict[str, int | None]:
         """Return the number of the CRL that it goes by, of each CA that has issued; None where it has none."""
         said = dict(self.look.crl_numbers)
-        if self.state != "online":
-            for key_id, confirmed in self.standing.confirmed.items():
-                said[key_id] = max(said.get(key_id, 0), confirmed.number)
         return {key_id: said.get(key_id) for key_id in self.aims.crls}
 
     @property

@@ -135,12 +135,15 @@ def _look_of(contact: Contact, gateway: Gateway, told: _Told, asked: Mapping[str
     for payload in told.payloads:
         with contextlib.suppress(RemoteProtocolError):
             seen.append(Sighting.from_bytes(payload))
+    # RabbitMQ gives nothing that is retained to a wildcard: then nobody seems to have been seen.
+    is_mute = bool(contact.upstream) and told.status.sessions > 0 and not seen
+    is_told = gateway.name in asked and not (told.is_denied or is_mute)
     return Look(
         gateway.name,
         gateway.reached_by,
         crl_numbers=tuple(sorted(told.status.crl_numbers.items())),
         status=told.status,
-        sightings=None if told.is_denied or gateway.name not in asked else tuple(seen),
+        sightings=tuple(seen) if is_told else None,
         looked_at_s=told.at_s,
         via=contact.upstream,
     )

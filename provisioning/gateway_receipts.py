@@ -133,6 +133,19 @@ def look_by_path(gateway: Gateway, standing: Standing) -> Look:
     return Look(gateway.name, gateway.reached_by, cause, numbers)
 
 
+def completed(look: Look, standing: Standing) -> Look:
+    """Return a look at a gateway with the CRLs that it has confirmed, if it is not there to speak for itself.
+
+    The last will that speaks for it then is as old as its link.
+    """
+    if look.status is not None and look.status.online:
+        return look
+    numbers = dict(look.crl_numbers)
+    for key_id, confirmed in standing.confirmed.items():
+        numbers[key_id] = max(numbers.get(key_id, 0), confirmed.number)
+    return replace(look, crl_numbers=tuple(sorted(numbers.items())))
+
+
 def forget_gateway(transaction: Transaction, gateway: str) -> None:
     """Forget what is known of a gateway."""
     transaction.put_note(TOPIC, gateway.lower(), None)

@@ -11,7 +11,7 @@ import pytest
 from support.station import NOON, public_key_der
 
 from birthmark.device.console import Console
-from birthmark.device.messages import AddressSeen, GatewayStatus, Sighting
+from birthmark.device.messages import AddressSeen, GatewayStatus, Sighting, UpstreamState
 from birthmark.provisioning.audit import Head
 from birthmark.provisioning.checkup import (
     AuditFacts,
@@ -21,6 +21,7 @@ from birthmark.provisioning.checkup import (
     Facts,
     FileFacts,
     Level,
+    PolicyFacts,
     Remark,
 )
 from birthmark.provisioning.checkup_rules import CHECKS, examine
@@ -98,6 +99,18 @@ def status(**changes: Any) -> Facts:
     return look(status=replace(STATUS, **changes))
 
 
+def away(**changes: Any) -> Facts:
+    facts = look(status=replace(STATUS, online=False), **changes)
+    return replace(facts, last_heard={"gw-1": NOON - DAY})
+
+
+def by_policy(version: int, issuer: str = "ab12") -> Facts:
+    return replace(status(policy_version=version), policy=PolicyFacts(4, issuer))
+
+
+DOWN = UpstreamState("far", connected=False, since=0.0, spooled=9, reason="refused\x1b")
+
+
 def seen_at(*addresses: tuple[str, float, float]) -> Facts:
     """Days before noon at which each address was used first and last."""
     places = tuple(
@@ -155,6 +168,15 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("gateways", Level.BROKEN, "was stopped", status(online=False)),
     ("gateways", Level.BROKEN, "has alarms: crl-due, \\x1b", status(alarms=("crl-due", "\x1b"))),
     ("gateways", Level.NOTE, "keeps from its operator", look(sightings=None)),
+    ("gateways", Level.NOTE, "cloud does not tell who connected at gw-1", look(sightings=None, via="cloud")),
+    ("gateways", Level.SOON, "gw-1 has no link to cloud since 2026-0", away(via="cloud")),
+    ("gateways", Level.BROKEN, "gw-1 was stopped since 2026-0", away()),
+    ("policy", Level.SOON, "gw-1 goes by version 3 of the policy, and 4 is current", by_policy(3)),
+    ("policy", Level.SOON, "gw-1 goes by a policy of its own, and 4 is current", by_policy(0)),
+    ("policy", Level.BROKEN, "gw-1 goes by version 5 of the policy, and 4 is ours", by_policy(5)),
+    ("policy", Level.BROKEN, "version 5 of the policy, and none is ours", status(policy_version=5)),
+    ("policy", Level.SOON, "version 4 of the policy is signed by a CA", by_policy(4, issuer="old")),
+    ("upstreams", Level.SOON, "gw-1 has no link to far: refused\\x1b; 9 messages wait", status(upstreams=(DOWN,))),
     ("gateway-crls", Level.BROKEN, "CRL 6 of the issuing CA, and 7 is current", look(crl_numbers=(("ab12", 6),))),
     ("gateway-crls", Level.BROKEN, "CRL 9 of the issuing CA, and 7 is ours", look(crl_numbers=(("ab12", 9),))),
     ("gateway-crls", Level.SOON, "has no CRL of the issuing CA", look(crl_numbers=(("ee", 7),))),
@@ -210,6 +232,7 @@ WELL: dict[str, Facts] = {
     "an enrollment under way": among(row(), row("late", 1, state=State.ISSUED, changed_at=NOON - DAY / 2)),
     "revoked, and cut off at once": among(row(revoked_at=NOON, revocation_reason="keyCompromise")),
     "a gateway by path": look(status=None, sightings=None),
+    "a policy that every gateway goes by": by_policy(4),
     "no gateway": replace(GOOD, gateways=()),
     "nothing changed since an old backup": replace(
         GOOD, last_backup_at=NOON - 20 * DAY, last_issued_at=NOON - 21 * DAY, last_crl_at=NOON - 21 * DAY

@@ -18,7 +18,7 @@ from birthmark.provisioning.crls import current_crl, sign_and_store_crl
 from birthmark.provisioning.fleet_policy import sign_policy
 from birthmark.provisioning.fleet_table import Aims, GatewayRow
 from birthmark.provisioning.gateway_look import Look
-from birthmark.provisioning.gateway_receipts import Confirmed, Standing
+from birthmark.provisioning.gateway_receipts import Confirmed, Standing, completed
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.policy_delivery import deliver_policy
 from birthmark.provisioning.settings_edit import add_gateway
@@ -57,7 +57,7 @@ def row(*, look: Look = LOOK, standing: Standing = KNOWN, aims: Aims = AIMS, **s
     changed = replace(STATUS, **status) if status else STATUS  # type: ignore[arg-type]
     if status:
         look = replace(look, status=changed, crl_numbers=tuple(sorted(changed.crl_numbers.items())))
-    return GatewayRow(look, standing, aims)
+    return GatewayRow(completed(look, standing), standing, aims)
 
 
 def test_one_that_is_well() -> None:
