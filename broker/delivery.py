@@ -166,12 +166,12 @@ class Exchange:
             self.retain(Retained(topic, payload, qos, publisher))
         route = self.router.route(topic)
         targets = route.targets
+        message: Message | None = None
         if self.uplinks is not None:
-            self.uplinks.forward(topic, payload, qos, retain=retain, publisher=publisher)
+            message = self.uplinks.forward(topic, payload, qos, retain=retain, publisher=publisher)
             targets = self.uplinks.within(targets, publisher)
         if not targets:
             return
-        message: Message | None = None
         max_waiting_bytes = self._max_waiting_bytes
         sent = 0
         for session, granted in targets:

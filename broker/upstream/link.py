@@ -216,9 +216,11 @@ class Link:
             packet_id = spool.session.take_packet_id()
             self._subscribing[packet_id] = wanted
             self.stream.write(up.subscribe(packet_id, wanted, 1))
-        else:
+        elif spool.is_careful:
             self._settling = False
             self.stream.write(up.PINGREQ)
+        else:
+            self._settle()
 
     def _suback(self, packet: mqtt.SubAck) -> None:
         asked = self._subscribing.pop(packet.packet_id, ())

@@ -116,15 +116,18 @@ class Spool(Outbound):
             return True
         return not publisher.is_upstream and (self._transit or not publisher.is_gateway)
 
-    def take(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool) -> None:
-        """Take a message under its name at the upstream."""
+    def take(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool) -> Message | None:
+        """Take a message under its name at the upstream; return it, if it is one that is kept."""
         if len(payload) > self._max_payload_bytes:
             self._count_dropped()
             self.denials.dropped(self.peer, "more than max_payload_bytes", topic)
         elif qos or retain:
-            self.send(self.session, Message(topic, topic_bytes, payload, 1, retain=retain), 1)
+            message = Message(topic, topic_bytes, payload, qos or 1, retain=retain)
+            self.send(self.session, message, 1)
+            return message
         else:
             self._send_once(topic, publish_head(topic_bytes, len(payload), 0, retain=False) + payload)
+        return None
 
     def _send_once(self, topic: str, frame: bytes) -> None:
         """Send a PUBLISH of QoS 0 now, or never."""
@@ -181,6 +184,11 @@ class Spool(Outbound):
 
     # --- what goes out -----------------------------------------------------------------------------------
 
+    def be_careful(self, *, careful: bool) -> None:
+        """Send one message at a time, or as many as there is room for."""
+        self.is_careful = careful
+        self._max_inflight = 0 if careful else self.limits.max_inflight
+
     def resume(self, session: Session) -> None:
         """Send again what has not been acknowledged; if we are careful, the first of it alone."""
         if self.is_careful:
@@ -196,7 +204,7 @@ class Spool(Outbound):
                 stream.write(as_duplicate(message.head(1)) + packet_id.to_bytes(2, "big") + message.payload)
                 self.counters.messages_out += 1
             return
-        self.is_careful = False
+        self.be_careful(careful=False)
         self.pump(session)
 
     def set_aside(self) -> Message | None:
@@ -209,9 +217,6 @@ class Spool(Outbound):
             self._count_dropped()
             return outgoing.message
         return None
-
-    def _has_room(self, session: Session) -> bool:
-        return not self.is_careful and super()._has_room(session)
 
     def pump(self, session: Session) -> None:
         """Send what waits, as far as there is room."""

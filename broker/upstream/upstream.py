@@ -335,7 +335,8 @@ class Upstream:
         if not spool.is_careful:
             self._stuck += 1
             if self._stuck >= CAREFUL_AFTER:
-                spool.is_careful, self._stuck = True, 0
+                spool.be_careful(careful=True)
+                self._stuck = 0
         elif link.has_settled and link.was_closed:
             self._stuck += 1
             if self._stuck >= SET_ASIDE_AFTER:

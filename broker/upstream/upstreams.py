@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from birthmark.broker.delivery import Exchange
     from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.peer import Peer
-    from birthmark.broker.session import Session
+    from birthmark.broker.session import Message, Session
     from birthmark.broker.stream import TlsStream
     from birthmark.broker.upstream.settings import UpstreamSettings
     from birthmark.broker.upstream.spool import Spool
@@ -147,14 +147,23 @@ class Upstreams:
 
     # --- what goes up ------------------------------------------------------------------------------------
 
-    def forward(self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None) -> None:
-        """Send a message up wherever it is to go."""
+    def forward(
+        self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None
+    ) -> Message | None:
+        """Send a message up wherever it is to go; return it, if it can be shared with sessions here.
+
+        What is kept for the upstream and for a session here is kept once.
+        """
+        shared = None
         ways = self._ways.get(topic)
         if ways is None:
             ways = self._find(topic)
         for spool, remote, remote_bytes in ways:
             if spool.takes_from(publisher):
-                spool.take(remote, remote_bytes, payload, qos, retain=retain)
+                message = spool.take(remote, remote_bytes, payload, qos, retain=retain)
+                if remote == topic and not retain:
+                    shared = message
+        return shared
 
     def takes(self, topic: str, publisher: Peer) -> bool:
         """Whether a message of somebody would go up."""
