@@ -118,7 +118,7 @@ class GatewayBroker(Broker):
         self.meters = Meters(settings.limits.max_messages_per_s, settings.limits.max_bytes_per_s)
         self._journal = Journal(loop, settings.durability, self.counters)
         self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
-        self.upstreams = Upstreams(settings.upstreams, self.exchange, self.topics)
+        self.upstreams = Upstreams(settings.upstreams, self.exchange)
         self.on_message: Callable[[Session, Publish], None] | None = None
         self.on_client: Callable[[Peer, str], None] | None = None
         self.before_listening: Callable[[], Awaitable[None]] | None = None

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from birthmark.broker.delivery import Exchange
-    from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.packets import Packet, Will
     from birthmark.broker.stream import TlsStream
     from birthmark.broker.upstream.credentials import UpstreamCredentials
+    from birthmark.broker.upstream.packets import TopicNamesAbove
     from birthmark.broker.upstream.settings import UpstreamSettings
     from birthmark.broker.upstream.spool import Spool
     from birthmark.device.credentials import BrokerAddress
@@ -80,10 +80,10 @@ class Link:
         above: the upstream.
         server: which of its servers.
         exchange: where what comes down is published.
-        topics: names known from other connections.
+        topics: names known from other links.
     """
 
-    def __init__(self, above: Above, server: BrokerAddress, exchange: Exchange, topics: TopicNames) -> None:
+    def __init__(self, above: Above, server: BrokerAddress, exchange: Exchange, topics: TopicNamesAbove) -> None:
         self._above = above
         self._server = server
         self._exchange = exchange
@@ -305,6 +305,9 @@ class Link:
 
     def _local_name(self, remote: str) -> str | None:
         """`Mapping.to_local`, with a memory."""
+        if not remote and self._exchange.denials.due(f"nameless {self._above.settings.name}"):
+            name = self._above.settings.name
+            _log.warning("the upstream %s has sent a message on a topic that MQTT does not allow: dropped", name)
         try:
             return self._local_names[remote]
         except KeyError:

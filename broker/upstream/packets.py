@@ -1,13 +1,15 @@
 """What a client says to a broker, and what it hears, as bytes: the other half of `broker/packets.py` (MQTT 3.1.1).
 
-`ServerPacketReader` reads what a broker sends as strictly as `PacketReader` reads what a client does.
+`ServerPacketReader` reads what a broker sends as strictly as `PacketReader` reads what a client does, with one
+exception: a PUBLISH whose topic is none is read, with an empty one. RabbitMQ sends such (`*` becomes `+`), and
+would send it again over every new connection.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
+from birthmark.broker.packet_reader import MalformedPacketError, PacketReader, TopicNames
 from birthmark.broker.packets import ConnAck, Packet, PingResp, SubAck, UnsubAck, remaining_length, topic_field
 
 if TYPE_CHECKING:
@@ -41,6 +43,17 @@ def unsubscribe(packet_id: int, filters: Iterable[str]) -> bytes:
     """UNSUBSCRIBE (§3.10)."""
     body = packet_id.to_bytes(2, "big") + b"".join(topic_field(found) for found in filters)
     return b"\xa2" + remaining_length(len(body)) + body
+
+
+class TopicNamesAbove(TopicNames):
+    """Topic names of what upstreams send."""
+
+    def learn(self, raw: bytes) -> str:
+        """Decode and check a topic name; return an empty one for what is none."""
+        try:
+            return super().learn(raw)
+        except MalformedPacketError:
+            return ""
 
 
 class ServerPacketReader(PacketReader):

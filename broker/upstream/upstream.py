@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from birthmark.broker.delivery import Exchange
-    from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.packets import Will
     from birthmark.broker.stream import Flusher
+    from birthmark.broker.upstream.packets import TopicNamesAbove
     from birthmark.broker.upstream.settings import UpstreamSettings
     from birthmark.device.credentials import BrokerAddress
     from birthmark.device.errors import ConnectionFailedError
@@ -64,7 +64,7 @@ class Upstream:
     Args:
         settings: its table.
         exchange: the broker's.
-        topics: names known from other connections.
+        topics: names known from other links.
         flusher: shared by the streams of all upstreams.
         filling: see `Spool`.
 
@@ -79,7 +79,7 @@ class Upstream:
         self,
         settings: UpstreamSettings,
         exchange: Exchange,
-        topics: TopicNames,
+        topics: TopicNamesAbove,
         flusher: Flusher,
         filling: set[Spool],
     ) -> None:

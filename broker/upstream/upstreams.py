@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from birthmark.broker.packets import topic_field
 from birthmark.broker.stream import Flusher
+from birthmark.broker.upstream.packets import TopicNamesAbove
 from birthmark.broker.upstream.spool import CLIENT_ID_PREFIX
 from birthmark.broker.upstream.upstream import Upstream
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from birthmark.broker.alarms import Alarm
     from birthmark.broker.delivery import Exchange
-    from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.peer import Peer
     from birthmark.broker.session import Message, Session
     from birthmark.broker.stream import TlsStream
@@ -60,15 +60,14 @@ class Upstreams:
     Args:
         settings: of each.
         exchange: the broker's.
-        topics: names known from other connections.
 
     Raises:
         ConfigurationError: the credentials of one cannot be used.
     """
 
-    def __init__(self, settings: Iterable[UpstreamSettings], exchange: Exchange, topics: TopicNames) -> None:
+    def __init__(self, settings: Iterable[UpstreamSettings], exchange: Exchange) -> None:
         loop = asyncio.get_running_loop()
-        flusher = Flusher(loop)
+        flusher, topics = Flusher(loop), TopicNamesAbove()
         self._exchange = exchange
         self.filling: set[Spool] = set()
         """The spools that have no room for long."""

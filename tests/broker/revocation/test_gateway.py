@@ -18,7 +18,6 @@ from birthmark.broker import gateway as gateway_module
 from birthmark.broker.config import BrokerSettings, read_settings
 from birthmark.broker.counters import Counters
 from birthmark.broker.gateway import MAX_WAITING_CRLS, Gateway
-from birthmark.broker.packet_reader import TopicNames
 from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
 from birthmark.broker.trust import Trust
 from birthmark.broker.upstream.upstreams import Upstreams
@@ -49,7 +48,7 @@ class Recorder:
     counters: Counters = field(default_factory=Counters)
     on_client: Callable[[Peer, str], None] | None = None
     retained: list[bytes] = field(default_factory=list)
-    upstreams: Upstreams = field(default_factory=lambda: Upstreams((), cast(Any, None), TopicNames()))
+    upstreams: Upstreams = field(default_factory=lambda: Upstreams((), cast(Any, None)))
 
     def own_retained(self, topic_filter: str) -> list[bytes]:
         assert topic_filter == "gateway/gw-1/seen/+"

@@ -282,6 +282,31 @@ def test_a_link_that_fell_silent_is_given_up_and_made_anew(
             assert said(operator, 1) == [(TOPIC, b"into the void", 1, False)]
 
 
+@pytest.mark.parametrize("topic", [b"devices/+/commands/a", b"devices/#", b"", b"devices/\xff", b"a\0b"])
+def test_a_message_on_what_is_no_topic_is_acknowledged_and_dropped(
+    tmp_path: Path, pki: Pki, topic: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    acknowledged = threading.Event()
+
+    def talk(secured: ssl.SSLSocket) -> None:
+        secured.recv(4_096)
+        secured.sendall(ACCEPTED + mqtt.packet(0x32, len(topic).to_bytes(2, "big") + topic + b"\x00\x07x"))
+        heard = b""
+        while data := secured.recv(4_096):
+            heard += data
+            if b"\x40\x02\x00\x07" in heard:
+                acknowledged.set()
+
+    with (
+        speaking(tmp_path, pki, talk) as port,
+        running_gateway(tmp_path, pki, **linked(tmp_path, pki, port)) as gateway,
+    ):
+        assert acknowledged.wait(10)
+        gateway.wait_for(lambda: gateway.broker.counters.upstream_echoes == 1, "counted")
+        assert gateway.broker.counters.upstream_lost == 0
+        assert "on a topic that MQTT does not allow" in caplog.text
+
+
 def test_pings_keep_a_link_and_silence_ends_it(tmp_path: Path, pki: Pki) -> None:
     pings = 0
 
