@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WINDOW = 20
 """Messages on their way at once."""
 MAX_PACKET_ID = 65_535
+SERVER_UNAVAILABLE = 3
 GONE = (OSError, ssl.SSLError, ConnectionEndedError)
 
 
@@ -74,6 +75,8 @@ class DurableClient:
         client.send(mqtt.connect(self.client_id, clean=False))
         found = client.read()
         assert found.first == 0x20, found
+        if found.body[1] == SERVER_UNAVAILABLE:
+            raise ConnectionEndedError("for the moment")
         assert found.body[1] == 0, found
         if self.session_required:
             assert found.body[0] == 1, "the session is not there any more"

@@ -1,0 +1,130 @@
+"""A gateway below a RabbitMQ cluster of three nodes: faults under load, and what the docs say of one."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from support import mosquitto, rabbitmq
+from support import mqtt_client as mqtt
+from support.mqtt_client import ConnectionEndedError, RawClient, client_context
+from support.rabbitmq import Cluster, User, cluster
+from support.repository import ROOT
+from support.upstream_load import COLLECTOR, COMMANDER, GATEWAY, Loaded
+from support.upstream_triangle import GATEWAYS, check_triangle
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from support.pki import Pki
+
+# One cluster is enough: its start takes as long as everything that is done with it.
+pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(400)]
+WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
+ROUNDS = 5 if WHOLE else 1
+OWN = r"^sites\.{username}\."
+USERS = (User(GATEWAY, write=OWN, read=OWN), *(User(name) for name in (COLLECTOR, COMMANDER, *GATEWAYS)))
+
+
+@pytest.fixture(scope="module")
+def started(pki: Pki, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("rabbitmq") / "cluster", pki, USERS) as running:
+        yield running
+
+
+@pytest.fixture
+def engine(started: Cluster) -> Cluster:
+    """All of its nodes run."""
+    started.restore()
+    return started
+
+
+def context(folder: Path, pki: Pki, name: str) -> ssl.SSLContext:
+    (folder / "root.pem").write_bytes(pki.root.pem)
+    path = pki.device(name, "service-gateway").write(folder / f"{name}.pem")
+    return client_context(path, folder / "root.pem")
+
+
+def said_hello(port: int, trusted: ssl.SSLContext) -> mqtt.Packet:
+    with RawClient.connect(port, trusted) as client:
+        client.send(mqtt.connect(GATEWAY))
+        return client.read()
+
+
+def test_who_has_no_certificate_of_ours_or_no_rights_is_not_let_in(
+    engine: Cluster, tmp_path: Path, pki: Pki
+) -> None:
+    port = engine.ports[0]
+    (tmp_path / "root.pem").write_bytes(pki.root.pem)
+    stranger = pki.stranger.device(GATEWAY).write(tmp_path / "stranger.pem")
+    for credentials in (None, stranger):
+        with pytest.raises((OSError, ConnectionEndedError)):
+            said_hello(port, client_context(credentials, tmp_path / "root.pem"))
+    with RawClient.connect(port, context(tmp_path, pki, "unknown")) as client:
+        client.handshake(mqtt.connect("unknown"), code=4)
+    berlin = context(tmp_path, pki, GATEWAY)
+    for said in (
+        mqtt.publish("sites/paris/devices/sensor-1/status", b"x", qos=1, pid=1),
+        mqtt.subscribe(1, ("sites/#", 1)),
+    ):
+        with RawClient.connect(port, berlin) as client:
+            client.handshake(mqtt.connect(GATEWAY)).send(said)
+            assert client.read_end() == [], "it is ended without an answer"
+
+
+def test_what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only(
+    engine: Cluster, tmp_path: Path, pki: Pki
+) -> None:
+    """Why docs/upstream.md says that a RabbitMQ keeps no presence, and docs/fleet.md that it keeps no CRL."""
+    topic = "fleet/policy"
+    trusted = context(tmp_path, pki, COLLECTOR)
+    with (
+        RawClient.connect(engine.ports[1], context(tmp_path, pki, COMMANDER)) as publisher,
+        RawClient.connect(engine.ports[1], trusted) as live,
+    ):
+        live.handshake(mqtt.connect(COLLECTOR)).subscribed((topic, 0))
+        publisher.handshake(mqtt.connect(COMMANDER)).send(mqtt.publish(topic, b"1", qos=1, pid=1, retain=True))
+        assert publisher.read() == mqtt.Packet(0x40, b"\0\1")
+        assert live.read_delivery() == mqtt.Delivery(topic, b"1", retain=False)
+    for topic_filter, found in ((topic, [None, b"1", None]), ("fleet/+", [None, None, None])):
+        for port, payload in zip(engine.ports, found, strict=True):
+            with RawClient.connect(port, trusted) as late:
+                late.handshake(mqtt.connect(COLLECTOR)).subscribed((topic_filter, 0))
+                if payload is not None:
+                    assert late.read_delivery() == mqtt.Delivery(topic, payload, retain=True)
+                late.ping()
+
+
+def test_two_gateways_and_it_in_a_triangle_pass_each_message_on_once(
+    engine: Cluster, tmp_path: Path, pki: Pki
+) -> None:
+    check_triangle(tmp_path, pki, engine.ports)
+
+
+@pytest.mark.proof
+def test_nothing_acknowledged_is_lost_whatever_breaks(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
+    with Loaded(tmp_path / GATEWAY, pki, engine.ports) as load:
+        for _ in range(ROUNDS):
+            engine.restore()
+            load.both_ways(50)
+            load.cut_link()
+            load.both_ways(50)
+            load.kill_gateway()
+            load.both_ways(50)
+            killed = load.linked_to
+            engine.nodes[killed].kill()
+            load.both_ways(50)
+            assert load.linked_to != killed
+        # A RabbitMQ gives a session that comes back what it had given before mixed with what is new.
+        load.see_through(in_order_above=load.taken_above.connections == 1, in_order_below=False)
+
+
+def test_the_docs_give_the_settings_that_are_tested() -> None:
+    said = (ROOT / "docs" / "upstream.md").read_text()
+    for settings in (rabbitmq.SETTINGS, mosquitto.SETTINGS):
+        for line in settings.splitlines():
+            is_placed = "{" in line  # where a file or a port is, is the operator's
+            assert (line.split("{")[0].rsplit(" ", 1)[0] if is_placed else line) in said, line
