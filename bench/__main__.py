@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import certificates, connections, device, handshakes, messages, outbox, registry
+from bench import certificates, connections, device, handshakes, messages, outbox, registry, upstream
 from bench import line as enrolment
 from bench.fleet_pki import FleetPki
 from bench.peers import MOSQUITTO, available
@@ -54,10 +54,14 @@ def main() -> int:
             pki.client(f"dev-{number:03}")
         for number in range(messages.OPERATORS):
             pki.client(f"op-{number}", "operator")
+        pki.client(upstream.GATEWAY, "service-gateway")
         section = ""
         visitors, held = (QUICK_VISITORS, 0) if arguments.quick else (VISITORS, HELD)
         measured = itertools.chain(
             messages.figures(folder, rounds, seconds, _say, with_amqtt=not arguments.quick),
+            upstream.figures(
+                folder, rounds, seconds, upstream.QUICK_SPOOLED if arguments.quick else upstream.SPOOLED, _say
+            ),
             connections.figures(pki, min(rounds, CONNECTION_ROUNDS), visitors, held, _say),
             handshakes.figures(pki, rounds, _say),
             certificates.figures(folder, rounds, seconds, _say),

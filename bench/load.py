@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from bench.fleet_pki import client_context
 from bench.peers import cpu_s
-from bench.wire import CYCLE, BenchError, Loop, Publisher, Subscriber, Wire, block
+from bench.wire import CYCLE, Above, BenchError, Loop, Publisher, Subscriber, Wire, accepted, block
 from birthmark.broker.packets import topic_field
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Workload:
     """Where the certificates are (`FleetPki`)."""
     publishers: int
     subscribers: int
-    """One of the two is 1."""
+    """One of the two is 1; or there are none, and what is published only goes up."""
     qos: int
     payload_bytes: int
     seconds: float
@@ -58,6 +58,8 @@ class Workload:
     """On how many topics each publisher publishes, in turn."""
     other_filters: int = 0
     """Subscriptions of other clients, which match none of the messages."""
+    upstream_port: int = 0
+    """Where the generator is itself the broker above, and takes what the broker sends up; 0: there is none."""
 
 
 class Run:
@@ -75,7 +77,9 @@ class Run:
         is_fan_out = work.subscribers > 1
         self._subscribe_others(wire)
         sender_names = ["op-0"] if is_fan_out else [f"dev-{n:03}" for n in range(work.publishers)]
-        receiver_names = [f"dev-{n:03}" for n in range(work.subscribers)] if is_fan_out else ["op-0"]
+        receiver_names = (
+            [f"dev-{n:03}" for n in range(work.subscribers)] if is_fan_out else ["op-0"][: work.subscribers]
+        )
         topic_filter = "fleet/announcements/#" if is_fan_out else "devices/+/telemetry/#"
         topics = {name: self._topics(name, is_fan_out=is_fan_out) for name in sender_names}
         first = topics[sender_names[0]]
@@ -90,6 +94,12 @@ class Run:
             )
             subscriber.count_senders_at(length - work.payload_bytes)
             self.subscribers.append(subscriber)
+        if work.upstream_port:
+            above = accepted(folder, work.upstream_port)
+            self.subscribers.append(
+                Above(above, self.loop, expected if work.publishers == 1 else None, length=length, id_at=id_at)
+            )
+            self.subscribers[-1].count_senders_at(length - work.payload_bytes)
         self.publishers = [
             Publisher(wire(name), self.loop, topics[name], work.payload_bytes, work.qos, sender=number)
             for number, name in enumerate(sender_names)
@@ -135,6 +145,7 @@ class Run:
         elapsed_s = time.perf_counter() - begun_s
         count = (self.sent - begun_sent) * len(self.subscribers)
         result = {
+            "sent": self.sent - begun_sent,
             "delivered": count,
             "elapsed_s": elapsed_s,
             "per_second": count / elapsed_s,

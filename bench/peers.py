@@ -113,13 +113,14 @@ def available() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def peer(name: str, folder: Path, *, operators: int = 1) -> Iterator[Peer]:
+def peer(name: str, folder: Path, *, operators: int = 1, settings: str = "") -> Iterator[Peer]:
     """Run a broker with the certificates in `folder` (`FleetPki`).
 
     Args:
         name: MOSQUITTO, AMQTT, or one of DURABILITIES.
         folder: has the certificates, and gets what the broker writes.
         operators: `op-0` to `op-(n-1)` are operators.
+        settings: what else is in its file, in its own words.
 
     Raises:
         RuntimeError: it did not start; with what it said.
@@ -129,13 +130,13 @@ def peer(name: str, folder: Path, *, operators: int = 1) -> Iterator[Peer]:
     data.mkdir(mode=0o700)
     said = data / "output"
     if name == MOSQUITTO:
-        command, port = _mosquitto_command(folder, data, operators)
+        command, port = _mosquitto_command(folder, data, operators, settings)
     elif name == AMQTT:
         port = free_port()
         command = [sys.executable, "-m", "bench.stock_amqtt", str(folder), str(port)]
     else:
         port = free_port()
-        command = _birthmark_command(folder, data, DURABILITIES[name], port)
+        command = _birthmark_command(folder, data, DURABILITIES[name], port, settings)
     with said.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
     try:
@@ -161,7 +162,7 @@ def _mosquitto() -> str | None:
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
 
-def _mosquitto_command(folder: Path, data: Path, operators: int) -> tuple[list[str], int]:
+def _mosquitto_command(folder: Path, data: Path, operators: int, settings: str) -> tuple[list[str], int]:
     program = _mosquitto()
     if program is None:
         raise RuntimeError("Mosquitto is not installed: apt install mosquitto")
@@ -170,11 +171,11 @@ def _mosquitto_command(folder: Path, data: Path, operators: int) -> tuple[list[s
     (folder / "acl").write_text(acl)
     (folder / "acl").chmod(0o600)
     config = data / "mosquitto.conf"
-    config.write_text(_MOSQUITTO.format(port=port, folder=folder, data=data, inflight=MAX_INFLIGHT))
+    config.write_text(_MOSQUITTO.format(port=port, folder=folder, data=data, inflight=MAX_INFLIGHT) + settings)
     return [program, "-c", str(config)], port
 
 
-def _birthmark_command(folder: Path, data: Path, durability: str, port: int) -> list[str]:
+def _birthmark_command(folder: Path, data: Path, durability: str, port: int, more: str) -> list[str]:
     for name in ("server.pem", "clients-ca.pem", "crl.pem"):
         shutil.copy2(folder / name, data / name)
     broker = [sys.executable, "-m", "birthmark.broker"]
@@ -186,7 +187,7 @@ def _birthmark_command(folder: Path, data: Path, durability: str, port: int) -> 
     )
     settings = data / "broker.toml"
     text = settings.read_text().replace('# durability = "acknowledged"', f"durability = {json.dumps(durability)}")
-    settings.write_text(text)
+    settings.write_text(text + more)
     return [*broker, "run", "--config", str(settings), "--listen", f"{HOST}:{port}", "--json"]
 
 

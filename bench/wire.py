@@ -16,13 +16,14 @@ import select
 import socket
 import ssl
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from bench.fleet_pki import HOST
 from birthmark.broker.packets import remaining_length, topic_field
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 CYCLE: Final = 4096
 """Packet identifiers in use; more than any window, a multiple of 256."""
@@ -88,6 +89,18 @@ class Wire:
         if answer[:2] != b"\x20\2" or answer[3]:
             raise BenchError(f"{client_id} was refused: {answer.hex()}")
 
+    @classmethod
+    def above(cls, sock: ssl.SSLSocket) -> Self:
+        """Be the broker at the other end of a connection that a gateway has made to the one above it."""
+        self = cls.__new__(cls)
+        self.client_id, self.sock = "the gateway", sock
+        first, length = self._exactly(2)
+        if first != 0x10 or length > 127:
+            raise BenchError("no CONNECT, or a long one")
+        self._exactly(length)
+        sock.sendall(b"\x20\2\0\0")
+        return self
+
     def subscribe(self, filters: Sequence[str], qos: int) -> None:
         """Subscribe, and wait for the SUBACK; only before `go`."""
         variable = b"\0\1" + b"".join(topic_field(one) + bytes([qos]) for one in filters)
@@ -117,6 +130,25 @@ class Wire:
                 raise BenchError(f"{self.client_id} was disconnected")
             data += more
         return data
+
+
+def accepted(folder: Path, port: int) -> Wire:
+    """Listen as the broker above a gateway until it connects; with the certificates in `folder` (`FleetPki`).
+
+    Raises:
+        OSError: it did not.
+        BenchError: it speaks no MQTT.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    context.load_verify_locations(folder / "root.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    with socket.create_server((HOST, port)) as listening:
+        listening.settimeout(CONNECT_TIMEOUT_S)
+        raw, _ = listening.accept()
+    raw.settimeout(CONNECT_TIMEOUT_S)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Wire.above(context.wrap_socket(raw, server_side=True))
 
 
 class Loop:
@@ -291,3 +323,15 @@ class Subscriber(End):
     def count_senders_at(self, offset: int) -> None:
         """Say where in a message its sender's number stands."""
         self._sender_at = offset
+
+
+class Above(Subscriber):
+    """The broker above a gateway: takes what it sends up, which may ask for a sign of life first."""
+
+    def take(self, data: memoryview) -> int:
+        """As any subscriber."""
+        asked = 0
+        while not self.received and bytes(data[asked : asked + 2]) == b"\xc0\0":
+            self.send(b"\xd0\0")
+            asked += 2
+        return asked + super().take(data[asked:])

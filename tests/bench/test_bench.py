@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from support.programs import needs
 
-from bench import device, messages, outbox, registry
+from bench import device, messages, outbox, registry, upstream
 from bench.fleet_pki import FleetPki
 from bench.peers import BIRTHMARK, MOSQUITTO, peer
 from bench.report import Figure, line, to_json, to_svg
@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         pki.client(f"dev-{number:03}")
         pki.client(f"op-{number}", "operator")
+    pki.client(upstream.GATEWAY, "service-gateway")
     return made
 
 
@@ -66,6 +67,19 @@ def test_a_workload_is_run_and_verified(folder: Path, changes: dict[str, object]
 def test_mosquitto_is_measured_beside_it(folder: Path) -> None:
     result = messages.run(MOSQUITTO, folder, **work(qos=1))
     assert "error" not in result, result
+
+
+@pytest.mark.parametrize("name", [BIRTHMARK, pytest.param(MOSQUITTO, marks=needs("mosquitto"))])
+@pytest.mark.parametrize("locally", [0, 1], ids=["up", "up and here"])
+def test_what_goes_up_is_measured_and_verified(folder: Path, name: str, locally: int) -> None:
+    result = upstream.run(name, folder, is_linked=True, seconds=0.05, publishers=1, subscribers=locally, qos=1)
+    assert "error" not in result, result
+    assert result["delivered"] == (1 + locally) * result["sent"] > 0
+
+
+@pytest.mark.parametrize("name", [BIRTHMARK, pytest.param(MOSQUITTO, marks=needs("mosquitto"))])
+def test_what_waits_for_the_broker_above_is_counted_and_verified(folder: Path, name: str) -> None:
+    assert upstream.drain(name, folder, 5_000) > 0
 
 
 def test_who_may_not_take_part_is_an_error(folder: Path) -> None:
