@@ -20,9 +20,11 @@ from birthmark.broker.claim import rights_of
 from birthmark.broker.filters import matches
 from birthmark.broker.outbound import MAX_REMEMBERED_TOPIC_CHARACTERS, Outbound
 from birthmark.broker.packets import SUBACK_FAILURE, Publish, publish_head
+from birthmark.broker.policy import Decision
 from birthmark.broker.retained import Retained, RetainedStore
 from birthmark.broker.router import Router
 from birthmark.broker.session import MAX_REMEMBERED_DECISIONS, Message, Session, Sessions
+from birthmark.device.topics import is_said_by_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +74,8 @@ class Exchange:
         self.router: Router[Session] = Router(_may_receive)
         self.uplinks: Upstreams | None = None
         """Where messages go up; None where there is no upstream."""
+        self.own_topics = ""
+        """What the topics begin with on which the gateway speaks of itself: no other gateway may there."""
         self._hooks: dict[str, Callable[[str, bytes, Peer], None]] = {}
         self._max_waiting_bytes = limits.max_queued_bytes
 
@@ -202,6 +206,8 @@ class Exchange:
 
     def _decide_publish(self, session: Session, topic: str) -> bool | Callable[[str, bytes, Peer], None]:
         decision = session.rights.publish(topic)
+        if decision.allowed and is_said_by_gateway(topic) and topic.startswith(self.own_topics):
+            decision = Decision(allowed=False, rule="what this gateway says of itself is the broker's alone")
         verdict: bool | Callable[[str, bytes, Peer], None] = decision.allowed
         if decision.allowed:
             verdict = self._hook(topic) or True

@@ -27,7 +27,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
-from birthmark.broker.fleet.member import Member
+from birthmark.broker.fleet.member import MAX_TOLD_CRL_BYTES, Member
+from birthmark.broker.fleet.visits import Visits
 from birthmark.broker.known_peers import KnownPeers
 from birthmark.broker.own_certificate import read_own_certificate
 from birthmark.broker.packets import Will
@@ -64,8 +65,6 @@ if TYPE_CHECKING:
 STATUS_INTERVAL_S = 30.0
 GUARD_INTERVAL_S = 1.0
 """How often the age of the CRLs and of the certificate in force is looked at."""
-MAX_TOLD_CRL_BYTES = 1024 * 1024 - 1024
-"""A longer CRL is not told by message: whoever needs it takes it from the data folder."""
 MAX_WAITING_CRLS = 8
 """Brought by message and not judged yet; the next is refused, with a receipt that says so."""
 
@@ -111,7 +110,9 @@ class Gateway:
         self._installing = asyncio.Lock()
         self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
         self._alarms = Alarms(time.monotonic)
-        self._sightings = Sightings(settings.name, self._publish)
+        is_fleet = any(upstream.fleet for upstream in settings.upstreams)
+        self._visits = Visits(str(settings.name)) if is_fleet else None
+        self._sightings = Sightings(settings.name, self._publish, self._visits)
         self._told_crls: dict[str, str] = {}
         """The SHA-256 of each CRL that was told, by issuing CA."""
         self._arrived: tuple[list[Installation], float] = ([], 0.0)
@@ -136,8 +137,11 @@ class Gateway:
             trust=lambda: self._trust,
             install_crl=self._take_fleet_crl,
             go_by=self._go_by,
+            crls=lambda: self.revocations.crls,
             publish=self._publish,
             changed=self._look_again,
+            visits=self._visits,
+            sightings=self._sightings,
         )
         self.tls_context = server_context(settings.credentials_path, settings.clients_ca_path)
         self.renewal_tls_context = _renewal_context(settings)
@@ -214,8 +218,8 @@ class Gateway:
             server: the broker.
             stop: set when the start is not wanted any more: nothing is waited for then.
         """
-        del stop
         self._server = server
+        self._member.start(server)  # first of all: the links begin with the first wait
         self._sightings.take_up(server.own_retained(gateway_seen(self._settings.name, "+")))
         server.on_client = self._saw
         server.upstreams.on_status = lambda: self._publish_status(online=True)
@@ -233,12 +237,12 @@ class Gateway:
         self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
         server.on_gateway_message(TIME_REQUESTS, TimeAnswers(server.publish, time.time).asked)
-        self._member.start(server)
         self._publish_status(online=True)
         self._tasks = [
             asyncio.create_task(work)
             for work in (self._watch.run(), self._take_brought(), self._member.run(), self._tell(), self._guard())
         ]
+        await self._member.catch_up(stop)
 
     def reload(self) -> None:
         """Take up the CRL, the policy and the credentials again (SIGHUP)."""
@@ -378,7 +382,7 @@ class Gateway:
                 self._server.close_identities(lambda peer: not trust.has(peer.issuer))
         _log.info("new credentials are in force; trusted issuing CAs: %s", ", ".join(ca.name for ca in trust))
         await self._take_crl_file()  # the file may hold the CRL of a CA that is trusted only now
-        self._member.try_again()
+        self._member.follow_trust()
         for issuer in trust:
             if issuer.key_id not in self.revocations.crls:
                 _log.error("no CRL of %s is in force: its clients are refused until one arrives", issuer.name)
@@ -407,11 +411,14 @@ class Gateway:
                     self._publish_status(online=True)
                 self._end_unchecked()
                 self._sightings.tell(time.time())
+                self._member.move()
             except Exception:  # noqa: BLE001 - a defect here must not silence the alarms to come
                 _log.exception("the age of the CRLs and of the certificate could not be looked at")
 
     def _saw(self, peer: Peer, address: str) -> None:
         self._sightings.saw(peer, address, time.time())
+        if peer.is_gateway:
+            self._member.serve()
 
     def _end_unchecked(self) -> None:
         """End the connections that nobody would let in any more, because the CRL to check them by is too old."""
@@ -477,7 +484,7 @@ class Gateway:
                 told = crl.der if len(crl.der) <= MAX_TOLD_CRL_BYTES else b""
                 self._publish(gateway_crl_in_force(self._settings.name, issuer), told)
         self._told_crls = {issuer: crl.sha256 for issuer, crl in in_force.items()}
-        self._member.tell(in_force, MAX_TOLD_CRL_BYTES)
+        self._member.tell()
 
     def _publish(self, topic: str, payload: bytes) -> None:
         if self._server:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from birthmark.broker.config import Durability, OnDenied, QueueFull
 from birthmark.broker.filters import contains, overlaps
 from birthmark.broker.policy import ID
+from birthmark.device.identity import GATEWAY_ROLE
+from birthmark.device.topics import is_said_by_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,7 +83,8 @@ def refusals(settings: BrokerSettings, config: Table, policy: Policy, rules: Tab
         policy: the gateway's.
         rules: the table that it was read from.
     """
-    found = [each for role in policy.roles for each in _of_role(role, rules.table("roles").table(role.name))]
+    roles, links = rules.table("roles"), _of_links(policy)
+    found = [each for role in policy.roles for each in _of_role(role, roles.table(role.name), role.name in links)]
     found += _unknown(config)
     found += _of_settings(settings, config)
     found += _of_limits(settings.limits, config.table("limits"))
@@ -106,13 +109,21 @@ def _meet(one: str, other: str) -> bool:
     return overlaps(one.replace(ID, "+"), other.replace(ID, "+"))
 
 
-def _of_role(role: RoleRules, table: Table) -> Iterator[Refusal]:
+def _of_links(policy: Policy) -> set[str]:
+    """Return the roles that nobody has but the links of other gateways, which may speak for themselves."""
+    others = {each.role for each in policy.assignments if (each.ou or "").lower() != GATEWAY_ROLE}
+    return {role.name for role in policy.roles} - others
+
+
+def _of_role(role: RoleRules, table: Table, is_of_links: bool) -> Iterator[Refusal]:
     for key in ("publish", "subscribe", "deny_publish", "deny_subscribe", "withhold"):
         for position, entry in enumerate(getattr(role, key)):
             if cause := _unwritable(entry):
                 yield _refusal(POLICY, table, (key, position), cause, "name the topic otherwise")
     for position, entry in enumerate(role.publish):
         for topic, why in GATEWAY_TOPICS.items():
+            if is_of_links and is_said_by_gateway(topic):
+                continue
             denied = any(contains(each, entry) or contains(each, topic) for each in role.deny_publish)
             if _meet(entry, topic) and not denied:
                 cause = f"it lets the role publish {topic}: {why}"

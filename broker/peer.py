@@ -32,7 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, SignatureAlgorit
 from birthmark.broker.trust import MALFORMED, Issuer, Trust, quoted_name
 from birthmark.device.errors import IdentityError, RefusedError
 from birthmark.device.escape import quoted
-from birthmark.device.identity import DeviceId, Role
+from birthmark.device.identity import GATEWAY_ROLE, DeviceId, Role
 
 __all__ = ["Peer", "PeerRefusedError", "Trust", "check_peer"]
 
@@ -41,8 +41,6 @@ MAX_LEAF_BYTES = 4_096
 MAX_SERIAL_BITS = 160
 """RFC 5280 §4.1.2.2: at most 20 octets, positive."""
 
-GATEWAY_ROLE = "service-gateway"
-"""The role of a gateway in the certificate that it shows to its upstream."""
 UPSTREAM_ROLE = "service-upstream"
 UPSTREAM_ISSUER = "$upstream"
 """In place of an issuing CA's key identifier, which is hex."""

@@ -20,7 +20,7 @@ Rules:
 - `$...` is the broker's alone: it is never published by a client, and of it only `$SYS` can be subscribed, if an
   entry says `$SYS`. `$share/...` is refused (MQTT 3.1.1 has no shared subscriptions).
 - So is what a gateway says of itself (its receipts, its status, ...): a station acts on it. No entry, however
-  wide, lets a client publish there.
+  wide, lets a client publish there, but for another gateway's link (`service-gateway` in its certificate).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from birthmark.broker.filters import (
 )
 from birthmark.device.errors import PolicyError
 from birthmark.device.escape import quoted
+from birthmark.device.identity import GATEWAY_ROLE
 from birthmark.device.topics import is_said_by_gateway, renewal_answer, renewal_request
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ class Rights:
         device_id: who.
         rules: the rules of its role; None if no assignment matched.
         because: the assignment that gave the role, in words.
+        is_gateway: whether it is the link of another gateway, which may speak for itself.
     """
 
     __slots__ = (
@@ -185,6 +187,7 @@ class Rights:
         "_deny_publish",
         "_deny_subscribe",
         "_id",
+        "_is_gateway",
         "_name",
         "_publish",
         "_subscribe",
@@ -192,9 +195,12 @@ class Rights:
         "role",
     )
 
-    def __init__(self, device_id: DeviceId, rules: RoleRules | None, because: str) -> None:
+    def __init__(
+        self, device_id: DeviceId, rules: RoleRules | None, because: str, *, is_gateway: bool = False
+    ) -> None:
         self.role = rules.name if rules else None
         self._id = device_id
+        self._is_gateway = is_gateway
         self._because = because
         self._name = f"role {rules.name!r}" if rules else "no role"
         own = str(device_id)
@@ -212,7 +218,7 @@ class Rights:
             return Decision(allowed=False, rule=error.message)
         if topic.startswith("$"):
             return Decision(allowed=False, rule="topics that begin with $ are the broker's alone")
-        if is_said_by_gateway(topic):
+        if is_said_by_gateway(topic) and not self._is_gateway:
             return Decision(allowed=False, rule="what a gateway says of itself is the broker's alone")
         return self._topic(topic, self._publish, self._deny_publish, "publish")
 
@@ -284,8 +290,10 @@ class RenewalRights(Rights):
 
     __slots__ = ("_answer", "_request")
 
-    def __init__(self, device_id: DeviceId, rules: RoleRules | None, because: str) -> None:
-        super().__init__(device_id, rules, because)
+    def __init__(
+        self, device_id: DeviceId, rules: RoleRules | None, because: str, *, is_gateway: bool = False
+    ) -> None:
+        super().__init__(device_id, rules, because, is_gateway=is_gateway)
         self._request, self._answer = renewal_request(device_id), renewal_answer(device_id)
 
     def publish(self, topic: str) -> Decision:
@@ -335,9 +343,10 @@ class Policy:
         `for_renewal`: it was let in to renew its certificate, and for nothing else.
         """
         kind = RenewalRights if for_renewal else Rights
+        is_gateway = role.name.lower() == GATEWAY_ROLE
         for assignment, because in zip(self.assignments, self._because, strict=True):
             if assignment.reaches(device_id, role):
-                return kind(device_id, self._by_name[assignment.role], because)
+                return kind(device_id, self._by_name[assignment.role], because, is_gateway=is_gateway)
         return kind(device_id, None, f"no assignment matches cn {str(device_id)!r} and ou {role.name!r}")
 
     @cached_property

@@ -35,9 +35,11 @@ from birthmark.broker.counters import Counters
 from birthmark.broker.delivery import Exchange
 from birthmark.broker.denials import Denials
 from birthmark.broker.eviction import close_identities
+from birthmark.broker.fleet.roamers import Roamers
 from birthmark.broker.journal import Journal
 from birthmark.broker.listener import Listener, bind
 from birthmark.broker.packet_reader import TopicNames
+from birthmark.broker.peer import upstream_peer
 from birthmark.broker.rate import Meters
 from birthmark.broker.restore import restore
 from birthmark.broker.retained import Retained
@@ -45,6 +47,7 @@ from birthmark.broker.store import FILE_NAME, Store
 from birthmark.broker.upstream.upstreams import Upstreams
 from birthmark.device.durable import private_folder
 from birthmark.device.errors import SystemFailureError
+from birthmark.device.identity import DeviceId
 
 if TYPE_CHECKING:
     import socket
@@ -118,7 +121,9 @@ class GatewayBroker(Broker):
         self.meters = Meters(settings.limits.max_messages_per_s, settings.limits.max_bytes_per_s)
         self._journal = Journal(loop, settings.durability, self.counters)
         self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
+        self.exchange.own_topics = f"gateway/{settings.name}/"
         self.upstreams = Upstreams(settings.upstreams, self.exchange)
+        self.roamers = Roamers(self.exchange, upstream_peer(DeviceId("fleet")))
         self.on_message: Callable[[Session, Publish], None] | None = None
         self.on_client: Callable[[Peer, str], None] | None = None
         self.before_listening: Callable[[], Awaitable[None]] | None = None

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from birthmark.broker.counters import Counters
+    from birthmark.broker.fleet.roamers import Roamers
     from birthmark.broker.peer import Peer
     from birthmark.broker.policy import Policy
     from birthmark.broker.upstream.upstreams import Upstreams
@@ -22,6 +23,7 @@ class Server(Protocol):
     on_client: Callable[[Peer, str], None] | None
     """Told of each client that is let in, with its address."""
     upstreams: Upstreams
+    roamers: Roamers
 
     @property
     def connected_count(self) -> int:

@@ -10,8 +10,8 @@ Rules:
 - Addresses are those of the certificate in use; a new certificate begins with none. The last few are kept. Who is
   let in to renew what has expired does not count: that certificate is not in use.
 - Whoever did not come for `FORGOTTEN_AFTER_S` is forgotten.
-- In a fleet each is said with its visit (`fleet/visits.py`), and a new visit at once, however short a time ago the
-  identity was told of: that it has come here is what other gateways go by.
+- In a fleet each is said with its visit (`fleet/visits.py`), and a new visit as the client is let in, however
+  short a time ago it was told of: other gateways go by it. Of a crowd, who is beyond a round's count waits for it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Sightings:
         self._visits = visits
         self._known: dict[str, _Known] = {}
         self._due: dict[str, bool] = {}
-        """Whom to tell of, and whether at once."""
+        """Whom to tell of, and whether however short a time ago that was done."""
+        self._told_since_round = 0
 
     def take_up(self, payloads: Iterable[bytes]) -> None:
         """Begin with what was said before a restart; what cannot be read is left out."""
@@ -121,6 +122,9 @@ class Sightings:
             self._due.setdefault(key, False)
         if self._visits is not None and not peer.is_service and self._visits.arrived(key):
             self._due[key] = True
+            if self._told_since_round < MAX_TOLD_AT_ONCE:
+                self._told_since_round += 1
+                self._tell(key, now_s)
 
     def say_again(self, identity: str) -> None:
         """Have an identity told of at once, by its folded name: its visit has changed, or was not heard."""
@@ -134,7 +138,7 @@ class Sightings:
             now_s: seconds since 1970.
             at_once: everything that has changed, however short a time ago it was said: the gateway stops.
         """
-        told = 0
+        told = self._told_since_round = 0
         for key in list(self._due):
             known = self._known[key]
             if not at_once:
@@ -143,11 +147,15 @@ class Sightings:
                 is_recent = known.said_s is not None and 0 <= now_s - known.said_s < MIN_INTERVAL_S
                 if is_recent and not self._due[key]:
                     continue
-            del self._due[key]
-            known.said_s = now_s
-            visit = self._visits.of(key) if self._visits is not None else Visit(0)
-            self._publish(gateway_seen(self._gateway, known.name), known.message(visit).to_bytes())
+            self._tell(key, now_s)
             told += 1
+
+    def _tell(self, key: str, now_s: float) -> None:
+        del self._due[key]
+        known = self._known[key]
+        known.said_s = now_s
+        visit = self._visits.of(key) if self._visits is not None else Visit(0)
+        self._publish(gateway_seen(self._gateway, known.name), known.message(visit).to_bytes())
 
     def forget(self, now_s: float) -> int:
         """Forget whoever has not come for long, and take back what was said; return how many."""

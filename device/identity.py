@@ -21,6 +21,8 @@ _ROLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:_-]{0,62}[A-Za-z0-9])?|::1|::")
 
 MAX_ID_CHARACTERS = 63
+GATEWAY_ROLE = "service-gateway"
+"""The role of a gateway in the certificate that it shows to its upstream."""
 
 
 class DeviceId(Frozen):

@@ -29,7 +29,7 @@ from birthmark.device.escape import escaped
 from birthmark.device.topics import FLEET_POLICY, fleet_crl
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
 MAX_STRANGERS = 16
 """Topics of CAs that are not trusted, of which something is kept: the one heard of first makes room."""
@@ -88,10 +88,10 @@ class Intake:
         self._again: dict[str, Offer] = {}
         self._refused: dict[str, Alarm] = {}
         self._arrived = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._judged = asyncio.Condition()
+        self._is_judging = False
         self._complained = False
-        self.heard: set[str] = set()
+        self._heard: set[str] = set()
         """Topics on which something was judged since the start."""
 
     def offer(self, topic: str, payload: bytes, by: str) -> None:
@@ -107,7 +107,6 @@ class Intake:
         self._make_room(topic)
         self._waiting[topic] = Offer(topic, payload, by, time.monotonic())
         self._again.pop(topic, None)
-        self._idle.clear()
         self._arrived.set()
 
     def try_again(self) -> None:
@@ -116,12 +115,17 @@ class Intake:
             self._waiting.setdefault(topic, offer)
         if self._again:
             self._again.clear()
-            self._idle.clear()
             self._arrived.set()
 
-    async def settled(self) -> None:
-        """Wait until everything that has come is judged."""
-        await self._idle.wait()
+    def unheard(self, topics: Iterable[str]) -> list[str]:
+        """Return those topics of which nothing was judged since the start."""
+        return [topic for topic in topics if topic not in self._heard]
+
+    async def settled(self, topics: Iterable[str] = ()) -> None:
+        """Wait until everything that has come is judged, and something on each of some topics."""
+        wanted = list(topics)
+        async with self._judged:
+            await self._judged.wait_for(lambda: not (self._waiting or self._is_judging or self.unheard(wanted)))
 
     def alarms(self) -> list[Alarm]:
         """Return what was refused, of what stands on the fleet's topics."""
@@ -135,16 +139,19 @@ class Intake:
             while self._waiting:
                 topic = next(iter(self._waiting))
                 offer = self._waiting.pop(topic)
+                self._is_judging = True
                 try:
                     self._note(offer, await self._judge(offer))
                 except Exception:  # noqa: BLE001 - a defect over one of them must not keep out the next
                     _log.exception("a message from %s on %s could not be judged", offer.by, offer.topic)
+                self._is_judging = False
                 self._changed()
-            self._idle.set()
+                async with self._judged:
+                    self._judged.notify_all()
 
     def _note(self, offer: Offer, judgement: Judgement) -> None:
         topic = offer.topic
-        self.heard.add(topic)
+        self._heard.add(topic)
         self._refused.pop(topic, None)
         self._again.pop(topic, None)
         if not judgement.refusal:

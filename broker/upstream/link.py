@@ -63,6 +63,9 @@ class Above(Protocol):
     def will(self) -> Will | None:
         """What the upstream publishes when it loses us."""
 
+    def wanted(self) -> tuple[str, ...]:
+        """Return the filters to subscribe to."""
+
     def take_for_fleet(self, topic: str, payload: bytes, *, retain: bool) -> bool:
         """Take a message that is for the gateway itself; return whether it is."""
 
@@ -196,7 +199,7 @@ class Link:
         spool = self._above.spool
         session = spool.session
         self._above.let_in(self, is_known=packet.session_present)
-        self._subscribe(is_known=packet.session_present)
+        self.subscribe(is_known=packet.session_present)
         spool.begin(is_known=packet.session_present)
         session.stream = self.stream
         if not spool.is_careful:
@@ -204,9 +207,9 @@ class Link:
         self._later()
         self.accepted.set_result(None)
 
-    def _subscribe(self, *, is_known: bool) -> None:
+    def subscribe(self, *, is_known: bool = True) -> None:
         """Ask for what comes down, and, of a session that is known, for nothing else any more."""
-        spool, wanted = self._above.spool, self._above.settings.mapping.subscriptions()
+        spool, wanted = self._above.spool, self._above.wanted()
         gone = [topic_filter for topic_filter in spool.granted if topic_filter not in wanted or not is_known]
         for topic_filter in gone:
             spool.forget_granted(topic_filter)

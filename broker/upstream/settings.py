@@ -37,6 +37,7 @@ UPSTREAM_KEYS = (
     "down",
     "down_shared",
     "fleet",
+    "catch_up_s",
     "transit",
     "spool_messages",
     "spool_bytes",
@@ -48,7 +49,7 @@ UPSTREAM_KEYS = (
 )
 FLEET_DOWN = ("fleet/crl/+", "fleet/policy", "gateway/+/seen/+")
 """What a gateway that is one of a fleet hears from the upstream."""
-FLEET_UP = ("status", "receipts", "seen/+", "crl-in-force/+")
+FLEET_UP = ("status", "receipts", "policy-receipts", "seen/+", "crl-in-force/+")
 """What it says there of itself, on `gateway/{name}/...`."""
 
 
@@ -82,6 +83,8 @@ class UpstreamSettings:
     keepalive_s: int = 30
     fleet: bool = False
     """Whether the gateways of a fleet know of each other through it."""
+    catch_up_s: float = 10.0
+    """With `fleet`: how long at most the upstream is waited for at the start, before anybody is let in."""
     transit: bool = False
     """Whether what other gateways publish here goes on up."""
     spool_messages: int = 100_000
@@ -136,6 +139,7 @@ def _upstream(table: Table, folder: Path, gateway: str) -> UpstreamSettings:
         client_id=client_id,
         keepalive_s=table.whole("keepalive_s", 30, least=1, most=3_600),
         fleet=fleet,
+        catch_up_s=table.number("catch_up_s", 10.0, least=0, most=600),
         transit=table.boolean("transit", default=False),
         spool_messages=table.whole("spool_messages", 100_000, least=16, most=10_000_000),
         spool_bytes=table.whole("spool_bytes", 67_108_864, least=65_536, most=2**40),

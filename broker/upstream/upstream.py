@@ -32,7 +32,7 @@ from birthmark.device.escape import escaped
 from birthmark.device.messages import UpstreamState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import datetime
 
     from birthmark.broker.delivery import Exchange
@@ -73,6 +73,7 @@ class Upstream:
         make_will: what the upstream is to publish when it loses us.
         on_fleet: takes what comes down for the gateway itself (topic, payload, whether it came as retained).
         caught_up: set once the subscriptions stand and what was retained for them has come; not unset again.
+        stands: set once it is caught up, or known not to be reached; not unset again.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Upstream:
         self.make_will: Callable[[], Will | None] = lambda: None
         self.on_fleet: Callable[[str, bytes, bool], bool] = lambda _topic, _payload, _retain: False
         self.caught_up = asyncio.Event()
+        self.stands = asyncio.Event()
         self.link: Link | None = None
         """The link that is up."""
         self.reason = ""
@@ -108,6 +110,7 @@ class Upstream:
         self._since_s = 0.0
         self._changed_at = 0.0
         """When the link came or went last, in seconds since 1970; 0: it never was up."""
+        self._also: tuple[str, ...] = ()
         longest_s = settings.longest_wait_s
         self._retry = RetryTimer(
             unreachable=Backoff(min(FIRST_WAIT_S, longest_s), longest_s),
@@ -159,6 +162,16 @@ class Upstream:
             reason=self.reason,
         )
 
+    def ask_for(self, filters: Iterable[str]) -> None:
+        """Subscribe to these filters too, by their names at the upstream, in place of those asked for before."""
+        self._also = tuple(filters)
+        if self.link is not None:
+            self.link.subscribe()
+
+    def wanted(self) -> tuple[str, ...]:
+        """Return the filters to subscribe to."""
+        return tuple(dict.fromkeys((*self.settings.mapping.subscriptions(), *self._also)))
+
     def figures(self) -> dict[str, int]:
         """Return the numbers for `$SYS` and the gateway's status."""
         spool = self.spool
@@ -207,6 +220,7 @@ class Upstream:
     def has_settled(self) -> None:
         """The subscriptions stand, and what was retained for them has come."""
         self.caught_up.set()
+        self.stands.set()
 
     def let_in(self, link: Link, *, is_known: bool) -> None:
         """CONNECT was accepted."""
@@ -269,6 +283,7 @@ class Upstream:
             self._say(error)
         has_changed = reason != self.reason
         self.reason = reason
+        self.stands.set()
         if has_changed:
             self.on_change()
         return error, held_s

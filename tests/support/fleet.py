@@ -7,17 +7,19 @@ import hashlib
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from support.mqtt_gateway import RunningGateway
+from support.upstreams import upstream_toml, write_credentials
 
 from birthmark.broker.config import read_settings
 from birthmark.broker.event_loop import run_loop
 from birthmark.broker.run_command import compose
 from birthmark.device.durable import private_folder
 from birthmark.device.fleet_policy import SignedPolicy, policy_transcript
+from birthmark.device.messages import GatewayStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 DEVICES = 'publish = ["devices/{id}/#"]\nsubscribe = ["devices/{id}/#", "fleet/announcements/#"]\n'
 OTHERS = """
 [roles.operator]
-publish = ["devices/+/commands/#", "fleet/#", "gateway/+/crl"]
+publish = ["devices/+/commands/#", "fleet/#", "gateway/+/crl", "elsewhere/#"]
 subscribe = ["devices/#", "fleet/#", "gateway/#"]
 
 [roles.service-gateway]
@@ -77,11 +79,23 @@ def write_gateway(folder: Path, pki: Pki, name: str = "gw-1", toml: str = "") ->
     return path
 
 
+def write_member(folder: Path, pki: Pki, name: str, port: int, **changes: Any) -> Path:
+    """As `write_gateway`, with an upstream of the fleet on a port; `changes` are keys of its table."""
+    folder.mkdir(exist_ok=True)
+    write_credentials(folder, pki, name)
+    return write_gateway(folder, pki, name, upstream_toml(name, port, **{"fleet": True, **changes}))
+
+
 @dataclass(kw_only=True)
 class Member(RunningGateway):
     """A whole gateway."""
 
     gateway: Gateway
+
+
+def told_by(member: Member) -> GatewayStatus:
+    """What a gateway says of itself; to be called in its own thread."""
+    return GatewayStatus.from_bytes(member.broker.own_retained(f"gateway/{member.broker.settings.name}/status")[0])
 
 
 @contextmanager

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import mqtt_client as mqtt
-from support.fleet import DEVICES, OTHERS, POLICY, running_member, signed_policy, text_sha256, write_gateway
+from support.fleet import (
+    DEVICES,
+    OTHERS,
+    POLICY,
+    running_member,
+    signed_policy,
+    text_sha256,
+    told_by,
+    write_gateway,
+)
 from support.mqtt_client import ConnectionEndedError, RawClient
 from support.pki import Authority, Pki, now
 
@@ -40,6 +49,7 @@ def config(tmp_path: Path, pki: Pki) -> Path:
 @pytest.fixture
 def member(config: Path, pki: Pki) -> Iterator[Member]:
     with running_member(config, pki) as found:
+        found.client("gw-below", "service-gateway")  # what is in force is retained for those below
         yield found
 
 
@@ -74,11 +84,6 @@ def crl_receipt_of(alice: RawClient, topic: str, payload: bytes) -> Receipt:
 
 def status_of(member: Member) -> GatewayStatus:
     return member.call(told_by, member)
-
-
-def told_by(member: Member) -> GatewayStatus:
-    """What a gateway says of itself; for its own thread."""
-    return GatewayStatus.from_bytes(member.broker.own_retained("gateway/gw-1/status")[0])
 
 
 def retained_on(member: Member, topic: str) -> bytes | None:
@@ -205,6 +210,7 @@ def test_a_version_lasts_over_a_restart_and_an_older_one_stays_out(config: Path,
     with running_member(config, pki) as member:
         assert status_of(member).policy_version == 7
         assert member.gateway.policy.sha256 == text_sha256(NARROW)
+        member.client("gw-below", "service-gateway").subscribed(("fleet/policy", 1))
         assert retained_on(member, "fleet/policy") == newer
         assert receipt_of(alice_of(member), "fleet/policy", older).reason.startswith("older")
 
@@ -322,6 +328,15 @@ def test_the_crl_of_the_start_is_handed_on_too(member: Member, config: Path) -> 
     (config.parent / "crl.pem").write_bytes(crl)
     topic = topic_of(member.pki.issuing)
     member.wait_for(lambda: member.broker.own_retained(topic) == [crl], "the newer one")
+
+
+def test_nothing_is_retained_for_nobody(config: Path, pki: Pki) -> None:
+    with running_member(config, pki) as member:
+        crl = pki.issuing.crl([], number=2)
+        assert crl_receipt_of(alice_of(member), topic_of(pki.issuing), crl).outcome == "installed"
+        assert retained_on(member, topic_of(pki.issuing)) is None
+        below = member.client("gw-below", "service-gateway").subscribed((topic_of(pki.issuing), 1))
+        assert below.read_delivery().payload == crl
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from support.pki import Authority, Pki, crl_pem, now
 from birthmark.broker import gateway as gateway_module
 from birthmark.broker.config import BrokerSettings, read_settings
 from birthmark.broker.counters import Counters
+from birthmark.broker.fleet.roamers import Roamers
 from birthmark.broker.gateway import MAX_WAITING_CRLS, Gateway
 from birthmark.broker.peer import Peer, PeerRefusedError, check_peer
 from birthmark.broker.trust import Trust
@@ -49,6 +50,7 @@ class Recorder:
     on_client: Callable[[Peer, str], None] | None = None
     retained: list[bytes] = field(default_factory=list)
     upstreams: Upstreams = field(default_factory=lambda: Upstreams((), cast(Any, None)))
+    roamers: Roamers = field(default_factory=lambda: Roamers(cast(Any, None), peer_of()))
 
     def own_retained(self, topic_filter: str) -> list[bytes]:
         assert topic_filter == "gateway/gw-1/seen/+"
