@@ -162,19 +162,23 @@ class Run:
         # Whole bursts only: a publisher that answers each delivery with one message would wait more than it sends.
         share = min(BURST, max(1, work.window // len(publishers) // 2))
         while goes_on():
-            room = work.window - (self.sent - self.delivered)
-            for publisher in publishers:
-                if room <= 0:
-                    break
-                if publisher.is_blocked:
-                    continue
-                unacknowledged = publisher.sent - publisher.acknowledged if publisher.qos else 0
-                count = min(share, room, work.window - unacknowledged)
-                if count >= share:
-                    before = publisher.sent
-                    publisher.publish(count)
-                    room -= publisher.sent - before
+            while self._send_round(share):
+                pass
             self.loop.turn(0.05)
+
+    def _send_round(self, share: int) -> bool:
+        """Have each publisher send a burst of `share`, as far as the window is open; return whether any did."""
+        window = self._work.window
+        room, has_sent = window - (self.sent - self.delivered), False
+        for publisher in self.publishers:
+            if room < share:
+                break
+            unacknowledged = publisher.sent - publisher.acknowledged if publisher.qos else 0
+            if publisher.is_blocked or window - unacknowledged < share:
+                continue
+            room -= publisher.publish(share)
+            has_sent = True
+        return has_sent
 
     def _steadily(self, begun_s: float) -> list[float]:
         """Send one message at a time at a steady rate, and time each from its sending to its arrival."""

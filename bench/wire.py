@@ -258,12 +258,13 @@ class Publisher(End):
         self.acknowledged = 0
         super().__init__(wire, loop)
 
-    def publish(self, count: int) -> None:
-        """Send the next `count` messages (fewer at the end of the block)."""
+    def publish(self, count: int) -> int:
+        """Send the next `count` messages (fewer at the end of the block); return how many."""
         at = self.sent % CYCLE
         count = min(count, CYCLE - at)
         self.sent += count
         self.send(self._view[at * self._length : (at + count) * self._length])
+        return count
 
     def take(self, data: memoryview) -> int:
         """Count PUBACKs."""
