@@ -103,11 +103,13 @@ class Soak:
     def run(self) -> None:
         """Do all of it."""
         workers: list[Callable[[], None]] = [self._change_policy, self._change_crl, self._sample]
-        for flow in self.flows:
-            workers += [partial(self._publish, flow), partial(self._receive, flow)]
+        workers += [partial(self._publish, flow) for flow in self.flows]
         workers += [partial(self._churn, f"churner-{number}") for number in range(CHURNERS)]
         workers += [partial(self._consume_slowly, f"free-slow-{number}") for number in range(SLOW)]
-        threads = [threading.Thread(target=self._guarded, args=(worker,), daemon=True) for worker in workers]
+        threads, receivers = (
+            [threading.Thread(target=self._guarded, args=(worker,), daemon=True) for worker in group]
+            for group in (workers, [partial(self._receive, flow) for flow in self.flows])
+        )
         self._began_s = time.monotonic()
         ends_s = self._began_s + self._seconds
         pause_s = min(KILL_EVERY_S, self._seconds / 3)
@@ -115,13 +117,13 @@ class Soak:
         while not is_started or time.monotonic() < ends_s:
             with self._running():
                 if not is_started:
-                    for thread in threads:
+                    for thread in (*threads, *receivers):
                         thread.start()
                     is_started = True
                 is_last = time.monotonic() + 1.5 * pause_s > ends_s
                 self._stop.wait(ends_s - time.monotonic() if is_last else pause_s)
                 if is_last:
-                    self._finish(threads)
+                    self._finish(threads, receivers)
                     return
 
     def _end(self, broker: BrokerProcess) -> None:
@@ -154,14 +156,16 @@ class Soak:
             f"the log: {record['exception']}" for record in self._broker.log if "exception" in record
         ]
 
-    def _finish(self, threads: list[threading.Thread]) -> None:
-        """Let what was acknowledged arrive, and end the workers."""
+    def _finish(self, threads: list[threading.Thread], receivers: list[threading.Thread]) -> None:
+        """End the workers, and let what was acknowledged, to the last of it, arrive."""
         self._stop.set()
+        for thread in threads:
+            thread.join(ARRIVAL_S)
         deadline = time.monotonic() + ARRIVAL_S
         while any(flow.lost for flow in self.flows) and time.monotonic() < deadline:
             time.sleep(0.05)
         self._has_arrived = True
-        for thread in threads:
+        for thread in receivers:
             thread.join(ARRIVAL_S)
         self.failures += [f"flow {flow.number} lost {flow.lost[:10]}" for flow in self.flows if flow.lost]
         if self.growth_bytes > MAX_GROWTH_BYTES:
