@@ -22,8 +22,9 @@ from birthmark.broker import packets as mqtt
 from birthmark.broker.claim import bound_client_id, claim_session, rights_of
 from birthmark.broker.connection_log import ConnectionLog
 from birthmark.broker.journal import HIGH_WATER_BYTES
-from birthmark.broker.packet_reader import MalformedPacketError, PacketReader
-from birthmark.broker.packets import Publish
+from birthmark.broker.packet_bodies import MalformedPacketError
+from birthmark.broker.packet_reader import PacketReader
+from birthmark.broker.packets import Publish, PublishRun
 from birthmark.broker.peer import PeerRefusedError
 from birthmark.broker.store import StoreError
 from birthmark.device.escape import escaped, quoted
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
     from birthmark.broker.delivery import Exchange
+    from birthmark.broker.journal import Journal
     from birthmark.broker.packet_reader import TopicNames
     from birthmark.broker.packets import Connect, Packet, Subscribe, Unsubscribe, Will
     from birthmark.broker.peer import Peer
@@ -179,7 +181,10 @@ class Connection:
 
     def _weigh(self, meter: Meter, packets: list[Packet], size_bytes: int) -> None:
         """Read no more for as long as the client has sent too fast. What is here already is dealt with."""
-        publishes = sum(1 for packet in packets if type(packet) is Publish)
+        publishes = sum(
+            len(packet.payloads) if isinstance(packet, PublishRun) else isinstance(packet, Publish)
+            for packet in packets
+        )
         delay_s = meter.take(publishes, size_bytes, self._gateway.now_s())
         if delay_s and self.peer is not None:
             self._gateway.counters.rate_limited += 1
@@ -208,9 +213,7 @@ class Connection:
         for packet in packets:
             if self._is_done:
                 return
-            if type(packet) is Publish and session is not None:
-                self._publish(session, packet)
-            elif session is not None:
+            if session is not None:
                 _HANDLERS[type(packet)](self, session, packet)
             elif isinstance(packet, mqtt.Connect):
                 self._connect(packet)
@@ -221,35 +224,49 @@ class Connection:
             else:
                 self._violated("a packet before CONNECT")
 
+    def _publish_run(self, session: Session, run: PublishRun) -> None:
+        """Messages on one topic, not to be retained, of QoS 0 or 1."""
+        gateway, exchange = self._gateway, self._exchange
+        if run.qos and exchange.uplinks is not None and exchange.uplinks.takes(run.topic, session.peer):
+            # Each takes a place in a spool, and may be the first to find none.
+            for packet in run.each():
+                if not self._is_done:
+                    self._publish(session, packet)
+            return
+        if gateway.on_message is not None:
+            for packet in run.each():
+                gateway.on_message(session, packet)
+        if run.qos == 0:
+            if not exchange.accept_run(session, run) and gateway.disconnects_denied:
+                self._end_denied()
+            return
+        journal = exchange.journal
+        if journal.is_failing and self._is_unkept(session, run.topic, 1, retain=False):
+            return
+        recorded = journal.recorded
+        if not exchange.accept_run(session, run) and gateway.disconnects_denied:
+            self._end_denied()
+        else:
+            self._acknowledge(mqtt.pubacks(run.packet_ids), _since(recorded, journal))
+        self._slow_down(recorded)
+
     def _publish(self, session: Session, packet: Publish) -> None:
-        gateway = self._gateway
+        """A message to be retained, of QoS 2, or to go up."""
+        gateway, qos, uplinks = self._gateway, packet.qos, self._exchange.uplinks
         if gateway.on_message is not None:
             gateway.on_message(session, packet)
-        if packet.qos or packet.retain:
-            self._publish_kept(session, packet)
-        elif not self._exchange.accept(session, packet) and gateway.disconnects_denied:
-            self._end_denied()
-
-    def _publish_kept(self, session: Session, packet: Publish) -> None:
-        """A message that is to be acknowledged, or retained."""
-        gateway, qos = self._gateway, packet.qos
-        journal, uplinks = self._exchange.journal, self._exchange.uplinks
-        if qos and (journal.is_failing or (uplinks is not None and uplinks.filling)):
-            cause = self._no_room(session, packet)
-            if cause:
-                self._say_closed(cause)
-                self.cut(with_will=True)
-                return
+        journal = self._exchange.journal
+        may_not_fit = journal.is_failing or (uplinks is not None and uplinks.filling)
+        if qos and may_not_fit and self._is_unkept(session, packet.topic, qos, retain=packet.retain):
+            return
         recorded = journal.recorded
         allowed, number = self._take(session, packet)
         if not allowed and gateway.disconnects_denied:
             self._end_denied()
-        elif qos == 1:
-            self._acknowledge(mqtt.puback(packet.packet_id), number)
-        elif qos == 2:
-            self._acknowledge(mqtt.pubrec(packet.packet_id), number)
-        if journal.pending_bytes > HIGH_WATER_BYTES and journal.recorded != recorded:
-            journal.slow_down(self.stream)
+        elif qos:
+            encode = mqtt.puback if qos == 1 else mqtt.pubrec
+            self._acknowledge(encode(packet.packet_id), number)
+        self._slow_down(recorded)
         if uplinks is not None and uplinks.filling:
             uplinks.hold(self.stream, packet.topic, session.peer)
 
@@ -264,18 +281,27 @@ class Connection:
             session.incoming.add(packet.packet_id)
             if session.key:
                 journal.note_incoming(session, packet.packet_id)
-        allowed = self._exchange.accept(session, packet)
-        return allowed, journal.recorded if journal.recorded != recorded else 0
+        return self._exchange.accept(session, packet), _since(recorded, journal)
 
-    def _no_room(self, session: Session, packet: Publish) -> str:
-        """Say why a message must not be acknowledged, if there is a reason: what should keep it cannot."""
+    def _is_unkept(self, session: Session, topic: str, qos: int, *, retain: bool) -> bool:
+        """Whether a message must not be acknowledged, since what should keep it cannot: the connection ends."""
         exchange, uplinks = self._exchange, self._exchange.uplinks
-        if exchange.journal.is_failing and exchange.must_store(session, packet):
+        if exchange.journal.is_failing and exchange.must_store(session, topic, qos, retain=retain):
             self._gateway.counters.unstored_closed += 1
-            return "the store takes nothing: a message that it must keep cannot be taken"
-        if uplinks is not None and uplinks.has_no_room(packet.topic, session.peer):
-            return "the spool of an upstream is full: a message for it cannot be taken"
-        return ""
+            cause = "the store takes nothing: a message that it must keep cannot be taken"
+        elif uplinks is not None and uplinks.has_no_room(topic, session.peer):
+            cause = "the spool of an upstream is full: a message for it cannot be taken"
+        else:
+            return False
+        self._say_closed(cause)
+        self.cut(with_will=True)
+        return True
+
+    def _slow_down(self, recorded: int) -> None:
+        """Read no more for now if something was noted since then, and too much waits for the disk."""
+        journal = self._exchange.journal
+        if journal.pending_bytes > HIGH_WATER_BYTES and journal.recorded != recorded:
+            journal.slow_down(self.stream)
 
     def _end_denied(self) -> None:
         self._say_closed("the policy denied a PUBLISH")
@@ -302,8 +328,8 @@ class Connection:
         for topic_filter in packet.filters:
             self._gateway.unsubscribed(session, topic_filter)
 
-    def _puback(self, session: Session, packet: mqtt.PubAck) -> None:
-        self._exchange.outbound.acknowledged(session, packet.packet_id, 1)
+    def _pubacks(self, session: Session, packet: mqtt.PubAcks) -> None:
+        self._exchange.outbound.acknowledged(session, packet.packet_ids, 1)
 
     def _pubrec(self, session: Session, packet: mqtt.PubRec) -> None:
         self._exchange.outbound.received(session, packet.packet_id)
@@ -320,7 +346,7 @@ class Connection:
         return self._exchange.journal.recorded if session.key else 0
 
     def _pubcomp(self, session: Session, packet: mqtt.PubComp) -> None:
-        self._exchange.outbound.acknowledged(session, packet.packet_id, 2)
+        self._exchange.outbound.acknowledged(session, (packet.packet_id,), 2)
 
     def _ping(self, _session: Session, _packet: mqtt.PingReq) -> None:
         self.stream.write(mqtt.PINGRESP)
@@ -495,6 +521,11 @@ class Connection:
         self._log.closed(self.session.client_id if self.session else str(self.peer and self.peer.device_id), why)
 
 
+def _since(recorded: int, journal: Journal) -> int:
+    """The last change noted after `recorded`; 0 if there is none."""
+    return journal.recorded if journal.recorded != recorded else 0
+
+
 def _cause(error: Exception | None) -> str:
     if isinstance(error, StoreError):
         return "what was promised to it could not be stored"
@@ -502,9 +533,11 @@ def _cause(error: Exception | None) -> str:
 
 
 _HANDLERS: dict[type, Callable[[Connection, Session, Any], None]] = {
+    mqtt.PublishRun: Connection._publish_run,
+    mqtt.Publish: Connection._publish,
     mqtt.Subscribe: Connection._subscribe,
     mqtt.Unsubscribe: Connection._unsubscribe,
-    mqtt.PubAck: Connection._puback,
+    mqtt.PubAcks: Connection._pubacks,
     mqtt.PubRec: Connection._pubrec,
     mqtt.PubRel: Connection._pubrel,
     mqtt.PubComp: Connection._pubcomp,

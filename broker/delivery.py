@@ -14,12 +14,13 @@ Rules:
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from birthmark.broker.claim import rights_of
 from birthmark.broker.filters import matches
 from birthmark.broker.outbound import MAX_REMEMBERED_TOPIC_CHARACTERS, Outbound
-from birthmark.broker.packets import SUBACK_FAILURE, Publish, publish_head
+from birthmark.broker.packets import SUBACK_FAILURE, Publish, publish_frame
 from birthmark.broker.policy import Decision
 from birthmark.broker.retained import Retained, RetainedStore
 from birthmark.broker.router import Router
@@ -27,13 +28,13 @@ from birthmark.broker.session import MAX_REMEMBERED_DECISIONS, Message, Session,
 from birthmark.device.topics import is_said_by_gateway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
     from birthmark.broker.denials import Denials
     from birthmark.broker.journal import Journal
-    from birthmark.broker.packets import Will
+    from birthmark.broker.packets import PublishRun, Will
     from birthmark.broker.peer import Peer
     from birthmark.broker.policy import Policy
     from birthmark.broker.upstream.upstreams import Upstreams
@@ -122,31 +123,46 @@ class Exchange:
 
     # --- publishing --------------------------------------------------------------------------------------
 
-    def must_store(self, session: Session, packet: Publish) -> bool:
+    def must_store(self, session: Session, topic: str, qos: int, *, retain: bool) -> bool:
         """Whether a client's message may be acknowledged only with something about it on disk."""
-        if packet.retain or (packet.qos == 2 and session.key):
+        if retain or (qos == 2 and session.key):
             return True
-        if self.uplinks is not None and self.uplinks.takes(packet.topic, session.peer):
+        if self.uplinks is not None and self.uplinks.takes(topic, session.peer):
             return True
-        return any(granted and target.key for target, granted in self.router.route(packet.topic).targets)
+        return any(granted and target.key for target, granted in self.router.route(topic).targets)
+
+    def accept_run(self, session: Session, run: PublishRun) -> bool:
+        """Take a client's messages and send them on; return whether the policy allowed them."""
+        verdict = session.may_publish.get(run.topic)
+        if verdict is None:
+            verdict = self._decide_publish(session, run.topic)
+        if verdict is True:
+            self._deliver(run.topic, run.payloads, run.qos, run.frames, publisher=session.peer)
+        elif verdict is False:
+            self.counters.publishes_denied += len(run.payloads)
+        else:
+            for payload in run.payloads:
+                if session.connection is None:
+                    break  # what the gateway took from it has ended it
+                self.counters.messages_in += 1
+                verdict(run.topic, payload, session.peer)
+        return verdict is not False
 
     def accept(self, session: Session, packet: Publish) -> bool:
-        """Take a client's message and send it on; return whether the policy allowed it."""
+        """Take a client's message, which may be to be retained, and send it on; as `accept_run`."""
         verdict = session.may_publish.get(packet.topic)
         if verdict is None:
             verdict = self._decide_publish(session, packet.topic)
         if verdict is True and packet.retain and session.peer.for_renewal:
             verdict = False  # a request to renew is for now: nothing of it stays here
         if verdict is True:
-            topic, payload, qos, retain, _, _, frame = packet
-            self.publish(topic, payload, qos, retain=retain, publisher=session.peer, frame=frame)
-            return True
-        if verdict is False:
+            self.publish(packet.topic, packet.payload, packet.qos, retain=packet.retain, publisher=session.peer)
+        elif verdict is False:
             self.counters.publishes_denied += 1
-            return False
-        self.counters.messages_in += 1
-        verdict(packet.topic, packet.payload, session.peer)
-        return True
+        else:
+            self.counters.messages_in += 1
+            verdict(packet.topic, packet.payload, session.peer)
+        return verdict is not False
 
     def fire_will(self, session: Session, will: Will) -> None:
         """Publish a client's last will, if the policy (which may have changed) still allows it."""
@@ -157,43 +173,57 @@ class Exchange:
             return
         self.accept(session, Publish(will.topic, will.payload, will.qos, retain=will.retain))
 
-    def publish(
-        self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None, frame: bytes = b""
-    ) -> None:
-        """Retain and deliver a message that is allowed.
-
-        `publisher` is None for the broker's own; `frame` is the PUBLISH of QoS 0 for whoever gets it, if there is
-        one already.
-        """
-        self.counters.messages_in += 1
+    def publish(self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None) -> None:
+        """Retain and deliver a message that is allowed; `publisher` is None for the broker's own."""
         if retain:
             self.retain(Retained(topic, payload, qos, publisher))
+        self._deliver(topic, [payload], qos, [], publisher=publisher, retain=retain)
+
+    def _deliver(
+        self,
+        topic: str,
+        payloads: list[bytes],
+        qos: int,
+        frames: list[bytes],
+        *,
+        publisher: Peer | None,
+        retain: bool = False,
+    ) -> None:
+        """Send messages of one topic to whom it goes; `frames` are their PUBLISHes of QoS 0, if there are any."""
+        count = len(payloads)
+        self.counters.messages_in += count
         route = self.router.route(topic)
         targets = route.targets
-        message: Message | None = None
+        shared: Iterable[Message | None] = repeat(None)
         if self.uplinks is not None:
-            message = self.uplinks.forward(topic, payload, qos, retain=retain, publisher=publisher)
+            shared = [
+                self.uplinks.forward(topic, payload, qos, retain=retain, publisher=publisher)
+                for payload in payloads
+            ]
             targets = self.uplinks.within(targets, publisher)
-        if not targets:
-            return
+        messages: list[Message] = []
+        joined = b""
         max_waiting_bytes = self._max_waiting_bytes
         sent = 0
         for session, granted in targets:
-            if granted == 0 or qos == 0:
-                stream = session.stream
-                if stream is None:
-                    continue
-                if stream.waiting_bytes > max_waiting_bytes:
-                    self.outbound.drop_slow(session, topic)
-                    continue
-                if not frame:
-                    frame = publish_head(route.topic_bytes, len(payload), 0, retain=False) + payload
-                stream.write(frame)
-                sent += 1
-            else:
-                if message is None:
-                    message = Message(topic, route.topic_bytes, payload, qos)
-                self.outbound.send(session, message, min(granted, qos))
+            if granted and qos:
+                if not messages:
+                    messages = [
+                        found or Message(topic, route.topic_bytes, payload, qos)
+                        for found, payload in zip(shared, payloads, strict=False)
+                    ]
+                self.outbound.send(session, messages, min(granted, qos))
+                continue
+            stream = session.stream
+            if stream is None:
+                continue
+            if stream.waiting_bytes > max_waiting_bytes:
+                self.outbound.drop_slow(session, topic, count)
+                continue
+            if not joined:
+                joined = b"".join(frames or [publish_frame(route.topic_bytes, payload) for payload in payloads])
+            stream.write(joined)
+            sent += count
         self.counters.messages_out += sent
 
     def retain(self, message: Retained) -> None:

@@ -18,11 +18,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from birthmark.broker.config import QueueFull
-from birthmark.broker.packets import as_duplicate, publish_head, pubrel, topic_field
+from birthmark.broker.packets import as_duplicate, publish_frame, pubrel, topic_field
 from birthmark.broker.session import MAX_REMEMBERED_DECISIONS, Message, Outgoing, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
@@ -62,13 +62,12 @@ class Outbound:
         self._max_waiting_bytes = limits.max_queued_bytes
         self._max_inflight = limits.max_inflight
 
-    def send(self, session: Session, message: Message, qos: int) -> None:
-        """Deliver at QoS 1 or 2: at once if there is room and nothing older waits."""
-        outgoing = Outgoing(message, qos)
-        if session.queue or not self._has_room(session):
+    def send(self, session: Session, messages: list[Message], qos: int) -> None:
+        """Deliver at QoS 1 or 2: at once as far as there is room and nothing older waits."""
+        outgoings = [Outgoing(message, qos) for message in messages]
+        sent = 0 if session.queue else self._transmit(session, outgoings)
+        for outgoing in outgoings[sent:]:
             self._enqueue(session, outgoing)
-        else:
-            self._transmit(session, outgoing)
 
     def _has_room(self, session: Session) -> bool:
         stream = session.stream
@@ -79,25 +78,29 @@ class Outbound:
             and stream.waiting_bytes <= self._max_waiting_bytes
         )
 
-    def _transmit(self, session: Session, outgoing: Outgoing) -> None:
+    def _transmit(self, session: Session, outgoings: Iterable[Outgoing]) -> int:
+        """Send as many as there is room for; return how many they were."""
         stream = session.stream
         if stream is None:
-            return
-        message, qos = outgoing.message, outgoing.qos
-        packet_id = session.take_packet_id()
-        session.inflight[packet_id] = outgoing
-        session.inflight_bytes += message.size_bytes
-        payload = message.payload
-        frame = message.head(qos) + packet_id.to_bytes(2, "big") + payload
-        if session.key:
-            self.journal.note_delivery(session, outgoing, packet_id)
-            if qos == 2:
+            return 0
+        sent = 0
+        for outgoing in outgoings:
+            if not self._has_room(session):
+                break
+            message, qos = outgoing.message, outgoing.qos
+            packet_id = session.take_packet_id()
+            session.inflight[packet_id] = outgoing
+            session.inflight_bytes += message.size_bytes
+            frame = message.head(qos) + packet_id.to_bytes(2, "big") + message.payload
+            if session.key:
+                self.journal.note_delivery(session, outgoing, packet_id)
+            if session.key and qos == 2:
                 self.journal.send_after(stream, self.journal.recorded, frame)
             else:
                 stream.write(frame)
-        else:
-            stream.write(frame)
-        self.counters.messages_out += 1
+            sent += 1
+        self.counters.messages_out += sent
+        return sent
 
     def _enqueue(self, session: Session, outgoing: Outgoing) -> None:
         queue, message = session.queue, outgoing.message
@@ -135,18 +138,17 @@ class Outbound:
         session.queued_bytes -= outgoing.message.size_bytes
         self.queued_bytes -= outgoing.message.size_bytes
 
-    def drop_slow(self, session: Session, topic: str) -> None:
-        """Count a message of QoS 0 that a session's socket has no room for."""
-        self.counters.dropped_slow += 1
+    def drop_slow(self, session: Session, topic: str, count: int = 1) -> None:
+        """Count messages of QoS 0 that a session's socket has no room for."""
+        self.counters.dropped_slow += count
         self.denials.dropped(session.peer, "it reads too slowly for QoS 0", topic)
 
     def pump(self, session: Session) -> None:
         """Send what waits, as far as there is room: the queue first, then retained messages."""
         queue = session.queue
-        while queue and self._has_room(session):
-            outgoing = queue.popleft()
-            self._unqueued(session, outgoing)
-            self._transmit(session, outgoing)
+        if queue:
+            for _ in range(self._transmit(session, queue)):
+                self._unqueued(session, queue.popleft())
         if session.replay:
             self._replay(session)
 
@@ -157,14 +159,13 @@ class Outbound:
             found = self.retained.get(topic)
             if found is not None and self.may_receive(session, topic) and self._may_go(session, found.publisher):
                 qos = min(found.qos, granted)
-                if qos and not (not session.queue and self._has_room(session)):
-                    return
                 topic_bytes = topic_field(topic)
                 if qos:
                     message = Message(topic, topic_bytes, found.payload, qos, retain=True)
-                    self._transmit(session, Outgoing(message, qos))
+                    if session.queue or not self._transmit(session, [Outgoing(message, qos)]):
+                        return
                 else:
-                    stream.write(publish_head(topic_bytes, len(found.payload), 0, retain=True) + found.payload)
+                    stream.write(publish_frame(topic_bytes, found.payload, retain=True))
                     self.counters.messages_out += 1
             del session.replay[topic]
         if session.replaying and not session.replay:
@@ -193,16 +194,18 @@ class Outbound:
                 session.may_receive[topic] = allowed
         return allowed
 
-    def acknowledged(self, session: Session, packet_id: int, qos: int) -> None:
-        """PUBACK (QoS 1) or PUBCOMP (QoS 2) has come: the delivery is done (§4.3.2, §4.3.3)."""
-        outgoing = session.inflight.get(packet_id)
-        if outgoing is None or outgoing.qos != qos:
-            return
-        del session.inflight[packet_id]
-        session.inflight_bytes -= outgoing.message.size_bytes
-        if outgoing.key:
-            # In no hurry: a crash before it is on disk only sends the message, or the PUBREL, once more.
-            self.journal.drop_delivery(outgoing)
+    def acknowledged(self, session: Session, packet_ids: Sequence[int], qos: int) -> None:
+        """PUBACKs (QoS 1) or a PUBCOMP (QoS 2) have come: those deliveries are done (§4.3.2, §4.3.3)."""
+        inflight = session.inflight
+        for packet_id in packet_ids:
+            outgoing = inflight.get(packet_id)
+            if outgoing is None or outgoing.qos != qos:
+                continue
+            del inflight[packet_id]
+            session.inflight_bytes -= outgoing.message.size_bytes
+            if outgoing.key:
+                # In no hurry: a crash before it is on disk only sends the message, or the PUBREL, once more.
+                self.journal.drop_delivery(outgoing)
         if session.queue or session.replay:
             self.pump(session)
 

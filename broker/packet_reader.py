@@ -6,68 +6,30 @@ Rules (OASIS MQTT 3.1.1; section numbers in the code):
   the reader with `MalformedPacketError`: nothing is skipped, guessed or carried on with. Packets that were
   whole before that byte are in the error's `before`.
 - Every field is read within its packet's remaining length, which is at most four bytes long and at most
-  `max_packet_bytes`; a packet's body must be used up exactly.
-- Text is UTF-8 without NUL and without surrogates (§1.5.3). A topic name holds no wildcard (§3.3.2-2).
+  `max_packet_bytes`; a packet's body must be used up exactly (`packet_bodies.py`).
+- A topic name is UTF-8 without NUL and without surrogates (§1.5.3), and holds no wildcard (§3.3.2-2).
 - Nothing is buffered beyond one packet.
 
-PUBLISH and PUBACK, nearly all that a busy broker sees, are read on a short path of their own.
+PUBLISHes on one topic and PUBACKs, nearly all that a busy broker sees, come out as runs: where the next packet
+begins like the last one, nothing but its end, its identifier and its payload is looked at.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from birthmark.broker.filters import TopicError, check_filter
-from birthmark.broker.packets import (
-    Connect,
-    Disconnect,
-    Packet,
-    PingReq,
-    PubAck,
-    PubComp,
-    Publish,
-    PubRec,
-    PubRel,
-    Subscribe,
-    Unsubscribe,
-    UnsupportedConnect,
-    Will,
-)
-from birthmark.device.errors import RemoteProtocolError
+from birthmark.broker.packet_bodies import NO_ID, MalformedPacketError, read_body, read_text
+from birthmark.broker.packets import Packet, PubAcks, Publish, PublishRun
 
 KNOWN_TOPICS = 16_384
 MAX_KNOWN_TOPIC_BYTES = 512
 
-
-class MalformedPacketError(RemoteProtocolError):
-    """Bytes that are no MQTT 3.1.1 client packet. The connection they came on ends.
-
-    Args:
-        cause: what is wrong, in a few words.
-    """
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"could not read an MQTT packet: {cause}")
-        self.cause = cause
-        self.before: list[Packet] = []
-
-
-_new = tuple.__new__
-"""Makes a packet at half the price of its class's own constructor, all fields given."""
-_PING_REQ = PingReq()
-_DISCONNECT = Disconnect()
 
 # Every first byte that a client may send (§2.2.2): DUP with QoS 0 and QoS 3 are not among the PUBLISHes.
 _FIRST_BYTES = frozenset(
     {0x10, 0x40, 0x50, 0x62, 0x70, 0x82, 0xA2, 0xC0, 0xE0}
     | {0x30, 0x31, 0x32, 0x33, 0x34, 0x35, 0x3A, 0x3B, 0x3C, 0x3D}
 )
-_ACKNOWLEDGEMENTS: dict[int, type[PubAck | PubRec | PubRel | PubComp]] = {
-    0x40: PubAck,
-    0x50: PubRec,
-    0x62: PubRel,
-    0x70: PubComp,
-}
 
 
 class TopicNames:
@@ -83,7 +45,7 @@ class TopicNames:
 
     def learn(self, raw: bytes) -> str:
         """Decode and check a topic name; raises `MalformedPacketError`."""
-        topic = _text(raw)
+        topic = read_text(raw)
         if not topic:
             raise MalformedPacketError("an empty topic name")
         if "+" in topic or "#" in topic:
@@ -144,10 +106,9 @@ class PacketReader:
             self._partial += data[rest:] if rest else data
         return packets
 
-    # One long loop on purpose: this runs once a message, and a call costs as much as the rest of a step.
-    def _read(self, data: bytes, packets: list[Packet]) -> int:  # noqa: C901, PLR0912
+    def _read(self, data: bytes, packets: list[Packet]) -> int:
         """Append the whole packets of `data`; return where the unfinished one begins."""
-        known, first_bytes = self._topics.known, self.first_bytes
+        first_bytes = self.first_bytes
         at, end = 0, len(data)
         while at < end:
             first = data[at]
@@ -170,53 +131,41 @@ class PacketReader:
                 self._needed = stop - at
                 return at
             if first & 0xF0 == 0x30:
-                if length < 2:
-                    raise MalformedPacketError("a PUBLISH that is too short")
-                topic_end = body + 2 + (data[body] << 8 | data[body + 1])
-                payload = topic_end
-                packet_id = 0
-                if first & 0x06:
-                    payload += 2
-                    if payload <= stop:
-                        packet_id = data[topic_end] << 8 | data[topic_end + 1]
-                        if packet_id == 0:
-                            raise MalformedPacketError("packet identifier 0")
-                if payload > stop:
-                    raise MalformedPacketError("a PUBLISH that is too short")
-                raw = data[body + 2 : topic_end]
-                topic = known.get(raw) or self._topics.learn(raw)
-                if first == 0x30 and data[body - 1]:  # the remaining length in its shortest form, as we write it
-                    packets.append(_new(Publish, (topic, data[payload:stop], 0, False, False, 0, data[at:stop])))
-                else:
-                    packets.append(
-                        _new(
-                            Publish,
-                            (
-                                topic,
-                                data[payload:stop],
-                                first >> 1 & 3,
-                                first & 1 == 1,
-                                first & 8 == 8,
-                                packet_id,
-                                b"",
-                            ),
-                        )
-                    )
-            elif first in _ACKNOWLEDGEMENTS:
-                if length != 2:
-                    raise MalformedPacketError("an acknowledgement that is not two bytes long")
-                packet_id = data[body] << 8 | data[body + 1]
-                if packet_id == 0:
-                    raise MalformedPacketError("packet identifier 0")
-                packets.append(_new(_ACKNOWLEDGEMENTS[first], (packet_id,)))
+                stop = self._publishes(data, at, body, stop, packets)
+            elif first == 0x40:
+                stop = _pubacks(data, body, stop, packets)
             else:
                 packets.append(self._rare(first, data[body:stop]))
             at = stop
         return at
 
     def _rare(self, first: int, body: bytes) -> Packet:
-        """Read a packet that is neither a PUBLISH nor an acknowledgement of one."""
-        return _rare(first, body)
+        """Read a packet that is neither a PUBLISH nor a PUBACK."""
+        return read_body(first, body)
+
+    def _publishes(self, data: bytes, at: int, body: int, stop: int, packets: list[Packet]) -> int:
+        """Append the PUBLISH at `at`, and what follows it in a run; return where the last of them ends."""
+        first = data[at]
+        topic_end = body + 2
+        if topic_end <= stop:
+            topic_end += data[body] << 8 | data[body + 1]
+        payload = topic_end + 2 if first & 0x06 else topic_end
+        if payload > stop:
+            raise MalformedPacketError("a PUBLISH that is too short")
+        packet_id = 0
+        if first & 0x06 and not (packet_id := data[payload - 2] << 8 | data[payload - 1]):
+            raise MalformedPacketError(NO_ID)
+        raw = data[body + 2 : topic_end]
+        topic = self._topics.known.get(raw) or self._topics.learn(raw)
+        qos = first >> 1 & 3
+        if first & 0x05 or not data[body - 1]:  # QoS 2, to be retained, or its length in more bytes than it needs
+            packets.append(Publish(topic, data[payload:stop], qos, first & 1 == 1, first & 8 == 8, packet_id))
+            return stop
+        run = packets[-1] if packets else None
+        if type(run) is not PublishRun or run.topic != topic or run.qos != qos:
+            run = PublishRun(topic, qos, [], [], [])
+            packets.append(run)
+        return _stretch(data, at, stop, run, head_bytes=topic_end - at, skipped_bytes=payload - at)
 
     def _long_length(self, data: bytes, at: int) -> tuple[int, int]:
         """Decode a remaining length of two to four bytes (§2.2.3).
@@ -235,127 +184,43 @@ class PacketReader:
         raise MalformedPacketError("a remaining length of more than four bytes")
 
 
-def _rare(first: int, body: bytes) -> Packet:
-    if first in (0xC0, 0xE0):
-        if body:
-            raise MalformedPacketError("a PINGREQ or DISCONNECT with a body")
-        return _PING_REQ if first == 0xC0 else _DISCONNECT
-    fields = _Body(body)
-    if first == 0x10:
-        return _connect(fields)
-    packet_id = fields.packet_id()
-    if first == 0x82:
-        return Subscribe(packet_id, _subscriptions(fields))
-    return Unsubscribe(packet_id, _unsubscriptions(fields))
+def _stretch(data: bytes, at: int, stop: int, run: PublishRun, *, head_bytes: int, skipped_bytes: int) -> int:
+    """Add the PUBLISH at `at` to a run, and what follows it with the same first byte, length and topic.
+
+    All that is in their first `head_bytes`; their payloads come after `skipped_bytes`. Return where the last ends.
+    """
+    begin, end, length = at, len(data), stop - at
+    head = data[at : at + head_bytes]
+    payloads, packet_ids, has_id = run.payloads, run.packet_ids, run.qos
+    while True:
+        if has_id:
+            packet_id = data[at + skipped_bytes - 2] << 8 | data[at + skipped_bytes - 1]
+            if packet_id == 0:
+                raise MalformedPacketError(NO_ID)
+            packet_ids.append(packet_id)
+        payloads.append(data[at + skipped_bytes : stop])
+        at = stop
+        stop += length
+        if stop > end or not data.startswith(head, at):
+            break
+    if not has_id:
+        run.frames.append(data[begin:at])
+    return at
 
 
-def _connect(fields: _Body) -> Connect | UnsupportedConnect:
-    """CONNECT, §3.1.2 and §3.1.3, in the order of its bytes."""
-    name = fields.text()
-    if name not in ("MQTT", "MQIsdp"):
-        raise MalformedPacketError("a CONNECT of another protocol")
-    level = fields.byte()
-    if name != "MQTT" or level != 4:
-        return UnsupportedConnect(name, level)
-    flags = fields.byte()
-    has_username, has_password, will_retain = flags & 0x80, flags & 0x40, flags & 0x20
-    will_qos, has_will, clean = flags >> 3 & 3, flags & 0x04, flags & 0x02
-    if flags & 1:
-        raise MalformedPacketError("a CONNECT with its reserved flag set")
-    if will_qos == 3 or (not has_will and (will_qos or will_retain)):
-        raise MalformedPacketError("a CONNECT with impossible will flags")
-    if has_password and not has_username:
-        raise MalformedPacketError("a CONNECT with a password and no user name")
-    keepalive_s = fields.word()
-    client_id = fields.text()
-    will = None
-    if has_will:
-        topic = fields.text()
-        if not topic or "+" in topic or "#" in topic:
-            raise MalformedPacketError("a will on no valid topic")
-        will = Will(topic, fields.binary(), will_qos, bool(will_retain))
-    username = fields.text() if has_username else None
-    if has_password:
-        fields.binary()
-    fields.finish()
-    return Connect(client_id, bool(clean), keepalive_s, will, username)
-
-
-def _subscriptions(fields: _Body) -> tuple[tuple[str, int], ...]:
-    filters: list[tuple[str, int]] = []
-    while not fields.at_end or not filters:
-        topic_filter = fields.filter()
-        qos = fields.byte()
-        if qos > 2:
-            raise MalformedPacketError("a SUBSCRIBE with a QoS above 2")
-        filters.append((topic_filter, qos))
-    return tuple(filters)
-
-
-def _unsubscriptions(fields: _Body) -> tuple[str, ...]:
-    filters: list[str] = []
-    while not fields.at_end or not filters:
-        filters.append(fields.filter())
-    return tuple(filters)
-
-
-class _Body:
-    """A packet's body, read field by field and never past its end."""
-
-    __slots__ = ("_at", "_data")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    @property
-    def at_end(self) -> bool:
-        return self._at == len(self._data)
-
-    def byte(self) -> int:
-        return self._take(1)[0]
-
-    def word(self) -> int:
-        return int.from_bytes(self._take(2), "big")
-
-    def packet_id(self) -> int:
-        packet_id = self.word()
+def _pubacks(data: bytes, body: int, stop: int, packets: list[Packet]) -> int:
+    """Append the PUBACK whose body is given, and all that follow it; return where the last of them ends."""
+    if stop - body != 2:
+        raise MalformedPacketError("an acknowledgement that is not two bytes long")
+    packet_ids: list[int] = []
+    end = len(data)
+    while True:
+        packet_id = data[body] << 8 | data[body + 1]
         if packet_id == 0:
-            raise MalformedPacketError("packet identifier 0")
-        return packet_id
-
-    def binary(self) -> bytes:
-        return self._take(self.word())
-
-    def text(self) -> str:
-        return _text(self.binary())
-
-    def filter(self) -> str:
-        topic_filter = self.text()
-        try:
-            check_filter(topic_filter)
-        except TopicError as error:
-            raise MalformedPacketError("an invalid topic filter") from error
-        return topic_filter
-
-    def finish(self) -> None:
-        if not self.at_end:
-            raise MalformedPacketError("bytes left over in a packet")
-
-    def _take(self, count: int) -> bytes:
-        taken = self._data[self._at : self._at + count]
-        if len(taken) < count:
-            raise MalformedPacketError("a field that reaches beyond its packet")
-        self._at += count
-        return taken
-
-
-def _text(raw: bytes) -> str:
-    """Decode UTF-8 (§1.5.3). Python's strict decoder refuses surrogates and overlong forms; NUL is left to us."""
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise MalformedPacketError("text that is not UTF-8") from error
-    if "\0" in text:
-        raise MalformedPacketError("text with a NUL character")
-    return text
+            raise MalformedPacketError(NO_ID)
+        if not packet_ids:
+            packets.append(PubAcks(packet_ids))
+        packet_ids.append(packet_id)
+        body += 4
+        if body + 2 > end or not data.startswith(b"\x40\x02", body - 2):
+            return body - 2

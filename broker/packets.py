@@ -6,7 +6,11 @@ recipients: only the two bytes of the packet identifier differ (OASIS MQTT 3.1.1
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from itertools import repeat
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 MAX_REMAINING_LENGTH = 268_435_455
 """What four bytes of remaining length can say (§2.2.3)."""
@@ -47,14 +51,32 @@ class Publish(NamedTuple):
     retain: bool = False
     dup: bool = False
     packet_id: int = 0
-    frame: bytes = b""
-    """The packet as it came, where it may go on to others as it is: QoS 0, not retained; else empty."""
 
 
-class PubAck(NamedTuple):
-    """PUBACK (§3.4)."""
+class PublishRun(NamedTuple):
+    """PUBLISHes of QoS 0 or 1 on one topic, none with RETAIN, that came one right after another: at least one.
 
-    packet_id: int
+    Nearly all that a busy broker sees: what the policy and the router say of a topic, they say once for a run.
+    """
+
+    topic: str
+    qos: int
+    payloads: list[bytes]
+    packet_ids: list[int]
+    """With QoS 1, one for each payload."""
+    frames: list[bytes]
+    """With QoS 0, the packets as they go on to others, in as many pieces as it takes."""
+
+    def each(self) -> Iterator[Publish]:
+        """The packets one by one."""
+        for payload, packet_id in zip(self.payloads, self.packet_ids or repeat(0), strict=False):
+            yield Publish(self.topic, payload, self.qos, packet_id=packet_id)
+
+
+class PubAcks(NamedTuple):
+    """PUBACKs (§3.4) that came one right after another: at least one."""
+
+    packet_ids: list[int]
 
 
 class PubRec(NamedTuple):
@@ -125,7 +147,8 @@ Packet: TypeAlias = (
     Connect
     | UnsupportedConnect
     | Publish
-    | PubAck
+    | PublishRun
+    | PubAcks
     | PubRec
     | PubRel
     | PubComp
@@ -175,6 +198,11 @@ def publish_head(topic_bytes: bytes, payload_length: int, qos: int, *, retain: b
     return bytes((0x30 | qos << 1 | retain,)) + remaining_length(length) + topic_bytes
 
 
+def publish_frame(topic_bytes: bytes, payload: bytes, *, retain: bool = False) -> bytes:
+    """A whole PUBLISH of QoS 0."""
+    return publish_head(topic_bytes, len(payload), 0, retain=retain) + payload
+
+
 def as_duplicate(head: bytes) -> bytes:
     """The same head with DUP set, for a redelivery (§3.3.1.1)."""
     return bytes((head[0] | 8,)) + head[1:]
@@ -188,6 +216,11 @@ def connack(code: int, *, session_present: bool = False) -> bytes:
 def puback(packet_id: int) -> bytes:
     """PUBACK (§3.4)."""
     return b"\x40\x02" + packet_id.to_bytes(2, "big")
+
+
+def pubacks(packet_ids: Iterable[int]) -> bytes:
+    """As many PUBACKs."""
+    return b"".join([b"\x40\x02" + packet_id.to_bytes(2, "big") for packet_id in packet_ids])
 
 
 def pubrec(packet_id: int) -> bytes:

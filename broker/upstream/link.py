@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from birthmark.broker import packets as mqtt
 from birthmark.broker.journal import HIGH_WATER_BYTES
-from birthmark.broker.packet_reader import MalformedPacketError
+from birthmark.broker.packet_bodies import MalformedPacketError
 from birthmark.broker.store import StoreError
 from birthmark.broker.upstream import packets as up
 from birthmark.broker.upstream.packets import ServerPacketReader
@@ -261,11 +261,16 @@ class Link:
             self._above.spool.resume(self._above.spool.session)
         self._above.has_settled()
 
-    def _puback(self, packet: mqtt.PubAck) -> None:
+    def _pubacks(self, packet: mqtt.PubAcks) -> None:
         spool = self._above.spool
-        spool.acknowledged(spool.session, packet.packet_id, 1)
+        spool.acknowledged(spool.session, packet.packet_ids, 1)
 
     # --- what comes down ---------------------------------------------------------------------------------
+
+    def _publish_run(self, run: mqtt.PublishRun) -> None:
+        for packet in run.each():
+            if self._failure is None:
+                self._publish(packet)
 
     def _publish(self, packet: mqtt.Publish) -> None:
         if packet.qos == 2:
@@ -304,7 +309,7 @@ class Link:
             exchange.publish(topic, payload, packet.qos, retain=is_kept, publisher=peer)
 
     def _must_store(self, topic: str, packet: mqtt.Publish) -> bool:
-        return self._exchange.must_store(self._above.spool.session, packet._replace(topic=topic))
+        return self._exchange.must_store(self._above.spool.session, topic, packet.qos, retain=packet.retain)
 
     def _local_name(self, remote: str) -> str | None:
         """`Mapping.to_local`, with a memory."""
@@ -377,6 +382,7 @@ _HANDLERS: dict[type, Callable[[Link, Any], None]] = {
     mqtt.SubAck: Link._suback,
     mqtt.UnsubAck: Link._unsuback,
     mqtt.PingResp: Link._pingresp,
-    mqtt.PubAck: Link._puback,
+    mqtt.PubAcks: Link._pubacks,
+    mqtt.PublishRun: Link._publish_run,
     mqtt.Publish: Link._publish,
 }

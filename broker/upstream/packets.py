@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from birthmark.broker.packet_reader import MalformedPacketError, PacketReader, TopicNames
+from birthmark.broker.packet_bodies import MalformedPacketError
+from birthmark.broker.packet_reader import PacketReader, TopicNames
 from birthmark.broker.packets import ConnAck, Packet, PingResp, SubAck, UnsubAck, remaining_length, topic_field
 
 if TYPE_CHECKING:

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 
 from birthmark.broker.config import QueueFull
 from birthmark.broker.outbound import REPLAY_WATER_BYTES, Outbound
-from birthmark.broker.packets import as_duplicate, publish_head, topic_field
+from birthmark.broker.packets import as_duplicate, publish_frame, topic_field
 from birthmark.broker.peer import upstream_peer
 from birthmark.broker.policy import Rights
 from birthmark.broker.session import Message, Session
 from birthmark.broker.upstream.settings import SpoolFull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from birthmark.broker.delivery import Exchange
     from birthmark.broker.peer import Peer
@@ -123,10 +123,10 @@ class Spool(Outbound):
             self.denials.dropped(self.peer, "more than max_payload_bytes", topic)
         elif qos or retain:
             message = Message(topic, topic_bytes, payload, qos or 1, retain=retain)
-            self.send(self.session, message, 1)
+            self.send(self.session, [message], 1)
             return message
         else:
-            self._send_once(topic, publish_head(topic_bytes, len(payload), 0, retain=False) + payload)
+            self._send_once(topic, publish_frame(topic_bytes, payload))
         return None
 
     def _send_once(self, topic: str, frame: bytes) -> None:
@@ -224,12 +224,12 @@ class Spool(Outbound):
         if self._filling:
             self._look_for_room()
 
-    def acknowledged(self, session: Session, packet_id: int, qos: int) -> None:
-        """PUBACK has come from the upstream."""
-        if packet_id in session.inflight:
-            self.forwarded += 1
-            self.counters.upstream_forwarded += 1
-        super().acknowledged(session, packet_id, qos)
+    def acknowledged(self, session: Session, packet_ids: Sequence[int], qos: int) -> None:
+        """PUBACKs have come from the upstream."""
+        count = len(session.inflight.keys() & packet_ids)
+        self.forwarded += count
+        self.counters.upstream_forwarded += count
+        super().acknowledged(session, packet_ids, qos)
         if self.is_careful:
             self._send_next(session)
         if self._emptied is not None and not self._emptied.done() and not session.waiting_count:

@@ -64,6 +64,40 @@ def test_a_denied_publish_ends_the_connection_if_so_set(tmp_path: Path, pki: Pki
         assert device.read_end() == []
 
 
+@pytest.mark.parametrize("on_denied", list(OnDenied))
+def test_every_message_of_a_burst_that_is_denied_is(tmp_path: Path, pki: Pki, on_denied: OnDenied) -> None:
+    with running_gateway(tmp_path, pki, on_denied=on_denied) as gateway:
+        watcher = gateway.client("free-1").subscribed(("devices/#", 1))
+        device = gateway.client("sensor-1")
+        burst = [mqtt.publish(FOREIGN, b"x", qos=1, pid=pid) for pid in (1, 2, 3)]
+        device.send(b"".join([mqtt.publish(OWN, b"y", qos=1, pid=9), *burst]))
+        assert device.read() == Packet(0x40, b"\x00\x09")
+        if on_denied is OnDenied.DISCONNECT:
+            assert device.read_end() == []
+        else:
+            assert [device.read() for _ in burst] == [Packet(0x40, pid.to_bytes(2, "big")) for pid in (1, 2, 3)]
+        assert watcher.read_delivery().payload == b"y"
+        watcher.ping()
+        assert gateway.broker.counters.publishes_denied == 3
+
+
+def test_what_the_gateway_takes_itself_it_is_given_one_by_one(gateway: RunningGateway) -> None:
+    taken: list[bytes] = []
+
+    def take(_topic: str, payload: bytes, _peer: object) -> None:
+        taken.append(payload)
+        if payload == b"end":
+            gateway.broker.end_connections(lambda peer: str(peer.device_id) == "free-2", "it asked for it")
+
+    gateway.call(gateway.broker.on_gateway_message, "taken/#", take)
+    subscriber = gateway.client("free-1").subscribed(("taken/#", 1))
+    publisher = gateway.client("free-2")
+    publisher.send(b"".join(mqtt.publish("taken/x", payload) for payload in (b"1", b"2", b"end", b"4")))
+    assert publisher.read_end() == []
+    assert taken == [b"1", b"2", b"end"], "nothing of a client whose connection has ended"
+    subscriber.ping()
+
+
 @pytest.mark.parametrize(
     "topic_filter", ["#", "devices/#", "devices/+/status", "devices/sensor-2/#", "$SYS/#", "+/+/#"]
 )

@@ -242,3 +242,53 @@ def test_a_burst_at_qos_1_arrives_whole(gateway: RunningGateway) -> None:
         assert message.payload == b"%d" % number
         subscriber.send(mqtt.puback(message.packet_id))
         assert publisher.read() == Packet(0x40, (number + 1).to_bytes(2, "big"))
+
+
+@pytest.mark.parametrize("granted", [0, 1, 2])
+def test_a_burst_arrives_in_order_each_message_as_itself(gateway: RunningGateway, granted: int) -> None:
+    """What comes in one TLS record is read, decided and sent on in runs of one topic."""
+    subscriber = gateway.client("free-1").subscribed(("t/#", granted))
+    publisher = gateway.client("free-2")
+    said = [
+        ("t/a", b"1", 1),
+        ("t/a", b"22", 1),
+        ("t/a", b"22", 1),
+        ("t/b", b"3", 1),
+        ("t/a", b"4", 0),
+        ("t/a", b"", 0),
+        ("t/a", b"4", 0),
+        ("t/a", b"5", 1),
+    ]
+    publisher.send(
+        b"".join(
+            mqtt.publish(topic, payload, qos=qos, pid=number if qos else 1)
+            for number, (topic, payload, qos) in enumerate(said, 1)
+        )
+    )
+    for number, (_, _, qos) in enumerate(said, 1):
+        if qos:
+            assert publisher.read() == Packet(0x40, number.to_bytes(2, "big"))
+    got = [subscriber.read_delivery() for _ in said]
+    assert [(one.topic, one.payload, one.qos) for one in got] == [
+        (topic, payload, min(qos, granted)) for topic, payload, qos in said
+    ]
+    assert [one.packet_id for one in got if one.qos] == list(range(1, 1 + sum(1 for one in got if one.qos)))
+    assert gateway.broker.counters.messages_in == gateway.broker.counters.messages_out == len(said)
+
+
+def test_a_burst_goes_out_as_far_as_there_is_room_and_the_rest_as_it_is_acknowledged(
+    tmp_path: Path, pki: Pki
+) -> None:
+    with running_gateway(tmp_path, pki, limits=Limits(max_inflight=4)) as gateway:
+        subscriber = gateway.client("free-1").subscribed(("t", 1))
+        publisher = gateway.client("free-2")
+        publisher.send(b"".join(mqtt.publish("t", b"%d" % one, qos=1, pid=one + 1) for one in range(10)))
+        got = [subscriber.read_delivery() for _ in range(4)]
+        subscriber.ping()  # and no more than those
+        acknowledgements = [mqtt.puback(one.packet_id) for one in got]
+        subscriber.send(b"".join([*acknowledgements[:3], mqtt.puback(60_000), *acknowledgements[:1]]))
+        got += [subscriber.read_delivery() for _ in range(3)]
+        subscriber.ping()
+        subscriber.send(b"".join(mqtt.puback(one.packet_id) for one in got[3:]))
+        got += [subscriber.read_delivery() for _ in range(3)]
+        assert [int(one.payload) for one in got] == list(range(10))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from unittest.mock import ANY
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import mqtt_client as mqtt
 
 from birthmark.broker import packet_reader, packets
-from birthmark.broker.packet_reader import MalformedPacketError, PacketReader, TopicNames
+from birthmark.broker.packet_bodies import MalformedPacketError
+from birthmark.broker.packet_reader import PacketReader, TopicNames
 from birthmark.broker.packets import (
     Connect,
     Disconnect,
     Packet,
     PingReq,
-    PubAck,
+    PubAcks,
     PubComp,
     Publish,
+    PublishRun,
     PubRec,
     PubRel,
     Subscribe,
@@ -40,14 +44,14 @@ GOOD: list[tuple[bytes, Packet]] = [
     ),
     (mqtt.connect("a", level=5, tail=b"\x00"), UnsupportedConnect("MQTT", 5)),
     (mqtt.connect("a", level=3, name="MQIsdp"), UnsupportedConnect("MQIsdp", 3)),
-    (mqtt.publish("a/b", b"x"), Publish("a/b", b"x", frame=mqtt.publish("a/b", b"x"))),
+    (mqtt.publish("a/b", b"x"), PublishRun("a/b", 0, [b"x"], [], [mqtt.publish("a/b", b"x")])),
     (mqtt.publish("a", b"", retain=True), Publish("a", b"", retain=True)),
-    (mqtt.publish("a", b"xyz", qos=1, pid=1), Publish("a", b"xyz", 1, packet_id=1)),
+    (mqtt.publish("a", b"xyz", qos=1, pid=1), PublishRun("a", 1, [b"xyz"], [1], [])),
     (
         mqtt.publish("ü/€", b"\x00" * 300, qos=2, pid=65_535, dup=True),
         Publish("ü/€", b"\x00" * 300, 2, dup=True, packet_id=65_535),
     ),
-    (mqtt.puback(258), PubAck(258)),
+    (mqtt.puback(258), PubAcks([258])),
     (mqtt.pubrec(1), PubRec(1)),
     (mqtt.pubrel(1), PubRel(1)),
     (mqtt.pubcomp(65_535), PubComp(65_535)),
@@ -61,6 +65,19 @@ IDS = [type(expected).__name__ for _, expected in GOOD]
 
 def reader() -> PacketReader:
     return PacketReader(LIMIT)
+
+
+def one_by_one(found: list[Packet]) -> list[object]:
+    """The packets, without the runs that they were read in."""
+    packets: list[object] = []
+    for packet in found:
+        if isinstance(packet, PublishRun):
+            packets += packet.each()
+        elif isinstance(packet, PubAcks):
+            packets += [("PUBACK", packet_id) for packet_id in packet.packet_ids]
+        else:
+            packets.append(packet)
+    return packets
 
 
 @pytest.mark.parametrize(("data", "expected"), GOOD, ids=IDS)
@@ -91,7 +108,7 @@ def test_a_body_shorter_than_its_fields_is_malformed(data: bytes, expected: Pack
             continue
         # A shorter payload, fewer filters, or the part of a foreign CONNECT that is read at all.
         assert type(found) is type(expected)
-        assert isinstance(found, Publish | Subscribe | Unsubscribe | UnsupportedConnect)
+        assert isinstance(found, Publish | PublishRun | Subscribe | Unsubscribe | UnsupportedConnect)
 
 
 @given(st.data())
@@ -102,7 +119,7 @@ def test_packets_come_out_the_same_whatever_the_chunks(data: st.DataObject) -> N
     chunked, found = reader(), []
     for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         found += chunked.feed(stream[start:stop])
-    assert found == [expected for _, expected in chosen]
+    assert one_by_one(found) == one_by_one([expected for _, expected in chosen])
     assert chunked.buffered_bytes == 0
 
 
@@ -125,7 +142,7 @@ def test_a_packet_with_one_byte_changed_is_a_packet_or_malformed(data: st.DataOb
     at = data.draw(st.integers(0, len(raw) - 1))
     changed = raw[:at] + bytes([data.draw(st.integers(0, 255))]) + raw[at + 1 :]
     try:
-        for packet in reader().feed(changed):
+        for packet in one_by_one(reader().feed(changed)):
             if isinstance(packet, Publish):
                 assert packet.topic
                 assert not set("+#\0") & set(packet.topic)
@@ -264,23 +281,60 @@ def test_the_short_packets_of_the_broker() -> None:
 @pytest.mark.parametrize("length", [5, 127, 128, 300, LIMIT - 10])
 def test_a_message_that_goes_on_as_it_came_is_what_the_broker_would_write(length: int) -> None:
     data = mqtt.publish("a/b", b"p" * length)
-    (packet,) = PacketReader(LIMIT).feed(data)
-    assert isinstance(packet, Publish)
-    head = packets.publish_head(packets.topic_field("a/b"), length, 0, retain=False)
-    assert packet.frame == data == head + b"p" * length
+    (run,) = reader().feed(data)
+    assert isinstance(run, PublishRun)
+    assert run.frames == [data]
+    assert packets.publish_frame(packets.topic_field("a/b"), b"p" * length) == data
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        mqtt.publish("a/b", b"x", retain=True),  # delivered with RETAIN 0 to those who are subscribed (§3.3.1-9)
-        mqtt.publish("a/b", b"x", qos=1, pid=1),
-        b"\x30\x86\x00\x00\x03a/bx",  # a length in more bytes than it needs: others get it in its shortest form
-    ],
-    ids=["retained", "QoS 1", "padded length"],
-)
-def test_a_message_that_changes_on_its_way_has_no_frame(data: bytes) -> None:
-    (packet,) = PacketReader(LIMIT).feed(data)
-    assert isinstance(packet, Publish)
-    assert packet.payload == b"x"
-    assert packet.frame == b""
+def test_a_padded_length_does_not_go_on_to_others() -> None:
+    (packet,) = reader().feed(b"\x30\x86\x00\x00\x03a/bx")
+    assert packet == Publish("a/b", b"x")
+
+
+def test_messages_on_one_topic_are_a_run_whatever_their_length() -> None:
+    data = [mqtt.publish("a/b", b"x" * length) for length in (3, 3, 3, 0, 200, 3)]
+    other = mqtt.publish("a/c", b"xxx")
+    assert reader().feed(b"".join([*data, other, data[0]])) == [
+        PublishRun("a/b", 0, [b"xxx", b"xxx", b"xxx", b"", b"x" * 200, b"xxx"], [], ANY),
+        PublishRun("a/c", 0, [b"xxx"], [], [other]),
+        PublishRun("a/b", 0, [b"xxx"], [], [data[0]]),
+    ]
+    run = reader().feed(b"".join(data))[0]
+    assert isinstance(run, PublishRun)
+    assert b"".join(run.frames) == b"".join(data)
+
+
+def test_a_run_has_each_message_of_qos_1_with_its_own_identifier() -> None:
+    data = mqtt.publish("a", b"1", qos=1, pid=7) + mqtt.publish("a", b"2", qos=1, pid=8)
+    again = mqtt.publish("a", b"3", qos=1, pid=9, dup=True)
+    kept = mqtt.publish("a", b"4", qos=1, pid=10, retain=True)
+    assert reader().feed(data + again + kept + mqtt.publish("a", b"5")) == [
+        PublishRun("a", 1, [b"1", b"2", b"3"], [7, 8, 9], []),
+        Publish("a", b"4", 1, retain=True, packet_id=10),
+        PublishRun("a", 0, [b"5"], [], [mqtt.publish("a", b"5")]),
+    ]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_what_was_whole_before_a_bad_packet_in_a_run_counts(bad: int) -> None:
+    identifiers = [0 if number == bad else number + 1 for number in range(3)]
+    before = list(range(1, bad + 1))
+    for data, expected in (
+        (b"".join(mqtt.publish("a", b"x", qos=1, pid=one) for one in identifiers), [("a", one) for one in before]),
+        (b"".join(mqtt.puback(one) for one in identifiers), [("PUBACK", one) for one in before]),
+    ):
+        with pytest.raises(MalformedPacketError, match="identifier 0") as caught:
+            reader().feed(data)
+        found = one_by_one(caught.value.before)
+        assert [(one.topic, one.packet_id) if isinstance(one, Publish) else one for one in found] == expected
+
+
+def test_acknowledgements_are_a_run() -> None:
+    data = b"".join(mqtt.puback(one) for one in (1, 300, 2))
+    assert reader().feed(data + mqtt.pubrec(3) + mqtt.puback(4)) == [PubAcks([1, 300, 2]), PubRec(3), PubAcks([4])]
+
+
+def test_an_acknowledgement_may_have_a_padded_length() -> None:
+    data = b"\x40\x82\x00\x00\x05" + mqtt.puback(6) + b"\x40\x82\x00\x00\x07"
+    assert reader().feed(data) == [PubAcks([5, 6]), PubAcks([7])]

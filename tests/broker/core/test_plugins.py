@@ -38,6 +38,7 @@ def test_a_plugin_is_told_and_sees_the_broker(tmp_path: Path, pki: Pki) -> None:
             "a/#": [1]
         }
         assert gateway.call(lambda: context.retained_messages["a/b"].data) == b"x"
+        device.send(mqtt.publish("b", b"1") + mqtt.publish("b", b"2"))
         device.send(mqtt.unsubscribe(2, "a/#") + mqtt.DISCONNECT)
         device.read_end()
         gateway.wait_for(lambda: ("disconnected", "free-1") in Recorder.events, "it is told of the end")
@@ -46,6 +47,8 @@ def test_a_plugin_is_told_and_sees_the_broker(tmp_path: Path, pki: Pki) -> None:
         ("connected", "free-1"),
         ("subscribed", ("free-1", "a/#", 1)),
         ("message", ("free-1", "a/b", b"x", 1)),
+        ("message", ("free-1", "b", b"1", 0)),
+        ("message", ("free-1", "b", b"2", 0)),
         ("unsubscribed", ("free-1", "a/#")),
         ("disconnected", "free-1"),
         ("stopped", None),

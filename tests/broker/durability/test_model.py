@@ -166,7 +166,7 @@ class World:
         session = self._connected(name)
         if session is not None and index < len(session.inflight):
             packet_id = list(session.inflight)[index]
-            self.exchange.outbound.acknowledged(session, packet_id, session.inflight[packet_id].qos)
+            self.exchange.outbound.acknowledged(session, [packet_id], session.inflight[packet_id].qos)
 
     def received(self, name: str, index: int) -> None:
         session = self._connected(name)
