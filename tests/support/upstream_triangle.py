@@ -13,7 +13,17 @@ from support import mqtt_client as mqtt
 from support.mosquitto import free_port
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_gateway import running_gateway
-from support.upstreams import POLICY, ROLE, upstream_toml, upstreams, wait_until_up, write_credentials
+from support.upstreams import (
+    DOWN,
+    POLICY,
+    ROLE,
+    SHARED,
+    UP,
+    upstream_toml,
+    upstreams,
+    wait_until_up,
+    write_credentials,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +45,8 @@ def check_triangle(folder: Path, pki: Pki, ports: Sequence[int]) -> None:
         for name, own, other in ((GATEWAYS[0], first, second), (GATEWAYS[1], second, first)):
             own_folder = folder / name
             write_credentials(own_folder, pki, name)
-            tables = (upstream_toml(name, *ports), upstream_toml(name, other, name="peer"))
+            beside = upstream_toml(name, other, name="peer", up=[*UP, *DOWN, *SHARED], down=[], down_shared=[])
+            tables = (upstream_toml(name, *ports), beside)
             gateways.append(
                 stack.enter_context(
                     running_gateway(
@@ -87,7 +98,7 @@ def check_triangle(folder: Path, pki: Pki, ports: Sequence[int]) -> None:
         forwarded = [
             {link.name: link.spool.forwarded for link in gateway.broker.upstreams} for gateway in gateways
         ]
-        assert forwarded == [{"cloud": ROUNDS, "peer": ROUNDS}] * 2, (
+        assert forwarded == [{"cloud": ROUNDS, "peer": 2 * ROUNDS}] * 2, (
             "each link has taken what is its gateway's own"
         )
         for client in (above, *seeing, *devices):
