@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 STATUS_AGE_S: Final = 35.0
 AHEAD_S: Final = 5.0
 _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
+MOST_UNDER_WAY: Final = 20
+"""Messages on their way up that are not worth a word: what a gateway says of itself goes that way, too."""
 MOST_COUNTED: Final = 99_999
 COLUMNS: Final = ("gateway", "state", "crl", "policy", "clock", "sessions", "last_receipt", "alarms", "upstreams")
 
@@ -106,7 +108,7 @@ class GatewayRow:
             "sessions": status.sessions if status is not None and status.online else None,
             "last_receipt": _moment(self._last_receipt()),
             "alarms": list(status.alarms) if status is not None else [],
-            "upstreams": [_upstream(each) for each in status.upstreams] if status is not None else [],
+            "upstreams": [_upstream(each) for each in status.upstreams] if status and status.online else [],
         }
 
     def record(self) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _clock(difference_s: float | None) -> str | None:
 
 def _upstream(state: UpstreamState) -> str:
     if state.connected:
-        return f"{state.name}: up" + (f", {state.spooled} to go" if state.spooled else "")
+        return f"{state.name}: up" + (f", {state.spooled} to go" if state.spooled > MOST_UNDER_WAY else "")
     return f"{state.name}: down, {state.spooled} to go"
 
 

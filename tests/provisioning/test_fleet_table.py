@@ -44,7 +44,7 @@ STATUS = GatewayStatus(
     alarms=("crl-due",),
     policy_version=4,
     upstreams=(
-        UpstreamState("cloud", connected=True, since=1.0, spooled=2),
+        UpstreamState("cloud", connected=True, since=1.0, spooled=21),
         UpstreamState("far", connected=False, since=0.0, spooled=9, reason="refused"),
     ),
 )
@@ -71,7 +71,7 @@ def test_one_that_is_well() -> None:
         "sessions": 12,
         "last_receipt": "2026-05-04T12:00:00Z",
         "alarms": ["crl-due"],
-        "upstreams": ["cloud: up, 2 to go", "far: down, 9 to go"],
+        "upstreams": ["cloud: up, 21 to go", "far: down, 9 to go"],
     }
     assert row().record()["upstreams"][1]["reason"] == "refused"
 
@@ -85,6 +85,7 @@ def test_one_that_is_behind_says_by_how_much() -> None:
     )
     assert not row(crl_numbers={"aa": 6, "bb": 3}).is_well
     assert not row(policy_version=3).is_well
+    assert row(upstreams=(replace(STATUS.upstreams[0], spooled=20),)).shown()["upstreams"] == ["cloud: up"]
     assert row(policy_version=0).shown()["policy"] == "own (4 behind)"
     assert GatewayRow(replace(LOOK, status=replace(STATUS, policy_version=0)), KNOWN, Aims(AIMS.crls, 0)).is_well
     newer = row(crl_numbers={"aa": 9, "bb": 3})
@@ -97,7 +98,7 @@ def test_one_that_is_away_is_known_by_its_receipts_where_its_will_is_older() -> 
     assert (away.state, away.is_well) == ("away", False)
     assert away.shown()["state"] == "away since 2026-05-04 12:00"
     assert away.shown()["crl"] == "aa:6 (1 behind), bb:3"
-    assert (away.shown()["clock"], away.shown()["sessions"]) == (None, None)
+    assert (away.shown()["clock"], away.shown()["sessions"], away.shown()["upstreams"]) == (None, None, [])
     assert row(online=True, crl_numbers={"aa": 5, "bb": 3}).shown()["crl"] == "aa:5 (2 behind), bb:3", (
         "one that is there speaks for itself: it was restored from an old image"
     )
