@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
 
@@ -38,8 +37,11 @@ async def dialled(host: str, port: int, timeout_s: float) -> socket.socket:
             found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except (OSError, UnicodeError) as error:
             found = error
-        with contextlib.suppress(RuntimeError):  # the loop is gone
+        try:
             loop.call_soon_threadsafe(tell, found)
+        except RuntimeError:  # the loop is gone
+            if isinstance(found, socket.socket):
+                found.close()
 
     threading.Thread(target=work, name=f"dial {host}", daemon=True).start()
     return await outcome
