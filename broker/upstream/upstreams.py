@@ -99,6 +99,7 @@ class Upstreams:
             upstream = self._all.get(session.client_id.removeprefix(CLIENT_ID_PREFIX))
             if upstream is not None:
                 upstream.spool.adopt(session)
+                self._exchange.journal.note_session(session)  # it is here: were it gone, then only since now
                 continue
             self._orphans.append(session)
             if session.waiting_count:

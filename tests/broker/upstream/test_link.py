@@ -19,6 +19,8 @@ from support.upstreams import (
     write_credentials,
 )
 
+from birthmark.broker.config import Limits
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -151,6 +153,28 @@ def test_what_is_retained_above_is_retained_here(above: RunningGateway, tmp_path
         publish(operator, "devices/sensor-1/commands/mode", b"", retain=True, pid=3)
         assert said(device, 1) == [("devices/sensor-1/commands/mode", b"", 1, False)]
         gateway.client("free-2").subscribed(("devices/#", 1)).ping()
+
+
+def test_what_an_upstream_has_retained_is_nobodys_share_and_no_clients_to_revoke(
+    above: RunningGateway, tmp_path: Path, pki: Pki
+) -> None:
+    operator = above.client("alice", "operator")
+    # The upstream is called `cloud`, and so is a device at another gateway, whose presence comes down.
+    for number, name in enumerate(("cloud", "sensor-8", "sensor-9"), start=1):
+        publish(above.client(name), f"devices/{name}/status", b"online", retain=True, pid=number)
+    values = linked(tmp_path, pki, above.port, up=[], down=["devices/+/status"], down_shared=[])
+    limits = Limits(max_retained_messages_per_client=1)
+    with running_gateway(tmp_path, pki, limits=limits, **values) as gateway:
+        gateway.wait_for(wait_until_up(gateway).caught_up.is_set, "caught up")
+        gateway.call(gateway.broker.close_identities, lambda peer: peer.issuer != pki.issuing.issuer_id)
+        late = gateway.client("free-1").subscribed(("devices/#", 1))
+        assert sorted(topic for topic, *_ in said(late, 3)) == [
+            "devices/cloud/status",
+            "devices/sensor-8/status",
+            "devices/sensor-9/status",
+        ]
+        assert gateway.broker.counters.not_retained == 0
+    operator.ping()
 
 
 def test_what_came_down_goes_up_nowhere(above: RunningGateway, tmp_path: Path, pki: Pki) -> None:

@@ -14,6 +14,7 @@ from support.mqtt_gateway import RunningGateway, running_gateway
 from support.upstreams import DOWN, linked, publish, said, upstream_of, wait_until_up
 
 from birthmark.broker.config import Durability
+from birthmark.broker.store import FILE_NAME, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,13 +158,25 @@ def test_the_spool_of_an_upstream_that_is_taken_out_waits_for_its_return(
 ) -> None:
     with running_gateway(tmp_path, pki, **linked(tmp_path, pki, NOBODY)) as gateway:
         publish(gateway.client(), TOPIC, b"1")
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, NOBODY)):
+        pass
+    assert left_at(tmp_path) is None, "it counts as gone only when it is not in the settings"
     with running_gateway(tmp_path, pki) as gateway:
         assert "1 messages wait for the upstream cloud, which is not in broker.toml any more" in caplog.text
         gateway.call(gateway.broker.forget_expired_sessions)
+    assert left_at(tmp_path) is not None
     operator = above.client("alice", "operator").subscribed(("devices/#", 1))
     with running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port)) as gateway:
         assert said(operator, 1) == numbers(1, 1)
         gateway.wait_for(lambda: not upstream_of(gateway).spool.session.waiting_count, "acknowledged")
+
+
+def left_at(folder: Path) -> float | None:
+    store = Store.open(folder / "data" / FILE_NAME)
+    try:
+        return next(row.left_at for row in store.load().sessions if row.client_id == "$upstream/cloud")
+    finally:
+        store.close()
 
 
 def test_and_not_for_ever(tmp_path: Path, pki: Pki) -> None:
