@@ -227,8 +227,9 @@ class Connection:
     def _publish_run(self, session: Session, run: PublishRun) -> None:
         """Messages on one topic, not to be retained, of QoS 0 or 1."""
         gateway, exchange = self._gateway, self._exchange
-        if run.qos and exchange.uplinks is not None and exchange.uplinks.takes(run.topic, session.peer):
-            # Each takes a place in a spool, and may be the first to find none.
+        uplinks = exchange.uplinks
+        if run.qos and uplinks and not uplinks.has_room_for(run.topic, run.payloads, session.peer):
+            # One of them will be the first to find no place in a spool.
             for packet in run.each():
                 if not self._is_done:
                     self._publish(session, packet)

@@ -14,7 +14,6 @@ Rules:
 
 from __future__ import annotations
 
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 from birthmark.broker.claim import rights_of
@@ -28,7 +27,7 @@ from birthmark.broker.session import MAX_REMEMBERED_DECISIONS, Message, Session,
 from birthmark.device.topics import is_said_by_gateway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from birthmark.broker.config import Limits
     from birthmark.broker.counters import Counters
@@ -194,24 +193,17 @@ class Exchange:
         self.counters.messages_in += count
         route = self.router.route(topic)
         targets = route.targets
-        shared: Iterable[Message | None] = repeat(None)
-        if self.uplinks is not None:
-            shared = [
-                self.uplinks.forward(topic, payload, qos, retain=retain, publisher=publisher)
-                for payload in payloads
-            ]
-            targets = self.uplinks.within(targets, publisher)
         messages: list[Message] = []
+        if self.uplinks is not None:
+            messages = self.uplinks.forward(topic, payloads, qos, retain=retain, publisher=publisher)
+            targets = self.uplinks.within(targets, publisher)
         joined = b""
         max_waiting_bytes = self._max_waiting_bytes
         sent = 0
         for session, granted in targets:
             if granted and qos:
                 if not messages:
-                    messages = [
-                        found or Message(topic, route.topic_bytes, payload, qos)
-                        for found, payload in zip(shared, payloads, strict=False)
-                    ]
+                    messages = [Message(topic, route.topic_bytes, payload, qos) for payload in payloads]
                 self.outbound.send(session, messages, min(granted, qos))
                 continue
             stream = session.stream

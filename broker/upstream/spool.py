@@ -43,6 +43,8 @@ WINDOW_BYTES = 4_194_304
 """On their way to the upstream, unacknowledged: so much, and one message."""
 _DOWN = "$down/"
 """Before a filter that is subscribed to at the upstream; the session's own filters never begin with a dollar."""
+OVERHEAD_BYTES = 1_024
+"""More than a message counts beside its payload, unless its topic is very long."""
 HOLD_AT = 0.875
 GO_ON_AT = 0.75
 
@@ -116,30 +118,36 @@ class Spool(Outbound):
             return True
         return not publisher.is_upstream and (self._transit or not publisher.is_gateway)
 
-    def take(self, topic: str, topic_bytes: bytes, payload: bytes, qos: int, *, retain: bool) -> Message | None:
-        """Take a message under its name at the upstream; return it, if it is one that is kept."""
-        if len(payload) > self._max_payload_bytes:
-            self._count_dropped()
-            self.denials.dropped(self.peer, "more than max_payload_bytes", topic)
-        elif qos or retain:
-            message = Message(topic, topic_bytes, payload, qos or 1, retain=retain)
-            self.send(self.session, [message], 1)
-            return message
-        else:
-            self._send_once(topic, publish_frame(topic_bytes, payload))
-        return None
+    def take(
+        self, topic: str, topic_bytes: bytes, payloads: list[bytes], qos: int, *, retain: bool
+    ) -> list[Message]:
+        """Take messages under their name at the upstream; return those that are kept."""
+        if max(map(len, payloads)) > self._max_payload_bytes:
+            payloads = self._short_enough(topic, payloads)
+        if qos or retain:
+            messages = [Message(topic, topic_bytes, payload, qos or 1, retain=retain) for payload in payloads]
+            self.send(self.session, messages, 1)
+            return messages
+        self._send_once(topic, [publish_frame(topic_bytes, payload) for payload in payloads])
+        return []
 
-    def _send_once(self, topic: str, frame: bytes) -> None:
-        """Send a PUBLISH of QoS 0 now, or never."""
+    def _short_enough(self, topic: str, payloads: list[bytes]) -> list[bytes]:
+        found = [payload for payload in payloads if len(payload) <= self._max_payload_bytes]
+        self._count_dropped(len(payloads) - len(found))
+        self.denials.dropped(self.peer, "more than max_payload_bytes", topic)
+        return found
+
+    def _send_once(self, topic: str, frames: list[bytes]) -> None:
+        """Send PUBLISHes of QoS 0 now, or never."""
         stream = self.session.stream
         if stream is None or self.is_careful:
-            self._count_dropped()
+            self._count_dropped(len(frames))
         elif stream.waiting_bytes > self._max_waiting_bytes:
-            self._count_dropped()
-            self.drop_slow(self.session, topic)
+            self._count_dropped(len(frames))
+            self.drop_slow(self.session, topic, len(frames))
         else:
-            stream.write(frame)
-            self.counters.messages_out += 1
+            stream.write(b"".join(frames))
+            self.counters.messages_out += len(frames)
 
     def may_receive(self, session: Session, topic: str) -> bool:
         """Everything here was chosen by `broker.toml`."""
@@ -155,6 +163,15 @@ class Spool(Outbound):
     def is_filling(self) -> bool:
         """Whether it has been nearly full, and has not much room again."""
         return self in self._filling
+
+    def has_room_for(self, payloads: list[bytes]) -> bool:
+        """Whether it takes so much without having to stop anybody."""
+        limits, session, count = self.limits, self.session, len(payloads)
+        return not self.holds or (
+            len(session.queue) + count < limits.max_queued_messages * HOLD_AT
+            and session.queued_bytes + sum(map(len, payloads)) + count * OVERHEAD_BYTES
+            < limits.max_queued_bytes * HOLD_AT
+        )
 
     def _is_beyond(self, fraction: float) -> bool:
         limits, session = self.limits, self.session
@@ -262,7 +279,7 @@ class Spool(Outbound):
             del replay[topic]
             found, remote = self.retained.get(topic), self._mapping.to_remote(topic)
             if found is not None and remote is not None and self.takes_from(found.publisher):
-                self.take(remote, topic_field(remote), found.payload, 1, retain=True)
+                self.take(remote, topic_field(remote), [found.payload], 1, retain=True)
         if session.replaying and not replay:
             self._replayed(session)
 

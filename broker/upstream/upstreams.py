@@ -148,21 +148,19 @@ class Upstreams:
     # --- what goes up ------------------------------------------------------------------------------------
 
     def forward(
-        self, topic: str, payload: bytes, qos: int, *, retain: bool, publisher: Peer | None
-    ) -> Message | None:
-        """Send a message up wherever it is to go; return it, if it can be shared with sessions here.
+        self, topic: str, payloads: list[bytes], qos: int, *, retain: bool, publisher: Peer | None
+    ) -> list[Message]:
+        """Send messages of one topic up wherever they are to go.
 
-        What is kept for the upstream and for a session here is kept once.
+        Returns:
+            One for each, if sessions here can share them: what is kept for both is kept once.
         """
-        shared = None
-        ways = self._ways.get(topic)
-        if ways is None:
-            ways = self._find(topic)
-        for spool, remote, remote_bytes in ways:
+        shared: list[Message] = []
+        for spool, remote, remote_bytes in self._find(topic):
             if spool.takes_from(publisher):
-                message = spool.take(remote, remote_bytes, payload, qos, retain=retain)
-                if remote == topic and not retain:
-                    shared = message
+                messages = spool.take(remote, remote_bytes, payloads, qos, retain=retain)
+                if remote == topic and not retain and len(messages) == len(payloads):
+                    shared = messages
         return shared
 
     def takes(self, topic: str, publisher: Peer) -> bool:
@@ -203,6 +201,10 @@ class Upstreams:
         return ways
 
     # --- while there is no room --------------------------------------------------------------------------
+
+    def has_room_for(self, topic: str, payloads: list[bytes], publisher: Peer) -> bool:
+        """Whether messages can be taken together: nobody has to be stopped amid them."""
+        return all(spool.has_room_for(payloads) for spool in self._spools(topic, publisher))
 
     def has_no_room(self, topic: str, publisher: Peer) -> bool:
         """Whether a message may not be taken, since it could only be dropped where nothing is to be."""
