@@ -8,12 +8,10 @@ import secrets
 import select
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+from support.simulator import Simulator
 
 from birthmark.device.link.frame import Deframer, Frame
 from birthmark.device.link.messages import (
@@ -28,45 +26,6 @@ from birthmark.device.link.messages import (
     Request,
     decode_answer,
 )
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-COMMAND = Path(sys.executable).with_name("birthmark-sim")
-
-
-class Simulator:
-    """A running `birthmark-sim board --json`."""
-
-    def __init__(self, state: Path, *options: str) -> None:
-        self.process = subprocess.Popen(
-            [COMMAND, "board", "--state", state, "--json", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def next(self, event: str) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            record: dict[str, Any] = json.loads(line)
-            if record["event"] == event:
-                return record
-        raise AssertionError(f"it ended before {event!r}: {self.process.communicate()[1]}")
-
-    def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        self.process.send_signal(number)
-        errors = self.process.communicate(timeout=20)[1]
-        return self.process.returncode, errors
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 class Station:

@@ -230,6 +230,10 @@ class MosquittoControl:
 
     def revoke(self, crl: bytes) -> None:
         replace(self.folder / "crl.pem", crl)
+        self.reload()
+
+    def reload(self) -> None:
+        """Run the folder's own script; when this returns, Mosquitto goes by the new files."""
         environment = os.environ | {"BIRTHMARK_BROKER": str(Path(sys.executable).with_name("birthmark-broker"))}
         subprocess.run([self.exported / "reload"], check=True, capture_output=True, env=environment, timeout=30)
         # It is said before anything else is read from a client.
@@ -271,7 +275,13 @@ def exported_mosquitto(folder: Path, identities: Identities) -> Iterator[Engine]
     write_gateway(folder, identities, port)
     done = export(folder, *ACCEPTED)
     assert done.returncode == 0, done.stdout + done.stderr
-    exported = folder / "mosquitto"
+    with mosquitto_process(folder, folder / "mosquitto") as control:
+        yield Engine("mosquitto", port, identities, control)
+
+
+@contextmanager
+def mosquitto_process(folder: Path, exported: Path) -> Iterator[MosquittoControl]:
+    """Run what was exported to a folder, from the gateway's files in another one."""
     process = subprocess.Popen(
         [program("mosquitto"), "-c", exported / "mosquitto.conf"], stderr=subprocess.PIPE, text=True
     )
@@ -280,7 +290,7 @@ def exported_mosquitto(folder: Path, identities: Identities) -> Iterator[Engine]
     reader.start()
     try:
         control.wait_for("running")
-        yield Engine("mosquitto", port, identities, control)
+        yield control
     finally:
         process.terminate()
         process.wait(20)
