@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import weakref
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ class TinyRegistry:
         self._file = RegistryFile(folder / REGISTRY_FILE)
         self._clock = clock
         self._actor = actor
+        weakref.finalize(self, self._file.close)
 
     @classmethod
     def create(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -73,6 +74,18 @@ def test_processes_at_once_lose_nothing(registry: TinyRegistry, tmp_path: Path) 
     verdict = audit_check.check(registry)
     assert verdict.entries == 45
     assert not verdict.problems
+
+
+def test_a_registry_that_nobody_holds_any_more_lets_go_of_its_file(tmp_path: Path, clock: Clock) -> None:
+    TinyRegistry.create(tmp_path, clock=clock, actor="test@host")
+    for _ in range(3):
+        registry = TinyRegistry(tmp_path, clock=clock, actor="test@host")
+        with registry.view() as view:
+            assert view.rows() == []
+    del registry, view
+    gc.collect()
+    opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert tmp_path / "registry.json" not in opened
 
 
 @pytest.mark.proof

@@ -226,7 +226,7 @@ class MosquittoControl:
             return any(words in line and what in line for line in self.lines)
 
         with self._changed:
-            assert self._changed.wait_for(is_said, timeout=20), (words, self.lines)
+            assert self._changed.wait_for(is_said, timeout=120), (words, self.lines)
 
     def revoke(self, crl: bytes) -> None:
         replace(self.folder / "crl.pem", crl)
