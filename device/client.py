@@ -25,6 +25,7 @@ Rules:
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypedDict, Unpack
@@ -393,6 +394,20 @@ class Client:
         if wait is not None:
             acknowledgement.wait(wait)
         return acknowledgement
+
+    def wait_for_callbacks(self, timeout_s: float) -> None:
+        """Wait until the callbacks of everything that has come so far have run. Not from a callback.
+
+        A broker sends what is retained before it answers the next SUBSCRIBE: with that answer, and after this, all
+        of it has been seen.
+
+        Raises:
+            UnreachableError: they took longer than `timeout_s`.
+        """
+        ran = threading.Event()
+        self._dispatcher.do(ran.set)
+        if not ran.wait(timeout_s):
+            raise UnreachableError(f"could not run every callback within {timeout_s:g} s")
 
     def unsubscribe(self, topic_filter: str) -> None:
         """Take every handler of this filter away, and tell the broker."""

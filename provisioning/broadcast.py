@@ -27,14 +27,12 @@ from birthmark.device.topics import gateway_status
 from birthmark.provisioning.gateway_contact import left
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from birthmark.device.client import Client
     from birthmark.device.received import Message
     from birthmark.provisioning.gateway_contact import Contact
 
-_QUIET_S: Final = 0.05
-"""What is retained has come when nothing has for so long, after the last subscription was acknowledged."""
 _MOST_PUBLICATIONS: Final = 3
 """Of one thing: whoever overwrites it that often is somebody else's station, or is replaying."""
 
@@ -146,21 +144,22 @@ class Broadcast(ABC, Generic[R]):
         return f"no receipt by way of {self.where}"
 
     def _listen(self) -> None:
-        """Ask for everything, and take what is retained."""
+        """Ask for everything, and take what is retained.
+
+        A broker sends that before it answers the next SUBSCRIBE. One that does not may be told something older
+        than it holds; it is watched, and set right.
+        """
         names = [BrokerName(known.name) for known in self.gateways.values()]
-        topics: Sequence[str] = [
-            *map(self.receipts_topic, names),  # first, so that none is missed
-            *self.wanted,
-            *map(gateway_status, names),
-        ]
+        self._subscribe([*self.wanted, *map(gateway_status, names)])
+        self._subscribe(map(self.receipts_topic, names))
+        self._client.wait_for_callbacks(left(self._deadline))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._take(self._inbox.get_nowait())
+
+    def _subscribe(self, topics: Iterable[str]) -> None:
         for asked in [self._client.subscribe(topic, self._inbox.put) for topic in topics]:
             asked.wait(left(self._deadline))
-        with contextlib.suppress(queue.Empty):
-            while not self._has_heard_all():
-                self._take(self._inbox.get(timeout=_QUIET_S))
-
-    def _has_heard_all(self) -> bool:
-        return len(self._held) == len(self.wanted) and all(known.status for known in self.gateways.values())
 
     def _is_in_place(self) -> bool:
         """Whether the broker holds everything, and whoever is there goes by it."""
@@ -201,5 +200,10 @@ class Broadcast(ABC, Generic[R]):
     def _take_held(self, topic: str, payload: bytes) -> None:
         self._held[topic] = payload
         is_other = payload != self.wanted[topic] and not self.supersedes(topic, payload)
-        if is_other and self._publications:
+        if not self._publications:
+            return
+        if self.conflict:
+            # It came late, and ours may be in its place by now.
+            self._client.publish(topic, payload, retain=True, wait=left(self._deadline))
+        elif is_other:
             self._publish(topic)

@@ -519,6 +519,27 @@ def test_what_is_no_filter(state: Path, topic_filter: str) -> None:
         Client.from_folder(state).subscribe(topic_filter, lambda _: None)
 
 
+def test_waiting_for_callbacks_waits_for_those_of_everything_that_has_come(
+    state: Path, broker: BrokerStub
+) -> None:
+    began, go_on, seen = threading.Event(), threading.Event(), []
+
+    def take(message: Message) -> None:
+        began.set()
+        assert go_on.wait(DEADLINE_S)
+        seen.append(message.payload)
+
+    with Client.from_folder(state) as client:
+        client.subscribe("devices/sensor-1/x", take, wait=DEADLINE_S)
+        broker.deliver("devices/sensor-1/x", b"1")
+        assert began.wait(DEADLINE_S)
+        with pytest.raises(UnreachableError, match=r"0\.01 s"):
+            client.wait_for_callbacks(0.01)
+        go_on.set()
+        client.wait_for_callbacks(DEADLINE_S)
+        assert seen == [b"1"]
+
+
 def test_what_json_cannot_hold(state: Path) -> None:
     client = Client.from_folder(state)
     for payload in ({"a": object()}, {"a": float("nan")}, {"a": b""}):

@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from support.programs import needs
 from support.station import CHEAP, PASSPHRASE, Command, new_station
+from support.station_broker import station_broker
 from support.station_upstream import Fleet, fleet
 
 from birthmark.device.client import Client
@@ -28,6 +29,7 @@ from birthmark.provisioning.fleet_policy import (
     trusted_policy,
 )
 from birthmark.provisioning.gateway_settings import Gateway
+from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.policy_delivery import deliver_policy
 from birthmark.provisioning.restore import restore
 from birthmark.provisioning.settings_edit import add_gateway
@@ -36,6 +38,8 @@ from birthmark.provisioning.station import Station
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from birthmark.device.received import Message
 
 LONG_S = 30.0
 TEXT = b"""
@@ -240,6 +244,26 @@ def test_a_version_that_this_station_does_not_know_is_told_and_not_given_again(c
 
 
 @needs("mosquitto")
+def test_a_version_that_this_station_does_not_know_stays_however_late_it_is_seen(cloud: Fleet) -> None:
+    cloud.add("g-1")
+    policy, _ = sign_policy(cloud.station, TEXT)
+    signature = cloud.station.authority.sign_transcript(policy_transcript(5, 0, OTHER))
+    theirs = SignedPolicy(5, 0, policy.issuer, OTHER, signature).to_bytes()
+    seen: queue.Queue[bytes] = queue.Queue()
+
+    def disturb(message: Message) -> None:
+        seen.put(message.payload)
+        if message.payload == policy.to_bytes():
+            disturber.publish("fleet/policy", theirs, retain=True)
+
+    with operator(cloud) as disturber, cloud.played("g-1", answers=False, takes_policies=False):
+        disturber.subscribe("fleet/policy", disturb, wait=LONG_S)
+        assert "cloud holds a version 5" in told(cloud.station, policy)["g-1"][1]
+        assert [seen.get(timeout=LONG_S) for _ in range(3)] == [policy.to_bytes(), theirs, theirs]
+    assert held_by(cloud) == theirs
+
+
+@needs("mosquitto")
 def test_a_newer_one_that_another_command_signed_meanwhile_counts(cloud: Fleet) -> None:
     cloud.add("g-1")
     older, _ = sign_policy(cloud.station, TEXT)
@@ -284,6 +308,35 @@ def test_a_restored_station_takes_over_the_highest_version(cloud: Fleet, tmp_pat
         assert told(restored, next_one) == {"g-1": ("done", "")}
     actions = [entry["action"] for entry in audit.read(restored.registry.audit_path)]
     assert "merge-policy" in actions
+
+
+def test_a_gateway_at_its_own_broker(living: Station, birthmark: Command, tmp_path: Path) -> None:
+    """A real one, which is no part of a fleet: it takes the policy from its operator."""
+    operator_path = issue_operator(living, "alice", tmp_path).key_path
+    with station_broker(tmp_path / "gateway", living) as broker:
+        gateway = Gateway("localhost", host="127.0.0.1", port=broker.port, operator_path=operator_path)
+        add_gateway(living.settings_path, gateway)
+        path = tmp_path / "policy.toml"
+        text = (tmp_path / "gateway" / "policy.toml").read_text()
+        path.write_text(text + "# for all\n")
+        answer = birthmark("policy", "publish", str(path), "--timeout", "30")
+        assert answer.exit_code == 0, answer
+        assert "localhost: goes by version 1 after" in answer.stdout
+        assert birthmark("crl", "--timeout", "30").exit_code == 0
+        answer = birthmark("gateways", "--json", "--timeout", "30")
+        assert answer.exit_code == 0, answer
+        (row,) = answer.records
+        assert (row["state"], row["policy_version"], row["policy_behind"]) == ("online", 1, 0)
+        path.write_text(text + '[[assignments]]\nrole = "nobody"\nou = "device"\n')
+        answer = birthmark("policy", "publish", str(path), "--timeout", "30")
+        assert answer.exit_code == 1
+        assert "localhost: refused the policy: " in answer.stdout
+        assert "nobody" in answer.stdout
+        assert birthmark("gateways", "--timeout", "30").exit_code == 1
+        broker.stop()
+        path.write_text(text)
+        answer = birthmark("policy", "publish", str(path), "--timeout", "0.5")
+        assert "localhost: PENDING: " in answer.stdout
 
 
 @needs("mosquitto")

@@ -18,6 +18,7 @@ from support.station import PASSPHRASE, new_station
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.crls import current_crl, up_to_date_crl
+from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.settings import RegistrySetting
 from birthmark.provisioning.settings_edit import put_registry
@@ -123,8 +124,16 @@ def check(folder: Path, names: Sequence[str], ids: int, promised: Sequence[dict[
     assert len(crls) == len({crl[:2] for crl in crls}), "one number, two CRLs"
     assert len(crls) > ids // 8
 
+    policies = {one["policy"]: one["text"] for one in promised if "policy" in one}
+    assert policies
+    assert len(policies) == len([one for one in promised if "policy" in one]), "one version, two policies"
+
     stations = [Station.open(folder / name, passphrase=PASSPHRASE) for name in names]
     with stations[0].registry.view() as view:
+        last_policy = current_policy(view)
+        assert last_policy is not None
+        assert last_policy.version == view.counter(POLICY_VERSION) >= max(policies), "promised, and not kept"
+        assert policies.get(last_policy.version, last_policy.text_sha256) == last_policy.text_sha256
         rows, revoked = view.rows(), {row.cert_serial for row in view.revoked()}
     by_name = {row.name: row for row in rows}
     for one in made:

@@ -27,6 +27,7 @@ from birthmark.provisioning.checkup import Level, gather
 from birthmark.provisioning.checkup_rules import examine
 from birthmark.provisioning.crl_service import TROUBLE_S, CrlService
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy, sign_policy, trusted_policy
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.key_custody import give_up_key
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+POLICY = b"[roles.device]\n[[assignments]]\nou = 'device'\nrole = 'device'\n"
 LOST = x509.ReasonFlags.key_compromise
 BACKUP_SECRET = b"the backup's own passphrase"
 
@@ -144,6 +146,18 @@ def test_it_issues_revokes_and_signs_crls_by_the_token(held: Station, softhsm: S
     done = subprocess.run(command, cwd=station.folder, capture_output=True, text=True, check=False)
     assert done.stdout.endswith("OK\n"), done
     assert PIN.decode() not in files_of(station)
+
+
+def test_a_policy_is_signed_by_the_token_or_not_at_all(held: Station, softhsm: SoftHsm) -> None:
+    policy, _ = sign_policy(held, POLICY)
+    assert trusted_policy(policy.to_bytes(), held.cas) == policy
+    softhsm.take_out()
+    with pytest.raises(BirthmarkError):
+        sign_policy(reopened(held), POLICY + b"# another\n")
+    softhsm.put_back()
+    with held.registry.view() as view:
+        assert current_policy(view) == policy
+        assert view.counter(POLICY_VERSION) == 1
 
 
 def test_init_makes_the_key_in_the_token_and_says_where_it_is(

@@ -1,8 +1,9 @@
 """One of several processes at work on one registry: run as `shared_station.py FOLDER STATION WORKER COUNT`.
 
-Each takes ids of one template as `birthmark run` does, certifies them, revokes some and signs CRLs. Whatever it
-has been promised (a transaction that has returned, a CRL that is in its file) it says on stdout, one JSON object a
-line. If the registry fails under it, as when its server is restarted, it ends with that error's exit code.
+Each takes ids of one template as `birthmark run` does, certifies them, revokes some, signs CRLs and policies.
+Whatever it has been promised (a transaction that has returned, a CRL that is in its file) it says on stdout, one
+JSON object a line. If the registry fails under it, as when its server is restarted, it ends with that error's exit
+code.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from support.station import PASSPHRASE, issue, public_key_der
 
 from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 from birthmark.provisioning.crls import sign_and_store_crl
+from birthmark.provisioning.fleet_policy import sign_policy
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.station import Station
+
+POLICY = b"[roles.device]\n[[assignments]]\nou = 'device'\nrole = 'device'\n"
 
 
 def say(**facts: Any) -> None:
@@ -85,6 +89,9 @@ def main(folder: Path, name: str, worker: str, count: int) -> None:
                 say(crl=crl.number, issuer=crl.issuer, sha256=crl.sha256)
         elif number % 4 == 1:
             sign(station)
+        elif number % 4 == 3:
+            policy, is_new = sign_policy(station, POLICY + f"# {os.getpid()} {number}\n".encode())
+            say(policy=policy.version, text=policy.text_sha256, newly=is_new)
         elif number % 8 == 2:
             row = issue_operator(station, f"op-{worker}-{os.getpid()}-{number}", folder / "out").row
             say(name=row.name, number=row.number, cert_serial=row.cert_serial)
