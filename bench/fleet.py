@@ -21,7 +21,7 @@ from bench.fleet_pki import HOST
 from bench.wire import BenchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 CONNACK: Final = b"\x20\x02\x00\x00"
 DISCONNECT: Final = b"\xe0\x00"
@@ -125,6 +125,20 @@ class Fleet:
         if resume and not all(device.sock and device.sock.session_reused for device in self._devices):
             raise BenchError("a device did not resume its session")
         return elapsed_s
+
+    def send(self, packet_of: Callable[[str], bytes]) -> None:
+        """Send a packet from every device, one after the other."""
+        for device in self._devices:
+            if device.sock is not None:
+                device.sock.settimeout(DEADLINE_S)
+                device.sock.send(packet_of(device.identity.stem))
+
+    def close(self) -> None:
+        """Close every connection, also those that the broker has ended."""
+        for device in self._devices:
+            if device.sock is not None:
+                device.sock.close()
+                device.sock = None
 
     def leave(self) -> None:
         """Say goodbye and close, every device; each keeps its TLS session."""

@@ -16,9 +16,11 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from birthmark.device.identity import DeviceId, Role
+from birthmark.device.pem import CRL, block
 from birthmark.provisioning import profile
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -60,20 +62,23 @@ class FleetPki:
             lifetime=LIFETIME,
             now=self._now,
         )
-        crl = profile.revocation_list(
-            self._issuer,
-            number=1,
-            this_update=self._now - timedelta(hours=1),
-            next_update=self._now + LIFETIME,
-            revoked=[
-                profile.Revoked(_cert_serial(), self._now, x509.ReasonFlags.key_compromise) for _ in range(revoked)
-            ],
-        )
         self._write("server.pem", server_key, server)
         (folder / "clients-ca.pem").write_bytes(_pem(issuing))
         (folder / "chain.pem").write_bytes(_pem(issuing) + _pem(self._root))
         (folder / "root.pem").write_bytes(_pem(self._root))
-        (folder / "crl.pem").write_bytes(crl.public_bytes(Encoding.PEM))
+        (folder / "crl.pem").write_bytes(self.new_crl(1, [_cert_serial() for _ in range(revoked)]))
+
+    def new_crl(self, number: int, cert_serials: Iterable[int]) -> bytes:
+        """Sign a CRL (PEM) that lists these; each number is dated a second later."""
+        listed = [profile.Revoked(each, self._now, x509.ReasonFlags.key_compromise) for each in cert_serials]
+        this_update = self._now - timedelta(hours=1) + timedelta(seconds=number)
+        next_update = self._now + LIFETIME
+        return block(
+            CRL,
+            profile.revocation_list_der(
+                self._issuer, number=number, this_update=this_update, next_update=next_update, revoked=listed
+            ),
+        )
 
     def client(self, name: str, role: str = "sensor") -> Path:
         """Return the file with the key and the chain of a client, made now if it is not there."""

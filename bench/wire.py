@@ -113,6 +113,14 @@ class Wire:
         if answer[0] != 0x90 or codes != bytes([qos]) * len(filters):
             raise BenchError(f"{self.client_id} may not subscribe: {codes[:8].hex()}")
 
+    def take(self, octets: int) -> None:
+        """Receive so many octets, and look at none of them; only before `go`."""
+        while octets:
+            received = len(self.sock.recv(min(octets, CHUNK_BYTES)))
+            if not received:
+                raise BenchError(f"{self.client_id} was disconnected")
+            octets -= received
+
     def close(self) -> None:
         """Say goodbye."""
         try:

@@ -14,7 +14,8 @@ Rules:
   A request that is made with a renewed certificate confirms it: its device goes by nothing else any more.
 - Nobody is told anything of consequence unless a key of the device's asked. What is said then is signed (`Seals`):
   a confirmation, or a refusal, after which nothing will ever stand for that key, or that certificate.
-- With ATTESTED the old certificate is due to be revoked (superseded) after `retire_after_hours`, durably noted.
+- With ATTESTED the old certificate is due to be revoked (superseded): after `retire_after_hours`, at a full hour,
+  durably noted.
 - Requests are answered in groups: each step is one transaction for all of them, and one that is refused spoils
   nothing for the others.
 """
@@ -37,7 +38,7 @@ from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 from birthmark.provisioning.renewal_seal import Seals
-from birthmark.provisioning.retirement import note_retirement
+from birthmark.provisioning.retirement import note_retirement, retirement_at
 from birthmark.provisioning.revocation import mark_revoked
 from birthmark.provisioning.rollover_anchors import NoAnchors
 from birthmark.provisioning.signing_request import requested_key
@@ -309,7 +310,7 @@ class Renewals:
         transaction.update(replace(old, replaced_by=row.number))
         made = transaction.update(replace(row, state=State.ATTESTED))
         made = self._anchors.confirmed_anchors(transaction, made, one.request.anchors_sha256)
-        due_at = self._station.clock() + timedelta(hours=self._station.settings.renewal.retire_after_hours)
+        due_at = retirement_at(self._station.clock(), self._station.settings.renewal.retire_after_hours)
         note_retirement(transaction, old, due_at)
         transaction.record(
             "renewed",

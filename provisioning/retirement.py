@@ -4,13 +4,15 @@ Rules:
 
 - What is due, and when, is noted in the registry in the transaction that makes the renewal stand, and forgotten in
   the one that revokes: it is neither lost nor done twice.
+- What is replaced within an hour is revoked together: a CRL goes to every gateway whole, so one for each renewal
+  of a large fleet would be more than all its messages.
 - A revocation becomes effective with the next CRL: whoever retires has one signed and brought to the gateways.
 - A row that is retired stays ATTESTED: its unit was made, and its batch counts it. Its certificate is revoked.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 RETIREMENTS: Final = "retirement"
 """The topic of the notes: row number to `{"due": seconds since 1970}`."""
 _WORD: Final = "renewed"
+
+
+def retirement_at(now: datetime, after_hours: int) -> datetime:
+    """Return when a certificate that is replaced now is to be revoked: `after_hours` later, at the next full hour.
+
+    With 0 hours it is at once.
+    """
+    due_at = now + timedelta(hours=after_hours)
+    begun_at = due_at.replace(minute=0, second=0, microsecond=0)
+    return due_at if not after_hours or begun_at == due_at else begun_at + timedelta(hours=1)
 
 
 def note_retirement(transaction: Transaction, row: Row, due_at: datetime) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,7 +30,7 @@ from birthmark.provisioning import audit, rollover
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.renewal import Asked, Renewals, _prover, open_renewals
-from birthmark.provisioning.retirement import next_retirement_at, retire_due
+from birthmark.provisioning.retirement import next_retirement_at, retire_due, retirement_at
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover_anchors import PendingAnchors
 from birthmark.provisioning.station import Station
@@ -555,3 +555,20 @@ def test_a_clock_that_went_back_has_nobody_wait_for_longer_than_a_day(
     device.new_key = new_key()
     answered = answer(station, device.renew())
     assert (answered.outcome, answered.retry, answered.retry_after_s) == ("refused", True, 86_400)
+
+
+@pytest.mark.parametrize(
+    ("at", "after_hours", "due"),
+    [
+        ("12:00:00", 24, "12:00:00"),
+        ("12:00:01", 24, "13:00:00"),
+        ("12:59:59.999999", 1, "14:00:00"),
+        ("23:30:00", 1, "01:00:00"),
+        ("12:34:56", 0, "12:34:56"),
+    ],
+)
+def test_what_is_replaced_within_an_hour_is_revoked_together(at: str, after_hours: int, due: str) -> None:
+    now = datetime.fromisoformat(f"2026-05-04T{at}+00:00")
+    due_at = retirement_at(now, after_hours)
+    assert due_at.timetz() == time.fromisoformat(f"{due}+00:00")
+    assert timedelta(hours=after_hours) <= due_at - now < timedelta(hours=after_hours + 1)
