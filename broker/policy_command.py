@@ -70,7 +70,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_config(check)
 
     show = command(actions, "show", _show, "say which policy is in force, and its version", _SHOW_EXAMPLES)
-    show.add_argument("--text", action="store_true", help="the policy itself as well")
+    show.add_argument("--text", action="store_true", help="print the policy itself")
     show.add_argument("--config", type=Path, default=Path("broker.toml"), metavar="FILE", help="broker.toml")
 
     explain = command(actions, "explain", _explain, "say what one identity may do, and why", _EXPLAIN_EXAMPLES)
@@ -150,11 +150,10 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
             f"in force: the fleet's policy, version {signed.version}, of {issued_at:%F %T} UTC, signed by the CA"
             f" {signed.issuer}, sha256 {signed.text_sha256[:12]}; {settings.policy_path} has no say"
         )
-    if arguments.text and not console.as_json:
-        console.say(said)
-        console.emit(record, content.decode("utf-8").removesuffix("\n"))
-        return
-    console.emit(record | ({"policy": content.decode("utf-8")} if arguments.text else {}), said)
+    if arguments.text:
+        text = content.decode("utf-8")
+        record, said = record | {"policy": text}, text.removesuffix("\n")
+    console.emit(record, said)
 
 
 def _explain(arguments: argparse.Namespace, console: Console) -> None:

@@ -79,11 +79,11 @@ def write_gateway(folder: Path, pki: Pki, name: str = "gw-1", toml: str = "") ->
     return path
 
 
-def write_member(folder: Path, pki: Pki, name: str, port: int, **changes: Any) -> Path:
-    """As `write_gateway`, with an upstream of the fleet on a port; `changes` are keys of its table."""
+def write_member(folder: Path, pki: Pki, name: str, *ports: int, **changes: Any) -> Path:
+    """As `write_gateway`, with an upstream of the fleet on these ports; `changes` are keys of its table."""
     folder.mkdir(exist_ok=True)
     write_credentials(folder, pki, name)
-    return write_gateway(folder, pki, name, upstream_toml(name, port, **{"fleet": True, **changes}))
+    return write_gateway(folder, pki, name, upstream_toml(name, *ports, **{"fleet": True, **changes}))
 
 
 @dataclass(kw_only=True)
@@ -91,6 +91,12 @@ class Member(RunningGateway):
     """A whole gateway."""
 
     gateway: Gateway
+
+    def knows(self, identity: str, number: int) -> None:
+        """Wait until it has heard of a visit elsewhere."""
+        visits = self.gateway._visits
+        assert visits is not None
+        self.wait_for(lambda: visits._heard.get(identity, 0) >= number, f"visit {number} elsewhere")
 
 
 def told_by(member: Member) -> GatewayStatus:

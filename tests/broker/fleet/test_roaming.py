@@ -82,13 +82,6 @@ def visit_of(member: Member) -> tuple[int, str]:
     return number, moved_to
 
 
-def knows(member: Member, number: int) -> None:
-    """Wait until a gateway has heard of a visit elsewhere."""
-    visits = member.gateway._visits
-    assert visits is not None
-    member.wait_for(lambda: visits._heard.get("sensor-1", 0) >= number, f"visit {number} elsewhere")
-
-
 def command(member: Member, what: str, pid: int = 9) -> None:
     """Have a command sent to the device from somewhere, and acknowledged."""
     client = member.client("alice", "operator", client_id="alice:1")
@@ -107,7 +100,7 @@ def test_the_old_session_makes_way_without_its_will(cloud: Member, first: Member
     alice = cloud.client("alice", "operator").subscribed((STATUS, 1))
     old = come(first, presence=b"online at 1")
     assert alice.read_delivery().payload == b"online at 1"
-    knows(second, 1)
+    second.knows("sensor-1", 1)
     come(second, presence=b"online at 2")
     with pytest.raises(ConnectionEndedError):
         old.read()
@@ -127,7 +120,7 @@ def test_what_it_is_owed_waits_and_what_is_said_meanwhile_it_gets_where_it_is(
     come(first).close()
     first.wait_for(lambda: not is_at(first), "its end")
     command(first, "owed")
-    knows(second, 1)
+    second.knows("sensor-1", 1)
     new = come(second)
     first.wait_for(lambda: visit_of(first) == (2, "gw-2"), "the farewell")
     command(cloud, "meanwhile")
@@ -149,7 +142,7 @@ def test_who_is_away_is_away_after_a_restart_too(cloud: Member, second: Member, 
     config = write_member(tmp_path / "gw-1", pki, "gw-1", cloud.port)
     with running_member(config, pki) as first:
         come(first)
-        knows(second, 1)
+        second.knows("sensor-1", 1)
         come(second)
         first.wait_for(lambda: visit_of(first) == (2, "gw-2"), "the farewell")
         first.wait_for(lambda: retained(first, "gateway/gw-1/seen/sensor-1") is not None, "what is said of it")
@@ -228,7 +221,7 @@ def test_services_are_at_several_gateways_at_once(cloud: Member, first: Member, 
         for client_id in ("alice", "alice:1")
     ]
     come(first)
-    knows(second, 1)
+    second.knows("sensor-1", 1)
     come(second)
     first.wait_for(lambda: visit_of(first) == (2, "gw-2"), "a device's move, after theirs")
     cloud.wait_for(lambda: retained(cloud, "gateway/gw-2/seen/alice") is not None, "what is said of the service")
@@ -301,7 +294,7 @@ def test_a_real_client_moves_and_moves_back(cloud: Member, first: Member, second
         with client:
             assert watching.wait_for(Connected).broker.port == way.port
             cloud.wait_for(lambda: _is_online(cloud), "its presence")
-            knows(second, 1)
+            second.knows("sensor-1", 1)
             way.lets_through = lambda _number: 0
             way.cut_all()
             assert watching.wait_for(Connected, 2).broker.port == second.port

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support import mosquitto, rabbitmq
 from support import mqtt_client as mqtt
+from support.fleet import running_member, signed_policy, told_by, write_member
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.rabbitmq import Cluster, User, cluster
 from support.repository import ROOT
@@ -102,6 +103,29 @@ def test_two_gateways_and_it_in_a_triangle_pass_each_message_on_once(
     engine: Cluster, tmp_path: Path, pki: Pki
 ) -> None:
     check_triangle(tmp_path, pki, engine.ports)
+
+
+def test_a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
+    """What is retained is asked for by its exact topic; nothing rests on RETAIN, which is not kept."""
+    crl, policy = pki.issuing.crl([], number=2), signed_policy(pki.issuing, 5)
+    for port in engine.ports:
+        with RawClient.connect(port, context(tmp_path, pki, COMMANDER)) as station:
+            station.handshake(mqtt.connect(COMMANDER))
+            for topic, payload in ((f"fleet/crl/{pki.issuing.issuer_id}", crl), ("fleet/policy", policy)):
+                station.send(mqtt.publish(topic, payload, qos=1, pid=1, retain=True))
+                assert station.read() == mqtt.Packet(0x40, b"\0\1")
+    configs = [write_member(tmp_path / name, pki, name, *engine.ports) for name in GATEWAYS]
+    with running_member(configs[0], pki) as first, running_member(configs[1], pki) as second:
+        for member in (first, second):
+            status = member.call(told_by, member)
+            assert (status.crl_numbers, status.policy_version) == ({pki.issuing.issuer_id: 2}, 5)
+            assert status.alarms == ()
+        old = first.client("sensor-1", clean=False)
+        second.knows("sensor-1", 1)
+        second.client("sensor-1", clean=False).ping()
+        assert old.read_end() == []
+        first.wait_for(lambda: first.broker.counters.moved_away == 1, "the farewell")
+        second.wait_for(lambda: second.broker.roamers.is_here("sensor-1"), "the device")
 
 
 @pytest.mark.proof
