@@ -42,6 +42,15 @@ def test_who_moves_gets_the_next_number_and_the_old_gateway_lets_go() -> None:
     assert first.of(ONE) == (3, "")
 
 
+def test_a_restart_goes_on_from_what_was_said() -> None:
+    visits = at("a")
+    visits.take_up(ONE, Visit(5, "b"))
+    assert visits.arrived(ONE)
+    assert visits.of(ONE) == (6, "")
+    visits.take_up(ONE, Visit(7))
+    assert not visits.arrived(ONE)
+
+
 def test_the_same_number_is_nobodys() -> None:
     visits = at("a")
     visits.arrived(ONE)
