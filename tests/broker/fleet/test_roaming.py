@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress
 from birthmark.device.events import Connected
+from birthmark.device.identity import DeviceId
 from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
@@ -225,6 +227,9 @@ def test_services_are_at_several_gateways_at_once(cloud: Member, first: Member, 
     come(second)
     first.wait_for(lambda: visit_of(first) == (2, "gw-2"), "a device's move, after theirs")
     cloud.wait_for(lambda: retained(cloud, "gateway/gw-2/seen/alice") is not None, "what is said of the service")
+    assert second.gateway._visits is not None
+    assert second.gateway._visits.of("alice") == (0, ""), "a service is counted"
+    assert not second.call(partial(second.broker.roamers.let_go, DeviceId("alice"), "gw-1", is_certain=True))
     for client in clients:
         client.ping()
     assert (first.broker.counters.moved_away, second.broker.counters.moved_away) == (1, 0)
