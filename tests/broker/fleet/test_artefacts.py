@@ -25,6 +25,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient
 from support.pki import Authority, Pki, now
 
 from birthmark.broker.config import read_settings
+from birthmark.broker.fleet.intake import MAX_STRANGERS
 from birthmark.broker.fleet.policy import FILE_NAME
 from birthmark.broker.gateway import Gateway
 from birthmark.device.errors import ConfigurationError
@@ -392,6 +393,8 @@ def test_topics_that_are_no_fleets_are_ignored_and_many_keep_nothing_out(member:
         alice.send(mqtt.publish(f"fleet/crl/{number:040x}", b"not a CRL"))
     crl = member.pki.issuing.crl([], number=2)
     assert crl_receipt_of(alice, topic_of(member.pki.issuing), crl).outcome == "installed"
+    asyncio.run_coroutine_threadsafe(member.gateway._member.settled(), member.loop).result(10)
+    assert 0 < len(member.gateway._member.alarms()) <= MAX_STRANGERS
 
 
 def test_the_golden_file_of_a_policy_is_what_is_kept(config: Path, pki: Pki) -> None:

@@ -156,6 +156,7 @@ def test_who_stops_a_start_does_not_wait_for_it(tmp_path: Path, pki: Pki) -> Non
             assert not broker.out, "it is ready before it has waited"
             broker.process.terminate()
             assert broker.process.wait(20) == 0
+        assert not [record for record in broker.log if record.get("event") == "upstream_failed"], "it waited"
 
 
 def test_an_upstream_without_the_crl_of_a_ca_is_an_alarm_and_no_obstacle(
