@@ -129,6 +129,27 @@ def test_hold_stops_those_who_publish_what_should_go_up_and_nobody_else(
         assert said(operator, 1) == numbers(16, 16)
 
 
+def test_hold_loses_nothing_of_a_burst_that_is_larger_than_the_spool(
+    above: RunningGateway, tmp_path: Path, pki: Pki
+) -> None:
+    operator = above.client("alice", "operator").subscribed(("devices/+/telemetry/#", 1))
+    with spooling(tmp_path, pki, spool_messages=16) as (gateway, proxy):
+        device = gateway.client()
+        device.send(b"".join(mqtt.publish(TOPIC, b"%d" % number, qos=1, pid=number) for number in range(1, 41)))
+        acknowledged = len(device.read_end())
+        # They came in one read, so all of them were looked at; the one that found no room ended the connection.
+        assert acknowledged <= 16
+        spool = upstream_of(gateway).spool
+        assert (spool.session.waiting_count, spool.dropped) == (16, 0)
+        proxy.target_port = above.port
+        assert said(operator, 16) == numbers(1, 16)
+        gateway.wait_for(lambda: not spool.is_filling, "room")
+        again = gateway.client()
+        again.send(b"".join(mqtt.publish(TOPIC, b"%d" % number, qos=1, pid=number) for number in range(17, 31)))
+        assert said(operator, 14) == numbers(17, 30)
+        assert spool.dropped == 0
+
+
 def test_hold_cuts_off_who_comes_again_with_more_and_drops_what_nobody_can_be_asked_to_keep(
     above: RunningGateway, tmp_path: Path, pki: Pki
 ) -> None:
