@@ -11,6 +11,7 @@ Rules:
 - A message that comes as retained is retained here, and published only if it is news. Later ones on its topic come
   without the flag (§3.3.1-9) and keep it up to date.
 - A spool that is careful (`spool.py`) sends nothing before a PINGREQ has been answered: the connection works then.
+  Another PINGREQ follows its first message: what is answered behind it has not ended the connection.
 - Half of a keepalive without a word is answered with a PINGREQ, one and a half with the end.
 """
 
@@ -101,6 +102,7 @@ class Link:
         self._tick: asyncio.TimerHandle | None = None
         self._settling: bool | None = None
         """While settling: whether something retained has come since the last PINGREQ."""
+        self._is_probing = False
         self.stream: TlsStream
         self.accepted: asyncio.Future[None] = loop.create_future()
         """Done when CONNECT is answered with yes, or the connection is over."""
@@ -108,6 +110,8 @@ class Link:
         """Why the connection is over."""
         self.has_settled = False
         """Whether the subscriptions stand, and a PINGREQ after them was answered."""
+        self.has_survived = False
+        """Whether a PINGREQ was answered behind the message that a careful spool sent first."""
         self.was_closed = False
         """Whether it ended, and not by our doing."""
         self.refused: tuple[str, ...] = ()
@@ -231,6 +235,7 @@ class Link:
             self._violated("a SUBACK to nothing that was asked")
             return
         spool, name = self._above.spool, self._above.settings.name
+        self.refused = tuple(topic_filter for topic_filter in self.refused if topic_filter not in asked)
         for topic_filter, code in zip(asked, packet.codes, strict=True):
             if code == mqtt.SUBACK_FAILURE:
                 self.refused = (*self.refused, topic_filter)
@@ -253,12 +258,16 @@ class Link:
             self.stream.write(up.PINGREQ)
         elif self._settling is False:
             self._settle()
+        elif self._is_probing:
+            self.has_survived = True
 
     def _settle(self) -> None:
         self._settling = None
         self.has_settled = True
         if self._above.spool.is_careful:
             self._above.spool.resume(self._above.spool.session)
+            self._is_probing = True
+            self.stream.write(up.PINGREQ)
         self._above.has_settled()
 
     def _pubacks(self, packet: mqtt.PubAcks) -> None:

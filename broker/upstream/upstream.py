@@ -5,7 +5,7 @@ Rules:
 - The servers are tried in turn, without a wait between them; the one that worked last comes first. After a round
   in vain, or a connection lost, there is a wait that grows, with jitter (`device/backoff.py`).
 - A message that ends every connection is found and set aside (`spool.py`): first by one at a time, then by three
-  connections that worked until this message was sent, and that the upstream itself ended.
+  connections that worked until this message was sent, and that the upstream itself ended, saying nothing more.
 - Whatever goes wrong with an upstream is a line in the log, once for each cause, and an alarm while it lasts; it
   never stops the gateway.
 - New credentials are tried at once. SIGHUP does the same: it cuts a wait short.
@@ -352,7 +352,7 @@ class Upstream:
             if self._stuck >= CAREFUL_AFTER:
                 spool.be_careful(careful=True)
                 self._stuck = 0
-        elif link.has_settled and link.was_closed:
+        elif link.has_settled and link.was_closed and not link.has_survived:
             self._stuck += 1
             if self._stuck >= SET_ASIDE_AFTER:
                 self._stuck = 0

@@ -27,8 +27,10 @@ from support.upstreams import (
     write_credentials,
 )
 
+from birthmark.broker import packets
 from birthmark.broker.config import Limits
-from birthmark.broker.packets import Will
+from birthmark.broker.packet_reader import PacketReader
+from birthmark.broker.packets import Connect, PingReq, Publish, PublishRun, Subscribe, Will
 from birthmark.broker.retained import Retained
 from birthmark.device.errors import ConfigurationError
 
@@ -245,6 +247,39 @@ def test_what_the_other_end_would_not_take_can_be_kept_from_it(
         publish(device, TOPIC, b"x" * 16)
         assert said(operator, 1) == [(TOPIC, b"x" * 16, 1, False)]
         assert upstream.spool.dropped == 1
+
+
+def test_an_upstream_that_acknowledges_nothing_costs_no_message(tmp_path: Path, pki: Pki) -> None:
+    """A queue without its majority: pings are answered, messages are not, and at some time the connection ends."""
+    ended = 0
+
+    def talk(secured: ssl.SSLSocket) -> None:
+        nonlocal ended
+        reader, has_come = PacketReader(1_000_000), False
+        while data := secured.recv(16_384):
+            for packet in reader.feed(data):
+                has_come |= isinstance(packet, Publish | PublishRun)
+                if isinstance(packet, Connect):
+                    secured.sendall(ACCEPTED)
+                elif isinstance(packet, Subscribe):
+                    secured.sendall(packets.suback(packet.packet_id, bytes(1 for _ in packet.filters)))
+                elif isinstance(packet, PingReq):
+                    secured.sendall(packets.PINGRESP)
+                    if has_come:
+                        ended += 1
+                        return
+
+    with (
+        speaking(tmp_path, pki, talk) as port,
+        running_gateway(tmp_path, pki, **linked(tmp_path, pki, port, keepalive_s=1)) as gateway,
+    ):
+        wait_until_up(gateway)
+        publish(gateway.client(), TOPIC, b"1")
+        publish(gateway.client(), TOPIC, b"2")
+        gateway.wait_for(lambda: ended > 8, "many connections in vain")
+        spool = upstream_of(gateway).spool
+        assert spool.is_careful
+        assert (spool.session.waiting_count, spool.dropped) == (2, 0)
 
 
 def test_an_upstream_that_only_accepts_and_closes_costs_no_message(tmp_path: Path, pki: Pki) -> None:
