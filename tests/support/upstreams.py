@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
+import threading
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from support import mqtt_client as mqtt
@@ -13,6 +17,7 @@ from birthmark.device.errors import ConfigurationError
 from birthmark.device.identity import BrokerName
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from support.mqtt_client import RawClient
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from birthmark.broker.upstream.settings import UpstreamSettings
     from birthmark.broker.upstream.upstream import Upstream
 
+ACCEPTED = b"\x20\x02\x00\x00"
+"""A CONNACK, without session present."""
 ROLE = "service-gateway"
 POLICY = (
     POLICY_TOML
@@ -119,3 +126,31 @@ def said(client: RawClient, count: int) -> list[tuple[str, bytes, int, bool]]:
             client.send(mqtt.puback(message.packet_id))
         found.append((message.topic, message.payload, message.qos, message.retain))
     return found
+
+
+@contextmanager
+def speaking(folder: Path, pki: Pki, talk: Callable[[ssl.SSLSocket], Any], *hosts: str) -> Iterator[int]:
+    """A TLS server that does with each connection what `talk` does; yields its port."""
+    folder /= "speaking"
+    folder.mkdir()
+    pki.write_broker_files(folder, *hosts)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    plain, _ = listener.accept()
+                except OSError:
+                    return
+                with plain, suppress(OSError):
+                    plain.settimeout(10)
+                    with context.wrap_socket(plain, server_side=True) as secured:
+                        talk(secured)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)

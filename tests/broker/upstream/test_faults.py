@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-import socket
-import ssl
 import threading
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from support import mqtt_client as mqtt
@@ -15,11 +13,13 @@ from support.loopback_proxy import LoopbackProxy
 from support.mqtt_gateway import POLICY_TOML, RunningGateway, policy, running_gateway
 from support.pki import now
 from support.upstreams import (
+    ACCEPTED,
     POLICY,
     ROLE,
     linked,
     publish,
     said,
+    speaking,
     upstream_of,
     upstream_toml,
     upstreams,
@@ -35,7 +35,8 @@ from birthmark.broker.retained import Retained
 from birthmark.device.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    import ssl
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.pki import Pki
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from birthmark.broker.upstream.upstream import Upstream
 
 TOPIC = "devices/sensor-1/telemetry/t"
-ACCEPTED = b"\x20\x02\x00\x00"
 
 
 def codes(gateway: RunningGateway) -> list[str]:
@@ -78,34 +78,6 @@ def test_an_upstream_of_another_name_is_never_connected_to(tmp_path: Path, pki: 
     ):
         wait_until_down(gateway, "the broker's certificate is not for 127.0.0.1")
     assert not any(heard), "it was spoken to"
-
-
-@contextmanager
-def speaking(folder: Path, pki: Pki, talk: Callable[[ssl.SSLSocket], Any], *hosts: str) -> Iterator[int]:
-    """A TLS server that does with each connection what `talk` does; yields its port."""
-    folder /= "speaking"
-    folder.mkdir()
-    pki.write_broker_files(folder, *hosts)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "server.pem")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    plain, _ = listener.accept()
-                except OSError:
-                    return
-                with plain, suppress(OSError):
-                    plain.settimeout(10)
-                    with context.wrap_socket(plain, server_side=True) as secured:
-                        talk(secured)
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +219,30 @@ def test_what_the_other_end_would_not_take_can_be_kept_from_it(
         publish(device, TOPIC, b"x" * 16)
         assert said(operator, 1) == [(TOPIC, b"x" * 16, 1, False)]
         assert upstream.spool.dropped == 1
+
+
+def test_only_a_connection_that_the_upstream_ended_speaks_against_a_message(tmp_path: Path, pki: Pki) -> None:
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, 1)) as gateway:
+        upstream = upstream_of(gateway)
+        publish(gateway.client(), TOPIC, b"1")
+        spool = upstream.spool
+
+        def judge(count: int, **facts: bool) -> int:
+            link = cast(Any, SimpleNamespace(**facts))
+            for _ in range(count):
+                upstream._look_for_stumbling(link)
+            return spool.dropped
+
+        def send() -> None:
+            spool.session.inflight[1] = spool.session.queue.popleft()
+            spool.be_careful(careful=True)
+
+        gateway.call(send)
+        assert gateway.call(judge, 9, has_settled=True, was_closed=False, has_survived=False) == 0
+        assert gateway.call(judge, 9, has_settled=False, was_closed=True, has_survived=False) == 0
+        assert gateway.call(judge, 9, has_settled=True, was_closed=True, has_survived=True) == 0
+        assert gateway.call(judge, 2, has_settled=True, was_closed=True, has_survived=False) == 0
+        assert gateway.call(judge, 1, has_settled=True, was_closed=True, has_survived=False) == 1
 
 
 def test_an_upstream_that_acknowledges_nothing_costs_no_message(tmp_path: Path, pki: Pki) -> None:

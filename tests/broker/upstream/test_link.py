@@ -12,6 +12,7 @@ from support.upstreams import (
     linked,
     publish,
     said,
+    speaking,
     upstream_of,
     upstream_toml,
     upstreams,
@@ -22,6 +23,7 @@ from support.upstreams import (
 from birthmark.broker.config import Limits
 
 if TYPE_CHECKING:
+    import ssl
     from pathlib import Path
 
     from support.pki import Pki
@@ -54,7 +56,9 @@ def test_a_prefix_is_put_before_and_taken_off(above: RunningGateway, tmp_path: P
     with running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port, prefix="sites/berlin/")) as gateway:
         wait_until_up(gateway)
         device = gateway.client().subscribed(("devices/sensor-1/commands/#", 1), ("fleet/announcements/#", 1))
+        beside = gateway.client("free-2", clean=False).subscribed(("#", 1))
         publish(device, "devices/sensor-1/telemetry/t", b"21")
+        assert said(beside, 1) == [("devices/sensor-1/telemetry/t", b"21", 1, False)]
         assert said(free, 1) == [("sites/berlin/devices/sensor-1/telemetry/t", b"21", 1, False)]
         for topic in (
             "devices/sensor-1/commands/a",
@@ -114,6 +118,37 @@ def test_retained_messages_go_up_once_to_an_upstream_that_has_none(
         assert said(operator, 1) == [("devices/sensor-1/telemetry/t", b"last", 1, False)]
     late = above.client("bob", "operator").subscribed(("devices/+/status", 1))
     assert said(late, 1) == [("devices/sensor-1/status", b"kept", 1, True)]
+
+
+def test_retained_messages_that_were_going_up_when_the_gateway_stopped_go_up_after_it(
+    above: RunningGateway, tmp_path: Path, pki: Pki
+) -> None:
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port, up=["other"])) as gateway:
+        wait_until_up(gateway)  # from now on it knows our session
+        device = gateway.client()
+        for number in range(1, 31):
+            publish(device, f"devices/sensor-1/telemetry/{number}", b"kept", pid=number, retain=True)
+
+    def take_and_say_nothing(peer: ssl.SSLSocket) -> None:
+        peer.recv(4_096)
+        peer.sendall(b"\x20\x02\x01\x00")  # accepted, session present
+        peer.recv(65_536)
+
+    with speaking(tmp_path, pki, take_and_say_nothing) as port:
+        values = linked(tmp_path, pki, port, max_inflight=4)
+        with running_gateway(tmp_path, pki, **values) as gateway:
+            upstream = upstream_of(gateway)
+            gateway.wait_for(lambda: len(upstream.spool.session.inflight) == 4, "the first are on their way")
+    operator = above.client("alice", "operator").subscribed(("devices/#", 1))
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port, max_inflight=4)) as gateway:
+        arrived: set[str] = set()
+        while len(arrived) < 30:
+            arrived |= {topic for topic, *_ in said(operator, 1)}
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port)) as gateway:
+        wait_until_up(gateway)
+        publish(gateway.client(), "devices/sensor-1/telemetry/t", b"last")
+        while said(operator, 1)[0][1] != b"last":
+            pass  # of the four that were on their way, some may come twice
 
 
 def test_presence_is_right_above(above: RunningGateway, tmp_path: Path, pki: Pki) -> None:
