@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import certificates, connections, device, handshakes, messages, outbox, registry, upstream
+from bench import certificates, connections, device, handshakes, messages, outbox, registry, revocation, upstream
 from bench import line as enrolment
 from bench.fleet_pki import FleetPki
 from bench.peers import MOSQUITTO, available
@@ -68,6 +68,12 @@ def main() -> int:
             device.figures(folder, rounds, _say),
             outbox.figures(rounds, _say),
             registry.figures(folder, rounds, registry.SIZES[:1] if arguments.quick else registry.SIZES, _say),
+            revocation.figures(
+                folder / "revocation",
+                rounds,
+                revocation.QUICK_GATEWAYS if arguments.quick else revocation.GATEWAYS,
+                _say,
+            ),
             enrolment.figures(folder, rounds, AGES[:1] if arguments.quick else AGES, _say),
         )
         for figure in measured:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from support.programs import needs
 
-from bench import device, messages, outbox, registry, upstream
+from bench import device, messages, outbox, registry, revocation, upstream
 from bench.fleet_pki import FleetPki
 from bench.peers import BIRTHMARK, MOSQUITTO, peer
 from bench.report import Figure, line, to_json, to_svg
@@ -207,3 +207,9 @@ def test_a_runs_tables_come_from_its_file(
     path.write_text("{}")
     assert print_tables() == 1
     assert "hint: write one with" in capsys.readouterr().err
+
+
+def test_a_revocation_is_confirmed_by_every_gateway(tmp_path: Path) -> None:
+    found = list(revocation.figures(tmp_path / "fleet", 1, 2, lambda _: None))
+    assert [figure.errors for figure in found] == [[], []]
+    assert [len(figure.values[figure.ours]) for figure in found] == [1, 1]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support import mqtt_client as mqtt
-from support.fleet_stand import FleetStand, fleet_stand
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.station import PASSPHRASE, Command, new_station
 
+from bench.fleet_stand import FleetStand, fleet_stand
 from birthmark.provisioning.crls import current_crl
 from birthmark.provisioning.issuing import issue_operator
 

@@ -1,11 +1,10 @@
-"""A fleet of real processes: a station's gateways, and the birthmark-broker that all of them have a link to."""
+"""A fleet of real processes, to be measured and tested: gateways, and the broker that they have a link to."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -46,11 +45,6 @@ class GatewayProcess:
     def __post_init__(self) -> None:
         self.log = self.folder / "log"
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def start(self) -> None:
         """Start it, and do not wait for it (`ready`)."""
         with self.log.open("ab") as log:
@@ -63,23 +57,18 @@ class GatewayProcess:
             )
 
     def ready(self) -> None:
-        """Wait until it listens to devices."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, f"{self.name} did not start: {self.log.read_text()[-2000:]}"
+        """Wait until it listens to devices; raises `RuntimeError` if it does not start."""
+        line = ""
+        if self._process is not None and self._process.stdout is not None:
+            line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} did not start: {self.log.read_text()[-2000:]}")
         self.port = json.loads(line)["listen"][0]["port"]
 
     def kill(self) -> None:
         """End it as a power cut does."""
-        self._end(signal.SIGKILL)
-
-    def stop(self) -> None:
-        self._end(signal.SIGTERM)
-
-    def _end(self, number: int) -> None:
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.kill()
             self._process.communicate(timeout=DEADLINE_S)
             self._process = None
 
@@ -94,6 +83,7 @@ class FleetStand:
     operator_path: Path
 
     def start(self, names: Sequence[str]) -> None:
+        """Start these at once, and wait until all of them listen."""
         for name in names:
             self.gateways[name].start()
         for name in names:
