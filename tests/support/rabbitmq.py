@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 READY = "Server startup complete"
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 180
 SETTINGS = """\
 listeners.tcp = none
 mqtt.listeners.tcp = none

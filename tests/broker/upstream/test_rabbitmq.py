@@ -10,10 +10,12 @@ from support import mosquitto, rabbitmq
 from support import mqtt_client as mqtt
 from support.fleet import running_member, signed_policy, told_by, write_member
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
+from support.mqtt_gateway import running_gateway
 from support.rabbitmq import Cluster, User, cluster
 from support.repository import ROOT
 from support.upstream_load import COLLECTOR, COMMANDER, GATEWAY, Loaded
 from support.upstream_triangle import GATEWAYS, check_triangle
+from support.upstreams import POLICY, upstream_toml, upstreams, write_credentials
 
 if TYPE_CHECKING:
     import ssl
@@ -23,11 +25,17 @@ if TYPE_CHECKING:
     from support.pki import Pki
 
 # One cluster is enough: its start takes as long as everything that is done with it.
-pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(900)]
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 ROUNDS = 5 if WHOLE else 1
 OWN = r"^sites\.{username}\."
-USERS = (User(GATEWAY, write=OWN, read=OWN), *(User(name) for name in (COLLECTOR, COMMANDER, *GATEWAYS)))
+NARROW = "narrow"
+"""A gateway that may publish telemetry, and nothing else."""
+USERS = (
+    User(GATEWAY, write=OWN, read=OWN),
+    User(NARROW, write=r"^sites\.{username}\.devices\.[^.]+\.telemetry\.", read=OWN),
+    *(User(name) for name in (COLLECTOR, COMMANDER, *GATEWAYS)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +105,32 @@ def test_what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only(
                 if payload is not None:
                     assert late.read_delivery() == mqtt.Delivery(topic, payload, retain=True)
                 late.ping()
+
+
+def test_a_message_that_it_does_not_allow_does_not_keep_the_others_from_it(
+    engine: Cluster, tmp_path: Path, pki: Pki
+) -> None:
+    folder = tmp_path / NARROW
+    write_credentials(folder, pki, NARROW)
+    table = upstream_toml(NARROW, *engine.ports, prefix=f"sites/{NARROW}/", down=[], down_shared=[])
+    with (
+        RawClient.connect(engine.ports[-1], context(tmp_path, pki, COLLECTOR)) as collector,
+        running_gateway(folder, pki, policy_toml=POLICY, upstreams=upstreams(folder, table)) as gateway,
+    ):
+        collector.handshake(mqtt.connect(COLLECTOR)).subscribed((f"sites/{NARROW}/#", 1))
+        device = gateway.client()
+        topics = [f"devices/sensor-1/{name}" for name in ("telemetry/a", "replies/b", "telemetry/c")]
+        for number, topic in enumerate(topics, start=1):
+            device.send(mqtt.publish(topic, b"x", qos=1, pid=number))
+        for number in range(1, len(topics) + 1):
+            assert device.read() == mqtt.Packet(0x40, bytes((0, number)))
+        taken: dict[str, None] = {}  # the first may come again: what was acknowledged with the connection's end
+        while len(taken) < 2:
+            message = collector.read_delivery()
+            collector.send(mqtt.puback(message.packet_id))
+            taken[message.topic] = None
+        assert list(taken) == [f"sites/{NARROW}/{topics[number]}" for number in (0, 2)]
+        gateway.wait_for(lambda: gateway.broker.counters.upstream_refused == 1, "one message set aside")
 
 
 def test_two_gateways_and_it_in_a_triangle_pass_each_message_on_once(
