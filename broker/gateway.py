@@ -221,6 +221,7 @@ class Gateway:
         self._server = server
         self._member.start(server)  # first of all: the links begin with the first wait
         self._sightings.take_up(server.own_retained(gateway_seen(self._settings.name, "+")))
+        self._member.take_up()
         server.on_client = self._saw
         server.upstreams.on_status = lambda: self._publish_status(online=True)
         for upstream in server.upstreams:

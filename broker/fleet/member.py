@@ -110,6 +110,11 @@ class Member:
             upstream.on_fleet = partial(self._hear, upstream.name)
         self.follow_trust()
 
+    def take_up(self) -> None:
+        """Go on, from the sightings of before a restart, with who has moved elsewhere."""
+        if self._roaming is not None:
+            self._roaming.begin()
+
     def follow_trust(self) -> None:
         """Ask the upstreams for the CRLs of the CAs that are trusted now, and judge once more what was refused.
 
@@ -133,10 +138,22 @@ class Member:
             await asyncio.gather(*over, return_exceptions=True)
             self._has_begun = True
             self._changed()
-        if self._roaming is not None:
-            self._roaming.begin()
 
     async def _have_caught_up(self) -> None:
+        """Return when all that there should be is judged; what there may be is known once all is heard."""
+        all_heard = asyncio.create_task(self._have_heard_all())
+        if not self._policies.version:
+            await all_heard
+            return
+        # A policy will come, as there was one: no need to wait for the sightings of a whole fleet behind it.
+        enough = asyncio.create_task(self._intake.settled(self._wanted()))
+        try:
+            await asyncio.wait((all_heard, enough), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            all_heard.cancel()
+            enough.cancel()
+
+    async def _have_heard_all(self) -> None:
         for upstream in self._upstreams:
             await upstream.stands.wait()
         if any(upstream.caught_up.is_set() for upstream in self._upstreams):

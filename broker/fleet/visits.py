@@ -89,10 +89,10 @@ class Visits:
     def heard(self, identity: str, gateway: str, visit: Visit, *, is_here: bool) -> Verdict:
         """Take note of what another gateway says of an identity; `is_here`: it is connected to this one."""
         self._remember(identity, visit.number)
-        if visit.moved_to:
-            came_here = visit.moved_to == self._gateway and is_here
-            return Verdict.CAME_FROM_THERE if came_here else Verdict.NOTHING
         own = self.of(identity)
+        if visit.moved_to:
+            came_here = visit.moved_to == self._gateway and is_here and visit.number in (0, own.number)
+            return Verdict.CAME_FROM_THERE if came_here else Verdict.NOTHING
         if not visit.number or not own.number or own.moved_to:
             return Verdict.NOTHING
         if visit.number > own.number:

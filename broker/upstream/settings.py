@@ -139,7 +139,7 @@ def _upstream(table: Table, folder: Path, gateway: str) -> UpstreamSettings:
         client_id=client_id,
         keepalive_s=table.whole("keepalive_s", 30, least=1, most=3_600),
         fleet=fleet,
-        catch_up_s=table.number("catch_up_s", 10.0, least=0, most=600),
+        catch_up_s=table.number("catch_up_s", 10.0, least=0, most=60),
         transit=table.boolean("transit", default=False),
         spool_messages=table.whole("spool_messages", 100_000, least=16, most=10_000_000),
         spool_bytes=table.whole("spool_bytes", 67_108_864, least=65_536, most=2**40),

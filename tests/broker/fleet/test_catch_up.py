@@ -134,7 +134,7 @@ def _above(cloud: Member, topic: str) -> bytes:
 
 def test_an_upstream_that_is_not_there_delays_nobody(tmp_path: Path, pki: Pki) -> None:
     with _nobody() as port:
-        config = write_member(tmp_path / "gw-1", pki, "gw-1", port, catch_up_s=600)
+        config = write_member(tmp_path / "gw-1", pki, "gw-1", port, catch_up_s=60)
         with running_member(config, pki) as member:
             assert set(member.call(told_by, member).alarms) >= {"fleet-unheard", "upstream-down"}
             member.client("sensor-1").ping()
@@ -150,7 +150,7 @@ def test_an_upstream_that_says_nothing_delays_for_a_while_only(tmp_path: Path, p
 
 def test_who_stops_a_start_does_not_wait_for_it(tmp_path: Path, pki: Pki) -> None:
     with _silent() as port:
-        config = write_member(tmp_path / "gw-1", pki, "gw-1", port, catch_up_s=600)
+        config = write_member(tmp_path / "gw-1", pki, "gw-1", port, catch_up_s=60)
         with broker_process(config) as broker:
             broker.wait_for_log("waiting for what the upstream has")
             assert not broker.out, "it is ready before it has waited"

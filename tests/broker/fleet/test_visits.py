@@ -38,6 +38,8 @@ def test_who_moves_gets_the_next_number_and_the_old_gateway_lets_go() -> None:
     assert first.of(ONE) == (2, "b")
     assert first.of(ONE).is_over
     assert second.heard(ONE, "a", first.of(ONE), is_here=True) is Verdict.CAME_FROM_THERE
+    assert second.heard(ONE, "a", Visit(1, "b"), is_here=True) is Verdict.NOTHING, "of a visit before this one"
+    assert second.heard(ONE, "a", Visit(2, "c"), is_here=True) is Verdict.NOTHING
     assert first.arrived(ONE)
     assert first.of(ONE) == (3, "")
 
