@@ -1,7 +1,8 @@
 """`make bench`: birthmark beside its peers, in the same run, as ratios.
 
-`python -m bench` measures every section; `--quick` is one short round. What it found is a table on the terminal,
-and with `--json` and `--svg` a file and a picture. Traffic goes to 127.0.0.1 alone, and the run ends by itself.
+`python -m bench` measures everything; `--quick` is one short round of what says most. What it found is a table on
+the terminal, and with `--json` and `--svg` a file and a picture. Traffic goes to 127.0.0.1 alone, and the run ends
+by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bench.report import Figure, line, machine, to_json, to_svg
 ROUNDS, SECONDS = 5, 1.0
 QUICK_ROUNDS, QUICK_SECONDS = 1, 0.3
 VISITORS, QUICK_VISITORS = 1_000, 100
-CONNECTION_ROUNDS = 5
+CONNECTION_ROUNDS, LINK_ROUNDS = 5, 3
 AGES = (100, 10_000)
 """Rows in the registry of a line."""
 HELD = 5_000
@@ -31,7 +32,7 @@ HELD = 5_000
 def main() -> int:
     """Measure."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="birthmark beside its peers")
-    parser.add_argument("--quick", action="store_true", help="one short round of each")
+    parser.add_argument("--quick", action="store_true", help="one short round of what says most")
     parser.add_argument("--rounds", type=int, help="how often each is measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios there")
@@ -58,10 +59,10 @@ def main() -> int:
         section = ""
         visitors, held = (QUICK_VISITORS, 0) if arguments.quick else (VISITORS, HELD)
         measured = itertools.chain(
-            messages.figures(folder, rounds, seconds, _say, with_amqtt=not arguments.quick),
-            upstream.figures(
-                folder, rounds, seconds, upstream.QUICK_SPOOLED if arguments.quick else upstream.SPOOLED, _say
-            ),
+            messages.figures(folder, rounds, seconds, _say, quick=arguments.quick),
+            ()
+            if arguments.quick
+            else upstream.figures(folder, min(rounds, LINK_ROUNDS), seconds, upstream.SPOOLED, _say),
             connections.figures(pki, min(rounds, CONNECTION_ROUNDS), visitors, held, _say),
             handshakes.figures(pki, rounds, _say),
             certificates.figures(folder, rounds, seconds, _say),

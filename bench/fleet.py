@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.fleet_pki import HOST
+from bench.peers import cpu_s
 from bench.wire import BenchError
 
 if TYPE_CHECKING:
@@ -41,16 +42,12 @@ class Spent:
     @classmethod
     def by(cls, pid: int) -> Spent:
         """Read a process's figures, once it does nothing for `STILL_S`."""
-        process, before, deadline_s = Path("/proc", str(pid)), -1, time.monotonic() + DEADLINE_S
-        while (cpu_ns := _cpu_ns(process)) - before > 2_000_000 and time.monotonic() < deadline_s:
-            before = cpu_ns
+        process, before, deadline_s = Path("/proc", str(pid)), -1.0, time.monotonic() + DEADLINE_S
+        while (spent_s := cpu_s(pid)) - before > 0.002 and time.monotonic() < deadline_s:
+            before = spent_s
             time.sleep(STILL_S)  # nothing tells when a foreign process is idle
         lines = (process / "smaps_rollup").read_text().splitlines()
-        return cls(cpu_ns / 1000, sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
-
-
-def _cpu_ns(process: Path) -> int:
-    return sum(int(path.read_text().split()[0]) for path in process.glob("task/*/schedstat"))
+        return cls(spent_s * 1e6, sum(int(line.split()[1]) for line in lines if line.startswith("Private_")))
 
 
 def raise_file_limit(wanted: int) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SECTION: Final = "The upstream"
 GATEWAY: Final = "gw-bench"
 PAYLOAD_BYTES, WINDOW = 64, 400
-SPOOLED, QUICK_SPOOLED = 100_000, 10_000
+SPOOLED: Final = 100_000
 GOAL_CPU, GOAL_PER_S = 1.25, 10_000.0
 DRAIN_S: Final = 120.0
 LINKED, UNLINKED = "linked", "not linked"
