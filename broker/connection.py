@@ -237,19 +237,19 @@ class Connection:
         if gateway.on_message is not None:
             for packet in run.each():
                 gateway.on_message(session, packet)
-        if run.qos == 0:
-            if not exchange.accept_run(session, run) and gateway.disconnects_denied:
-                self._end_denied()
-            return
         journal = exchange.journal
-        if journal.is_failing and self._is_unkept(session, run.topic, 1, retain=False):
+        if run.qos and journal.is_failing and self._is_unkept(session, run.topic, 1, retain=False):
             return
         recorded = journal.recorded
         if not exchange.accept_run(session, run) and gateway.disconnects_denied:
             self._end_denied()
-        else:
-            self._acknowledge(mqtt.pubacks(run.packet_ids), _since(recorded, journal))
-        self._slow_down(recorded)
+        elif run.qos:
+            acknowledgements = mqtt.pubacks(run.packet_ids)
+            if journal.recorded == recorded:
+                self.stream.write(acknowledgements)
+                return
+            journal.send_after(self.stream, journal.recorded, acknowledgements)
+            self._slow_down(recorded)
 
     def _publish(self, session: Session, packet: Publish) -> None:
         """A message to be retained, of QoS 2, or to go up."""

@@ -197,6 +197,8 @@ class Exchange:
         if self.uplinks is not None:
             messages = self.uplinks.forward(topic, payloads, qos, retain=retain, publisher=publisher)
             targets = self.uplinks.within(targets, publisher)
+        if not targets:
+            return
         joined = b""
         max_waiting_bytes = self._max_waiting_bytes
         sent = 0

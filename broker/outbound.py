@@ -66,8 +66,9 @@ class Outbound:
         """Deliver at QoS 1 or 2: at once as far as there is room and nothing older waits."""
         outgoings = [Outgoing(message, qos) for message in messages]
         sent = 0 if session.queue else self._transmit(session, outgoings)
-        for outgoing in outgoings[sent:]:
-            self._enqueue(session, outgoing)
+        if sent < len(outgoings):
+            for outgoing in outgoings[sent:]:
+                self._enqueue(session, outgoing)
 
     def _has_room(self, session: Session) -> bool:
         stream = session.stream
@@ -83,21 +84,27 @@ class Outbound:
         stream = session.stream
         if stream is None:
             return 0
+        inflight, max_inflight, max_bytes = session.inflight, self._max_inflight, self._max_waiting_bytes
         sent = 0
         for outgoing in outgoings:
-            if not self._has_room(session):
+            if (  # as `_has_room`
+                len(inflight) >= max_inflight
+                or session.inflight_bytes > max_bytes
+                or stream.waiting_bytes > max_bytes
+            ):
                 break
             message, qos = outgoing.message, outgoing.qos
             packet_id = session.take_packet_id()
-            session.inflight[packet_id] = outgoing
+            inflight[packet_id] = outgoing
             session.inflight_bytes += message.size_bytes
             frame = message.head(qos) + packet_id.to_bytes(2, "big") + message.payload
             if session.key:
                 self.journal.note_delivery(session, outgoing, packet_id)
-            if session.key and qos == 2:
-                self.journal.send_after(stream, self.journal.recorded, frame)
-            else:
-                stream.write(frame)
+                if qos == 2:
+                    self.journal.send_after(stream, self.journal.recorded, frame)
+                    sent += 1
+                    continue
+            stream.write(frame)
             sent += 1
         self.counters.messages_out += sent
         return sent
