@@ -130,8 +130,8 @@ class Broadcast(ABC, Generic[R]):
                 self._take(self._inbox.get(timeout=max(0.0, self._deadline - time.monotonic())))
 
     def final(self, known: Known[R]) -> dict[str, R]:
-        """Return what a gateway has said in the end."""
-        return self.told(known, by_status=True)
+        """Return what a gateway has said in the end; its status makes up for no receipt that is wrong."""
+        return self.told(known, by_status=not known.trouble)
 
     def silence(self, known: Known[R]) -> str:
         """Say why nothing is known of a gateway."""

@@ -67,7 +67,7 @@ class _CrlBroadcast(Broadcast[Receipt]):
                 except BirthmarkError as error:
                     known.trouble = error.message
                 else:
-                    known.receipts[receipt.crl_sha256] = receipt
+                    known.receipts[receipt.crl_sha256], known.trouble = receipt, ""
 
     def told(self, known: Known[Receipt], *, by_status: bool) -> dict[str, Receipt]:
         crls = self._latest.crls.crls

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from birthmark.device.received import Message
 
 LONG_S = 30.0
+UNTIL_THE_END_S = 4.0
+"""Where somebody does not answer, and this is all waited for."""
 TEXT = b"""
 [roles.device]
 publish = ["devices/{id}/telemetry/#"]
@@ -206,7 +208,7 @@ def test_every_gateway_goes_by_it_and_one_that_is_away_takes_it_later(cloud: Fle
 
 @needs("mosquitto")
 def test_a_refusal_and_a_silence_are_told(cloud: Fleet) -> None:
-    cloud.add("g-1", "g-2", "g-4")
+    cloud.add("g-1", "g-2", "g-4", "g-5")
     add_gateway(cloud.station.settings_path, Gateway("g-3", crl_path=cloud.folder / "crl.pem"))
     cloud.reread()
     policy, _ = sign_policy(cloud.station, TEXT)
@@ -214,13 +216,15 @@ def test_a_refusal_and_a_silence_are_told(cloud: Fleet) -> None:
         cloud.played("g-1", refuses="line 3: no such role\x1b"),
         cloud.played("g-2", answers=False),
         cloud.played("g-4", answers=False, takes_policies=False),
+        cloud.played("g-5", says_it_is="g-9"),
     ):
-        done = told(cloud.station, policy, 1.5)
+        done = told(cloud.station, policy, UNTIL_THE_END_S)
     assert done["g-1"] == ("refused", r"line 3: no such role\x1b")
     assert done["g-2"] == ("done", ""), "its status has version and text"
     assert done["g-3"][0] == "PENDING"
     assert "a path takes no policy" in done["g-3"][1]
     assert done["g-4"] == ("PENDING", "no receipt by way of cloud")
+    assert done["g-5"] == ("PENDING", "the receipt is of the gateway g-9")
 
 
 @needs("mosquitto")

@@ -18,7 +18,7 @@ from birthmark.provisioning.crls import current_crl, sign_and_store_crl
 from birthmark.provisioning.fleet_policy import sign_policy
 from birthmark.provisioning.fleet_table import Aims, GatewayRow
 from birthmark.provisioning.gateway_look import Look
-from birthmark.provisioning.gateway_receipts import Confirmed, Standing, completed
+from birthmark.provisioning.gateway_receipts import Confirmed, Standing, completed, note_heard, standing_of
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.policy_delivery import deliver_policy
 from birthmark.provisioning.settings_edit import add_gateway
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from support.station import Command
+    from support.station import Clock, Command
 
     from birthmark.provisioning.station import Station
 
@@ -187,6 +187,27 @@ def test_the_table_of_a_fleet(cloud: Fleet, birthmark: Command, tmp_path: Path) 
     assert "2 h behind" in lines[2]
     assert "away since 20" in lines[3]
     assert "1 (1 behind)" in lines[3]
+
+
+def test_who_was_there_is_noted_once_a_minute(station: Station, clock: Clock) -> None:
+    def heard_at() -> datetime | None:
+        with station.registry.view() as view:
+            return standing_of(view, "G-1").heard_at
+
+    note_heard(station, [replace(LOOK, status=replace(STATUS, online=False))])
+    assert heard_at() is None
+    note_heard(station, [LOOK])
+    first = heard_at()
+    assert first == clock.now
+    clock.advance(seconds=59)
+    note_heard(station, [LOOK])
+    assert heard_at() == first
+    clock.advance(seconds=2)
+    note_heard(station, [LOOK])
+    assert heard_at() == clock.now
+    clock.advance(days=-1)  # the station's clock was wrong, and is right now
+    note_heard(station, [LOOK])
+    assert heard_at() == clock.now
 
 
 def test_without_a_gateway(birthmark: Command) -> None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 pytestmark = needs("mosquitto")
 LONG_S = 30.0
 SHORT_S = 0.5
+UNTIL_THE_END_S = 4.0
+"""Where somebody does not answer, and this is all waited for."""
 LOST = x509.ReasonFlags.key_compromise
 
 
@@ -98,7 +100,7 @@ def test_one_that_is_away_is_pending_and_nobody_waits_for_it(cloud: Fleet, birth
     cloud.add("g-1", "g-2", "g-3")
     enrolled_row(cloud.station, "sensor-1")
     with cloud.there(["g-1"]), cloud.played("g-2") as away:
-        assert bring(cloud, timeout_s=1.0)["g-3"].cause == (
+        assert bring(cloud, timeout_s=UNTIL_THE_END_S)["g-3"].cause == (
             "cloud knows nothing of it: has it a link there, with fleet = true?"
         )
     away.leave()
@@ -156,16 +158,36 @@ def test_a_refusal_and_a_silence_are_told(cloud: Fleet) -> None:
         cloud.played("g-2", refuses="no room"),
         cloud.played("g-3", answers=False, trusted=frozenset()),
     ):
-        done = bring(cloud, timeout_s=1.5)
+        done = bring(cloud, timeout_s=UNTIL_THE_END_S)
     assert done["g-1"].outcome is Outcome.DONE
     assert done["g-2"].described() == r"g-2: refused the CRL: the clock is late\x1b[0m"
     assert done["g-3"].described() == "g-3: PENDING: no receipt by way of cloud"
 
 
+def test_a_receipt_in_another_gateways_name_is_told(cloud: Fleet) -> None:
+    cloud.add("g-1", "g-2")
+    with cloud.there(["g-1"]), cloud.played("g-2", says_it_is="g-9\x1b"):
+        done = bring(cloud)
+    assert done["g-1"].outcome is Outcome.DONE
+    assert done["g-2"].outcome is Outcome.PENDING
+    assert r"the receipt is of the gateway g-9\x1b" in done["g-2"].cause
+
+
+def test_what_was_signed_meanwhile_is_brought_instead(cloud: Fleet) -> None:
+    cloud.add("g-1")
+    older = crls_of(cloud.station)
+    newer = sign_and_store_crl(cloud.station).current
+    with cloud.there(["g-1"]) as (gateway,):
+        done = bring(cloud, older)
+        assert done["g-1"].receipts[0].crl_sha256 == newer.sha256
+        assert gateway.crl_numbers == {newer.issuer: newer.number}
+    assert held_by(cloud, newer.issuer) == newer.der
+
+
 def test_one_whose_receipt_is_lost_is_believed_by_its_status(cloud: Fleet) -> None:
     cloud.add("g-1")
     with cloud.there(["g-1"], answers=False):
-        done = bring(cloud, timeout_s=1.5)
+        done = bring(cloud, timeout_s=UNTIL_THE_END_S)
     assert done["g-1"].outcome is Outcome.DONE
 
 
@@ -230,7 +252,7 @@ def test_an_older_crl_does_not_stay_in_the_place_of_ours(cloud: Fleet) -> None:
 
     with operator(cloud) as disturber, cloud.played("g-1", answers=False, trusted=frozenset()):
         disturber.subscribe(f"fleet/crl/{ours.issuer}", disturb, wait=LONG_S)
-        bring(cloud, timeout_s=1.5)  # nobody answers: it watches until the end
+        bring(cloud, timeout_s=UNTIL_THE_END_S)  # nobody answers: it watches until the end
         assert [again.get(timeout=LONG_S) for _ in range(3)] == [ours.der, older.der, ours.der]
     assert held_by(cloud, ours.issuer) == ours.der
 

@@ -91,6 +91,8 @@ class PlayedGateway:
     answers: bool = True
     """Whether it gives receipts."""
     takes_policies: bool = True
+    says_it_is: str = ""
+    """Whose receipts it gives; empty: its own."""
     clock_is_ahead_s: float = 0.0
     crl_numbers: dict[str, int] = field(default_factory=dict)
     policy: SignedPolicy | None = None
@@ -173,10 +175,10 @@ class PlayedGateway:
         else:
             outcome = "current" if number == held else "installed"
             self.crl_numbers[issuer.hex()] = number
+        self.say()  # before the receipt: whoever believes the status misses what the receipt says
         if self.answers:
-            receipt = receipt_for(der, gateway=self.name, outcome=outcome)  # type: ignore[arg-type]
+            receipt = receipt_for(der, gateway=self.says_it_is or self.name, outcome=outcome)  # type: ignore[arg-type]
             self._client.publish(f"gateway/{self.name}/receipts", receipt.to_bytes(), qos=1)
-        self.say()
 
     def _take_policy(self, payload: bytes) -> None:
         if not self.takes_policies:
@@ -188,9 +190,10 @@ class PlayedGateway:
         else:
             outcome = "current" if held == policy else "installed"
             self.policy = policy
+        self.say()
         if self.answers:
             receipt = PolicyReceipt(
-                gateway=self.name,
+                gateway=self.says_it_is or self.name,
                 outcome=outcome,  # type: ignore[arg-type]
                 version=0 if self.policy is None else self.policy.version,
                 sha256=hashlib.sha256(payload).hexdigest(),
@@ -199,7 +202,6 @@ class PlayedGateway:
                 reason=self.refuses,
             )
             self._client.publish(f"gateway/{self.name}/policy-receipts", receipt.to_bytes(), qos=1)
-        self.say()
 
 
 @dataclass
