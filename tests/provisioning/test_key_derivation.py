@@ -73,13 +73,16 @@ def test_what_is_derived_ahead_is_taken_and_not_derived_again(station: Station, 
 def test_a_file_that_was_replaced_meanwhile_is_read_as_it_is_now(
     station: Station, derivations: Derivations
 ) -> None:
-    path = key_path(station)
+    path, other = key_path(station), b"another one"
+    key = read_key(path, PASSPHRASE, whose="the CA")
     key_derivation.derive_ahead(station.folder)
-    replace_key(path, read_key(path, PASSPHRASE, whose="the CA"), b"another one", CHEAP)
-    key_derivation.derive_ahead(station.folder)  # the environment's passphrase is the old one
+    replace_key(path, key, PASSPHRASE, CHEAP)  # under the same passphrase, with another salt
+    assert read_key(path, PASSPHRASE, whose="the CA").private_numbers() == key.private_numbers()
+    key_derivation.derive_ahead(station.folder)
+    replace_key(path, key, other, CHEAP)
     with pytest.raises(AuthorityError, match="passphrase is wrong"):
         read_key(path, PASSPHRASE, whose="the CA")
-    read_key(path, b"another one", whose="the CA")
+    assert read_key(path, other, whose="the CA").private_numbers() == key.private_numbers()
 
 
 def test_a_derivation_that_fails_is_left_to_whoever_needs_the_key(
