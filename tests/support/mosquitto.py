@@ -7,12 +7,12 @@ order: what it had acknowledged since then is gone when it is killed, with the s
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from support.ports import HOST, steady_port
 from support.programs import program
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from support.pki import Pki
 
-HOST = "127.0.0.1"
 SETTINGS = """\
 listener {port} {host}
 cafile {folder}/root.pem
@@ -97,12 +96,6 @@ class Mosquitto:
                 self._running.set()
 
 
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def mosquitto(folder: Path, pki: Pki, acl: str) -> Iterator[Mosquitto]:
     """Run one in a folder, which is made; `acl` is its ACL file."""
@@ -111,7 +104,7 @@ def mosquitto(folder: Path, pki: Pki, acl: str) -> Iterator[Mosquitto]:
     (folder / "root.pem").write_bytes(pki.root.pem)
     (folder / "acl").write_text(acl)
     (folder / "acl").chmod(0o600)
-    port = free_port()
+    port = steady_port()
     settings = SETTINGS.format(port=port, host=HOST, folder=folder)
     (folder / "mosquitto.conf").write_text(settings + _OF_TESTS)
     running = Mosquitto(folder, port)

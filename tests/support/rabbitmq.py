@@ -14,13 +14,13 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from support.ports import HOST, steady_port
 from support.programs import lacks, program
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from support.pki import Pki
 
-HOST = "127.0.0.1"
 READY = "Server startup complete"
 START_TIMEOUT_S = 180
 SETTINGS = """\
@@ -115,12 +114,6 @@ def server_program() -> Path:
     return installed[-1] if installed else lacks("RabbitMQ", "rabbitmq-server")
 
 
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
-
-
 @dataclass
 class Node:
     """One node: what it is started with, and its process."""
@@ -129,7 +122,7 @@ class Node:
     folder: Path
     script: Path
     environment: dict[str, str]
-    port: int = field(default_factory=_free_port)
+    port: int = field(default_factory=steady_port)
     said: list[str] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
     _reader: threading.Thread | None = None
@@ -249,7 +242,7 @@ def cluster(
     cookie.touch(mode=0o600)
     cookie.write_text(secrets.token_hex(20))
     cookie.chmod(0o400)
-    epmd_port = str(_free_port())
+    epmd_port = str(steady_port())
     started = Cluster(
         folder,
         [_node(folder, script, number, {"ERL_EPMD_PORT": epmd_port}, queue_type) for number in range(1, size + 1)],
@@ -292,7 +285,7 @@ def _node(folder: Path, script: Path, number: int, environment: dict[str, str], 
             "HOME": str(folder),
             "ERL_EPMD_ADDRESS": HOST,
             "RABBITMQ_NODENAME": name,
-            "RABBITMQ_DIST_PORT": str(_free_port()),
+            "RABBITMQ_DIST_PORT": str(steady_port()),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": _EMULATOR,
         },
     )

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from support import mqtt_client as mqtt
-from support.mosquitto import free_port
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_gateway import running_gateway
+from support.ports import steady_port
 from support.upstreams import (
     DOWN,
     POLICY,
@@ -39,7 +39,7 @@ ROUNDS = 20
 
 def check_triangle(folder: Path, pki: Pki, ports: Sequence[int]) -> None:
     """Everything published anywhere arrives wherever it should, once."""
-    first, second = free_port(), free_port()
+    first, second = steady_port(), steady_port()
     with ExitStack() as stack:
         gateways = []
         for name, own, other in ((GATEWAYS[0], first, second), (GATEWAYS[1], second, first)):
