@@ -31,10 +31,12 @@ ROUNDS = 5 if WHOLE else 1
 OWN = r"^sites\.{username}\."
 NARROW = "narrow"
 """A gateway that may publish telemetry, and nothing else."""
+READERS = [f"reader-{number}" for number in range(6)]
+"""One for each connection: who comes again at once may find its last queue on its way out, and be thrown out."""
 USERS = (
     User(GATEWAY, write=OWN, read=OWN),
     User(NARROW, write=r"^sites\.{username}\.devices\.[^.]+\.telemetry\.", read=OWN),
-    *(User(name) for name in (COLLECTOR, COMMANDER, *GATEWAYS)),
+    *(User(name) for name in (COLLECTOR, COMMANDER, *GATEWAYS, *READERS)),
 )
 
 
@@ -89,19 +91,20 @@ def test_what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only(
 ) -> None:
     """Why docs/upstream.md says that a RabbitMQ keeps no presence, and docs/fleet.md that it keeps no CRL."""
     topic = "fleet/policy"
-    trusted = context(tmp_path, pki, COLLECTOR)
     with (
         RawClient.connect(engine.ports[1], context(tmp_path, pki, COMMANDER)) as publisher,
-        RawClient.connect(engine.ports[1], trusted) as live,
+        RawClient.connect(engine.ports[1], context(tmp_path, pki, COLLECTOR)) as live,
     ):
         live.handshake(mqtt.connect(COLLECTOR)).subscribed((topic, 0))
         publisher.handshake(mqtt.connect(COMMANDER)).send(mqtt.publish(topic, b"1", qos=1, pid=1, retain=True))
         assert publisher.read() == mqtt.Packet(0x40, b"\0\1")
         assert live.read_delivery() == mqtt.Delivery(topic, b"1", retain=False)
+    readers = iter(READERS)
     for topic_filter, found in ((topic, [None, b"1", None]), ("fleet/+", [None, None, None])):
         for port, payload in zip(engine.ports, found, strict=True):
-            with RawClient.connect(port, trusted) as late:
-                late.handshake(mqtt.connect(COLLECTOR)).subscribed((topic_filter, 0))
+            name = next(readers)
+            with RawClient.connect(port, context(tmp_path, pki, name)) as late:
+                late.handshake(mqtt.connect(name)).subscribed((topic_filter, 0))
                 if payload is not None:
                     assert late.read_delivery() == mqtt.Delivery(topic, payload, retain=True)
                 late.ping()
