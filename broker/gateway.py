@@ -27,7 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from birthmark.broker.alarms import Alarms
-from birthmark.broker.fleet.member import MAX_TOLD_CRL_BYTES, Member
+from birthmark.broker.fleet.member import Member, message_of
 from birthmark.broker.fleet.visits import Visits
 from birthmark.broker.known_peers import KnownPeers
 from birthmark.broker.own_certificate import read_own_certificate
@@ -37,6 +37,7 @@ from birthmark.broker.receipts import log_receipt, receipt_of, try_to_write_rece
 from birthmark.broker.revocation import Installation, Revocations, crl_sha256
 from birthmark.broker.server import RenewalDoor
 from birthmark.broker.sightings import Sightings
+from birthmark.broker.standing import Standing
 from birthmark.broker.time_answers import TimeAnswers
 from birthmark.broker.tls import renewal_context, server_context
 from birthmark.broker.trust import Trust, read_trust
@@ -113,8 +114,7 @@ class Gateway:
         is_fleet = any(upstream.fleet for upstream in settings.upstreams)
         self._visits = Visits(str(settings.name)) if is_fleet else None
         self._sightings = Sightings(settings.name, self._publish, self._visits)
-        self._told_crls: dict[str, str] = {}
-        """The SHA-256 of each CRL that was told, by issuing CA."""
+        self._told_crls = Standing(self._publish)
         self._arrived: tuple[list[Installation], float] = ([], 0.0)
         """What became of the CRL file at the start, and when it was read."""
         self._watch = Watch(
@@ -477,14 +477,12 @@ class Gateway:
 
     def _publish_crls(self) -> None:
         """Say which CRLs are in force, whole: a station restored from a backup takes over what they list."""
-        in_force = {crl.issuer: crl for crl in self.revocations.crls.values()}
-        for issuer in self._told_crls.keys() - in_force.keys():
-            self._publish(gateway_crl_in_force(self._settings.name, issuer), b"")
-        for issuer, crl in in_force.items():
-            if self._told_crls.get(issuer) != crl.sha256:
-                told = crl.der if len(crl.der) <= MAX_TOLD_CRL_BYTES else b""
-                self._publish(gateway_crl_in_force(self._settings.name, issuer), told)
-        self._told_crls = {issuer: crl.sha256 for issuer, crl in in_force.items()}
+        self._told_crls.tell(
+            {
+                gateway_crl_in_force(self._settings.name, issuer): (crl.sha256, message_of(crl))
+                for issuer, crl in self.revocations.crls.items()
+            }
+        )
         self._member.tell()
 
     def _publish(self, topic: str, payload: bytes) -> None:

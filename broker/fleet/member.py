@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from birthmark.broker.alarms import Alarm
 from birthmark.broker.fleet.intake import Intake, Judgement, Offer
 from birthmark.broker.fleet.roaming import Roaming
+from birthmark.broker.standing import Standing
 from birthmark.device.fleet_policy import PolicyReceipt
 from birthmark.device.topics import FLEET_POLICY, fleet_crl, gateway_policy_receipts, is_said_by_gateway
 
@@ -96,8 +97,7 @@ class Member:
         self._changed = changed
         self._intake = Intake(self._judge, lambda key_id: trust().has(key_id), changed)
         self._serves = False
-        self._told: dict[str, str] = {}
-        """What is retained on each topic of the fleet: the SHA-256 of a CRL, the version of a policy."""
+        self._told = Standing(publish)
 
     def start(self, server: Server) -> None:
         """Take what clients bring on the fleet's topics, and what comes down its upstreams."""
@@ -165,7 +165,7 @@ class Member:
         topics = [
             fleet_crl(issuer.key_id)
             for issuer in self._trust()
-            if issuer.key_id not in in_force or len(in_force[issuer.key_id].der) <= MAX_TOLD_CRL_BYTES
+            if issuer.key_id not in in_force or message_of(in_force[issuer.key_id])
         ]
         return [*topics, FLEET_POLICY] if self._policies.version else topics
 
@@ -211,17 +211,12 @@ class Member:
         """Retain what is in force on the fleet's topics, as far as it fits a message, for gateways below."""
         if not self._serves:
             return
-        short = {issuer: crl for issuer, crl in self._crls().items() if len(crl.der) <= MAX_TOLD_CRL_BYTES}
-        told = {fleet_crl(issuer): (crl.sha256, crl.der) for issuer, crl in short.items()}
+        crls = {fleet_crl(issuer): (crl.sha256, message_of(crl)) for issuer, crl in self._crls().items()}
+        told = {topic: (name, payload) for topic, (name, payload) in crls.items() if payload}
         in_force = self._policies.fleet.in_force
         if in_force is not None:
             told[FLEET_POLICY] = (str(in_force.signed.version), in_force.payload)
-        for topic in self._told.keys() - told.keys():
-            self._publish(topic, b"")
-        for topic, (name, payload) in told.items():
-            if self._told.get(topic) != name:
-                self._publish(topic, payload)
-        self._told = {topic: name for topic, (name, _payload) in told.items()}
+        self._told.tell(told)
 
     def _hear(self, name: str, topic: str, payload: bytes, is_retained: bool) -> bool:
         """Take what an upstream says to the gateways of a fleet; return whether it is such a thing."""
@@ -262,6 +257,11 @@ class Member:
             _log_policy(answer, offer.by, ended)
             self._publish(gateway_policy_receipts(self._gateway), receipt.to_bytes())
         return _judgement(answer.message, answer.hint, answer.fault or "")
+
+
+def message_of(crl: Crl) -> bytes:
+    """Return what is told of a CRL by message: all of it, or nothing of one that is too long."""
+    return crl.der if len(crl.der) <= MAX_TOLD_CRL_BYTES else b""
 
 
 async def _set(event: asyncio.Event) -> None:

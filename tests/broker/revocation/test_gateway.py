@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from support.pki import Authority, Pki, crl_pem, now
 
-from birthmark.broker import gateway as gateway_module
 from birthmark.broker.config import BrokerSettings, read_settings
 from birthmark.broker.counters import Counters
 from birthmark.broker.fleet.roamers import Roamers
@@ -229,7 +228,7 @@ def test_the_crl_in_force_is_told_whole_once_and_taken_back_when_it_is_too_long(
             assert told()[1] == second
             gateway.reload()  # the same again says nothing new
             third = PKI.issuing.crl([7, 8], number=3, this_update=now())
-            monkeypatch.setattr(gateway_module, "MAX_TOLD_CRL_BYTES", len(third) - 1)
+            monkeypatch.setattr("birthmark.broker.fleet.member.MAX_TOLD_CRL_BYTES", len(third) - 1)
             replace(settings.crl_path, crl_pem(third))
             await until(lambda: len(told()) == 3)
             assert told()[2] == b""
