@@ -316,6 +316,25 @@ def test_a_run_has_each_message_of_qos_1_with_its_own_identifier() -> None:
     ]
 
 
+def test_a_run_ends_where_the_qos_changes() -> None:
+    confirmed, plain = mqtt.publish("a", b"1", qos=1, pid=7), mqtt.publish("a", b"2")
+    assert reader().feed(confirmed + plain + confirmed) == [
+        PublishRun("a", 1, [b"1"], [7], []),
+        PublishRun("a", 0, [b"2"], [], [plain]),
+        PublishRun("a", 1, [b"1"], [7], []),
+    ]
+
+
+@pytest.mark.parametrize("one", [mqtt.publish("a", b"xyz"), mqtt.publish("a", b"x", qos=1, pid=3), mqtt.puback(4)])
+def test_a_run_cut_at_any_byte_goes_on_with_the_rest(one: bytes) -> None:
+    data = one * 4
+    for cut in range(1, len(data)):
+        cut_reader = reader()
+        before = one_by_one(cut_reader.feed(data[:cut]))
+        assert len(before) == cut // len(one)
+        assert before + one_by_one(cut_reader.feed(data[cut:])) == one_by_one(reader().feed(data))
+
+
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_what_was_whole_before_a_bad_packet_in_a_run_counts(bad: int) -> None:
     identifiers = [0 if number == bad else number + 1 for number in range(3)]
