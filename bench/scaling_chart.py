@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-WIDTH, PANEL, LEFT, RIGHT, TOP, GAP = 960, 300, 80, 250, 60, 80
+WIDTH, PANEL, LEFT, RIGHT, TOP, GAP = 1000, 300, 80, 350, 60, 80
 COLOURS: Final = ("#b3261e", "#224466", "#27722f", "#8a6d00")
 UNITS: Final = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1.0, "B"))
 
