@@ -28,6 +28,7 @@ from birthmark.provisioning.rollover import RolloverRefusedError, RootKey
 from birthmark.provisioning.rollover_anchors import StationAnchors
 from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station
+from birthmark.provisioning.trust_census import take_census
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -274,3 +275,14 @@ def test_what_was_done_is_in_the_audit_log(station: Station) -> None:
     phases = [action for action in actions if action.startswith("ca-")]
     counts = {action: phases.count(action) for action in phases}
     assert counts == {"ca-start": 2, "ca-activate": 1, "ca-activate-brokers": 1, "ca-close": 2, "ca-retire": 2}
+
+
+def test_what_a_revoked_certificate_has_replaced_is_not_in_use(station: Station) -> None:
+    old, new, alone = (enrolled_row(station, f"sensor-{number}") for number in (1, 2, 3))
+    with station.registry.transaction() as transaction:
+        old = transaction.update(replace(old, replaced_by=new.number))
+        transaction.update(replace(new, revoked_at=station.clock(), revocation_reason="superseded"))
+    with station.registry.view() as view:
+        census = take_census(station, view)
+    assert census.in_use == {alone.issuer: [alone]}
+    assert census.still_valid == {old.issuer: [old]}
