@@ -59,6 +59,10 @@ class Mapping:
                 return remote if len(remote.encode()) <= self._max_topic_bytes else None
         return None
 
+    def is_too_long(self, topic: str) -> bool:
+        """Whether a topic of ours would go up, but for the length of its name there."""
+        return self.to_remote(topic) is None and any(matches(passage.local, topic) for passage in self.up)
+
     def to_local(self, remote: str) -> str | None:
         """Return the name here of a topic that comes down; None: it was not asked for, or is an echo."""
         for passage in self.down:

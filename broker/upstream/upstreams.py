@@ -193,6 +193,8 @@ class Upstreams:
             remote = upstream.settings.mapping.to_remote(topic)
             if remote is not None:
                 found.append(_Way(upstream.spool, remote, topic_field(remote)))
+            elif upstream.settings.mapping.is_too_long(topic):
+                self._exchange.denials.dropped(upstream.spool.peer, "more than max_topic_bytes", topic)
         ways = tuple(found)
         if len(topic) <= MAX_ROUTE_TOPIC_CHARACTERS:
             if len(self._ways) >= MAX_ROUTES:

@@ -207,7 +207,7 @@ def test_a_message_that_ends_every_connection_is_set_aside_and_the_others_arrive
 
 
 def test_what_the_other_end_would_not_take_can_be_kept_from_it(
-    above: RunningGateway, tmp_path: Path, pki: Pki
+    above: RunningGateway, tmp_path: Path, pki: Pki, caplog: pytest.LogCaptureFixture
 ) -> None:
     operator = above.client("alice", "operator").subscribed(("devices/#", 1))
     values = linked(tmp_path, pki, above.port, max_topic_bytes=len(TOPIC), max_payload_bytes=16)
@@ -219,6 +219,8 @@ def test_what_the_other_end_would_not_take_can_be_kept_from_it(
         publish(device, TOPIC, b"x" * 16)
         assert said(operator, 1) == [(TOPIC, b"x" * 16, 1, False)]
         assert upstream.spool.dropped == 1
+        assert f"dropping messages for cloud: more than max_topic_bytes (now on {TOPIC}t)" in caplog.text
+        assert "dropping messages for cloud: more than max_payload_bytes" in caplog.text
 
 
 def test_only_a_connection_that_the_upstream_ended_speaks_against_a_message(tmp_path: Path, pki: Pki) -> None:
