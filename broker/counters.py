@@ -71,6 +71,8 @@ class Counters:
     """Messages that should have gone up and did not: the spool was full, or QoS 0 found no link."""
     upstream_refused: int = 0
     """Of those, messages over which an upstream ended every connection."""
+    upstream_too_long: int = 0
+    """Messages from an upstream that were longer than `max_packet_bytes`, and passed over."""
     upstream_echoes: int = 0
     """Messages from an upstream that were our own, or not asked for."""
     upstream_lost: int = 0

@@ -128,7 +128,11 @@ class PacketReader:
                     self._needed = end - at + 1
                     return at
             if length > self._max_packet_bytes:
-                raise MalformedPacketError(f"a packet of {length} bytes, more than {self._max_packet_bytes}")
+                went_on = self._too_long(data, at, body, length, packets)
+                if went_on == at:
+                    return at
+                at = went_on
+                continue
             stop = body + length
             if stop > end:
                 self._needed = stop - at
@@ -141,6 +145,11 @@ class PacketReader:
                 packets.append(self._rare(first, data[body:stop]))
             at = stop
         return at
+
+    def _too_long(self, data: bytes, at: int, body: int, length: int, packets: list[Packet]) -> int:
+        """Go on behind the packet at `at`, which is too long; return `at` if more of it is needed for that."""
+        del data, at, body, packets
+        raise MalformedPacketError(f"a packet of {length} bytes, more than {self._max_packet_bytes}")
 
     def _rare(self, first: int, body: bytes) -> Packet:
         """Read a packet that is neither a PUBLISH nor a PUBACK."""

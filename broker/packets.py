@@ -119,6 +119,16 @@ class Disconnect(NamedTuple):
     """DISCONNECT (§3.14)."""
 
 
+class TooLong(NamedTuple):
+    """A PUBLISH from an upstream that is longer than what is taken: all of it but its payload."""
+
+    topic: str
+    qos: int
+    packet_id: int
+    length: int
+    """Its remaining length, in bytes."""
+
+
 class ConnAck(NamedTuple):
     """CONNACK (§3.2), from an upstream."""
 
@@ -156,6 +166,7 @@ Packet: TypeAlias = (
     | Unsubscribe
     | PingReq
     | Disconnect
+    | TooLong
     | ConnAck
     | SubAck
     | UnsubAck

@@ -9,9 +9,12 @@ from __future__ import annotations
 import base64
 import json
 import math
-from typing import Any
+from typing import Any, Final
 
 from birthmark.device.errors import RemoteProtocolError
+
+MAX_COUNT: Final = 2**160 - 1
+"""The number of a CRL has so many bits (RFC 5280 section 5.2.3), and nothing that is counted has more."""
 
 
 def dump(value: dict[str, Any]) -> bytes:
@@ -70,11 +73,13 @@ class Fields:
             raise self.error(f"{key!r} is out of range")
         return number
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """Return a whole number from 0."""
+    def whole(self, key: str, default: int | None = None, *, most: int = MAX_COUNT) -> int:
+        """Return a whole number from 0 to `most`."""
         value = self._value.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise self.error(f"{key!r} is not a count")
+        if value > most:
+            raise self.error(f"{key!r} is out of range")
         return value
 
     def counts(self, key: str, default: dict[str, int] | None = None) -> dict[str, int]:

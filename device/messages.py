@@ -16,6 +16,8 @@ from birthmark.device.escape import quoted
 from birthmark.device.json_fields import Fields, dump
 
 NONCE_BYTES = 16
+MAX_VISIT = 2**53 - 1
+"""The most that every reader of JSON keeps exactly (RFC 8259 section 6)."""
 Outcome = Literal["installed", "current", "refused"]
 
 
@@ -228,7 +230,7 @@ class Sighting:
                 AddressSeen(item.text("address"), item.number("first_seen"), item.number("last_seen"))
                 for item in fields.objects("addresses")
             ),
-            visit=fields.whole("visit", default=0),
+            visit=fields.whole("visit", default=0, most=MAX_VISIT),
             moved_to=fields.text("moved_to", default=""),
         )
 

@@ -14,12 +14,16 @@ Rules:
   not, we give ours up, without certainty.
 - Old ones, said again or come late, are lower than what they were followed by. So order and repetition do no harm.
 - Services are not counted: they may be at several gateways at once.
+- Nobody moves 2**53 times, but somebody may say so. Then each further move is one that both of us took: it costs
+  no reconnection, as whoever has the identity hears of it, and gives it up.
 """
 
 from __future__ import annotations
 
 from enum import Enum, auto
 from typing import NamedTuple
+
+from birthmark.device.messages import MAX_VISIT
 
 MAX_HEARD = 50_000
 """Identities of which another gateway's visit is remembered. The one heard of first makes room, and its next move
@@ -83,7 +87,8 @@ class Visits:
         own = self.of(identity)
         if own.number and not own.moved_to:
             return False
-        self._own[identity] = Visit(max(own.number, self._heard.get(identity, 0)) + 1)
+        highest = max(own.number, self._heard.get(identity, 0))
+        self._own[identity] = Visit(min(highest + 1, MAX_VISIT))
         return True
 
     def heard(self, identity: str, gateway: str, visit: Visit, *, is_here: bool) -> Verdict:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from birthmark.device.errors import ConnectionFailedError
 
 MAX_KNOWN_TOPICS = 16_384
+MAX_KNOWN_TOPIC_CHARACTERS = 512
 SILENT_TICKS = 3
 """Halves of a keepalive in which nothing was heard."""
 
@@ -238,7 +239,8 @@ class Link:
         self.refused = tuple(topic_filter for topic_filter in self.refused if topic_filter not in asked)
         for topic_filter, code in zip(asked, packet.codes, strict=True):
             if code == mqtt.SUBACK_FAILURE:
-                self.refused = (*self.refused, topic_filter)
+                if topic_filter not in self.refused:
+                    self.refused = (*self.refused, topic_filter)
                 spool.forget_granted(topic_filter)
                 _log.error("the upstream %s does not let us subscribe to %s", name, escaped(topic_filter))
             else:
@@ -305,6 +307,24 @@ class Link:
         if has_changed and journal.pending_bytes > HIGH_WATER_BYTES:
             journal.slow_down(self.stream)
 
+    def _pass_over(self, packet: mqtt.TooLong) -> None:
+        """Acknowledge a message that is too long, and be rid of it: it would come again over every connection."""
+        if packet.qos == 2:
+            self._violated("a PUBLISH of QoS 2, which was not asked for")
+            return
+        exchange, name = self._exchange, self._above.settings.name
+        exchange.counters.upstream_too_long += 1
+        if exchange.denials.due(f"too long {name}"):
+            _log.error(
+                "passed over a message from the upstream %s on %s: it has %s bytes, more than limits.max_packet_bytes",
+                name,
+                escaped(packet.topic),
+                packet.length,
+                extra={"fields": {"event": "upstream_too_long", "upstream": str(name)}},
+            )
+        if packet.qos:
+            exchange.journal.send_after(self.stream, 0, mqtt.puback(packet.packet_id))
+
     def _deliver(self, topic: str, packet: mqtt.Publish) -> None:
         above, exchange, payload = self._above, self._exchange, packet.payload
         if above.take_for_fleet(topic, payload, retain=packet.retain):
@@ -328,9 +348,11 @@ class Link:
         try:
             return self._local_names[remote]
         except KeyError:
-            if len(self._local_names) >= MAX_KNOWN_TOPICS:
-                self._local_names.clear()
-            found = self._local_names[remote] = self._above.settings.mapping.to_local(remote)
+            found = self._above.settings.mapping.to_local(remote)
+            if len(remote) <= MAX_KNOWN_TOPIC_CHARACTERS:
+                if len(self._local_names) >= MAX_KNOWN_TOPICS:
+                    self._local_names.clear()
+                self._local_names[remote] = found
             return found
 
     # --- the end -----------------------------------------------------------------------------------------
@@ -394,4 +416,5 @@ _HANDLERS: dict[type, Callable[[Link, Any], None]] = {
     mqtt.PubAcks: Link._pubacks,
     mqtt.PublishRun: Link._publish_run,
     mqtt.Publish: Link._publish,
+    mqtt.TooLong: Link._pass_over,
 }

@@ -1,17 +1,26 @@
 """What a client says to a broker, and what it hears, as bytes: the other half of `broker/packets.py` (MQTT 3.1.1).
 
-`ServerPacketReader` reads what a broker sends as strictly as `PacketReader` reads what a client does, with one
-exception: a PUBLISH whose topic is none is read, with an empty one. RabbitMQ sends such (`*` becomes `+`), and
-would send it again over every new connection.
+`ServerPacketReader` reads what a broker sends as strictly as `PacketReader` reads what a client does, with two
+exceptions, since a broker would send the same again over every new connection: a PUBLISH whose topic is none is read,
+with an empty one (RabbitMQ sends such: `*` becomes `+`); and one that is too long is passed over without holding it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from birthmark.broker.packet_bodies import MalformedPacketError
+from birthmark.broker.packet_bodies import NO_ID, MalformedPacketError
 from birthmark.broker.packet_reader import PacketReader, TopicNames
-from birthmark.broker.packets import ConnAck, Packet, PingResp, SubAck, UnsubAck, remaining_length, topic_field
+from birthmark.broker.packets import (
+    ConnAck,
+    Packet,
+    PingResp,
+    SubAck,
+    TooLong,
+    UnsubAck,
+    remaining_length,
+    topic_field,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,12 +69,46 @@ class TopicNamesAbove(TopicNames):
 class ServerPacketReader(PacketReader):
     """Reads one broker's bytes."""
 
-    __slots__ = ()
+    __slots__ = ("_passing_over",)
+
+    def __init__(self, max_packet_bytes: int, topics: TopicNamesAbove) -> None:
+        super().__init__(max_packet_bytes, topics)
+        self._passing_over = 0
+        """How many bytes of a PUBLISH that is too long are still to come."""
+
+    def feed(self, data: bytes) -> list[Packet]:
+        """As `PacketReader.feed`."""
+        if self._passing_over:
+            passed = min(self._passing_over, len(data))
+            self._passing_over -= passed
+            data = data[passed:]
+        return super().feed(data)
 
     first_bytes: ClassVar[frozenset[int]] = frozenset(
         {0x20, 0x40, 0x50, 0x62, 0x70, 0x90, 0xB0, 0xD0}
         | {0x30, 0x31, 0x32, 0x33, 0x34, 0x35, 0x3A, 0x3B, 0x3C, 0x3D}
     )
+
+    def _too_long(self, data: bytes, at: int, body: int, length: int, packets: list[Packet]) -> int:
+        first, end = data[at], len(data)
+        if first & 0xF0 != 0x30:
+            return super()._too_long(data, at, body, length, packets)
+        topic_end = body + 2
+        if topic_end <= end:
+            topic_end += data[body] << 8 | data[body + 1]
+        payload = topic_end + 2 if first & 0x06 else topic_end
+        if payload > body + length:
+            raise MalformedPacketError("a PUBLISH that is too short")
+        if payload > end:
+            self._needed = payload - at
+            return at
+        packet_id = data[payload - 2] << 8 | data[payload - 1] if first & 0x06 else 0
+        if first & 0x06 and not packet_id:
+            raise MalformedPacketError(NO_ID)
+        packets.append(TooLong(self._topics.learn(data[body + 2 : topic_end]), first >> 1 & 3, packet_id, length))
+        stop = min(body + length, end)
+        self._passing_over = body + length - stop
+        return stop
 
     def _rare(self, first: int, body: bytes) -> Packet:
         if first == 0xD0 and not body:

@@ -19,6 +19,7 @@ from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress
 from birthmark.device.events import Connected
 from birthmark.device.identity import DeviceId
+from birthmark.device.messages import MAX_VISIT
 from birthmark.device.presence import Presence
 
 if TYPE_CHECKING:
@@ -268,6 +269,10 @@ def test_nobody_speaks_for_a_gateway_but_itself(cloud: Member, first: Member) ->
             "gateway/gw-8/seen/sensor-1",
             b'{"id":"sensor-1","cert_serial":"","first_seen":1,"last_seen":2,"visit":-1}',
         ),
+        (
+            "gateway/gw-8/seen/sensor-1",
+            b'{"id":"sensor-1","cert_serial":"","first_seen":1,"last_seen":2,"visit":%d}' % (MAX_VISIT + 1),
+        ),
         ("gateway/gw-8/status", b'{"id":"sensor-1","cert_serial":"","first_seen":1,"last_seen":2,"visit":99}'),
     ],
 )
@@ -281,6 +286,26 @@ def test_what_is_no_sighting_moves_nobody(cloud: Member, first: Member, topic: s
     assert heard(device) == "behind"
     assert is_at(first)
     assert visit_of(first) == (1, "")
+
+
+def test_no_number_keeps_a_device_out(cloud: Member, first: Member, second: Member) -> None:
+    """The most that a liar can say costs connections, and the device still comes, is told of, and moves."""
+    link = cloud.client("gw-8", "service-gateway")
+    highest = b'{"id":"sensor-1","cert_serial":"","first_seen":1,"last_seen":2,"visit":%d}' % MAX_VISIT
+    link.send(mqtt.publish("gateway/gw-8/seen/sensor-1", highest, qos=1, pid=1))
+    assert link.read() == mqtt.Packet(0x40, b"\0\1")
+    for member in (first, second):
+        knows(member, MAX_VISIT)
+    old = come(first)
+    assert visit_of(first) == (MAX_VISIT, "")
+    new = come(second)
+    first.wait_for(lambda: not is_at(first), "the other gateway's word")
+    with pytest.raises(ConnectionEndedError):
+        old.read()
+    second.wait_for(lambda: visit_of(first) == (0, "gw-2"), "given up")
+    command(cloud, "found")
+    assert heard(new) == "found"
+    assert visit_of(second) == (MAX_VISIT, "")
 
 
 def test_a_real_client_moves_and_moves_back(cloud: Member, first: Member, second: Member, tmp_path: Path) -> None:

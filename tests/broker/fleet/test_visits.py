@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from birthmark.broker.fleet import visits as module
 from birthmark.broker.fleet.visits import Verdict, Visit, Visits
+from birthmark.device.messages import MAX_VISIT
 
 ONE = "sensor-1"
 
@@ -80,6 +81,18 @@ def test_what_claims_nothing_ends_nothing(told: Visit) -> None:
     visits.arrived(ONE)
     assert visits.heard(ONE, "b", told, is_here=False) is Verdict.NOTHING
     assert visits.of(ONE) == (1, "")
+
+
+def test_the_highest_number_stays_one_that_others_can_read() -> None:
+    first = at("a", ("liar", Visit(MAX_VISIT)))
+    first.arrived(ONE)
+    assert first.of(ONE) == (MAX_VISIT, "")
+    second = at("b", ("a", first.of(ONE)))
+    second.arrived(ONE)
+    assert second.of(ONE) == (MAX_VISIT, "")
+    assert first.heard(ONE, "b", second.of(ONE), is_here=True) is Verdict.CONTESTED
+    assert second.heard(ONE, "a", first.of(ONE), is_here=True) is Verdict.CAME_FROM_THERE
+    assert second.of(ONE) == (MAX_VISIT, "")
 
 
 def test_nothing_is_done_about_strangers() -> None:

@@ -340,6 +340,26 @@ def test_a_message_on_what_is_no_topic_is_acknowledged_and_dropped(
         assert "on a topic that MQTT does not allow" in caplog.text
 
 
+def test_a_message_that_is_too_long_for_us_does_not_come_again_for_ever(
+    above: RunningGateway, tmp_path: Path, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = linked(tmp_path, pki, above.port) | {"limits": Limits(max_packet_bytes=2_000)}
+    with running_gateway(tmp_path, pki, **values) as gateway:
+        wait_until_up(gateway)
+        operator = above.client("alice", "operator").subscribed(("devices/+/telemetry/#", 1))
+        device = gateway.client().subscribed(("devices/sensor-1/commands/#", 1))
+        publish(operator, "devices/sensor-1/commands/firmware", b"x" * 3_000)
+        publish(operator, "devices/sensor-1/commands/reboot", b"now", pid=2)
+        assert said(device, 1) == [("devices/sensor-1/commands/reboot", b"now", 1, False)]
+        publish(device, TOPIC, b"21")
+        assert said(operator, 1) == [(TOPIC, b"21", 1, False)]
+        counters = gateway.broker.counters
+        assert (counters.upstream_too_long, counters.upstream_lost) == (1, 0)
+        link_session = next(one for one in above.broker.exchange.sessions if one.client_id == "gw-1")
+        above.wait_for(lambda: not link_session.waiting_count, "acknowledged")
+        assert "on devices/sensor-1/commands/firmware: it has " in caplog.text
+
+
 def test_pings_keep_a_link_and_silence_ends_it(tmp_path: Path, pki: Pki) -> None:
     pings = 0
 

@@ -70,6 +70,35 @@ def test_what_a_broker_says_is_read_in_any_chunks(data: st.DataObject) -> None:
     ]
 
 
+@given(st.data(), st.integers(1, 400), st.sampled_from([0, 1, 2]))
+def test_a_message_that_is_too_long_is_passed_over_in_any_chunks(
+    data: st.DataObject, excess: int, qos: int
+) -> None:
+    one = ServerPacketReader(100, TopicNamesAbove())
+    head = mqtt.publish_head(mqtt.topic_field("a/b"), 100 + excess, qos, retain=False)
+    said = mqtt.PINGRESP + head + (b"\x00\x05" if qos else b"") + bytes(100 + excess) + mqtt.puback(9)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(said) - 1), max_size=8)))
+    found: list[mqtt.Packet] = []
+    for start, stop in zip([0, *cuts], [*cuts, len(said)], strict=True):
+        found += one.feed(said[start:stop])
+        assert one.buffered_bytes <= 100
+    length = 5 + (2 if qos else 0) + 100 + excess
+    assert found == [mqtt.PingResp(), mqtt.TooLong("a/b", qos, 5 if qos else 0, length), mqtt.PubAcks([9])]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\x31\x80\x08\x04\x00" + b"a" * 1_024,  # a topic that is longer than its packet
+        b"\x32\x80\x08\x00\x01a\x00\x00",  # packet identifier 0
+        b"\x90\x80\x08\x00\x01",  # a SUBACK that is too long
+    ],
+)
+def test_what_is_too_long_and_no_message_ends_the_reader(said: bytes) -> None:
+    with pytest.raises(MalformedPacketError):
+        ServerPacketReader(100, TopicNamesAbove()).feed(said)
+
+
 @pytest.mark.parametrize(
     "said",
     [
