@@ -1,8 +1,8 @@
 """What a revocation does to those who are here already.
 
 Their connections are cut (a TCP reset: a client that does not read is out as well), their wills suppressed,
-their sessions deleted with queue and subscriptions, and their retained presence is replaced by an empty
-retained message, which live subscribers get.
+their sessions deleted with queue and subscriptions, and their retained presence (of a gateway's link: its status,
+which would say for ever that it is there) is replaced by an empty retained message, which live subscribers get.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from birthmark.device.identity import BrokerName
 from birthmark.device.messages import ClosedIdentity
-from birthmark.device.topics import status
+from birthmark.device.topics import gateway_status, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -95,15 +96,15 @@ def _cut(exchange: Exchange, connection: Connection, tallies: _Tallies, peer: Pe
     exchange.counters.revoked_closed += 1
 
 
+def _presence(author: Peer) -> str:
+    """Return where somebody says that it is there."""
+    return gateway_status(BrokerName(str(author.device_id))) if author.is_gateway else status(author.device_id)
+
+
 def _purge_presence(exchange: Exchange, is_revoked: Callable[[Peer], bool], tallies: _Tallies) -> None:
     for message in exchange.retained:
         author = message.publisher
-        if (
-            author is None
-            or author.is_upstream
-            or message.topic != status(author.device_id)
-            or not is_revoked(author)
-        ):
+        if author is None or author.is_upstream or message.topic != _presence(author) or not is_revoked(author):
             continue
         if any(not is_revoked(session.peer) for session in exchange.sessions.of(author)):
             # The device lives on with a newer certificate; its presence is its own.

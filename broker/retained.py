@@ -5,6 +5,8 @@ Rules:
 - An empty payload removes (§3.3.1-10, 11).
 - Bounded by messages and by bytes, all together and for each identity that published them; what would exceed a
   bound is not retained (and the caller says so), what is there stays.
+- Who speaks for many, a gateway below or the brokers above together, has half of the store: the other half is for
+  who is here, and for what this broker says of itself.
 - A message remembers who published it, so that a revocation can take back the presence of its author.
 - `topics` walks a tree of levels, so a subscriber's own few topics are found without looking at all others.
 """
@@ -55,10 +57,16 @@ class _Share:
         self.size_bytes = 0
 
 
+_ABOVE = "$above"
+"""Whose share the messages of all upstreams count against."""
+
+
 def _identity(message: Retained) -> str | None:
-    """Return whose share it counts against; what an upstream's many clients say, against nobody's."""
+    """Return whose share it counts against; None: nobody's, it is the broker's own."""
     publisher = message.publisher
-    return None if publisher is None or publisher.is_upstream else publisher.device_id.folded
+    if publisher is None:
+        return None
+    return _ABOVE if publisher.is_upstream else publisher.device_id.folded
 
 
 class RetainedStore:
@@ -67,8 +75,9 @@ class RetainedStore:
     Args:
         max_messages: how many are kept.
         max_bytes: how much they may be together.
-        max_messages_each: how many of them one identity may have published; by default, all.
-        max_bytes_each: how much those may be together; by default, everything.
+        max_messages_each: how many of them one identity may have published; by default, all. Who speaks for many
+            may have half of `max_messages`, if that is more.
+        max_bytes_each: how much those may be together; by default, everything. The same.
     """
 
     def __init__(
@@ -156,7 +165,11 @@ class RetainedStore:
         messages, size_bytes = share.messages + 1, share.size_bytes + message.size_bytes
         if old is not None and _identity(old) == identity:
             messages, size_bytes = messages - 1, size_bytes - old.size_bytes
-        return messages <= self._max_messages_each and size_bytes <= self._max_bytes_each
+        max_messages, max_bytes = self._max_messages_each, self._max_bytes_each
+        if message.publisher is not None and (message.publisher.is_upstream or message.publisher.is_gateway):
+            max_messages = max(max_messages, self._max_messages // 2)
+            max_bytes = max(max_bytes, self._max_bytes // 2)
+        return messages <= max_messages and size_bytes <= max_bytes
 
     def _account(self, message: Retained, sign: int) -> None:
         identity = _identity(message)

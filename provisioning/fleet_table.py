@@ -5,6 +5,7 @@ Rules:
 - What a gateway says counts, and of one that is away what is known of it (`gateway_receipts.completed`).
 - Behind is who goes by an older CRL than the station's, of a CA that has issued, or by an older version of the
   fleet's policy. One that is reached by a path takes no policy, and is not behind for that.
+- What a gateway says of itself takes a bounded part of the table, whatever it says.
 - A status is half a minute old at most, and on the way as long as a message: a clock within that is right.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
+from birthmark.device.escape import escaped
 from birthmark.provisioning.cas import SHORT
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
 MOST_UNDER_WAY: Final = 20
 """Messages on their way up that are not worth a word: what a gateway says of itself goes that way, too."""
 MOST_COUNTED: Final = 99_999
+MOST_SHOWN: Final = 16
+"""Alarms and upstreams of one gateway; there are fewer kinds, and nobody has so many."""
+MOST_CHARACTERS: Final = 64
+"""Of each of their names."""
 COLUMNS: Final = ("gateway", "state", "crl", "policy", "clock", "sessions", "last_receipt", "alarms", "upstreams")
 
 
@@ -107,8 +113,10 @@ class GatewayRow:
             "clock": _clock(self.clock_difference_s),
             "sessions": status.sessions if status is not None and status.online else None,
             "last_receipt": _moment(self._last_receipt()),
-            "alarms": list(status.alarms) if status is not None else [],
-            "upstreams": [_upstream(each) for each in status.upstreams] if status and status.online else [],
+            "alarms": [escaped(code, MOST_CHARACTERS) for code in status.alarms[:MOST_SHOWN]] if status else [],
+            "upstreams": [_upstream(each) for each in status.upstreams[:MOST_SHOWN]]
+            if status and status.online
+            else [],
         }
 
     def record(self) -> dict[str, Any]:
@@ -171,13 +179,18 @@ def _clock(difference_s: float | None) -> str | None:
         return "right"
     seconds = abs(difference_s)
     unit_s, unit = next((each for each in _UNITS if seconds >= 2 * each[0]), (1, "s"))
-    return f"{seconds / unit_s:.0f} {unit} {'ahead' if difference_s > 0 else 'behind'}"
+    return f"{_counted(round(seconds / unit_s))} {unit} {'ahead' if difference_s > 0 else 'behind'}"
+
+
+def _counted(number: int, most: int = MOST_COUNTED) -> str:
+    return str(number) if number <= most else f"over {most}"
 
 
 def _upstream(state: UpstreamState) -> str:
+    name, spooled = escaped(state.name, MOST_CHARACTERS), _counted(state.spooled, 10**12)
     if state.connected:
-        return f"{state.name}: up" + (f", {state.spooled} to go" if state.spooled > MOST_UNDER_WAY else "")
-    return f"{state.name}: down, {state.spooled} to go"
+        return f"{name}: up" + (f", {spooled} to go" if state.spooled > MOST_UNDER_WAY else "")
+    return f"{name}: down, {spooled} to go"
 
 
 def _upstream_record(state: UpstreamState) -> dict[str, Any]:

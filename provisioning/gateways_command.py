@@ -14,7 +14,7 @@ from birthmark.provisioning.fleet_table import COLUMNS, Aims, GatewayRow
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, look_at
 from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.gateway_receipts import completed, look_by_path, note_heard, standing_of
-from birthmark.provisioning.options import add_station_option, open_station
+from birthmark.provisioning.options import add_station_option, add_timeout_option, open_station
 from birthmark.provisioning.settings import read_settings
 
 if TYPE_CHECKING:
@@ -36,13 +36,7 @@ birthmark gateways --watch
 birthmark gateways --json | jq 'select(.well | not)'""",
     )
     add_station_option(parser)
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="S",
-        help="how long to wait for the gateways (default: %(default)s)",
-    )
+    add_timeout_option(parser, DEFAULT_TIMEOUT_S, "how long to wait for the gateways")
     parser.add_argument(
         "--watch", type=_interval, nargs="?", const=5.0, metavar="S", help="show it every S seconds (default: 5)"
     )

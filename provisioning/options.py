@@ -75,14 +75,12 @@ def add_root_passphrase_option(parser: Parser) -> None:
     )
 
 
-def add_timeout_option(parser: Parser) -> None:
+def add_timeout_option(
+    parser: Parser, default_s: float = 10.0, what: str = "how long to wait for the gateways' receipts"
+) -> None:
     """Let a command say how long it waits for the gateways."""
     parser.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=10.0,
-        metavar="S",
-        help="how long to wait for the gateways' receipts (default: %(default)g)",
+        "--timeout", type=_seconds, default=default_s, metavar="S", help=f"{what} (default: %(default)g)"
     )
 
 

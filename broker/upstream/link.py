@@ -316,7 +316,7 @@ class Link:
         exchange.counters.upstream_too_long += 1
         if exchange.denials.due(f"too long {name}"):
             _log.error(
-                "passed over a message from the upstream %s on %s: it has %s bytes, more than limits.max_packet_bytes",
+                "passed over a message from the upstream %s on %s: %s bytes are more than limits.max_packet_bytes",
                 name,
                 escaped(packet.topic),
                 packet.length,

@@ -1,8 +1,8 @@
 """What a client says to a broker, and what it hears, as bytes: the other half of `broker/packets.py` (MQTT 3.1.1).
 
 `ServerPacketReader` reads what a broker sends as strictly as `PacketReader` reads what a client does, with two
-exceptions, since a broker would send the same again over every new connection: a PUBLISH whose topic is none is read,
-with an empty one (RabbitMQ sends such: `*` becomes `+`); and one that is too long is passed over without holding it.
+exceptions, since a broker would send the same again over every new connection: a PUBLISH whose topic is none is
+read, with an empty one (RabbitMQ sends such: `*` becomes `+`); and one that is too long is passed over, unheld.
 """
 
 from __future__ import annotations

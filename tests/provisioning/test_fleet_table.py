@@ -12,11 +12,12 @@ from support.programs import needs
 from support.station_gateways import PathGateway, receipt_for
 from support.station_upstream import Fleet, fleet
 
+from birthmark.device.console import Console
 from birthmark.device.messages import GatewayStatus, UpstreamState
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl
 from birthmark.provisioning.fleet_policy import sign_policy
-from birthmark.provisioning.fleet_table import Aims, GatewayRow
+from birthmark.provisioning.fleet_table import COLUMNS, Aims, GatewayRow
 from birthmark.provisioning.gateway_look import Look
 from birthmark.provisioning.gateway_receipts import Confirmed, Standing, completed, note_heard, standing_of
 from birthmark.provisioning.gateway_settings import Gateway
@@ -136,6 +137,37 @@ def cloud(living: Station, tmp_path: Path) -> Iterator[Fleet]:
 
 
 @needs("mosquitto")
+def test_nothing_that_a_gateway_says_floods_or_drives_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """A gateway that lies: it is in its own row, in bounds, and not well."""
+    most = 2**160 - 1
+    liar = GatewayStatus.from_bytes(
+        replace(
+            STATUS,
+            clock=1e300,
+            crl_numbers={"aa": most, "bb": 3, "\x1b[2J": 1},
+            policy_version=most,
+            sessions=most,
+            alarms=("\x1b[2J\u202e" * 100,) * 50,
+            upstreams=(UpstreamState("\x1b]0;owned\x07" * 100, connected=False, since=1e300, spooled=most),) * 50,
+        ).to_bytes()
+    )
+    found = row(look=replace(LOOK, status=liar, crl_numbers=tuple(sorted(liar.crl_numbers.items()))))
+    assert not found.is_well
+    Console().table([found.shown()], COLUMNS, empty="")
+    Console(as_json=True).table([found.record()], COLUMNS, empty="")
+    table, _, record = capsys.readouterr().out.partition("{")
+    assert "over 99999 d ahead" in table
+    assert f"{most} (newer than ours)" in table
+    assert len(table) < 40_000
+    is_safe = (table + record).replace("\n", "").isprintable()
+    assert is_safe
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "-1", "0"])
+def test_a_time_out_that_is_none_is_refused(birthmark: Command, timeout: str) -> None:
+    assert birthmark("gateways", f"--timeout={timeout}").exit_code == 2
+
+
 def test_the_table_of_a_fleet(cloud: Fleet, birthmark: Command, tmp_path: Path) -> None:
     station = cloud.station
     cloud.add("g-1", "g-2", "g-3")

@@ -17,7 +17,7 @@ from support.repository import ROOT
 
 from birthmark.broker.config import Limits, QueueFull
 from birthmark.broker.connections import place_of
-from birthmark.broker.peer import Peer
+from birthmark.broker.peer import Peer, upstream_peer
 from birthmark.broker.rate import MAX_METERS, Meters, TokenBucket
 from birthmark.broker.retained import Retained, RetainedStore
 from birthmark.device.identity import DeviceId, Role
@@ -201,6 +201,25 @@ def test_retained_messages_of_one_client_are_bounded(tmp_path: Path, pki: Pki) -
         reader = gateway.client("free-3").subscribed(("#", 0))
         assert {reader.read_delivery().topic for _ in range(3)} == {"a", "b", "d"}
         reader.ping()
+
+
+def test_who_speaks_for_many_has_half_of_the_store() -> None:
+    store = RetainedStore(10, 1_000_000, 2)
+    below = dataclasses.replace(peer("gw-1"), role=Role("service-gateway"), is_service=True)
+    for publisher in (upstream_peer(DeviceId("cloud")), upstream_peer(DeviceId("far")), below):
+        for number in range(3):
+            store.put(Retained(f"{publisher.device_id}/{number}", b"x", 1, publisher))
+    assert sorted(message.topic for message in store) == [
+        *("cloud/0", "cloud/1", "cloud/2", "far/0", "far/1"),  # all that is above has one share
+        *("gw-1/0", "gw-1/1", "gw-1/2"),
+    ]
+    assert store.put(Retained("own", b"x", 1, None))
+    assert store.put(Retained("here", b"x", 1, peer("sensor-1")))
+    small = RetainedStore(10, 5_000, 2, 600)
+    big = Retained("a", bytes(1_900), 1, below)
+    assert small.put(big)
+    assert not small.put(Retained("b", b"x", 1, below)), "half of its bytes"
+    assert not small.put(Retained("c", bytes(2_000), 1, peer("sensor-1")))
 
 
 @given(

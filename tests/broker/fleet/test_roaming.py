@@ -255,6 +255,25 @@ def test_nobody_speaks_for_a_gateway_but_itself(cloud: Member, first: Member) ->
     assert visit_of(first) == (99, "gw-8")
 
 
+def test_a_gateway_whose_link_is_revoked_is_not_said_to_be_there(cloud: Member, pki: Pki) -> None:
+    issued = pki.device("gw-8", "service-gateway")
+    link = cloud.open(cloud.context_of(issued))
+    link.handshake(mqtt.connect("gw-8", will=("gateway/gw-8/status", b"away", 1, True)))
+    link.send(mqtt.publish("gateway/gw-8/status", b"there", qos=1, retain=True, pid=1))
+    assert link.read() == mqtt.Packet(0x40, b"\0\1")
+    alice = cloud.client("alice", "operator").subscribed(("gateway/gw-8/status", 1))
+    assert heard_payload(alice) == b"there"
+    cloud.call(cloud.broker.close_identities, lambda peer: peer.cert_serial == issued.cert_serial)
+    assert heard_payload(alice) == b""
+    assert retained(cloud, "gateway/gw-8/status") is None
+
+
+def heard_payload(client: RawClient) -> bytes:
+    found = client.read_delivery()
+    client.send(mqtt.puback(found.packet_id))
+    return found.payload
+
+
 @pytest.mark.parametrize(
     ("topic", "payload"),
     [

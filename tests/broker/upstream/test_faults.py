@@ -357,7 +357,7 @@ def test_a_message_that_is_too_long_for_us_does_not_come_again_for_ever(
         assert (counters.upstream_too_long, counters.upstream_lost) == (1, 0)
         link_session = next(one for one in above.broker.exchange.sessions if one.client_id == "gw-1")
         above.wait_for(lambda: not link_session.waiting_count, "acknowledged")
-        assert "on devices/sensor-1/commands/firmware: it has " in caplog.text
+        assert "on devices/sensor-1/commands/firmware: 30" in caplog.text
 
 
 def test_pings_keep_a_link_and_silence_ends_it(tmp_path: Path, pki: Pki) -> None:
