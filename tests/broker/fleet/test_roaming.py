@@ -314,7 +314,7 @@ def test_no_number_keeps_a_device_out(cloud: Member, first: Member, second: Memb
     link.send(mqtt.publish("gateway/gw-8/seen/sensor-1", highest, qos=1, pid=1))
     assert link.read() == mqtt.Packet(0x40, b"\0\1")
     for member in (first, second):
-        knows(member, MAX_VISIT)
+        member.knows("sensor-1", MAX_VISIT)
     old = come(first)
     assert visit_of(first) == (MAX_VISIT, "")
     new = come(second)
