@@ -144,6 +144,8 @@ def test_two_gateways_and_it_in_a_triangle_pass_each_message_on_once(
 
 def test_a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
     """What is retained is asked for by its exact topic; nothing rests on RETAIN, which is not kept."""
+    configs = [write_member(tmp_path / name, pki, name, *engine.ports) for name in GATEWAYS]
+    # After the CRLs of number 1 that the gateways begin with: one that is dated before them would be refused.
     crl, policy = pki.issuing.crl([], number=2), signed_policy(pki.issuing, 5)
     for port in engine.ports:
         with RawClient.connect(port, context(tmp_path, pki, COMMANDER)) as station:
@@ -151,7 +153,6 @@ def test_a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_p
             for topic, payload in ((f"fleet/crl/{pki.issuing.issuer_id}", crl), ("fleet/policy", policy)):
                 station.send(mqtt.publish(topic, payload, qos=1, pid=1, retain=True))
                 assert station.read() == mqtt.Packet(0x40, b"\0\1")
-    configs = [write_member(tmp_path / name, pki, name, *engine.ports) for name in GATEWAYS]
     with running_member(configs[0], pki) as first, running_member(configs[1], pki) as second:
         for member in (first, second):
             status = member.call(told_by, member)
