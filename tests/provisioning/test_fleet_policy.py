@@ -228,6 +228,15 @@ def test_a_refusal_and_a_silence_are_told(cloud: Fleet) -> None:
 
 
 @needs("mosquitto")
+def test_a_status_with_the_version_and_another_text_is_no_answer(cloud: Fleet) -> None:
+    cloud.add("g-1")
+    policy, _ = sign_policy(cloud.station, TEXT)
+    other = SignedPolicy(policy.version, 0, policy.issuer, OTHER, policy.signature)
+    with cloud.played("g-1", answers=False, takes_policies=False, policy=other):
+        assert told(cloud.station, policy, UNTIL_THE_END_S)["g-1"] == ("PENDING", "no receipt by way of cloud")
+
+
+@needs("mosquitto")
 def test_a_version_that_this_station_does_not_know_is_told_and_not_given_again(cloud: Fleet) -> None:
     """The station was brought back by hand from an old copy, and publishes."""
     cloud.add("g-1")
