@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 NAMES = ("station", "line-2", "line-3")
-BATCHES, SHIFTS, BOARDS_EACH = (10, 3, 6) if WHOLE else (1, 2, 2)
+BATCHES, SHIFTS, BOARDS_EACH = (4, 3, 6) if WHOLE else (1, 2, 2)
 """How often; how often each batch is worked at; how many boards a station has at a time."""
 WHERE = ("--broker", "gateway-1.example.com:8883")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
+from support.station import PASSPHRASE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,11 +37,11 @@ class Bench:
         """Run a command of the station or of the gateway; return what it printed."""
         command = [str(COMMANDS / str(words[0])), *map(str, words[1:]), "--json"]
         environment = os.environ | {
-            "BIRTHMARK_PASSPHRASE": "correct horse",
+            "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(),
             "BIRTHMARK_STATION": str(self.station),
         }
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=self.folder
+            command, env=environment, capture_output=True, text=True, timeout=600, check=False, cwd=self.folder
         )
         assert done.returncode == code, (command, done.stdout, done.stderr)
         return [json.loads(line) for line in done.stdout.splitlines()]

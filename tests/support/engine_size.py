@@ -1,62 +1,66 @@
-"""An exported Mosquitto at 10,000 identities: size, and processor time of export, start, reload and a connection.
+"""The ACL of an exported Mosquitto at size: how large it is, and what it costs Mosquitto to start and to reload.
 
-`python -m support.engine_size [COUNT]` in tests/ prints the figures of docs/engines.md, beside those at 100.
+`python -m support.engine_size` in tests/ prints the table of docs/engines.md: processor time, median of rounds.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import resource
+import signal
+import socket
 import statistics
-import sys
+import subprocess
 import tempfile
+import time
+from collections import defaultdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 from support import mqtt_client as mqtt
-from support.engine_bench import Bench
-from support.engines import mosquitto_process
-from support.mqtt_client import RawClient, client_context
+from support.engine_bench import NOT_THERE
+from support.programs import program
+from support.repository import ROOT
 
-from birthmark.broker.mosquitto_limits import CODES
+from birthmark.broker.export_roster import Roster
+from birthmark.broker.mosquitto_files import acl
+from birthmark.broker.peer import Peer
+from birthmark.broker.policy_file import parse_policy
+from birthmark.device.identity import DeviceId, Role
 
-ROUNDS, CONNECTIONS = 5, 100
-FEW = 100
-ACCEPTED = tuple(code for code in CODES if code != "renewal")
+if TYPE_CHECKING:
+    from birthmark.broker.policy import Policy
 
-
-def requests(path: Path, count: int) -> None:
-    """Write requests for so many certificates."""
-    with path.open("w") as file:
-        for number in range(count):
-            name = f"sensor-{number:05}"
-            subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-            made = x509.CertificateSigningRequestBuilder().subject_name(subject)
-            pem = made.sign(generate_private_key(SECP256R1()), SHA256()).public_bytes(Encoding.PEM)
-            file.write(json.dumps({"id": name, "csr": pem.decode()}) + "\n")
+ROUNDS = 3
+SIZES = (100, 1_000, 3_000, 10_000)
+PATIENCE_S = 600.0
+"""How long Mosquitto may say nothing: it reads its files before it serves anybody."""
 
 
-def station_of(folder: Path, count: int) -> Bench:
-    """Make a station with so many devices, and the files of a gateway."""
-    folder.mkdir()
-    bench = Bench(folder)
-    bench.run("birthmark", "init", "--registry", "sqlite:///registry.db")
-    requests(folder / "in.jsonl", count)
-    bench.run("birthmark", "issue", "--from", folder / "in.jsonl", "--out", folder / "out.jsonl")
-    bench.gateway_files()
-    bench.without_what_is_not_there()
-    bench.identities()
-    return bench
+def default_policy() -> Policy:
+    """What `birthmark-broker init` writes, without what Mosquitto cannot do."""
+    lines = (ROOT / "broker" / "policy.default.toml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not any(entry in line for entry in NOT_THERE)]
+    return parse_policy("".join(kept).encode(), "policy.toml")
 
 
-def cpu_of_children_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def devices(count: int) -> Roster:
+    now = datetime.now(UTC)
+    end = now + timedelta(days=1)
+    names = [f"sensor-{number:05}" for number in range(count)]
+    peers = {
+        f"CN={name},OU=sensor,O=Acme": Peer(
+            DeviceId(name),
+            Role("sensor"),
+            is_service=False,
+            issuer="",
+            cert_serial=1,
+            not_before=now,
+            not_after=end,
+        )
+        for name in names
+    }
+    return Roster(peers, 0, 0)
 
 
 def cpu_of_s(pid: int) -> float:
@@ -65,48 +69,55 @@ def cpu_of_s(pid: int) -> float:
 
 
 def resident_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measured(bench: Bench) -> dict[str, float]:
-    """One round: export, start, a connection, reload."""
-    before_s = cpu_of_children_s()
-    bench.export(*ACCEPTED)
-    found = {"export": cpu_of_children_s() - before_s, "acl_mb": (bench.exported / "acl").stat().st_size / 1e6}
-    alice = client_context(bench.credentials("alice"), bench.station / "root.pem")
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stderr is not None
+    assert any(words in line for line in process.stderr), f"it ended before {words!r}"
 
-    def connect() -> None:
-        with RawClient.connect(bench.port, alice) as client:
-            client.handshake(mqtt.connect("alice")).ping()
 
-    with mosquitto_process(bench.gateway, bench.exported) as mosquitto:
-        pid = mosquitto.process.pid
-        found["start"] = cpu_of_s(pid)
-        connect()
-        before_s = cpu_of_s(pid)
-        for _ in range(CONNECTIONS):
-            connect()
-        found["connection"] = (cpu_of_s(pid) - before_s) / CONNECTIONS
-        before_s = cpu_of_s(pid)
-        mosquitto.process.send_signal(1)
-        mosquitto.wait_for("Reloading config")
-        connect()  # it is answered when everything has been read
-        found["reload"] = cpu_of_s(pid) - before_s - found["connection"]
-        found["resident_mb"] = resident_mb(pid)
+def measured(policy: Policy, count: int, folder: Path) -> dict[str, float]:
+    """Start Mosquitto with the ACL of so many devices, and have it reload."""
+    began_s = time.process_time()
+    content = acl(policy, devices(count))
+    found = {"ACL, made, s": time.process_time() - began_s, "ACL, MB": len(content) / 1e6}
+    (folder / "acl").write_text(content)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+    conf = f"user root\nlog_dest stderr\nlistener {port} 127.0.0.1\nallow_anonymous true\nacl_file {folder}/acl\n"
+    (folder / "mosquitto.conf").write_text(conf)
+    process = subprocess.Popen(
+        [program("mosquitto"), "-c", folder / "mosquitto.conf"], stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            wait_for(process, "running")
+            found["start, s"] = started_s = cpu_of_s(process.pid)
+            process.send_signal(signal.SIGHUP)
+            wait_for(process, "Reloading config")
+            with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+                client.sendall(mqtt.connect("x"))
+                assert client.recv(4) == bytes(mqtt.packet(*mqtt.connack(0)))  # when everything has been read
+            found["reload, s"] = cpu_of_s(process.pid) - started_s
+            found["resident, MB"] = resident_mb(process.pid)
+        finally:
+            process.kill()
     return found
 
 
-def main(count: int) -> None:
+def main() -> None:
+    policy = default_policy()
+    found: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        benches = {size: station_of(Path(folder) / str(size), size) for size in (FEW, count)}
-        rounds = [{size: measured(bench) for size, bench in benches.items()} for _ in range(ROUNDS)]
-    for what in rounds[0][FEW]:
-        for size in benches:
-            values = sorted(each[size][what] for each in rounds)
-            middle = statistics.median(values)
-            print(f"{what:<12} {size:>7}  median {middle:.4f}, {values[0]:.4f} to {values[-1]:.4f}")
+        for _ in range(ROUNDS):
+            for size in SIZES:
+                for what, value in measured(policy, size, Path(folder)).items():
+                    found[what, size].append(value)
+    for what in dict.fromkeys(what for what, _ in found):
+        cells = [f"{statistics.median(found[what, size]):.2f}" for size in SIZES]
+        print(f"| {what} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)
+    main()

@@ -293,7 +293,7 @@ def mosquitto_process(folder: Path, exported: Path) -> Iterator[MosquittoControl
         yield control
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(120)
         reader.join(20)
         assert process.stderr is not None
         process.stderr.close()
