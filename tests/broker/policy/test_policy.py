@@ -26,7 +26,7 @@ from birthmark.device.identity import BrokerName, DeviceId, Role
 DEFAULT = parse_policy(
     resources.files("birthmark.broker").joinpath("policy.default.toml").read_bytes(), "policy.default.toml"
 )
-DEVICE, OPERATOR = Role("device"), Role("operator")
+DEVICE, OPERATOR, GATEWAY = Role("device"), Role("operator"), Role("service-gateway")
 A = DeviceId("sensor-1")
 
 ids = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9-]{0,8}[A-Za-z0-9])?", fullmatch=True).map(DeviceId)
@@ -131,6 +131,34 @@ def test_an_operator(action: str, topic: str, *, expected: bool) -> None:
 )
 def test_the_renewal_service_renews_and_does_nothing_else(action: str, topic: str, *, expected: bool) -> None:
     assert allowed(action, topic, who=DeviceId("renewd"), role=Role("service-renewal")) is expected
+
+
+SAID = ("receipts", "policy-receipts", "status", "seen/sensor-1", "crl-in-force/ab")
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_no_entry_however_wide_lets_a_client_speak_for_a_gateway_but_another_gateways_link(what: str) -> None:
+    wide = (
+        RoleRules("device", publish=("#",)),
+        RoleRules("operator", publish=("gateway/+/#",)),
+        RoleRules("service-x", publish=("#",)),
+        RoleRules("service-gateway", publish=("#",)),
+    )
+    names = ("operator", "service-x", "service-gateway")
+    given = Policy(wide, (*(Assignment(name, ou=name) for name in names), Assignment("device", cn="*")))
+    for name in ("device", "operator", "service-x"):
+        assert not allowed("publish", f"gateway/gw-1/{what}", role=Role(name), policy=given)
+        assert allowed("publish", "gateway/gw-1/crl", role=Role(name), policy=given), "the entry is wide"
+    assert allowed("publish", f"gateway/gw-1/{what}", role=GATEWAY, policy=given)
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_by_the_default_policy_a_gateway_speaks_for_itself_alone(what: str) -> None:
+    for name, expected in ((A, True), ("gw-1", False)):
+        topic = f"gateway/{name}/{what}"
+        assert allowed("publish", topic, who=A, role=GATEWAY) is expected
+    for topic in ("devices/sensor-9/commands/reboot", "fleet/policy", "fleet/crl/ab", f"gateway/{A}/crl"):
+        assert not allowed("publish", topic, who=A, role=GATEWAY)
 
 
 @given(ids, ids, roles, st.sampled_from(["telemetry/x", "status", "replies/a/b", "commands/x", "time/answer", ""]))
