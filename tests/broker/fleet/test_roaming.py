@@ -278,7 +278,11 @@ def heard_payload(client: RawClient) -> bytes:
     ("topic", "payload"),
     [
         ("gateway/gw-8/seen/sensor-1", b""),
-        ("gateway/gw-8/seen/sensor-1", b"rubbish"),
+        ("gateway/gw-8/seen/sensor-1", b"no sighting"),
+        (
+            "gateway/gw-8/seen/sensor-1",
+            b'{"id":"sensor-2","cert_serial":"","first_seen":1,"last_seen":2,"visit":99}',
+        ),
         (
             "gateway/gw-8/seen/sensor-2",
             b'{"id":"sensor-1","cert_serial":"","first_seen":1,"last_seen":2,"visit":99}',
