@@ -1,10 +1,15 @@
-"""What about a gateway needs a person: said when it begins, now and then while it stays, and when it is over."""
+"""What about a gateway needs a person: said when it begins, now and then while it stays, and when it is over.
+
+Of each kind of alarm no more is written than `log_budget.py` grants: what others send may raise one, and end it.
+"""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from birthmark.broker.log_budget import LogBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -51,6 +56,8 @@ class Alarms:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._looked_s = 0.0
+        self._budget = LogBudget(lambda: self._looked_s)
         self._standing: dict[Alarm, float] = {}
         self.raised = 0
         """How many have begun since the start."""
@@ -62,7 +69,7 @@ class Alarms:
 
     def look(self, found: Iterable[Alarm]) -> bool:
         """Take note of what stands now, and log what is due; return whether the codes have changed."""
-        moment_s = self._clock()
+        self._looked_s = moment_s = self._clock()
         before = self.codes
         standing: dict[Alarm, float] = {}
         for alarm in found:
@@ -70,18 +77,23 @@ class Alarms:
             if last_s is None:
                 self.raised += 1
             if last_s is None or moment_s - last_s >= REPEAT_S:
-                _log.log(
-                    alarm.level,
-                    "ALARM %s: %s (%s)",
-                    alarm.code,
-                    alarm.message,
-                    alarm.hint,
-                    extra={"fields": {"event": "alarm", "code": alarm.code}},
-                )
+                if self._budget.grants(alarm.code, "alarm"):
+                    _say(alarm)
                 last_s = moment_s
             standing[alarm] = last_s
         self._standing = standing
         for code in before:
-            if code not in self.codes:
+            if code not in self.codes and self._budget.grants(code, "alarm_over"):
                 _log.info("alarm %s is over", code, extra={"fields": {"event": "alarm_over", "code": code}})
         return before != self.codes
+
+
+def _say(alarm: Alarm) -> None:
+    _log.log(
+        alarm.level,
+        "ALARM %s: %s (%s)",
+        alarm.code,
+        alarm.message,
+        alarm.hint,
+        extra={"fields": {"event": "alarm", "code": alarm.code}},
+    )

@@ -30,6 +30,7 @@ from birthmark.broker.alarms import Alarms
 from birthmark.broker.fleet.member import Member, message_of
 from birthmark.broker.fleet.visits import Visits
 from birthmark.broker.known_peers import KnownPeers
+from birthmark.broker.log_budget import LogBudget
 from birthmark.broker.own_certificate import read_own_certificate
 from birthmark.broker.packets import Will
 from birthmark.broker.policy_in_force import PolicyInForce
@@ -111,6 +112,7 @@ class Gateway:
         self._installing = asyncio.Lock()
         self._brought: asyncio.Queue[_Brought] = asyncio.Queue(MAX_WAITING_CRLS)
         self._alarms = Alarms(time.monotonic)
+        self._log_budget = LogBudget(time.monotonic)
         is_fleet = any(upstream.fleet for upstream in settings.upstreams)
         self._visits = Visits(str(settings.name)) if is_fleet else None
         self._sightings = Sightings(settings.name, self._publish, self._visits)
@@ -142,6 +144,7 @@ class Gateway:
             changed=self._look_again,
             visits=self._visits,
             sightings=self._sightings,
+            budget=self._log_budget,
         )
         self.tls_context = server_context(settings.credentials_path, settings.clients_ca_path)
         self.renewal_tls_context = _renewal_context(settings)
@@ -290,9 +293,7 @@ class Gateway:
                 reason=f"busy: {MAX_WAITING_CRLS} others wait to be judged",
                 hint="bring it again",
             )
-            receipt = self._receipt(refusal, brought.started_s, ())
-            log_receipt(receipt, brought.by)
-            self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
+            self._answer(self._receipt(refusal, brought.started_s, ()), brought.by)
 
     async def _take_brought(self) -> None:
         while True:
@@ -313,12 +314,16 @@ class Gateway:
         if any(receipt.closed for receipt in receipts):
             await self._settle(origin)
         for receipt in receipts:
-            if receipt.outcome == "refused" and is_again:
-                continue
-            log_receipt(receipt, origin)
-            self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
+            if receipt.outcome != "refused" or not is_again:
+                self._answer(receipt, origin)
         self._look_again()
         return list(zip(answers, receipts, strict=True))
+
+    def _answer(self, receipt: Receipt, origin: str) -> None:
+        # Whoever floods must not thereby hide from the log what was installed.
+        if receipt.outcome == "installed" or self._log_budget.grants(origin, f"crl_{receipt.outcome}"):
+            log_receipt(receipt, origin)
+        self._publish(gateway_receipts(self._settings.name), receipt.to_bytes())
 
     def _close(self, answer: Installation, started_s: float) -> tuple[ClosedIdentity, ...]:
         return self._close_revoked(answer.issuer, started_s) if answer.outcome == "installed" else ()

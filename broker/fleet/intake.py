@@ -8,10 +8,12 @@ Rules:
 - An upstream and a client whom the policy lets publish there are treated alike: nothing is believed for having
   come, only for whose signature it has.
 - They are judged one at a time, off the event loop. Each is a state: of several on one topic only the last counts.
+- After one that is refused the intake rests, as each costs a thread, a retained receipt and a status: nobody may
+  have them made as fast as one can be judged. What comes meanwhile waits, the last one of each topic.
 - What was refused because its CA is not trusted *yet*, because of a clock, or of a disk is judged again, by and by
   and after each change of the issuing CAs: it is retained above, and nobody sends it twice.
 - While the last one on a topic is one that was refused, that is an alarm.
-- Nothing on other topics keeps out what is on those of trusted CAs, or the policy.
+- Nothing on other topics keeps out what is on those of trusted CAs, or the policy: these are judged first.
 - An empty message takes a retained one away. It takes nothing away here.
 """
 
@@ -31,12 +33,20 @@ from birthmark.device.topics import FLEET_POLICY, fleet_crl
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from birthmark.broker.log_budget import LogBudget
+
 MAX_STRANGERS = 16
 """Topics of CAs that are not trusted, of which something is kept: the one heard of first makes room."""
+REST_S = 0.1
+"""Between one that is refused and the next: no person notices it, and a flood comes to ten receipts a second."""
 Code = Literal["fleet-crl-refused", "fleet-policy-refused"]
 _TOPIC = re.compile(rf"{re.escape(FLEET_POLICY)}|{re.escape(fleet_crl(''))}[0-9a-f]{{1,64}}")
 
 _log = logging.getLogger(__name__)
+
+
+async def _rest() -> None:
+    await asyncio.sleep(REST_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,8 @@ class Intake:
         judge: installs what is good, with all effects and its receipt.
         is_trusted: whether a CA, by its key identifier, is trusted now.
         changed: called after each one: what the alarms are about may be another.
+        budget: of the log's lines that one who brings things may cause.
+        rest: returns when the intake has rested.
     """
 
     def __init__(
@@ -80,7 +92,11 @@ class Intake:
         judge: Callable[[Offer], Awaitable[Judgement]],
         is_trusted: Callable[[str], bool],
         changed: Callable[[], None],
+        budget: LogBudget,
+        rest: Callable[[], Awaitable[None]] = _rest,
     ) -> None:
+        self._budget = budget
+        self._rest = rest
         self._judge = judge
         self._is_trusted = is_trusted
         self._changed = changed
@@ -102,7 +118,8 @@ class Intake:
                 _log.warning("ignored a message from %s on %s: no topic of a fleet's", by, escaped(topic[:128]))
             return
         if not payload:
-            _log.info("%s was taken away by %s; what is in force here stays", topic, by)
+            if self._budget.grants(by, "taken away"):
+                _log.info("%s was taken away by %s; what is in force here stays", topic, by)
             return
         self._make_room(topic)
         self._waiting[topic] = Offer(topic, payload, by, time.monotonic())
@@ -137,17 +154,22 @@ class Intake:
             await self._arrived.wait()
             self._arrived.clear()
             while self._waiting:
-                topic = next(iter(self._waiting))
+                topic = min(self._waiting, key=self._is_strange)  # of equals the one that has waited longest
                 offer = self._waiting.pop(topic)
                 self._is_judging = True
+                is_good = False
                 try:
-                    self._note(offer, await self._judge(offer))
+                    judgement = await self._judge(offer)
+                    self._note(offer, judgement)
+                    is_good = not judgement.refusal
                 except Exception:  # noqa: BLE001 - a defect over one of them must not keep out the next
                     _log.exception("a message from %s on %s could not be judged", offer.by, offer.topic)
                 self._is_judging = False
                 self._changed()
                 async with self._judged:
                     self._judged.notify_all()
+                if not is_good:
+                    await self._rest()
 
     def _note(self, offer: Offer, judgement: Judgement) -> None:
         topic = offer.topic

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from birthmark.broker.crl import Crl
     from birthmark.broker.fleet.policy import PolicyInstallation
     from birthmark.broker.fleet.visits import Visits
+    from birthmark.broker.log_budget import LogBudget
     from birthmark.broker.peer import Peer
     from birthmark.broker.policy import Policy
     from birthmark.broker.policy_in_force import PolicyInForce
@@ -65,6 +66,7 @@ class Member:
         changed: called when what the alarms and the status say may be another.
         visits: where the fleet's devices are; None where there is no fleet.
         sightings: what this gateway says of those it has seen.
+        budget: of the log's lines that one who brings things may cause.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Member:
         changed: Callable[[], None],
         visits: Visits | None,
         sightings: Sightings,
+        budget: LogBudget,
     ) -> None:
         self._gateway = gateway
+        self._budget = budget
         self._visits = visits
         self._sightings = sightings
         self._roaming: Roaming | None = None
@@ -95,7 +99,7 @@ class Member:
         self._crls = crls
         self._publish = publish
         self._changed = changed
-        self._intake = Intake(self._judge, lambda key_id: trust().has(key_id), changed)
+        self._intake = Intake(self._judge, lambda key_id: trust().has(key_id), changed, budget)
         self._serves = False
         self._told = Standing(publish)
 
@@ -254,7 +258,8 @@ class Member:
                 subscriptions_ended=ended,
                 reason=answer.reason,
             )
-            _log_policy(answer, offer.by, ended)
+            if answer.outcome == "installed" or self._budget.grants(offer.by, f"policy_{answer.outcome}"):
+                _log_policy(answer, offer.by, ended)
             self._publish(gateway_policy_receipts(self._gateway), receipt.to_bytes())
         return _judgement(answer.message, answer.hint, answer.fault or "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import hashlib
+import logging
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from birthmark.broker.config import read_settings
 from birthmark.broker.fleet.intake import MAX_STRANGERS
 from birthmark.broker.fleet.policy import FILE_NAME
 from birthmark.broker.gateway import Gateway
+from birthmark.broker.log_budget import MAX_LINES
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.fleet_policy import PolicyReceipt, SignedPolicy
 from birthmark.device.messages import GatewayStatus, Receipt
@@ -395,6 +397,40 @@ def test_topics_that_are_no_fleets_are_ignored_and_many_keep_nothing_out(member:
     assert crl_receipt_of(alice, topic_of(member.pki.issuing), crl).outcome == "installed"
     asyncio.run_coroutine_threadsafe(member.gateway._member.settled(), member.loop).result(10)
     assert 0 < len(member.gateway._member.alarms()) <= MAX_STRANGERS + 1, "those, and the one that is judged"
+
+
+def test_a_flood_is_answered_seldom_and_hides_nothing_that_was_installed(
+    member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    issuing, intake = member.pki.issuing, member.gateway._member._intake
+    over = asyncio.Event()
+    member.call(setattr, intake, "_rest", over.wait)
+    member.call(setattr, member.gateway._log_budget, "_clock", lambda: 0.0)  # it is one and the same minute
+    alice = alice_of(member)
+    assert receipt_of(alice, "fleet/policy", b"bad").outcome == "refused"
+    for number in range(200):
+        alice.send(mqtt.publish("fleet/policy", b"bad %d" % number, retain=True))
+        alice.send(mqtt.publish(topic_of(issuing), b"bad %d" % number, retain=True))
+    policy, crl = signed_policy(issuing, 7, NARROW), issuing.crl([], number=2)
+    alice.send(mqtt.publish("fleet/policy", policy, retain=True))
+    alice.send(mqtt.publish(topic_of(issuing), crl, retain=True))
+    alice.ping()  # none of them was judged: there is no receipt
+    member.loop.call_soon_threadsafe(over.set)
+    told = [alice.read_delivery(), alice.read_delivery()]
+    assert PolicyReceipt.from_bytes(told[0].payload).version == 7
+    assert Receipt.from_bytes(told[1].payload).crl_number == 2
+    # From here on nothing rests: each is answered, and only so many are logged.
+    with caplog.at_level(logging.INFO):
+        for number in range(MAX_LINES + 20):
+            receipt_of(alice, "fleet/policy", b"bad %d" % number)
+            crl_receipt_of(alice, topic_of(issuing), b"bad %d" % number)
+        assert receipt_of(alice, "fleet/policy", signed_policy(issuing, 8, NARROWER)).outcome == "installed"
+        assert crl_receipt_of(alice, topic_of(issuing), issuing.crl([], number=3)).outcome == "installed"
+    lines = caplog.messages
+    assert len([line for line in lines if line.startswith("refused a policy from alice")]) == MAX_LINES
+    assert len([line for line in lines if line.startswith("refused a CRL from alice")]) == MAX_LINES
+    assert any(line.startswith("the fleet's policy, version 8, from alice: installed") for line in lines)
+    assert any(line.startswith("CRL 3 from alice: installed") for line in lines)
 
 
 def test_the_golden_file_of_a_policy_is_what_is_kept(config: Path, pki: Pki) -> None:
