@@ -120,11 +120,7 @@ class Outbound:
         if session.key:
             self.journal.note_delivery(session, outgoing)
         while queue and self._is_full(session, 0, 0):
-            oldest = queue.popleft()
-            self._unqueued(session, oldest)
-            self.journal.drop_delivery(oldest)
-            self.counters.dropped_queue_full += 1
-            self.denials.dropped(session.peer, "its queue is full, the oldest go", oldest.message.topic)
+            self._drop_oldest(session)
 
     def _is_full(self, session: Session, messages: int, size_bytes: int) -> bool:
         """Whether a session's queue would be over a limit with so much more."""
@@ -134,6 +130,14 @@ class Outbound:
             or session.queued_bytes + size_bytes > limits.max_queued_bytes
             or self.queued_bytes + size_bytes > limits.max_queued_bytes_total
         )
+
+    def _drop_oldest(self, session: Session) -> Message:
+        oldest = session.queue.popleft()
+        self._unqueued(session, oldest)
+        self.journal.drop_delivery(oldest)
+        self.counters.dropped_queue_full += 1
+        self.denials.dropped(session.peer, "its queue is full, the oldest go", oldest.message.topic)
+        return oldest.message
 
     def _find_no_room(self, session: Session, message: Message) -> None:
         self.counters.dropped_queue_full += 1

@@ -102,6 +102,10 @@ class RetryTimer:
         """Whether a connection held for long enough to count as one."""
         return connected_for_s >= self._stable_after_s
 
+    def start_anew(self) -> None:
+        """Wait as after the first failure: what the earlier ones were over is gone."""
+        self._refusals = self._losses = 0
+
     def wait_s(self, error: ConnectionFailedError, *, connected_for_s: float = 0.0) -> float:
         """Return how long to wait after `error`; the connection it ended held `connected_for_s` (0: none did)."""
         if connected_for_s > 0:

@@ -59,6 +59,14 @@ class Mapping:
                 return remote if len(remote.encode()) <= self._max_topic_bytes else None
         return None
 
+    def sent_as(self, remote: str) -> tuple[str, str] | None:
+        """Return which topic of ours goes up under a name, and by which filter; None: none does."""
+        for passage in self.up:
+            topic = remote.removeprefix(passage.prefix)
+            if topic and matches(passage.local, topic) and self.to_remote(topic) == remote:
+                return topic, passage.local
+        return None
+
     def is_too_long(self, topic: str) -> bool:
         """Whether a topic of ours would go up, but for the length of its name there."""
         return self.to_remote(topic) is None and any(matches(passage.local, topic) for passage in self.up)

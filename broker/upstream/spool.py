@@ -13,6 +13,9 @@ Rules:
 - It is bounded by messages and bytes (`spool_messages`, `spool_bytes`). With "hold" publishers are stopped from
   `HOLD_AT` of it on, until it has fallen to `GO_ON_AT`; what they have sent by then finds room. What comes from
   nobody who could be stopped (wills, the gateway's own) is dropped when it is really full, as with "drop_newest".
+- A retained message that was dropped for want of room leaves a wrong state above. Its topic is owed: once all that
+  waits has gone, what is retained on it by then goes up, or an empty message if that is nothing. What is owed is
+  bounded as the store of retained messages is; after a restart all that is retained under its filter goes up.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from birthmark.broker.outbound import REPLAY_WATER_BYTES, Outbound
 from birthmark.broker.packets import as_duplicate, publish_frame, topic_field
 from birthmark.broker.peer import upstream_peer
 from birthmark.broker.policy import Rights
+from birthmark.broker.retained import LEVEL_OVERHEAD_BYTES
 from birthmark.broker.session import Message, Session
 from birthmark.broker.upstream.settings import SpoolFull
 
@@ -47,6 +51,11 @@ OVERHEAD_BYTES = 1_024
 """More than a message counts beside its payload, unless its topic is very long."""
 HOLD_AT = 0.875
 GO_ON_AT = 0.75
+
+
+def _owed_size(topic: str) -> int:
+    """What an owed topic counts: less than a message that is retained on it."""
+    return len(topic) + LEVEL_OVERHEAD_BYTES
 
 
 class Spool(Outbound):
@@ -85,6 +94,10 @@ class Spool(Outbound):
         self._filling = filling
         self.on_room: Callable[[], None] = lambda: None
         self._emptied: asyncio.Future[None] | None = None
+        self._owed: set[str] = set()
+        """Topics, of those in `session.replay`, of which something retained was dropped."""
+        self._owed_bytes = 0
+        self._max_owed_bytes = limits.max_retained_bytes + limits.max_queued_bytes
         self.is_careful = False
         """One message at a time, and none of QoS 0."""
         self.forwarded = 0
@@ -102,6 +115,8 @@ class Spool(Outbound):
         session.rights = self.session.rights
         self.session = session
         self.queued_bytes = session.queued_bytes
+        for topic_filter in session.replaying:
+            self.replay(session, topic_filter, 1)
         self._look_for_room()
 
     async def emptied(self) -> None:
@@ -193,11 +208,62 @@ class Spool(Outbound):
         self.counters.upstream_dropped += count
 
     def _enqueue(self, session: Session, outgoing: Outgoing) -> None:
-        before = self.counters.dropped_queue_full
         super()._enqueue(session, outgoing)
-        if self.counters.dropped_queue_full != before:
-            self._count_dropped(self.counters.dropped_queue_full - before)
         self._look_for_room()
+
+    def _find_no_room(self, session: Session, message: Message) -> None:
+        super()._find_no_room(session, message)
+        self._has_given_way(message)
+
+    def _drop_oldest(self, session: Session) -> Message:
+        message = super()._drop_oldest(session)
+        self._has_given_way(message)
+        return message
+
+    def _has_given_way(self, message: Message) -> None:
+        self._count_dropped()
+        if message.retain:
+            self._owe(message.topic)
+
+    # --- states that are owed ------------------------------------------------------------------------------
+
+    def _owe(self, remote: str) -> None:
+        """Have the state of a topic, by its name at the upstream, sent when there is room."""
+        session, known = self.session, self._mapping.sent_as(remote)
+        if known is None:
+            return  # it was let in under settings that are no more
+        topic, topic_filter = known
+        session.replay.setdefault(topic, 1)
+        if topic not in self._owed:
+            self._owed.add(topic)
+            self._owed_bytes += _owed_size(topic)
+            if self._owed_bytes > self._max_owed_bytes:
+                self._owe_no_more_than_is_retained()
+        if session.key and topic_filter in session.subscriptions and topic_filter not in session.replaying:
+            session.replaying.add(topic_filter)
+            self._note(topic_filter, is_replaying=True)
+
+    def _owe_no_more_than_is_retained(self) -> None:
+        """Give up topics on which nothing is retained: of the others there are only so many."""
+        for topic in [topic for topic in self._owed if self.retained.get(topic) is None]:
+            self._settle(topic)
+            self.denials.dropped(self.peer, "too many states are owed, those cleared here stay there", topic)
+
+    def _settle(self, topic: str) -> bool:
+        """Send the state of a topic no more; return whether it was owed."""
+        self.session.replay.pop(topic, None)
+        if topic not in self._owed:
+            return False
+        self._owed.remove(topic)
+        self._owed_bytes -= _owed_size(topic)
+        return True
+
+    def _settle_what_waits(self) -> None:
+        """What waits is newer than what was dropped: its topics are right when it has gone."""
+        for outgoing in self.session.queue if self._owed else ():
+            known = self._mapping.sent_as(outgoing.message.topic) if outgoing.message.retain else None
+            if known is not None and known[0] in self._owed:
+                self._settle(known[0])
 
     # --- what goes out -----------------------------------------------------------------------------------
 
@@ -263,11 +329,15 @@ class Spool(Outbound):
             if topic_filter not in wanted:
                 self._forget(topic_filter)
         for topic_filter in wanted:
-            if not is_known or topic_filter not in session.subscriptions or topic_filter in session.replaying:
+            if not is_known or topic_filter not in session.subscriptions:
                 is_replaying = self.replay(session, topic_filter, 1)
                 self._note(topic_filter, is_replaying=is_replaying)
                 if is_replaying and session.key:
                     session.replaying.add(topic_filter)
+        if self.limits.queue_full is QueueFull.DROP_OLDEST:
+            self._settle_what_waits()
+        if session.replaying and not session.replay:
+            self._replayed(session)
 
     def _replay(self, session: Session) -> None:
         """Send retained messages as they are at this moment, as far as there is room, behind all that waits."""
@@ -276,10 +346,12 @@ class Spool(Outbound):
             if session.queue or not self._has_room(session):
                 return
             topic = next(iter(replay))
-            del replay[topic]
+            is_owed = self._settle(topic)
             found, remote = self.retained.get(topic), self._mapping.to_remote(topic)
-            if found is not None and remote is not None and self.takes_from(found.publisher):
-                self.take(remote, topic_field(remote), [found.payload], 1, retain=True)
+            if remote is None or (found is None and not is_owed):
+                continue
+            if found is None or self.takes_from(found.publisher):
+                self.take(remote, topic_field(remote), [found.payload if found else b""], 1, retain=True)
         if session.replaying and not replay:
             self._replayed(session)
 

@@ -6,6 +6,7 @@ Rules:
   in vain, or a connection lost, there is a wait that grows, with jitter (`device/backoff.py`).
 - A message that ends every connection is found and set aside (`spool.py`): first by one at a time, then by three
   connections that worked until this message was sent, and that the upstream itself ended, saying nothing more.
+  The waits start anew then.
 - Whatever goes wrong with an upstream is a line in the log, once for each cause, and an alarm while it lasts; it
   never stops the gateway.
 - New credentials are tried at once. SIGHUP does the same: it cuts a wait short.
@@ -362,6 +363,7 @@ class Upstream:
         message = self.spool.set_aside()
         if message is None:
             return
+        self._retry.start_anew()
         self._exchange.counters.upstream_refused += 1
         topic = escaped(message.topic)
         self.refused = f"one on {topic} of {len(message.payload)} bytes"

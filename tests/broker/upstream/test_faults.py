@@ -32,7 +32,8 @@ from birthmark.broker.config import Limits
 from birthmark.broker.packet_reader import PacketReader
 from birthmark.broker.packets import Connect, PingReq, Publish, PublishRun, Subscribe, Will
 from birthmark.broker.retained import Retained
-from birthmark.device.errors import ConfigurationError
+from birthmark.broker.upstream.upstream import FIRST_WAIT_S
+from birthmark.device.errors import ConfigurationError, UnreachableError
 
 if TYPE_CHECKING:
     import ssl
@@ -224,7 +225,7 @@ def test_what_the_other_end_would_not_take_can_be_kept_from_it(
 
 
 def test_only_a_connection_that_the_upstream_ended_speaks_against_a_message(tmp_path: Path, pki: Pki) -> None:
-    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, 1)) as gateway:
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, 1, longest_wait_s=30)) as gateway:
         upstream = upstream_of(gateway)
         publish(gateway.client(), TOPIC, b"1")
         spool = upstream.spool
@@ -239,12 +240,20 @@ def test_only_a_connection_that_the_upstream_ended_speaks_against_a_message(tmp_
             spool.session.inflight[1] = spool.session.queue.popleft()
             spool.be_careful(careful=True)
 
+        def set_aside_after_long_waits() -> tuple[float, float]:
+            lost = UnreachableError("lost")
+            waits_s = [upstream._retry.wait_s(lost) for _ in range(9)]
+            judge(1, has_settled=True, was_closed=True, has_survived=False)
+            return waits_s[-1], upstream._retry.wait_s(lost)
+
         gateway.call(send)
         assert gateway.call(judge, 9, has_settled=True, was_closed=False, has_survived=False) == 0
         assert gateway.call(judge, 9, has_settled=False, was_closed=True, has_survived=False) == 0
         assert gateway.call(judge, 9, has_settled=True, was_closed=True, has_survived=True) == 0
         assert gateway.call(judge, 2, has_settled=True, was_closed=True, has_survived=False) == 0
-        assert gateway.call(judge, 1, has_settled=True, was_closed=True, has_survived=False) == 1
+        long_s, wait_s = gateway.call(set_aside_after_long_waits)
+        assert spool.dropped == 1
+        assert wait_s <= FIRST_WAIT_S < long_s, "the next one is looked for at once"
 
 
 def test_an_upstream_that_acknowledges_nothing_costs_no_message(tmp_path: Path, pki: Pki) -> None:
