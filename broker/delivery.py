@@ -24,7 +24,7 @@ from birthmark.broker.policy import Decision
 from birthmark.broker.retained import Retained, RetainedStore
 from birthmark.broker.router import Router
 from birthmark.broker.session import MAX_REMEMBERED_DECISIONS, Message, Session, Sessions
-from birthmark.device.topics import is_said_by_gateway
+from birthmark.device.topics import is_of_gateway, is_said_by_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,8 +74,8 @@ class Exchange:
         self.router: Router[Session] = Router(_may_receive)
         self.uplinks: Upstreams | None = None
         """Where messages go up; None where there is no upstream."""
-        self.own_topics = ""
-        """What the topics begin with on which the gateway speaks of itself: no other gateway may there."""
+        self.gateway = ""
+        """Whose name it is in which no other gateway may speak; while there is none, nobody may in any."""
         self._hooks: dict[str, Callable[[str, bytes, Peer], None]] = {}
         self._max_waiting_bytes = limits.max_queued_bytes
 
@@ -230,7 +230,8 @@ class Exchange:
 
     def _decide_publish(self, session: Session, topic: str) -> bool | Callable[[str, bytes, Peer], None]:
         decision = session.rights.publish(topic)
-        if decision.allowed and is_said_by_gateway(topic) and topic.startswith(self.own_topics):
+        is_ours = not self.gateway or is_of_gateway(topic, self.gateway)
+        if decision.allowed and is_ours and is_said_by_gateway(topic):
             decision = Decision(allowed=False, rule="what this gateway says of itself is the broker's alone")
         verdict: bool | Callable[[str, bytes, Peer], None] = decision.allowed
         if decision.allowed:

@@ -121,7 +121,7 @@ class GatewayBroker(Broker):
         self.meters = Meters(settings.limits.max_messages_per_s, settings.limits.max_bytes_per_s)
         self._journal = Journal(loop, settings.durability, self.counters)
         self.exchange = Exchange(policy, settings.limits, self.counters, Denials(loop.time), self._journal)
-        self.exchange.own_topics = f"gateway/{settings.name}/"
+        self.exchange.gateway = str(settings.name)
         self.upstreams = Upstreams(settings.upstreams, self.exchange)
         self.roamers = Roamers(self.exchange, upstream_peer(DeviceId("fleet")))
         self.on_message: Callable[[Session, Publish], None] | None = None

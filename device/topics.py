@@ -82,6 +82,12 @@ def is_said_by_gateway(topic: str) -> bool:
     return len(levels) > 2 and levels[0] == "gateway" and levels[2] in SAID_BY_GATEWAYS
 
 
+def is_of_gateway(topic: str, name: BrokerName | str) -> bool:
+    """Whether a topic, or a filter, lies below `gateway/{name}/`; names are one, however their case."""
+    levels = topic.split("/", 2)
+    return len(levels) > 2 and levels[0] == "gateway" and levels[1].lower() == str(name).lower()
+
+
 def gateway_receipts(name: BrokerName) -> str:
     """Where a gateway says what it did with a CRL."""
     return f"gateway/{name}/receipts"

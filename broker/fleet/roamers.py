@@ -49,7 +49,7 @@ class Roamers:
         if is_certain:
             self._send_away(device_id.folded)
             known = self._exchange.retained.get(status(device_id))
-            if known is not None and known.publisher is not None and known.publisher.device_id == device_id:
+            if known is not None and _is_of(known.publisher, device_id.folded):
                 self._exchange.publish(known.topic, b"", known.qos, retain=True, publisher=self._unforwarded)
         return connection is not None
 
@@ -65,7 +65,7 @@ class Roamers:
         if session is None or session.connection is None:
             return
         known = self._exchange.retained.get(status(session.peer.device_id))
-        if known is not None and known.publisher is not None and known.publisher.device_id.folded == identity:
+        if known is not None and _is_of(known.publisher, identity):
             self._exchange.publish(known.topic, known.payload, known.qos, retain=True, publisher=known.publisher)
 
     def _session(self, identity: str) -> Session | None:
@@ -78,3 +78,8 @@ class Roamers:
         session = self._session(identity)
         if session is not None and session.connection is None and not session.is_away:
             self._exchange.send_away(session)
+
+
+def _is_of(publisher: Peer | None, identity: str) -> bool:
+    """Whether an identity has published it itself; an upstream may have any name, a device's too."""
+    return publisher is not None and not publisher.is_upstream and publisher.device_id.folded == identity

@@ -45,7 +45,7 @@ class Roaming:
     """
 
     def __init__(self, gateway: BrokerName, visits: Visits, sightings: Sightings, roamers: Roamers) -> None:
-        self._gateway = str(gateway)
+        self._gateway = str(gateway).lower()
         self._visits = visits
         self._sightings = sightings
         self._roamers = roamers
@@ -62,7 +62,7 @@ class Roaming:
             told = Sighting.from_bytes(payload) if payload else None
         except (IdentityError, RemoteProtocolError):
             return
-        if told is None or told.id.lower() != device_id.folded or str(gateway) == self._gateway:
+        if told is None or told.id.lower() != device_id.folded or str(gateway).lower() == self._gateway:
             return
         identity, visit = device_id.folded, Visit(told.visit, told.moved_to)
         is_here = self._roamers.is_here(identity)

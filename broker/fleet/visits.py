@@ -66,7 +66,7 @@ class Visits:
     """
 
     def __init__(self, gateway: str) -> None:
-        self._gateway = gateway
+        self._gateway = gateway.lower()
         self._own: dict[str, Visit] = {}
         self._heard: dict[str, int] = {}
 
@@ -96,7 +96,7 @@ class Visits:
         self._remember(identity, visit.number)
         own = self.of(identity)
         if visit.moved_to:
-            came_here = visit.moved_to == self._gateway and is_here and visit.number in (0, own.number)
+            came_here = visit.moved_to.lower() == self._gateway and is_here and visit.number in (0, own.number)
             return Verdict.CAME_FROM_THERE if came_here else Verdict.NOTHING
         if not visit.number or not own.number or own.moved_to:
             return Verdict.NOTHING

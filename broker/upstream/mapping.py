@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from birthmark.broker.filters import MAX_TOPIC_BYTES, matches, overlaps
-from birthmark.device.topics import is_said_by_gateway
+from birthmark.device.topics import is_of_gateway, is_said_by_gateway
 
 
 class Passage(NamedTuple):
@@ -49,7 +49,7 @@ class Mapping:
         self._max_topic_bytes = max_topic_bytes
         self.up = up
         self.down = down
-        self._own = f"gateway/{gateway}/"
+        self._gateway = gateway
 
     def to_remote(self, topic: str) -> str | None:
         """Return the name under which a topic of ours goes up; None: it does not."""
@@ -88,7 +88,7 @@ class Mapping:
     def loop(self) -> tuple[Passage, Passage] | None:
         """Return something that goes up and something that comes down of which others' topics are both."""
         for up in self.up:
-            if up.prefix or up.local.startswith(self._own):
+            if up.prefix or is_of_gateway(up.local, self._gateway):
                 continue
             for down in self.down:
                 if overlaps(up.remote, down.remote):
@@ -97,4 +97,4 @@ class Mapping:
 
     def _is_ours(self, topic: str) -> bool:
         """Whether this gateway alone says it: nobody above may speak in its name."""
-        return topic.startswith(self._own) and is_said_by_gateway(topic)
+        return is_of_gateway(topic, self._gateway) and is_said_by_gateway(topic)

@@ -12,6 +12,7 @@ from support.device_folder import enrolled
 from support.fleet import running_member, write_gateway, write_member
 from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import ConnectionEndedError, RawClient
+from support.upstreams import upstream_toml, write_credentials
 from support.watching import Watching
 
 from birthmark.device.backoff import Backoff, RetryTimer
@@ -247,12 +248,51 @@ def test_nobody_speaks_for_a_gateway_but_itself(cloud: Member, first: Member) ->
     link = cloud.client("gw-8", "service-gateway")
     link.send(mqtt.publish("gateway/cloud-1/status", b"{}", qos=1, retain=True, pid=1))
     assert link.read() == mqtt.Packet(0x40, b"\0\1")
-    assert cloud.broker.counters.publishes_denied == 3
+    link.send(mqtt.publish("gateway/CLOUD-1/status", b"{}", qos=1, retain=True, pid=1))
+    assert link.read() == mqtt.Packet(0x40, b"\0\1")
+    assert cloud.broker.counters.publishes_denied == 4
     assert retained(cloud, "gateway/cloud-1/status") != b"{}"
     link.send(mqtt.publish("gateway/gw-8/seen/sensor-1", sighting, qos=1, pid=2))
     assert link.read() == mqtt.Packet(0x40, b"\0\2")
     first.wait_for(lambda: not is_at(first), "the other gateway's word")
     assert visit_of(first) == (99, "gw-8")
+
+
+def test_a_gateway_is_told_nothing_in_its_own_name_however_its_case(first: Member) -> None:
+    come(first)
+    sighting = b'{"id":"sensor-1","cert_serial":"5a","first_seen":1,"last_seen":2,"addresses":[],"visit":99}'
+    roaming = first.gateway._member._roaming
+    assert roaming is not None
+    first.call(roaming.heard, "gateway/GW-1/seen/sensor-1", sighting)
+    assert (is_at(first), visit_of(first)) == (True, (1, ""))
+    first.call(roaming.heard, "gateway/GW-2/seen/sensor-1", sighting)
+    assert (is_at(first), visit_of(first)) == (False, (99, "GW-2"))
+
+
+def test_an_upstream_that_is_named_like_a_device_is_not_that_device(
+    cloud: Member, tmp_path: Path, pki: Pki
+) -> None:
+    """What the upstream says of the device is its own: neither taken away nor said again for the device."""
+    folder = tmp_path / "gw-1"
+    folder.mkdir()
+    write_credentials(folder, pki, "gw-1")
+    above = upstream_toml("gw-1", cloud.port, name="sensor-1", fleet=True, up=[], down=["devices/+/status"])
+    config = write_gateway(folder, pki, "gw-1", above)
+    link = cloud.client("gw-8", "service-gateway")
+    link.send(mqtt.publish(STATUS, b"as seen above", qos=1, retain=True, pid=1))
+    assert link.read() == mqtt.Packet(0x40, b"\0\1")
+    with running_member(config, pki) as member:
+        member.wait_for(lambda: retained(member) == b"as seen above", "the word from above")
+        device = member.client("sensor-1")
+        hearing = member.client("alice", "operator").subscribed((STATUS, 0))
+        assert hearing.read_delivery().payload == b"as seen above"
+        member.call(member.broker.roamers.say_presence_again, "sensor-1")
+        hearing.ping()  # and nothing else
+        assert member.call(member.broker.roamers.let_go, DeviceId("sensor-1"), "gw-2", is_certain=True)
+        with pytest.raises(ConnectionEndedError):
+            device.read()
+        hearing.ping()
+        assert retained(member) == b"as seen above"
 
 
 def test_a_gateway_whose_link_is_revoked_is_not_said_to_be_there(cloud: Member, pki: Pki) -> None:

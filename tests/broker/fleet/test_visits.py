@@ -45,6 +45,12 @@ def test_who_moves_gets_the_next_number_and_the_old_gateway_lets_go() -> None:
     assert first.of(ONE) == (3, "")
 
 
+def test_the_name_of_a_gateway_is_the_same_in_any_case() -> None:
+    visits = at("Berlin")
+    visits.arrived(ONE)
+    assert visits.heard(ONE, "oslo", Visit(1, "BERLIN"), is_here=True) is Verdict.CAME_FROM_THERE
+
+
 def test_a_restart_goes_on_from_what_was_said() -> None:
     visits = at("a")
     visits.take_up(ONE, Visit(5, "b"))

@@ -112,6 +112,13 @@ def test_nobody_above_speaks_in_the_gateways_name() -> None:
     assert mapping.to_local("gateway/paris/status") == "gateway/paris/status"
     for said in ("status", "receipts", "seen/a", "crl-in-force/00"):
         assert mapping.to_local(f"gateway/berlin/{said}") is None
+        assert mapping.to_local(f"gateway/BERLIN/{said}") is None, "names are one, however their case"
+
+
+def test_what_is_this_gateways_alone_is_no_loop_however_its_case() -> None:
+    assert read(up=["gateway/Berlin/#"], down=[], down_shared=["gateway/#"]).mapping.loop() is None
+    with pytest.raises(ConfigurationError, match="have topics in common"):
+        read(up=["gateway/paris/#"], down=[], down_shared=["gateway/#"])
 
 
 def test_a_name_that_grows_too_long_stays_here() -> None:
