@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from birthmark.broker.filters import contains
-from birthmark.broker.policy import RoleRules
+from birthmark.broker.filters import contains, overlaps
+from birthmark.broker.policy import ID, RoleRules, glob_matches
+from birthmark.device.identity import GATEWAY_ROLE
+from birthmark.device.topics import SAID_BY_GATEWAYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,4 +92,24 @@ def warnings(policy: Policy) -> list[str]:
                 for entry in getattr(role, key)
                 if entry in ("#", "+/#")
             ]
-    return found
+    return [*found, *_speaking_for_others(policy)]
+
+
+def _speaking_for_others(policy: Policy) -> Iterator[str]:
+    """Yield what lets the link of one gateway say what another says of itself; a tree of gateways needs that."""
+    for role in policy.roles:
+        links = [
+            (each.cn or "*").lower()
+            for each in policy.assignments
+            if each.role == role.name and each.for_services and glob_matches(each.ou or "*", GATEWAY_ROLE)
+        ]
+        said = [f"gateway/+/{what}/#" for what in SAID_BY_GATEWAYS]
+        said = [topics for topics in said if not any(contains(denied, topics) for denied in role.deny_publish)]
+        for entry in role.publish:
+            named = [level.lower() for level in entry.split("/")[1:2]]
+            is_its_own = named == [ID] or {*links} == {*named}
+            if links and not is_its_own and any(overlaps(entry.replace(ID, "+"), topics) for topics in said):
+                yield (
+                    f"roles.{role.name}.publish has {entry!r}: a gateway with this role may say what other"
+                    f" gateways say of themselves (gateway/{ID}/... is its own alone)"
+                )
