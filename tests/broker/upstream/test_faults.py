@@ -319,7 +319,7 @@ def test_a_link_that_fell_silent_is_given_up_and_made_anew(
             wait_until_up(gateway)
             proxy.stalls = True
             publish(gateway.client(), TOPIC, b"into the void")
-            gateway.wait_for(lambda: gateway.broker.counters.upstream_lost == 1, "the silence is noticed")
+            gateway.wait_for(lambda: gateway.broker.counters.upstream_lost >= 1, "the silence is noticed")
             proxy.stalls = False
             assert said(operator, 1) == [(TOPIC, b"into the void", 1, False)]
 
