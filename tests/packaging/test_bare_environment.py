@@ -16,7 +16,7 @@ from support.repository import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_BYTES = 25_000_000
+MAX_BYTES = 25 * 1024 * 1024
 """Of the part and all that it needs, with the compiled files."""
 NOT_OURS = {"pip", "setuptools"}
 SIZES = """

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from birthmark.device.received import Message
 
 LONG_S = 30.0
+AWAY_S = 8.0
+"""For those who will not answer: what is published meanwhile is what matters."""
 UNTIL_THE_END_S = 4.0
 """Where somebody does not answer, and this is all waited for."""
 TEXT = b"""
@@ -298,7 +300,7 @@ def test_what_our_ca_did_not_sign_is_replaced(cloud: Fleet, tmp_path: Path, what
     fake = SignedPolicy(9, 0, policy.issuer, OTHER, foreign.signature)
     assert trusted_policy(fake.to_bytes(), cloud.station.cas) is None
     put(cloud, b"junk" if what == "junk" else fake.to_bytes())
-    (done,) = deliver_policy(cloud.station, policy, LONG_S)  # nobody is there: nothing is known of it
+    (done,) = deliver_policy(cloud.station, policy, AWAY_S)  # nobody is there: nothing is known of it
     assert done.outcome is Outcome.PENDING
     assert held_by(cloud) == policy.to_bytes()
 

@@ -56,6 +56,7 @@ def wait_for(birthmark: Command, state: str, names: list[str]) -> None:
         assert time.monotonic() < deadline, rows(birthmark)
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_a_fleet_with_three_of_twenty_away(stand: FleetStand, birthmark: Command, tmp_path: Path) -> None:
     billing = issue_operator(stand.station, "billing", tmp_path, role="service-billing")

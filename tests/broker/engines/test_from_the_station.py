@@ -21,6 +21,7 @@ FOREIGN, OWN = "devices/sensor-1/telemetry/hoax", "devices/sensor-2/telemetry/ow
 
 
 @needs("mosquitto")
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 def test_devices_of_a_station_live_on_mosquitto_until_they_are_revoked(tmp_path: Path) -> None:
     bench = Bench(tmp_path)

@@ -196,9 +196,7 @@ def arrive(member: Member) -> RawClient:
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_who_flaps_ends_up_connected_where_it_came_last(
-    first: Member, second: Member, times: int
-) -> None:
+def test_who_flaps_ends_up_connected_where_it_came_last(first: Member, second: Member, times: int) -> None:
     for _ in range(times):
         for member in (first, second):
             arrive(member)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from support.pki import Pki
 
 # One cluster is enough: its start takes as long as everything that is done with it.
-pytestmark = [pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.proof, pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(900)]
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 ROUNDS = 5 if WHOLE else 1
 OWN = r"^sites\.{username}\."
