@@ -93,7 +93,9 @@ def test_a_slot_prepared_for_another_key_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pending", "prepared", "unlock", "renewed"])
-@pytest.mark.parametrize("content", [b"", b"junk", b"-----BEGIN PRIVATE KEY-----\nAAAA"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"-----BEGIN PRIVATE KEY-----\nAAAA"], ids=["empty", "junk", "pem"]
+)
 def test_a_damaged_record_goes_and_the_identity_stays(tmp_path: Path, name: str, content: bytes) -> None:
     slots = _fill(tmp_path / "s", active=SLOTS[A].to_pem(), **{name: content})
     slots.recover()
@@ -101,7 +103,11 @@ def test_a_damaged_record_goes_and_the_identity_stays(tmp_path: Path, name: str,
     assert slots.active() == SLOTS[A]
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", SLOTS[A].to_pem()[:-200], SLOTS[A].to_pem() * 2])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"junk", SLOTS[A].to_pem()[:-200], SLOTS[A].to_pem() * 2],
+    ids=["empty", "junk", "cut short", "twice"],
+)
 def test_a_damaged_active_slot_stops_the_boot_and_is_kept(tmp_path: Path, content: bytes) -> None:
     slots = _fill(tmp_path / "s", active=content)
     with pytest.raises(CredentialError) as damage:
