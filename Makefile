@@ -56,11 +56,11 @@ check: $(DEV)
 	@$(BIN)/mypy --no-error-summary
 
 test: $(DEV)
-	@$(BIN)/python -m pytest -q -n 4 --dist loadgroup $(PYTEST)
+	@$(BIN)/python -m pytest -q -n 4 $(PYTEST)
 
 # The proofs are in the suite too, at a quick count; here each runs whole.
 proof: $(DEV)
-	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n auto --dist loadgroup -m proof --timeout 1200
+	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n auto -m proof --timeout 1200
 
 # Leaves soak.svg, a page of curves.
 soak: $(DEV)

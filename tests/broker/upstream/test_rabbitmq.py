@@ -19,13 +19,10 @@ from support.upstreams import POLICY, upstream_toml, upstreams, write_credential
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterator
     from pathlib import Path
 
     from support.pki import Pki
 
-# One cluster is enough: its start takes as long as everything that is done with it.
-pytestmark = [pytest.mark.proof, pytest.mark.xdist_group("rabbitmq"), pytest.mark.timeout(900)]
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 ROUNDS = 5 if WHOLE else 1
 OWN = r"^sites\.{username}\."
@@ -40,19 +37,6 @@ USERS = (
 )
 
 
-@pytest.fixture(scope="module")
-def started(pki: Pki, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("rabbitmq") / "cluster", pki, USERS) as running:
-        yield running
-
-
-@pytest.fixture
-def engine(started: Cluster) -> Cluster:
-    """All of its nodes run."""
-    started.restore()
-    return started
-
-
 def context(folder: Path, pki: Pki, name: str) -> ssl.SSLContext:
     (folder / "root.pem").write_bytes(pki.root.pem)
     path = pki.device(name, "service-gateway").write(folder / f"{name}.pem")
@@ -65,9 +49,7 @@ def said_hello(port: int, trusted: ssl.SSLContext) -> mqtt.Packet:
         return client.read()
 
 
-def test_who_has_no_certificate_of_ours_or_no_rights_is_not_let_in(
-    engine: Cluster, tmp_path: Path, pki: Pki
-) -> None:
+def who_has_no_certificate_of_ours_or_no_rights_is_not_let_in(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
     port = engine.ports[0]
     (tmp_path / "root.pem").write_bytes(pki.root.pem)
     stranger = pki.stranger.device(GATEWAY).write(tmp_path / "stranger.pem")
@@ -86,7 +68,7 @@ def test_who_has_no_certificate_of_ours_or_no_rights_is_not_let_in(
             assert client.read_end() == [], "it is ended without an answer"
 
 
-def test_what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only(
+def what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only(
     engine: Cluster, tmp_path: Path, pki: Pki
 ) -> None:
     """Why docs/upstream.md says that a RabbitMQ keeps no presence, and docs/fleet.md that it keeps no CRL."""
@@ -110,7 +92,7 @@ def test_what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only(
                 late.ping()
 
 
-def test_a_message_that_it_does_not_allow_does_not_keep_the_others_from_it(
+def a_message_that_it_does_not_allow_does_not_keep_the_others_from_it(
     engine: Cluster, tmp_path: Path, pki: Pki
 ) -> None:
     folder = tmp_path / NARROW
@@ -136,13 +118,11 @@ def test_a_message_that_it_does_not_allow_does_not_keep_the_others_from_it(
         gateway.wait_for(lambda: gateway.broker.counters.upstream_refused == 1, "one message set aside")
 
 
-def test_two_gateways_and_it_in_a_triangle_pass_each_message_on_once(
-    engine: Cluster, tmp_path: Path, pki: Pki
-) -> None:
+def two_gateways_and_it_in_a_triangle_pass_each_message_on_once(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
     check_triangle(tmp_path, pki, engine.ports)
 
 
-def test_a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
+def a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
     """What is retained is asked for by its exact topic; nothing rests on RETAIN, which is not kept."""
     configs = [write_member(tmp_path / name, pki, name, *engine.ports) for name in GATEWAYS]
     # After the CRLs of number 1 that the gateways begin with: one that is dated before them would be refused.
@@ -167,7 +147,7 @@ def test_a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_p
 
 
 @pytest.mark.proof
-def test_nothing_acknowledged_is_lost_whatever_breaks(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
+def nothing_acknowledged_is_lost_whatever_breaks(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
     with Loaded(tmp_path / GATEWAY, pki, engine.ports) as load:
         for _ in range(ROUNDS):
             engine.restore()
@@ -182,6 +162,29 @@ def test_nothing_acknowledged_is_lost_whatever_breaks(engine: Cluster, tmp_path:
             assert load.linked_to != killed
         # A RabbitMQ gives a session that comes back what it had given before mixed with what is new.
         load.see_through(in_order_above=load.taken_above.connections == 1, in_order_below=False)
+
+
+CASES = (
+    who_has_no_certificate_of_ours_or_no_rights_is_not_let_in,
+    what_is_retained_is_so_on_one_node_and_found_by_its_exact_name_only,
+    a_message_that_it_does_not_allow_does_not_keep_the_others_from_it,
+    two_gateways_and_it_in_a_triangle_pass_each_message_on_once,
+    a_fleet_below_it_catches_up_and_its_devices_roam,
+    nothing_acknowledged_is_lost_whatever_breaks,
+)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+def test_below_a_cluster(pki: Pki, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """One cluster for all of them: its start takes as long as everything that is done with it."""
+    with cluster(tmp_path / "cluster", pki, USERS) as engine:
+        for case in CASES:
+            folder = tmp_path / case.__name__
+            folder.mkdir()
+            with subtests.test(case.__name__):
+                engine.restore()
+                case(engine, folder, pki)
 
 
 def test_the_docs_give_the_settings_that_are_tested() -> None:
