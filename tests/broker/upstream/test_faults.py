@@ -321,6 +321,8 @@ def test_a_link_that_fell_silent_is_given_up_and_made_anew(
             publish(gateway.client(), TOPIC, b"into the void")
             gateway.wait_for(lambda: gateway.broker.counters.upstream_lost >= 1, "the silence is noticed")
             proxy.stalls = False
+            proxy.cut_all()  # an attempt that began in the silence would wait for its whole time-out
+            wait_until_up(gateway)
             assert said(operator, 1) == [(TOPIC, b"into the void", 1, False)]
 
 
