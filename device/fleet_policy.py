@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import LocalProtocolError
 from birthmark.device.escape import quoted
 from birthmark.device.json_fields import Fields, base64_text, dump
 from birthmark.device.link.transcript import Label, transcript, verify
-from birthmark.device.messages import Outcome
+from birthmark.device.messages import Outcome, outcome_in
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -151,13 +151,9 @@ class PolicyReceipt:
     def from_bytes(cls, payload: bytes) -> PolicyReceipt:
         """Read a payload; raises `RemoteProtocolError` if it is no receipt."""
         fields = Fields("policy receipt", payload)
-        told = fields.text("outcome")
-        outcome = next((known for known in get_args(Outcome) if known == told), None)
-        if outcome is None:
-            raise fields.error(f"unknown outcome {quoted(told)}")
         return cls(
             gateway=fields.text("gateway"),
-            outcome=outcome,
+            outcome=outcome_in(fields),
             version=fields.whole("version"),
             sha256=fields.text("sha256"),
             installed_at=fields.number("installed_at"),

@@ -102,13 +102,9 @@ class Receipt:
     def from_bytes(cls, payload: bytes) -> Receipt:
         """Read a payload; raises `RemoteProtocolError` if it is no receipt."""
         fields = Fields("receipt", payload)
-        told = fields.text("outcome")
-        outcome = next((known for known in get_args(Outcome) if known == told), None)
-        if outcome is None:
-            raise fields.error(f"unknown outcome {quoted(told)}")
         return cls(
             gateway=fields.text("gateway"),
-            outcome=outcome,
+            outcome=outcome_in(fields),
             issuer=fields.text("issuer"),
             crl_number=fields.whole("crl_number"),
             crl_sha256=fields.text("crl_sha256"),
@@ -244,6 +240,15 @@ def _upstream(item: Fields) -> UpstreamState:
         spooled=item.whole("spooled", default=0),
         reason=item.text("reason", default=""),
     )
+
+
+def outcome_in(fields: Fields) -> Outcome:
+    """Return the outcome that a receipt tells; raises `RemoteProtocolError` if there is no such one."""
+    told = fields.text("outcome")
+    outcome = next((known for known in get_args(Outcome) if known == told), None)
+    if outcome is None:
+        raise fields.error(f"unknown outcome {quoted(told)}")
+    return outcome
 
 
 def _closed(item: Fields) -> ClosedIdentity:
