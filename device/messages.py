@@ -245,7 +245,7 @@ def _upstream(item: Fields) -> UpstreamState:
 def outcome_in(fields: Fields) -> Outcome:
     """Return the outcome that a receipt tells; raises `RemoteProtocolError` if there is no such one."""
     told = fields.text("outcome")
-    outcome = next((known for known in get_args(Outcome) if known == told), None)
+    outcome: Outcome | None = next((known for known in get_args(Outcome) if known == told), None)
     if outcome is None:
         raise fields.error(f"unknown outcome {quoted(told)}")
     return outcome
