@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import threading
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from support.mqtt_gateway import RunningGateway
+from support.mqtt_gateway import RunningGateway, in_own_thread
 from support.upstreams import upstream_toml, write_credentials
 
 from birthmark.broker.config import read_settings
-from birthmark.broker.event_loop import run_loop
 from birthmark.broker.run_command import compose
 from birthmark.device.durable import private_folder
 from birthmark.device.fleet_policy import SignedPolicy, policy_transcript
 from birthmark.device.messages import GatewayStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from support.pki import Authority, Pki
@@ -107,54 +105,17 @@ def told_by(member: Member) -> GatewayStatus:
 @contextmanager
 def running_member(config: Path, pki: Pki) -> Iterator[Member]:
     """Run the gateway of a broker.toml, composed as the command composes it; it must stop in good order."""
-    listening = threading.Event()
-    found: list[Member] = []
-    failures: list[BaseException] = []
-    stops: list[asyncio.Event] = []
 
-    async def serve() -> None:
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        loop.set_exception_handler(lambda _loop, details: failures.append(_failure(details)))
+    @asynccontextmanager
+    async def serving(stop: asyncio.Event) -> AsyncIterator[Member]:
         settings = read_settings(config)
         private_folder(settings.data_folder)
         gateway, broker = compose(settings, stop)
         await broker.start()
-        port = broker.addresses[0][1]
-        stops.append(stop)
-        found.append(Member(config.parent, pki, port, broker=broker, loop=loop, revoked=set(), gateway=gateway))
-        listening.set()
-        await stop.wait()
+        port, loop = broker.addresses[0][1], asyncio.get_running_loop()
+        yield Member(config.parent, pki, port, broker=broker, loop=loop, revoked=set(), gateway=gateway)
         await gateway.stop()
         await broker.shutdown()
-        if broker.counters.defects:
-            failures.append(AssertionError("a defect ended a connection: see the log"))
 
-    def main() -> None:
-        try:
-            run_loop(serve())
-        except BaseException as error:  # noqa: BLE001 - told to the test below
-            failures.append(error)
-        finally:
-            listening.set()
-
-    thread = threading.Thread(target=main)
-    thread.start()
-    listening.wait(30)
-    if not found:
-        thread.join(10)
-        raise failures[0] if failures else AssertionError("the gateway did not start")
-    member = found[0]
-    try:
+    with in_own_thread(serving) as member:
         yield member
-    finally:
-        member.close_clients()
-        member.loop.call_soon_threadsafe(stops[0].set)
-        thread.join(10)
-        assert not thread.is_alive(), "the gateway did not stop"
-        if failures:
-            raise failures[0]
-
-
-def _failure(details: dict[str, object]) -> BaseException:
-    error = details.get("exception")
-    return error if isinstance(error, BaseException) else AssertionError(str(details["message"]))

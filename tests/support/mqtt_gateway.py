@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +23,8 @@ from birthmark.device.identity import BrokerName
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from support.pki import Issued, Pki
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from birthmark.broker.policy import Policy
 
 T = TypeVar("T")
+G = TypeVar("G", bound="RunningGateway")
 
 POLICY_TOML = b"""
 [roles.device]
@@ -169,9 +172,32 @@ def running_gateway(
             raise PeerRefusedError("revoked", f"{peer.device_id} is revoked")
         return peer
 
-    started: list[GatewayBroker] = []
-    ready = threading.Event()
-    stop: list[asyncio.Event] = []
+    @asynccontextmanager
+    async def serving(_stop: asyncio.Event) -> AsyncIterator[RunningGateway]:
+        broker = GatewayBroker(
+            settings(folder, limits or Limits(), **changes),
+            server_context(folder / "server.pem", folder / "clients-ca.pem"),
+            admit,
+            policy(policy_toml),
+            plugins=plugins or {},
+        )
+        await broker.start()
+        port, loop = broker.addresses[0][1], asyncio.get_running_loop()
+        yield RunningGateway(folder, pki, port, broker=broker, loop=loop, revoked=revoked)
+        await broker.shutdown()
+
+    with in_own_thread(serving) as gateway:
+        yield gateway
+
+
+@contextmanager
+def in_own_thread(serving: Callable[[asyncio.Event], AbstractAsyncContextManager[G]]) -> Iterator[G]:
+    """Run a gateway in a thread of its own, until the test is over; it must start, serve and stop in good order.
+
+    Args:
+        serving: starts the gateway, and stops it on leaving. It is given the event that is set at the end.
+    """
+    started: Future[tuple[G, asyncio.Event]] = Future()
     failures: list[BaseException] = []
 
     def report(_loop: asyncio.AbstractEventLoop, details: dict[str, Any]) -> None:
@@ -180,47 +206,30 @@ def running_gateway(
     async def serve() -> None:
         # An exception in a callback is a defect, whatever the test was about.
         asyncio.get_running_loop().set_exception_handler(report)
-        context = server_context(folder / "server.pem", folder / "clients-ca.pem")
-        broker = GatewayBroker(
-            settings(folder, limits or Limits(), **changes),
-            context,
-            admit,
-            policy(policy_toml),
-            plugins=plugins or {},
-        )
-        await broker.start()
-        stop.append(asyncio.Event())
-        started.append(broker)
-        loops.append(asyncio.get_running_loop())
-        ready.set()
-        await stop[0].wait()
-        await broker.shutdown()
-        if broker.counters.defects:
+        stop = asyncio.Event()
+        async with serving(stop) as gateway:
+            started.set_result((gateway, stop))
+            await stop.wait()
+        if gateway.broker.counters.defects:
             failures.append(AssertionError("a defect ended a connection: see the log"))
-
-    loops: list[asyncio.AbstractEventLoop] = []
 
     def main() -> None:
         try:
             run_loop(serve())
         except BaseException as error:  # noqa: BLE001 - told to the test below
-            failures.append(error)
-        finally:
-            ready.set()
+            if started.done():
+                failures.append(error)
+            else:
+                started.set_exception(error)
 
     thread = threading.Thread(target=main)
     thread.start()
-    ready.wait(10)
-    if failures:
-        thread.join()
-        raise failures[0]
-    port = started[0].addresses[0][1]
-    gateway = RunningGateway(folder, pki, port, broker=started[0], loop=loops[0], revoked=revoked)
+    gateway, stop = started.result(30)
     try:
         yield gateway
     finally:
         gateway.close_clients()
-        gateway.loop.call_soon_threadsafe(stop[0].set)
+        gateway.loop.call_soon_threadsafe(stop.set)
         thread.join(10)
         assert not thread.is_alive(), "the gateway did not stop"
         if failures:
