@@ -304,7 +304,7 @@ def test_a_full_disk_refuses_what_must_be_kept_and_nothing_else(tmp_path: Path, 
         hearing = world.client("free-3").subscribed(("u", 1))
         say(world.client("free-2"), "t", b"before")
         full(world, is_full=True)
-        for _ in range(3):  # the first finds out, the others are refused at once
+        for _ in range(3):  # the first may find out, the others are refused at once
             publisher = world.client("free-2")
             publisher.send(mqtt.publish("t", b"refused", qos=1, pid=1))
             with pytest.raises(ConnectionEndedError):
@@ -322,8 +322,11 @@ def test_a_full_disk_refuses_what_must_be_kept_and_nothing_else(tmp_path: Path, 
         world.broker.process.wait(20)
     with process_world(tmp_path, pki) as world:
         back = world.client("free-1", clean=False, present=True)
-        got = [back.read_delivery().payload for _ in range(3)]
-        assert got == [b"before", b"refused", b"after"], "what was not acknowledged may come, at QoS 1"
+        got = [back.read_delivery().payload]
+        while got[-1] != b"after":
+            got.append(back.read_delivery().payload)
+        # What was not acknowledged may come, once: unless something else had found out before the first.
+        assert got in ([b"before", b"refused", b"after"], [b"before", b"after"])
         back.ping()
         world.broker.process.send_signal(signal.SIGTERM)
         world.broker.process.wait(20)
