@@ -40,7 +40,7 @@ from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.retirement import note_retirement, retirement_at
 from birthmark.provisioning.revocation import mark_revoked
-from birthmark.provisioning.rollover_anchors import NoAnchors
+from birthmark.provisioning.rollover.anchors import NoAnchors
 from birthmark.provisioning.signing_request import requested_key
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.authority import Authority
     from birthmark.provisioning.cas import Cas
     from birthmark.provisioning.registry.interface import Transaction, View
-    from birthmark.provisioning.rollover_anchors import AnchorSource, PendingAnchors
+    from birthmark.provisioning.rollover.anchors import AnchorSource, PendingAnchors
     from birthmark.provisioning.station import Station
 
 _DAY: Final = timedelta(days=1)

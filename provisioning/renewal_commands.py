@@ -29,7 +29,7 @@ from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.renewd import RenewalService
 from birthmark.provisioning.retirement import next_retirement_at, retire_due
-from birthmark.provisioning.rollover_anchors import StationAnchors
+from birthmark.provisioning.rollover.anchors import StationAnchors
 
 if TYPE_CHECKING:
     import argparse

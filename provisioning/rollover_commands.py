@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.durable import remove_leftovers, write_durably
-from birthmark.provisioning import rollover
 from birthmark.provisioning.cas import CaKind, read_cas
 from birthmark.provisioning.crl_delivery import warn_of_pending
 from birthmark.provisioning.crls import sign_and_store_crl
@@ -24,10 +23,18 @@ from birthmark.provisioning.options import (
     token_settings,
 )
 from birthmark.provisioning.registry.model import Kind
+from birthmark.provisioning.rollover.census import take_census
+from birthmark.provisioning.rollover.phases import (
+    activate,
+    activate_for_brokers,
+    close_old,
+    gateways_without,
+    retire_closed,
+)
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing, start_root
 from birthmark.provisioning.settings import read_settings
 from birthmark.provisioning.settings_edit import set_token
 from birthmark.provisioning.station import PUBLIC_FILE_MODE
-from birthmark.provisioning.trust_census import take_census
 
 if TYPE_CHECKING:
     import argparse
@@ -110,11 +117,11 @@ def _start(arguments: argparse.Namespace, console: Console) -> int:
         set_token(station.settings_path, token_settings(place.uri))
         station.settings = read_settings(station.settings_path)
     if arguments.kind == CaKind.ROOT:
-        new = rollover.start_root(station, root_passphrase(arguments), place=place)
+        new = start_root(station, root_passphrase(arguments), place=place)
     else:
-        new = rollover.start_issuing(
+        new = start_issuing(
             station,
-            lambda: rollover.RootKey(root_passphrase(arguments) or station.read_passphrase(), arguments.root_key),
+            lambda: RootKey(root_passphrase(arguments) or station.read_passphrase(), arguments.root_key),
             place=place,
         )
     return _bring(arguments, console, station, new, f"{new.short} is made, to issue next")
@@ -137,7 +144,7 @@ def _add_activate(phases: argparse._SubParsersAction[Parser]) -> None:
 
 def _activate(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
-    step = rollover.activate_for_brokers if arguments.brokers else rollover.activate
+    step = activate_for_brokers if arguments.brokers else activate
     current = step(station, force=arguments.force)
     return _bring(arguments, console, station, current, f"{current.short} is {current.phase}")
 
@@ -158,9 +165,9 @@ def _add_retire(phases: argparse._SubParsersAction[Parser]) -> None:
 def _retire(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
     _ = station.authority  # a wrong passphrase must stop this before anything is changed
-    closed = rollover.close_old(station, CaKind(arguments.kind), force=arguments.force)
+    closed = close_old(station, CaKind(arguments.kind), force=arguments.force)
     bring_trust(station, timeout_s=arguments.timeout)  # the last CRL, while it still counts
-    retired = rollover.retire_closed(station, closed, force=arguments.force)
+    retired = retire_closed(station, closed, force=arguments.force)
     sign_and_store_crl(station)  # the file without the last one's
     names = " and ".join(f"the {ca.kind} CA {ca.short}" for ca in retired) or "what was retired before"
     first = retired[0] if retired else next(ca for ca in station.cas if not ca.is_standing)
@@ -221,7 +228,7 @@ def status(station: Station) -> list[dict[str, Any]]:
                 trusting = len(census.holders()) - len(lacking)
                 record |= {"trusted_by": f"{trusting} of {len(census.holders())}"}
             else:
-                lacking = rollover.gateways_without(station, view, ca)
+                lacking = gateways_without(station, view, ca)
                 gateways = len(station.settings.gateways)
                 record |= {
                     "root": ca.root[: len(ca.short)],

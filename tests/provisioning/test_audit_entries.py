@@ -18,13 +18,14 @@ from birthmark.provisioning import (
     backup_commands,
     ca_commands,
     crl_commands,
-    rollover,
+    rollover_commands,
     station_commands,
 )
 from birthmark.provisioning import station as station_module
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.passphrase_change import change_passphrase
+from birthmark.provisioning.rollover.starting import start_issuing, start_root
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,8 +94,8 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup_commands, "back_up", functools.partial(back_up, cost_log2=2))
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
     monkeypatch.setattr(crl_commands, "stopping_on_signals", stopping_after_a_turn)
-    for start in (rollover.start_issuing, rollover.start_root):
-        monkeypatch.setattr(rollover, start.__name__, functools.partial(start, derivation=CHEAP))
+    for start in (start_issuing, start_root):
+        monkeypatch.setattr(rollover_commands, start.__name__, functools.partial(start, derivation=CHEAP))
 
 
 def entries_of(folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import PolicyError, RegistryError
 from birthmark.device.fleet_policy import MAX_POLICY_BYTES, SignedPolicy, policy_transcript
-from birthmark.provisioning import audit, fleet_policy, rollover
+from birthmark.provisioning import audit, fleet_policy
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.fleet_policy import (
@@ -32,6 +32,8 @@ from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.issuing import issue_operator
 from birthmark.provisioning.policy_delivery import deliver_policy
 from birthmark.provisioning.restore import restore
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station
 
@@ -110,9 +112,9 @@ def test_versions_rise_and_the_issuing_ca_signs(living: Station) -> None:
 
 def test_the_same_text_is_signed_anew_once_another_ca_issues(living: Station) -> None:
     first, _ = sign_policy(living, TEXT)
-    new = rollover.start_issuing(living, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    new = start_issuing(living, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
     assert sign_policy(living, TEXT) == (first, False)
-    rollover.activate(living, force=True)
+    activate(living, force=True)
     second, is_new = sign_policy(living, TEXT)
     assert (second.version, second.issuer, is_new) == (2, new.key_id, True)
 

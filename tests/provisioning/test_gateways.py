@@ -13,12 +13,13 @@ from support.station import CHEAP, PASSPHRASE
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
 
 from birthmark.device.durable import write_durably
-from birthmark.provisioning import rollover
 from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.gateways import deliver
 from birthmark.provisioning.issuing import issue_broker, issue_operator
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -296,7 +297,7 @@ def test_no_gateway_is_no_delivery(living: Station) -> None:
 def test_by_mqtt_a_ca_that_is_not_trusted_yet_hinders_nothing_until_it_issues(
     living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gateway]
 ) -> None:
-    new = rollover.start_issuing(living, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    new = start_issuing(living, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
     crls = up_to_date_crl(living)
 
     def answer(crl: bytes) -> list[bytes]:
@@ -308,7 +309,7 @@ def test_by_mqtt_a_ca_that_is_not_trusted_yet_hinders_nothing_until_it_issues(
         assert (delivery.outcome, delivery.distrusted) == (Outcome.DONE, (new.key_id,)), delivery
         assert [receipt.issuer for receipt in delivery.receipts] == [crls.current.issuer]
         assert f"does not trust {new.short} yet" in delivery.described()
-        rollover.activate(living, force=True)
+        activate(living, force=True)
         (delivery,) = deliver_all(living, by_mqtt(gateway.port))
     assert delivery.outcome is Outcome.REFUSED
     assert gateway.topics.count("gateway/localhost/crl") == 4

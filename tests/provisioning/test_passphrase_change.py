@@ -12,9 +12,10 @@ from support.station import CHEAP, PASSPHRASE, Command
 
 from birthmark.device import durable
 from birthmark.device.errors import AuthorityError
-from birthmark.provisioning import audit, ca_commands, keyfile, rollover
+from birthmark.provisioning import audit, ca_commands, keyfile
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.passphrase_change import change_passphrase
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def changing(birthmark: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 @pytest.fixture
 def two_cas(living: Station) -> Station:
-    rollover.start_issuing(living, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    start_issuing(living, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
     return Station.open(living.folder, passphrase=PASSPHRASE)
 
 

@@ -13,7 +13,7 @@ from support.station import CHEAP, PASSPHRASE, enrolled_row, issue, keyed_row
 from support.station_gateways import receipt_for
 
 from birthmark.device.errors import AuthorityError
-from birthmark.provisioning import audit, rollover
+from birthmark.provisioning import audit
 from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
@@ -24,11 +24,19 @@ from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.one_unit import journal_of
 from birthmark.provisioning.revocation import revoke
-from birthmark.provisioning.rollover import RolloverRefusedError, RootKey
-from birthmark.provisioning.rollover_anchors import StationAnchors
+from birthmark.provisioning.rollover import starting
+from birthmark.provisioning.rollover.anchors import StationAnchors
+from birthmark.provisioning.rollover.census import take_census
+from birthmark.provisioning.rollover.phases import (
+    RolloverRefusedError,
+    activate,
+    activate_for_brokers,
+    close_old,
+    retire_closed,
+)
+from birthmark.provisioning.rollover.starting import RootKey
 from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.trust_census import take_census
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,11 +50,11 @@ LOST = x509.ReasonFlags.key_compromise
 
 def start_issuing(station: Station, **root: object) -> Ca:
     held = RootKey(PASSPHRASE, **root)  # type: ignore[arg-type]
-    return rollover.start_issuing(station, lambda: held, derivation=CHEAP)
+    return starting.start_issuing(station, lambda: held, derivation=CHEAP)
 
 
 def start_root(station: Station) -> Ca:
-    return rollover.start_root(station, None, derivation=CHEAP)
+    return starting.start_root(station, None, derivation=CHEAP)
 
 
 def confirmed(station: Station, *but: str) -> None:
@@ -66,7 +74,7 @@ def with_gateway(station: Station) -> Station:
 def test_each_ca_s_crl_lists_what_that_ca_issued(station: Station) -> None:
     old = enrolled_row(station, "old")
     new_ca = start_issuing(station)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     new = enrolled_row(station, "new")
     assert (old.issuer == new.issuer, new.issuer) == (False, new_ca.key_id)
     first = revoke(station, "old", LOST).crls
@@ -102,7 +110,7 @@ def test_a_root_s_key_that_is_away_or_locked(station: Station, tmp_path: Path) -
     with pytest.raises(AuthorityError, match="not there"):
         start_issuing(station)
     with pytest.raises(AuthorityError, match="passphrase is wrong"):
-        rollover.start_issuing(station, lambda: RootKey(b"wrong", away), derivation=CHEAP)
+        starting.start_issuing(station, lambda: RootKey(b"wrong", away), derivation=CHEAP)
     assert len(list(station.cas)) == 2
     assert start_issuing(station, path=away).root == station.cas.roots[0].key_id
 
@@ -110,23 +118,23 @@ def test_a_root_s_key_that_is_away_or_locked(station: Station, tmp_path: Path) -
 def test_nothing_is_activated_that_a_gateway_would_turn_away(station: Station) -> None:
     new = start_issuing(station)
     with pytest.raises(RolloverRefusedError, match="no gateway is configured"):
-        rollover.activate(station)
+        activate(station)
     station = with_gateway(station)
     with pytest.raises(RolloverRefusedError, match="gateway-1 would turn away"):
-        rollover.activate(station)
+        activate(station)
     confirmed(station, new.key_id)
     with pytest.raises(RolloverRefusedError, match="gateway-1 would turn away"):
-        rollover.activate(station)
+        activate(station)
     confirmed(station)
-    assert rollover.activate(station).phase == "current"
+    assert activate(station).phase == "current"
     with pytest.raises(RolloverRefusedError, match="none was started"):
-        rollover.activate(station)
+        activate(station)
 
 
 def test_a_row_that_was_keyed_before_is_signed_by_the_ca_of_then(station: Station) -> None:
     row = keyed_row(station, "sensor-1")
     start_issuing(station)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     old = station.cas.get(row.issuer).certificate
     x509.load_der_x509_certificate(issue(station, row)).verify_directly_issued_by(old)
     assert row.public_key_der is not None
@@ -144,7 +152,7 @@ def test_a_row_that_was_keyed_before_is_signed_by_the_ca_of_then(station: Statio
 def test_a_lock_opens_to_the_ca_that_its_device_was_flashed_under(station: Station) -> None:
     flashed = enrolled_row(station, "sensor-1")
     start_issuing(station)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     journal = journal_of(station, BrokerAddress("localhost", 8883))
     assert flashed.txn is not None
     signer_sha256, signature = journal.sign_unlock(flashed, flashed.txn, b"transcript")
@@ -158,10 +166,10 @@ def test_retiring_is_refused_while_somebody_goes_by_it(station: Station) -> None
         enrolled_row(station, f"sensor-{number}")
     start_issuing(station)
     with pytest.raises(RolloverRefusedError, match="there is none"):
-        rollover.close_old(station, CaKind.ISSUING)
-    rollover.activate(station, force=True)
+        close_old(station, CaKind.ISSUING)
+    activate(station, force=True)
     with pytest.raises(RolloverRefusedError, match=r"7 devices still go by it: sensor-0.*and 2 more"):
-        rollover.close_old(station, CaKind.ISSUING)
+        close_old(station, CaKind.ISSUING)
     with station.registry.view() as view:
         assert view.revoked() == []
 
@@ -171,18 +179,18 @@ def test_the_last_crl_lists_all_and_lasts_as_long_as_its_ca(station: Station, cl
     station = with_gateway(station)
     start_issuing(station)
     confirmed(station)
-    rollover.activate(station)
-    closed = rollover.close_old(station, CaKind.ISSUING, force=True)
+    activate(station)
+    closed = close_old(station, CaKind.ISSUING, force=True)
     confirmed_crl = up_to_date_crl(station)
     with pytest.raises(RolloverRefusedError, match="not confirmed by gateway-1"):
-        rollover.retire_closed(station, closed)
+        retire_closed(station, closed)
     last = confirmed_crl.crls[1]
     assert last.cert_serials == {row.cert_serial}
     assert last.next_update == closed[0].certificate.not_valid_after_utc
     clock.advance(days=400)
     assert up_to_date_crl(station).crls[1] == last, "nothing more will be said of it"
     confirmed(station)
-    (retired,) = rollover.retire_closed(station, closed)
+    (retired,) = retire_closed(station, closed)
     assert retired.phase == "retired"
     crls = sign_and_store_crl(station)
     assert [crl.issuer for crl in crls.crls] == [station.cas.for_clients.key_id]
@@ -194,8 +202,8 @@ def test_the_last_crl_lists_all_and_lasts_as_long_as_its_ca(station: Station, cl
 def test_a_closed_ca_signs_no_certificate(station: Station) -> None:
     row = keyed_row(station, "late")
     start_issuing(station)
-    rollover.activate(station, force=True)
-    rollover.close_old(station, CaKind.ISSUING, force=True)
+    activate(station, force=True)
+    close_old(station, CaKind.ISSUING, force=True)
     with pytest.raises(AuthorityError):
         issue(station, row)
     with station.registry.view() as view:
@@ -207,34 +215,34 @@ def test_brokers_change_to_a_new_root_last(station: Station, tmp_path: Path) -> 
     device = enrolled_row(station, "sensor-1")
     issue_operator(station, "alice", tmp_path)
     new = start_root(station)
-    assert rollover.activate(station, force=True).phase == "current for devices"
+    assert activate(station, force=True).phase == "current for devices"
     broker = issue_broker(station, ["gateway-1"], tmp_path / "gateway-1")
     assert station.cas.get(broker.row.issuer).root == old_root
     flashed = enrolled_row(station, "sensor-2")
     assert flashed.anchors.split(" ") == [new.root, old_root], "both, from the new one's start on"
     with pytest.raises(RolloverRefusedError, match="2 do not hold its root yet: alice, sensor-1"):
-        rollover.activate_for_brokers(station)
+        activate_for_brokers(station)
     with pytest.raises(RolloverRefusedError, match="there is none"):
-        rollover.close_old(station, CaKind.ROOT)
+        close_old(station, CaKind.ROOT)
     issue_operator(station, "alice", tmp_path, renew=True)
     assert len(x509.load_pem_x509_certificates((tmp_path / "ca.pem").read_bytes())) == 2
     with station.registry.transaction() as transaction:
         transaction.update(replace(device, anchors=f"{new.root} {old_root}"))
-    assert rollover.activate_for_brokers(station).phase == "current"
+    assert activate_for_brokers(station).phase == "current"
     renewed = issue_broker(station, ["gateway-1"], tmp_path / "gateway-1", renew=True)
     assert renewed.row.issuer == new.key_id
     with pytest.raises(RolloverRefusedError, match="1 devices still go by it: sensor-1"):
-        rollover.close_old(station, CaKind.ROOT)
+        close_old(station, CaKind.ROOT)
 
 
 def test_a_ca_whose_key_is_lost_vouches_for_no_anchors(station: Station) -> None:
     row = enrolled_row(station, "sensor-1")
     (old_root,) = (ca for ca in station.cas if ca.kind is CaKind.ROOT)
     lost, other = station.cas.for_clients, start_issuing(station)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     give_up_key(station, lost.short)
     start_root(station)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     assert [ca.key_id for ca in station.cas.issuing[1:]] == [lost.key_id, other.key_id], "the lost one comes first"
 
     held = x509.load_der_x509_certificate(old_root.certificate_der).fingerprint(SHA256())
@@ -255,7 +263,7 @@ def test_anchors_are_vouched_for_by_a_ca_that_the_device_trusts(station: Station
 
     assert anchors.pending_anchors(row, [sha256(old_root)]) is None
     new = start_root(station)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     new_root = station.cas.get(new.root)
     pending = anchors.pending_anchors(row, [sha256(old_root)])
     assert pending is not None
@@ -267,10 +275,10 @@ def test_anchors_are_vouched_for_by_a_ca_that_the_device_trusts(station: Station
 
 def test_what_was_done_is_in_the_audit_log(station: Station) -> None:
     start_root(station)
-    rollover.activate(station, force=True)
-    rollover.activate_for_brokers(station)
-    closed = rollover.close_old(station, CaKind.ROOT)
-    rollover.retire_closed(station, closed)
+    activate(station, force=True)
+    activate_for_brokers(station)
+    closed = close_old(station, CaKind.ROOT)
+    retire_closed(station, closed)
     actions = [entry["action"] for entry in audit.read(station.registry.audit_path)]
     phases = [action for action in actions if action.startswith("ca-")]
     counts = {action: phases.count(action) for action in phases}

@@ -19,7 +19,7 @@ from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_toke
 from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
 
 from birthmark.device.errors import AuthorityError, BirthmarkError, ConfigurationError
-from birthmark.provisioning import audit, founding, profile, rollover
+from birthmark.provisioning import audit, founding, profile
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, TokenPlace
 from birthmark.provisioning.cas import CaKind
@@ -35,6 +35,9 @@ from birthmark.provisioning.keyfile import read_key
 from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.restore import restore
 from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.rollover import starting
+from birthmark.provisioning.rollover.phases import activate, close_old, retire_closed
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing, start_root
 from birthmark.provisioning.settings import Settings, TokenSettings
 from birthmark.provisioning.station import Station, utc_now
 from birthmark.provisioning.token_uri import TokenUri
@@ -439,15 +442,13 @@ def test_the_doctor_looks_for_the_token(held: Station, softhsm: SoftHsm, token: 
 
 def start(station: Station, token: TokenUri | None, name: str = "issuing-2") -> str:
     place = None if token is None else TokenPlace(replace(token, object=name))
-    return rollover.start_issuing(
-        station, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP, place=place
-    ).key_uri
+    return start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP, place=place).key_uri
 
 
 def retired(station: Station) -> None:
-    rollover.activate(station, force=True)
+    activate(station, force=True)
     sign_and_store_crl(station)
-    rollover.retire_closed(station, rollover.close_old(station, CaKind.ISSUING, force=True), force=True)
+    retire_closed(station, close_old(station, CaKind.ISSUING, force=True), force=True)
 
 
 def test_a_key_moves_from_a_file_into_a_token_and_out_again(
@@ -514,7 +515,7 @@ def test_a_token_that_is_lost_can_be_replaced(held: Station, softhsm: SoftHsm, t
         _ = station.authority
 
     start(station, fresh)
-    rollover.activate(station, force=True)
+    activate(station, force=True)
 
     issue = issue_operator(station, "alice", tmp_path / "out")
     assert issue.row.issuer == station.cas.for_clients.key_id
@@ -590,8 +591,8 @@ def test_devices_of_a_ca_whose_key_is_lost_renew_under_the_next_one(
     old = living.cas.for_clients
     give_up_key(living, old.short)
     station = Station.open(living.folder, passphrase=b"a new one")
-    new = rollover.start_issuing(station, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
-    rollover.activate(station, force=True)
+    new = start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    activate(station, force=True)
 
     (granted,) = Renewals(station).answer([device.renew()])
     (confirmed,) = Renewals(station).answer([device.confirm(granted.leaf_der)])
@@ -605,8 +606,8 @@ def test_a_lost_passphrase_is_replaced_with_the_next_ca(living: Station) -> None
     give_up_key(living, living.cas.for_clients.short)
     station = Station.open(living.folder, passphrase=b"a new one")
 
-    rollover.start_issuing(station, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
-    rollover.activate(station, force=True)
+    start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    activate(station, force=True)
 
     again = Station.open(living.folder, passphrase=b"a new one")
     assert again.authority.key_id == station.cas.for_clients.key_id
@@ -628,7 +629,7 @@ def test_a_rollover_that_fails_leaves_no_key(
 def test_an_interrupted_attempts_key_is_taken_up(held: Station, token: TokenUri, softhsm: SoftHsm) -> None:
     """Killed after the token had made it, and before it was recorded."""
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(rollover, "_put", lambda *_: None)
+        patching.setattr(starting, "_put", lambda *_: None)
         lost = start(held, token)
     assert len(held.cas.issuing) == 1
 
@@ -639,9 +640,7 @@ def test_an_interrupted_attempts_key_is_taken_up(held: Station, token: TokenUri,
 def test_a_root_is_replaced_with_an_issuing_key_in_the_token(
     held: Station, token: TokenUri, softhsm: SoftHsm
 ) -> None:
-    ca = rollover.start_root(
-        held, PASSPHRASE, derivation=CHEAP, place=TokenPlace(replace(token, object="issuing-2"))
-    )
+    ca = start_root(held, PASSPHRASE, derivation=CHEAP, place=TokenPlace(replace(token, object="issuing-2")))
     assert keys_in(softhsm, token) == ["issuing", "issuing-2"]
     assert held.authority_of(ca.key_id).key_id == ca.key_id
 

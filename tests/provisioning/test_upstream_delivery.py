@@ -16,12 +16,14 @@ from support.station_upstream import Fleet, fleet
 from birthmark.device.backoff import Backoff
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.provisioning import audit, delivery, rollover
+from birthmark.provisioning import audit, delivery
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crl_service import LOOK_S, CrlService
 from birthmark.provisioning.crls import current_crl, sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -305,14 +307,14 @@ def test_an_upstream_that_cannot_be_used_leaves_all_behind_it_pending(cloud: Fle
 def test_a_ca_that_is_not_trusted_yet_hinders_nothing_until_it_issues(cloud: Fleet) -> None:
     cloud.add("g-1", "g-2")
     old = crls_of(cloud.station).current.issuer
-    new = rollover.start_issuing(cloud.station, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    new = start_issuing(cloud.station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
     crls = up_to_date_crl(cloud.station)
     with cloud.there(["g-1"], trusted=frozenset({old})), cloud.there(["g-2"]):
         done = bring(cloud, crls)
         assert {one.outcome for one in done.values()} == {Outcome.DONE}, done
         assert (done["g-1"].distrusted, done["g-2"].distrusted) == ((new.key_id,), ())
         assert [receipt.issuer for receipt in done["g-2"].receipts] == [old, new.key_id]
-        rollover.activate(cloud.station, force=True)
+        activate(cloud.station, force=True)
         done = bring(cloud)
     assert {name: one.outcome for name, one in done.items()} == {"g-1": Outcome.REFUSED, "g-2": Outcome.DONE}
 

@@ -26,13 +26,15 @@ from birthmark.device.identity import DeviceId
 from birthmark.device.link.transcript import verify
 from birthmark.device.renewal.anchors import verified_anchors
 from birthmark.device.renewal.proofs import answer_transcript
-from birthmark.provisioning import audit, rollover
+from birthmark.provisioning import audit
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.renewal import Asked, Renewals, _prover, open_renewals
 from birthmark.provisioning.retirement import next_retirement_at, retire_due, retirement_at
 from birthmark.provisioning.revocation import revoke
-from birthmark.provisioning.rollover_anchors import PendingAnchors
+from birthmark.provisioning.rollover.anchors import PendingAnchors
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import start_root
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -497,8 +499,8 @@ def test_a_ca_whose_key_is_gone_costs_its_devices_the_signature_and_the_others_n
 ) -> None:
     other, leaf_der = PaperDevice.made(station, "sensor-18"), issued(station, device)
     old = station.authority
-    rollover.start_root(station, None, derivation=CHEAP)
-    rollover.activate(station, force=True)
+    start_root(station, None, derivation=CHEAP)
+    activate(station, force=True)
     unlock = Station.authority_of
 
     def gone(station: Station, key_id: str) -> Authority:

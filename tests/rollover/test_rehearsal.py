@@ -16,9 +16,9 @@ from support.watching import eventually
 from birthmark.device.client import Client
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import ConnectionFailedError
-from birthmark.provisioning import rollover
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.registry.model import Kind, State
+from birthmark.provisioning.rollover.starting import start_issuing, start_root
 from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def test_nobody_drops_out_when_an_issuing_ca_and_then_a_root_are_replaced(
 ) -> None:
     monkeypatch.setenv("BIRTHMARK_PASSPHRASE", PASSPHRASE.decode())
     monkeypatch.delenv("BIRTHMARK_ROOT_PASSPHRASE", raising=False)
-    for step in (rollover.start_issuing, rollover.start_root):
+    for step in (start_issuing, start_root):
         monkeypatch.setitem(step.__kwdefaults__ or {}, "derivation", CHEAP)
     with Stand(tmp_path) as stand, ExitStack() as running:
         birthmark = Command(stand.station.folder, capsys)

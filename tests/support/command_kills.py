@@ -47,13 +47,14 @@ from birthmark.provisioning import (
     ca_commands,
     crl_commands,
     renewal_commands,
-    rollover,
+    rollover_commands,
     station_commands,
 )
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.crls import crl_number_counter, current_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.passphrase_change import change_passphrase
+from birthmark.provisioning.rollover.starting import start_issuing, start_root
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -268,8 +269,8 @@ def main(root: Path, kills: int, names: Sequence[str]) -> None:
     monkeypatch.setattr(station_commands, "found_station", functools.partial(found_station, derivation=CHEAP))
     monkeypatch.setattr(crl_commands, "stopping_on_signals", stopping_after_a_turn)
     monkeypatch.setattr(renewal_commands, "SENT_WITHIN_S", 0.05)
-    for start in (rollover.start_issuing, rollover.start_root):
-        monkeypatch.setattr(rollover, start.__name__, functools.partial(start, derivation=CHEAP))
+    for start in (start_issuing, start_root):
+        monkeypatch.setattr(rollover_commands, start.__name__, functools.partial(start, derivation=CHEAP))
     scenarios = chosen(kills)
     for name in names or scenarios:
         steps, killed = survive(scenarios[name], root / name.replace(" ", "_"), kills)

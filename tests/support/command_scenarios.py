@@ -29,11 +29,7 @@ from birthmark.device.console import run
 from birthmark.device.credentials import Credentials
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.device.stopping import Stopping
-from birthmark.provisioning import (
-    audit,
-    audit_check,
-    rollover,
-)
+from birthmark.provisioning import audit, audit_check
 from birthmark.provisioning.audit_checkpoint import read_checkpoint
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.batches import open_batch
@@ -46,6 +42,8 @@ from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.retirement import note_retirement
 from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing, start_root
 from birthmark.provisioning.row_records import jsonl_lines
 from birthmark.provisioning.settings_edit import add_gateway, add_upstream
 from birthmark.provisioning.token_uri import TokenUri
@@ -308,7 +306,7 @@ def has_labels(root: Path) -> None:
 
 def with_next_ca(root: Path) -> None:
     opened = station(root)
-    rollover.start_issuing(opened, lambda: rollover.RootKey(PASSPHRASE), derivation=CHEAP)
+    start_issuing(opened, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
     sign_and_store_crl(opened)
 
 
@@ -316,14 +314,14 @@ def with_old_ca(root: Path) -> None:
     enrolled_row(station(root), "sensor-1")
     with_next_ca(root)
     opened = station(root)
-    rollover.activate(opened, force=True)
+    activate(opened, force=True)
     revoke(opened, "sensor-1", LOST)
 
 
 def with_next_root(root: Path) -> None:
     opened = station(root)
-    rollover.start_root(opened, PASSPHRASE, derivation=CHEAP)
-    rollover.activate(opened, force=True)
+    start_root(opened, PASSPHRASE, derivation=CHEAP)
+    activate(opened, force=True)
     sign_and_store_crl(opened)
 
 

@@ -20,12 +20,14 @@ from support.station import PASSPHRASE, Clock, enrolled_row, new_station
 
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.pem import CERTIFICATE, read_blocks
-from birthmark.provisioning import keyfile, profile, rollover
+from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.crls import sign_and_store_crl, sign_root_crl
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.rollover.phases import activate, close_old, retire_closed
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
@@ -144,10 +146,10 @@ def _retire(folder: Path, files: Path, clock: Clock) -> None:
     station = Station.open(
         shutil.copytree(folder / "station", folder / "rolled"), passphrase=PASSPHRASE, clock=clock
     )
-    rollover.start_issuing(station, lambda: rollover.RootKey(PASSPHRASE))
-    rollover.activate(station, force=True)
-    closed = rollover.close_old(station, CaKind.ISSUING, force=True)
-    rollover.retire_closed(station, closed, force=True)
+    start_issuing(station, lambda: RootKey(PASSPHRASE))
+    activate(station, force=True)
+    closed = close_old(station, CaKind.ISSUING, force=True)
+    retire_closed(station, closed, force=True)
     shutil.copy(sign_root_crl(station, station.root_issuer(PASSPHRASE)), files / "root-crl-retired.pem")
     sign_and_store_crl(station)
     shutil.copy(station.crl_path, files / "crl-foreign.pem")
