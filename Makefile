@@ -29,7 +29,7 @@ help:
 	@echo "make test    every test"
 	@echo "make check   ruff, formatting and types"
 	@echo "make bench   birthmark beside Mosquitto and stock amqtt, as ratios; make bench-quick for less"
-	@echo "make proof   the long proofs, whole"
+	@echo "make proof   the long proofs, whole; leaves proof.md"
 	@echo "make soak    a gateway under everything at once, ten minutes; SECONDS=60 make soak for less"
 	@echo "make dev     only the development environment, in $(VENV)"
 	@echo "make clean   remove the environment and everything generated"
@@ -58,9 +58,10 @@ check: $(DEV)
 test: $(DEV)
 	@$(BIN)/python -m pytest -q -n 4 $(PYTEST)
 
-# The proofs are in the suite too, at a quick count; here each runs whole.
+# The proofs are in the suite too, at a quick count; here each runs whole. Leaves proof.md, a page of what was proven.
 proof: $(DEV)
-	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n auto -m proof --timeout 1200
+	@BIRTHMARK_PROOF=whole $(BIN)/python -m pytest -q -n 4 --dist worksteal -m proof --timeout 1200 \
+		-p support.proof_report --proof-report proof.md
 
 # Leaves soak.svg, a page of curves.
 soak: $(DEV)
@@ -77,5 +78,5 @@ bench-quick: $(DEV)
 	@$(BIN)/python -m bench --quick --json bench.json --svg bench.svg
 
 clean:
-	@rm -rf .venv .venv-* build dist demo-run soak.svg bench.json bench.svg birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv .venv-* build dist demo-run soak.svg bench.json bench.svg proof.md birthmark.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

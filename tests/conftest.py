@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from support.postgres import running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from support.postgres import Server
 
@@ -24,6 +25,12 @@ def interruptible() -> None:
     """Let what the tests start be interrupted: a shell's background job ignores SIGINT, and so do its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def proven(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Say what a proof counted, for the page that `make proof` leaves."""
+    return functools.partial(record_property, "proven")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from support.agent_process import AgentProcess, Pty, station_on
 from support.reference_station import NoAnswerError, ReferenceEnrollment
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 UNITS = 60 if os.environ.get("BIRTHMARK_PROOF") == "whole" else 1
@@ -25,7 +26,7 @@ ENROLLMENT_S = 0.12
 
 @pytest.mark.proof
 @pytest.mark.parametrize("unit", range(UNITS))
-def test_killed_at_random_moments(tmp_path: Path, unit: int) -> None:
+def test_killed_at_random_moments(tmp_path: Path, unit: int, proven: Callable[[str], None]) -> None:
     moments = random.Random(unit)
     state = tmp_path / "state"
     enrollment = ReferenceEnrollment(reference_ca(), f"unit-{unit}")
@@ -48,3 +49,4 @@ def test_killed_at_random_moments(tmp_path: Path, unit: int) -> None:
             assert agent.stop() == 0
     assert enrollment.certificates_signed == 1
     assert {path.name for path in state.iterdir()} == {"active", "hwid"}
+    proven(f"each killed {KILLS} times in its enrollment: one certificate, and never half of one")

@@ -6,7 +6,6 @@ it holds is the kernel's word (`/proc/PID/status`).
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.broker_process import BrokerProcess
@@ -80,7 +80,9 @@ client.stop()
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kept", ["memory", "outbox"])
-def test_memory_stays_flat(tmp_path: Path, pki: Pki, gateway: BrokerProcess, kept: str) -> None:
+def test_memory_stays_flat(
+    tmp_path: Path, pki: Pki, gateway: BrokerProcess, kept: str, proven: Callable[[str], None]
+) -> None:
     name = f"day-{kept}"
     anchors = tmp_path / "ca.pem"
     anchors.write_bytes(pki.root.pem)
@@ -106,7 +108,10 @@ def test_memory_stays_flat(tmp_path: Path, pki: Pki, gateway: BrokerProcess, kep
             assert device.wait(DEADLINE_S) == 0
     assert network.connections > ROUNDS, "the connection was to be lost again and again"
     first, last = held[WARM_UP - 1], held[-1]
-    if WHOLE:
-        print(json.dumps({"kept": kept, "kb": [one.resident_bytes // 1024 for one in held]}))
+    grown_kb = (last.resident_bytes - first.resident_bytes) / 1024
+    proven(
+        f"{ROUNDS * ROUND:,} messages of {PAYLOAD_BYTES} bytes and {network.connections} connections: "
+        f"from {first.resident_bytes / 2**20:.1f} MB by {grown_kb:+.0f} KB"
+    )
     assert last.resident_bytes - first.resident_bytes < MAX_GROWTH_BYTES, [one.resident_bytes for one in held]
     assert last.descriptors <= first.descriptors + 2, "an outbox's file, a connection that is just made"

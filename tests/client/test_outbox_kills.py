@@ -22,6 +22,7 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.events import Connected
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from birthmark.device.received import Message
@@ -58,7 +59,9 @@ client.stop()
 
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
-def test_nothing_that_was_stored_is_lost_and_the_order_is_kept(tmp_path: Path) -> None:
+def test_nothing_that_was_stored_is_lost_and_the_order_is_kept(
+    tmp_path: Path, proven: Callable[[str], None]
+) -> None:
     draw = random.Random(11)
     pki = Pki.create()
     anchors = tmp_path / "ca.pem"
@@ -107,6 +110,10 @@ def test_nothing_that_was_stored_is_lost_and_the_order_is_kept(tmp_path: Path) -
     missing = {str(number).encode() for number in range(acknowledged)} - set(numbers)
     assert not missing
     assert numbers == sorted(numbers, key=int)
+    proven(
+        f"{KILLS} kills of the device, {connections - 1} of the gateway, {acknowledged:,} messages stored: "
+        f"none lost, all in order, {len(got) - len(numbers) - 1} delivered again"
+    )
 
 
 def publisher(state: Path, first: int, durability: str, until: str) -> subprocess.Popen[bytes]:

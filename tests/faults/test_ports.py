@@ -23,6 +23,7 @@ from birthmark.provisioning.signing_request import RequestRefusedError
 from birthmark.provisioning.verdict import Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.board_station import Desk
@@ -84,6 +85,11 @@ def _hostile(
     return {lie: (ended[f"hostile={lie}"], rows.get(numbered[lie])) for lie in lies}
 
 
+def _ended(done: dict[str, tuple[Ended, Row | None]]) -> str:
+    longest_s = max(ended.elapsed_s for ended, _ in done.values())
+    return f"{len(done)} hostile boards at once, none enrolled; the last attempt ended after {longest_s:.1f} s"
+
+
 def _check_time(ended: Ended, limit_s: float) -> None:
     """Hold an end to its seconds, in the whole proof alone: in the suite, other tests take this one's time."""
     if WHOLE:
@@ -91,7 +97,7 @@ def _check_time(ended: Ended, limit_s: float) -> None:
 
 
 @pytest.mark.proof
-def test_no_device_is_named_for_what_it_is(desk: Desk, tmp_path: Path) -> None:
+def test_no_device_is_named_for_what_it_is(desk: Desk, tmp_path: Path, proven: Callable[[str], None]) -> None:
     assert set(VERDICTS) == set(IMPOSTORS)
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended = enrol_each(desk, tmp_path, [f"instead={name}" for name in VERDICTS])
@@ -100,13 +106,19 @@ def test_no_device_is_named_for_what_it_is(desk: Desk, tmp_path: Path) -> None:
         assert isinstance(one.error, NoAnswerError), name
         assert (one.error.verdict, one.error.message.isprintable()) == (verdict, True), name
         _check_time(one, 6.0)
+    longest_s = max(one.elapsed_s for one in ended.values())
+    proven(
+        f"{len(ended)} ports without a board at once: the right verdict for each, the last after {longest_s:.1f} s"
+    )
     assert desk.rows() == []
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < FLAT_KIB
 
 
 @pytest.mark.proof
-def test_no_answer_ends_by_the_cap(desk: Desk, tmp_path: Path) -> None:
-    for lie, (ended, row) in _hostile(desk, tmp_path, NEVER_ANSWERS, limit_s=6.0).items():
+def test_no_answer_ends_by_the_cap(desk: Desk, tmp_path: Path, proven: Callable[[str], None]) -> None:
+    done = _hostile(desk, tmp_path, NEVER_ANSWERS, limit_s=6.0)
+    proven(_ended(done))
+    for lie, (ended, row) in done.items():
         assert isinstance(ended.error, NoAnswerError), lie
         assert row is None, lie
     assert desk.rows() == []
@@ -129,8 +141,10 @@ def test_bad_requests_sign_nothing(desk: Desk, tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_bad_transfers_end_in_issued(desk: Desk, tmp_path: Path) -> None:
-    for lie, (_, row) in _hostile(desk, tmp_path, BAD_TRANSFERS, limit_s=10.0).items():
+def test_bad_transfers_end_in_issued(desk: Desk, tmp_path: Path, proven: Callable[[str], None]) -> None:
+    done = _hostile(desk, tmp_path, BAD_TRANSFERS, limit_s=10.0)
+    proven(_ended(done))
+    for lie, (_, row) in done.items():
         assert row is not None
         assert row.state is State.ISSUED, lie
 
@@ -143,8 +157,10 @@ def test_bad_proofs_stay_in_issued(desk: Desk, tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_bad_attestations_stay_in_committed(desk: Desk, tmp_path: Path) -> None:
-    for lie, (ended, row) in _hostile(desk, tmp_path, BAD_ATTESTS, limit_s=9.0).items():
+def test_bad_attestations_stay_in_committed(desk: Desk, tmp_path: Path, proven: Callable[[str], None]) -> None:
+    done = _hostile(desk, tmp_path, BAD_ATTESTS, limit_s=9.0)
+    proven(_ended(done))
+    for lie, (ended, row) in done.items():
         assert isinstance(ended.error, ProofError | NoAnswerError), lie
         assert row is not None
         assert row.state is State.COMMITTED, lie

@@ -127,7 +127,13 @@ KILLS = ("hello", "unlock", "keygen", "begin", "data", "prepare", "commit", "att
 @pytest.mark.proof
 @pytest.mark.parametrize("step", KILLS if os.environ.get("BIRTHMARK_PROOF") == "whole" else KILLS[6:7])
 def test_the_command_is_killed_at_a_step(
-    birthmark: Command, station: Station, made: LineBoard, start: Callable[..., Process], step: str
+    birthmark: Command,
+    station: Station,
+    made: LineBoard,
+    start: Callable[..., Process],
+    *,
+    step: str,
+    proven: Callable[[str], None],
 ) -> None:
     """The board holds an identity that stands; the same command again, or the next CRL, finishes it."""
     again = ("reflash", "sensor-17", "--reason", "superseded", "--port", made.port, *WHERE)
@@ -147,6 +153,7 @@ def test_the_command_is_killed_at_a_step(
     assert (old.state, new.state) == (State.VOID, State.ATTESTED)
     assert held_serial(made) == new.cert_serial
     assert revoked(station) == {old.cert_serial: "superseded"}
+    proven("killed at that step: the board held an identity that stands, and the same command again ended it")
 
 
 def test_a_unit_that_lost_its_identity_gets_another(birthmark: Command, station: Station, made: LineBoard) -> None:

@@ -257,7 +257,9 @@ def test_killed_at_any_moment_nothing_is_half(
     station: Station,
     boards: Callable[[int], list[LineBoard]],
     start: Callable[..., Process],
+    *,
     kill: int,
+    proven: Callable[[str], None],
 ) -> None:
     six = boards(6)
     line = start("run", *ports(six), "--template", "unit-{n}", "--json", *WHERE)
@@ -288,6 +290,7 @@ def test_killed_at_any_moment_nothing_is_half(
     assert all(board.is_made for board in six)
     assert {row.state for row in rows(station)} == {State.ATTESTED}
     no_half_identities(station, six)
+    proven("`run` and then `resume` killed over six boards: all made in the end, no certificate signed again")
 
 
 def test_two_lines_on_one_registry_never_give_an_id_twice(

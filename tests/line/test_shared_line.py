@@ -56,7 +56,9 @@ def stations_on(server: Server, folder: Path, chance: random.Random) -> list[Lin
 
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
-def test_three_stations_flash_at_once_with_kills_and_restarts(tmp_path: Path, server: Server) -> None:
+def test_three_stations_flash_at_once_with_kills_and_restarts(
+    tmp_path: Path, server: Server, proven: Callable[[str], None]
+) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -71,7 +73,8 @@ def test_three_stations_flash_at_once_with_kills_and_restarts(tmp_path: Path, se
                 done += shift(server, stations, boards, number, chance)
                 with opened.registry.view() as view:
                     nothing_is_half(view.rows(), folders)
-    print(dict(done))
+    counted = ", ".join(f"{what} {count}" for what, count in sorted(done.items()))
+    proven(f"three stations on one PostgreSQL, {len(folders)} boards ({counted}): nothing twice, nothing half")
     with opened.registry.view() as view:
         rows = view.rows()
         counters = {ca.key_id: view.counter(crl_number_counter(ca.key_id)) for ca in opened.cas.issuing}

@@ -21,6 +21,8 @@ from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.tiny import TinyRegistry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from support.station import Clock
 
 KILLING_GROUND = Path(__file__).parents[1] / "support" / "killing_ground.py"
@@ -89,11 +91,12 @@ def test_a_registry_that_nobody_holds_any_more_lets_go_of_its_file(tmp_path: Pat
 
 
 @pytest.mark.proof
-def test_a_kill_at_any_step_of_a_write_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_at_any_step_of_a_write_loses_nothing(tmp_path: Path, proven: Callable[[str], None]) -> None:
     command = [sys.executable, str(KILLING_GROUND), "write", str(tmp_path), "1" if WHOLE else "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 25
+    proven(f"killed at {int(done.stdout)} of its steps: the row is there or it is not, and the file is whole")
 
 
 def test_a_full_disk_is_a_clear_error_and_changes_nothing(tmp_path: Path) -> None:

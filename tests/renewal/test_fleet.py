@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support.renewal_stand import Stand
 
 from birthmark.device.credentials import Credentials
 from birthmark.provisioning.registry.model import State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 COUNT = 1_000 if WHOLE else 20
@@ -23,7 +27,7 @@ FLEET = Path(__file__).parents[1] / "support" / "renewal_fleet.py"
 
 @pytest.mark.proof
 @pytest.mark.timeout(900)
-def test_a_fleet_is_renewed_in_one_go(tmp_path: Path) -> None:
+def test_a_fleet_is_renewed_in_one_go(tmp_path: Path, proven: Callable[[str], None]) -> None:
     with Stand(tmp_path) as stand:
         folders = stand.fleet(COUNT)
         with stand.renewd() as renewd:
@@ -55,8 +59,8 @@ def test_a_fleet_is_renewed_in_one_go(tmp_path: Path) -> None:
                     process.kill()
             groups = [line for line in renewd.lines if line["event"] == "group"]
         troubles = [trouble for one in told for trouble in one["troubles"]]
-        print(
-            f"\n{COUNT} devices renewed in {elapsed_s:.1f} s: {COUNT / elapsed_s:.0f}/s, "
+        proven(
+            f"{COUNT} devices renewed in {elapsed_s:.1f} s: {COUNT / elapsed_s:.0f}/s, "
             f"{len(groups)} groups of up to {max((one['requests'] for one in groups), default=1)} requests, "
             f"{len(troubles)} attempts had to be made again"
         )

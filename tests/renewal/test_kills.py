@@ -20,6 +20,8 @@ from birthmark.device.credentials import Credentials
 from birthmark.provisioning.registry.model import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from support.renewal_stand import Renewd
 
 KILLS = Path(__file__).parents[1] / "support" / "renewal_kills.py"
@@ -39,11 +41,14 @@ with client_started(Path(sys.argv[1]), watching) as device:
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("scenario", "stride", "at_least"), [("renew", 61, 7), ("retire", 41, 2)])
-def test_a_kill_at_any_step_of_either_side(tmp_path: Path, scenario: str, stride: int, at_least: int) -> None:
+def test_a_kill_at_any_step_of_either_side(
+    tmp_path: Path, scenario: str, stride: int, at_least: int, proven: Callable[[str], None]
+) -> None:
     command = [sys.executable, str(KILLS), scenario, str(tmp_path), "1" if WHOLE else str(stride)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= at_least
+    proven(f"killed at {int(done.stdout)} of its steps: one certificate in the end, and always one that is let in")
 
 
 def check(stand: Stand, state: Path, name: str) -> None:
@@ -85,9 +90,12 @@ def test_the_service_and_the_broker_are_killed_at_every_word(tmp_path: Path) -> 
 
 @pytest.mark.proof
 @pytest.mark.timeout(900)
-def test_a_device_that_is_killed_at_random_renews_in_the_end(stand: Stand, renewd: Renewd) -> None:
+def test_a_device_that_is_killed_at_random_renews_in_the_end(
+    stand: Stand, renewd: Renewd, proven: Callable[[str], None]
+) -> None:
     draw = random.Random(7)
-    for number in range(20 if WHOLE else 1):
+    devices = 20 if WHOLE else 1
+    for number in range(devices):
         name = f"mortal-{number}"
         state = stand.device(name)
         command = [sys.executable, "-c", DEVICE, str(state)]
@@ -104,6 +112,7 @@ def test_a_device_that_is_killed_at_random_renews_in_the_end(stand: Stand, renew
         end = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert end.stdout == "renewed\n", end.stderr
         eventually(lambda name=name: not any(row.is_open_renewal for row in stand.rows(name)), "an open renewal")
+    proven(f"{devices} devices killed three times each: at any moment an identity that stands, renewed in the end")
 
 
 def test_two_services_at_once_give_one_certificate(stand: Stand, renewd: Renewd) -> None:

@@ -22,6 +22,7 @@ from birthmark.provisioning.rollover.starting import start_issuing, start_root
 from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.renewal_stand import Renewd
@@ -91,7 +92,10 @@ def is_let_in(folder: Path) -> bool:
 @pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_nobody_drops_out_when_an_issuing_ca_and_then_a_root_are_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    proven: Callable[[str], None],
 ) -> None:
     monkeypatch.setenv("BIRTHMARK_PASSPHRASE", PASSPHRASE.decode())
     monkeypatch.delenv("BIRTHMARK_ROOT_PASSPHRASE", raising=False)
@@ -166,3 +170,4 @@ def test_nobody_drops_out_when_an_issuing_ca_and_then_a_root_are_replaced(
         assert {(row.issuer, row.anchors) for row in live} == {(third.key_id, third.root)}
         assert birthmark("audit", "verify").exit_code == 0
         assert [ca.phase for ca in stand.station.cas].count("retired") == 3
+        proven(f"{COUNT} devices online throughout, renewed three times each; three CAs retired")

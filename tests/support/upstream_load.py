@@ -141,6 +141,11 @@ class Loaded:
             number for number, proxy in enumerate(self.proxies) if f":{proxy.port}," in said[-1]["message"]
         )
 
+    @property
+    def counted(self) -> str:
+        """What went over the link, for who reads of it; once it is seen through, none of it was lost."""
+        return f"of {self.up.acknowledged:,} messages up and {self.down.acknowledged:,} down none lost"
+
     # --- what has to hold --------------------------------------------------------------------------------
 
     def both_ways(self, count: int = 1) -> None:

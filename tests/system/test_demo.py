@@ -17,7 +17,7 @@ import pytest
 from support.repository import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MARK = "BIRTHMARK_TEST_MARK"
 STEPS = [
@@ -119,10 +119,12 @@ def interrupted(folder: Path, step: str, number: signal.Signals) -> None:
 
 @pytest.mark.proof
 @pytest.mark.timeout(1200)
-def test_an_interruption_at_any_point_leaves_nothing_running(folder: Path) -> None:
+def test_an_interruption_at_any_point_leaves_nothing_running(folder: Path, proven: Callable[[str], None]) -> None:
     whole = os.environ.get("BIRTHMARK_PROOF") == "whole"
-    for step in STEPS[:-1] if whole else [random.choice(STEPS[:-1])]:
+    steps = STEPS[:-1] if whole else [random.choice(STEPS[:-1])]
+    for step in steps:
         interrupted(folder, step, random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]))
+    proven(f"interrupted after {len(steps)} of its steps: no process and no file left")
 
 
 def test_a_step_that_does_not_happen_is_a_failure(folder: Path) -> None:

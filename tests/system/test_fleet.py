@@ -15,7 +15,7 @@ from birthmark.provisioning.crls import current_crl
 from birthmark.provisioning.issuing import issue_operator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from birthmark.provisioning.station import Station
@@ -58,7 +58,9 @@ def wait_for(birthmark: Command, state: str, names: list[str]) -> None:
 
 @pytest.mark.proof
 @pytest.mark.timeout(600)
-def test_a_fleet_with_three_of_twenty_away(stand: FleetStand, birthmark: Command, tmp_path: Path) -> None:
+def test_a_fleet_with_three_of_twenty_away(
+    stand: FleetStand, birthmark: Command, tmp_path: Path, proven: Callable[[str], None]
+) -> None:
     billing = issue_operator(stand.station, "billing", tmp_path, role="service-billing")
     assert billing.row.cert_serial is not None
     context = client_context(billing.key_path, stand.station.root_path)
@@ -113,4 +115,7 @@ def test_a_fleet_with_three_of_twenty_away(stand: FleetStand, birthmark: Command
     assert {crl["number"] for row in table.values() for crl in row["crls"].values()} == {current.current.number}
     assert birthmark("gateways", "--timeout", "30").exit_code == 0
     assert birthmark("policy", "publish", "--timeout", "60").exit_code == 0
+    proven(
+        f"{len(THERE)} gateways took a revocation and a policy at once, {len(AWAY)} that were away by themselves"
+    )
     assert birthmark("crl", "--timeout", "60").exit_code == 0

@@ -108,7 +108,9 @@ def check_exactly_once(numbers: list[int], acknowledged: int) -> None:
 @pytest.mark.proof
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
 @pytest.mark.timeout(1_000 if WHOLE else 120)
-def test_nothing_acknowledged_is_lost(tmp_path: Path, pki: Pki, end: signal.Signals) -> None:
+def test_nothing_acknowledged_is_lost(
+    tmp_path: Path, pki: Pki, end: signal.Signals, proven: Callable[[str], None]
+) -> None:
     chance = random.Random(1)
     bench = Bench(tmp_path, pki)
     rounds = KILLS if end is signal.SIGKILL else max(1, KILLS // 4)
@@ -140,5 +142,9 @@ def test_nothing_acknowledged_is_lost(tmp_path: Path, pki: Pki, end: signal.Sign
                 assert int(message.payload) == bench.kept.sent == bench.kept.acknowledged
             assert min(publisher.sent for publisher in bench.publishers) > rounds, "it was no load"
             assert bench.present.connections > rounds
+            proven(
+                f"ended {rounds} times under load: of {bench.q1.acknowledged:,} messages of QoS 1 none lost, of "
+                f"{bench.q2.acknowledged:,} of QoS 2 none lost and none twice, at three subscribers"
+            )
     finally:
         bench.stop()

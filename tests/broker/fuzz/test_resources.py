@@ -138,7 +138,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessWorld]:
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
-def test_nothing_is_left_behind(world: ProcessWorld, attack: Callable[[World], list[RawClient]]) -> None:
+def test_nothing_is_left_behind(
+    world: ProcessWorld, attack: Callable[[World], list[RawClient]], proven: Callable[[str], None]
+) -> None:
     pid = world.broker.process.pid
     with world.client("bystander") as bystander:
         before = Vitals.of(pid)
@@ -150,7 +152,9 @@ def test_nothing_is_left_behind(world: ProcessWorld, attack: Callable[[World], l
         finally:
             for client in opened:
                 client.close()
-        assert Vitals.of(pid).resident_bytes - before.resident_bytes < MAX_GROWTH_BYTES
+        grown_bytes = Vitals.of(pid).resident_bytes - before.resident_bytes
+        assert grown_bytes < MAX_GROWTH_BYTES
+        proven(f"no descriptor and no session left, memory {grown_bytes / 1024:+,.0f} KB")
         bystander.ping()
         after = world.status()
         assert after.sessions == sessions

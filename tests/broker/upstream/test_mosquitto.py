@@ -15,7 +15,7 @@ from support.upstream_triangle import ABOVE, GATEWAYS, check_triangle
 from support.upstreams import POLICY, upstream_toml, upstreams, wait_until_up, write_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from support.pki import Pki
@@ -38,7 +38,9 @@ def engine(tmp_path: Path, pki: Pki) -> Iterator[Mosquitto]:
 
 
 @pytest.mark.proof
-def test_nothing_acknowledged_is_lost_whatever_breaks(engine: Mosquitto, tmp_path: Path, pki: Pki) -> None:
+def test_nothing_acknowledged_is_lost_whatever_breaks(
+    engine: Mosquitto, tmp_path: Path, pki: Pki, proven: Callable[[str], None]
+) -> None:
     with Loaded(tmp_path / GATEWAY, pki, [engine.port]) as load:
         for _ in range(ROUNDS):
             load.both_ways(50)
@@ -50,6 +52,7 @@ def test_nothing_acknowledged_is_lost_whatever_breaks(engine: Mosquitto, tmp_pat
             engine.start()
         load.both_ways(50)
         load.see_through()
+    proven(f"{ROUNDS} rounds of link cut, gateway killed and Mosquitto stopped: {load.counted}")
 
 
 def test_presence_is_right_above_and_comes_again_to_one_that_forgot(

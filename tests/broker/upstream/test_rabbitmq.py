@@ -19,6 +19,7 @@ from support.upstreams import POLICY, upstream_toml, upstreams, write_credential
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
     from pathlib import Path
 
     from support.pki import Pki
@@ -176,7 +177,9 @@ CASES = (
 
 @pytest.mark.proof
 @pytest.mark.timeout(900)
-def test_below_a_cluster(pki: Pki, tmp_path: Path, subtests: pytest.Subtests) -> None:
+def test_below_a_cluster(
+    pki: Pki, tmp_path: Path, subtests: pytest.Subtests, proven: Callable[[str], None]
+) -> None:
     """One cluster for all of them: its start takes as long as everything that is done with it."""
     with cluster(tmp_path / "cluster", pki, USERS) as engine:
         for case in CASES:
@@ -185,6 +188,7 @@ def test_below_a_cluster(pki: Pki, tmp_path: Path, subtests: pytest.Subtests) ->
             with subtests.test(case.__name__):
                 engine.restore()
                 case(engine, folder, pki)
+    proven("three nodes of RabbitMQ: " + "; ".join(case.__name__.replace("_", " ") for case in CASES))
 
 
 def test_the_docs_give_the_settings_that_are_tested() -> None:
