@@ -24,11 +24,12 @@ def main() -> int:
     parser.add_argument("file", type=Path, help="what `python -m bench --json` wrote")
     path: Path = parser.parse_args().file
     try:
-        print("\n".join(tables(json.loads(path.read_text()))))
+        found = "\n".join(tables(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"error: could not read a run from {path}: {type(error).__name__}: {error}", file=sys.stderr)
         print("hint: write one with `python -m bench --json FILE`", file=sys.stderr)
         return 1
+    print(found)
     return 0
 
 
