@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.identity import device_role
+from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
 from birthmark.provisioning.bulk import issue_all
 from birthmark.provisioning.bulk_requests import read_wanted
-from birthmark.provisioning.one_unit import broker_address, warn_of_loopback
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 
 if TYPE_CHECKING:

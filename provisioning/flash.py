@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device.console import command
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
 from birthmark.provisioning.journal import Wish
-from birthmark.provisioning.one_unit import (
-    add_unit_options,
-    broker_address,
-    checked_port,
-    enrol_one,
-    journal_of,
-    warn_of_loopback,
-)
+from birthmark.provisioning.one_unit import add_unit_options, checked_port, enrol_one, journal_of
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 from birthmark.provisioning.progress import Progress
 from birthmark.provisioning.registry.model import KeyMode

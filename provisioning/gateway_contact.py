@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from birthmark.device.client import Client
     from birthmark.provisioning.gateway_settings import Gateway, Upstream
 
 STOP_S: Final = 1.0
@@ -48,6 +48,8 @@ class Contact:
         Raises:
             BirthmarkError: it cannot be reached in time, does not let us in, or our files cannot be used.
         """
+        from birthmark.device.client import Client  # noqa: PLC0415 - it costs time to import, and many have no gateway
+
         credentials = Credentials.from_files(self.operator_path, self.anchors_path, self.address)
         suffix = f"{purpose}-{secrets.token_hex(4)}"
         client = Client(credentials, client_suffix=suffix, connect_timeout_s=left(deadline))

@@ -15,20 +15,19 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import INTERRUPTED
-from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError, PortError
-from birthmark.device.escape import escaped, quoted
+from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError, PortError
+from birthmark.device.escape import escaped
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
-from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.crl_delivery import bring_missing
 from birthmark.provisioning.outcomes import Outcome
 from birthmark.provisioning.port_choice import choose
 from birthmark.provisioning.registry.model import KeyMode, State
-from birthmark.provisioning.settings import BrokerDefaults
 from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console, Parser
+    from birthmark.provisioning.bundles import BrokerAddress
     from birthmark.provisioning.port import PortName
     from birthmark.provisioning.progress import Progress
     from birthmark.provisioning.registry.interface import Registry
@@ -137,35 +136,3 @@ def checked_port(text: str, key_mode: KeyMode | None) -> PortName:
     if name.find() is None:
         raise PortError(f"could not open the port {escaped(text)}: there is none", hint=name.others_hint())
     return name
-
-
-def broker_address(text: str | None, default: BrokerDefaults) -> BrokerAddress:
-    """Read `HOST:PORT`; without a text it is the default.
-
-    Raises:
-        ConfigurationError: it is no such thing.
-    """
-    if text is None:
-        return BrokerAddress(default.host, default.port, default.keepalive_s)
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
-        raise ConfigurationError(
-            f"could not use {quoted(text)} as a broker's address: it is not HOST:PORT",
-            hint="for example: --broker gateway-1.example.com:8883, or --broker [fd00::1]:8883",
-        )
-    checked = BrokerDefaults(host.removeprefix("[").removesuffix("]"), int(port), default.keepalive_s)
-    return BrokerAddress(checked.host, checked.port, checked.keepalive_s)
-
-
-def warn_of_loopback(console: Console, text: str | None, broker: BrokerAddress) -> None:
-    """Warn if nobody said where the broker is: a device would look for it on itself."""
-    if text is not None or broker.host != BrokerDefaults().host:
-        return
-    warning = (
-        f"the device will look for its broker at {broker.host}:{broker.port}, on itself;"
-        " to say where it is, give --broker HOST:PORT, or set [broker] in station.toml"
-    )
-    if console.as_json:
-        console.emit({"event": "warning", "text": warning}, "")
-    else:
-        console.warn(warning)

@@ -24,10 +24,11 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.batches import moment
+from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
 from birthmark.provisioning.crl_delivery import bring_missing
 from birthmark.provisioning.line_run import run_line
 from birthmark.provisioning.line_view import Lines, LiveTable, Tally, display_for
-from birthmark.provisioning.one_unit import add_unit_options, broker_address, journal_of, warn_of_loopback
+from birthmark.provisioning.one_unit import add_unit_options, journal_of
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 from birthmark.provisioning.port_choice import read_fixture, slots_of
 from birthmark.provisioning.registry.grouped import GroupedRegistry

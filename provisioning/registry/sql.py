@@ -33,7 +33,7 @@ from birthmark.provisioning.registry.interface import Snapshot
 from birthmark.provisioning.registry.place import Place, always
 from birthmark.provisioning.registry.sql_content import documents_of, fill
 from birthmark.provisioning.registry.sql_database import Database
-from birthmark.provisioning.registry.sql_schema import FORMAT, LOGS, META, METADATA
+from birthmark.provisioning.registry.sql_schema import FORMAT, INDEXES, LOGS, META, METADATA
 from birthmark.provisioning.registry.sql_transaction import SqlTransaction
 from birthmark.provisioning.registry.sql_views import SqlView
 
@@ -288,3 +288,5 @@ class SqlRegistry:
                 )
             METADATA.drop_all(connection)
         METADATA.create_all(connection)
+        for statement in INDEXES:
+            connection.exec_driver_sql(statement)

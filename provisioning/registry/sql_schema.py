@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import BigInteger, Column, Index, LargeBinary, MetaData, Table, Text, UniqueConstraint, text
+from sqlalchemy import BigInteger, Column, LargeBinary, MetaData, Table, Text, UniqueConstraint, text
 
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.registry.line import Batch, Quarantined
@@ -120,27 +120,26 @@ OUTBOX: Final = Table(
     Column("line", Text, nullable=False),
 )
 
-LIVE: Final = text("state <> 'VOID' AND replaced_by IS NULL AND (renews IS NULL OR state = 'ATTESTED')")
+_IS_LIVE: Final = "state <> 'VOID' AND replaced_by IS NULL AND (renews IS NULL OR state = 'ATTESTED')"
+LIVE: Final = text(_IS_LIVE)
 """`Row.is_live`, for the database."""
-
-
-def _index(name: str, *columns: str, unique: bool = False, where: Any = None) -> None:
-    picked = [ROWS.c[column] for column in columns]
-    Index(f"birthmark_{name}", *picked, unique=unique, sqlite_where=where, postgresql_where=where)
-
-
-_index("live_name", "name_folded", unique=True, where=LIVE)
-_index("live_hwid", "hwid", unique=True, where=LIVE)
-_index("public_key", "public_key_der", unique=True)
-_index("cert_serial", "cert_serial", unique=True)
-_index("name", "name_folded", "number")
-_index("hwid", "hwid")
-_index("unfinished", "number", where=text("state NOT IN ('ATTESTED', 'VOID')"))
 OF_REVOKED: Final = ("number", "cert_serial", "issuer", "not_after", "revoked_at", "revocation_reason")
 """The columns that a CRL is made from; they are in an index, so that it is read and not the rows."""
-_index("revoked", *OF_REVOKED, where=text("revoked_at IS NOT NULL"))
-_index("batch", "batch", "number", where=text("batch <> ''"))
-_index("not_after", "not_after")
+# In words that both databases understand: SQLAlchemy's objects for partial ones load both dialects, and every
+# command would wait for that.
+INDEXES: Final = (
+    f"CREATE UNIQUE INDEX birthmark_live_name ON birthmark_rows (name_folded) WHERE {_IS_LIVE}",
+    f"CREATE UNIQUE INDEX birthmark_live_hwid ON birthmark_rows (hwid) WHERE {_IS_LIVE}",
+    "CREATE UNIQUE INDEX birthmark_public_key ON birthmark_rows (public_key_der)",
+    "CREATE UNIQUE INDEX birthmark_cert_serial ON birthmark_rows (cert_serial)",
+    "CREATE INDEX birthmark_name ON birthmark_rows (name_folded, number)",
+    "CREATE INDEX birthmark_hwid ON birthmark_rows (hwid)",
+    "CREATE INDEX birthmark_unfinished ON birthmark_rows (number) WHERE state NOT IN ('ATTESTED', 'VOID')",
+    f"CREATE INDEX birthmark_revoked ON birthmark_rows ({', '.join(OF_REVOKED)}) WHERE revoked_at IS NOT NULL",
+    "CREATE INDEX birthmark_batch ON birthmark_rows (batch, number) WHERE batch <> ''",
+    "CREATE INDEX birthmark_not_after ON birthmark_rows (not_after)",
+)
+"""Made with the tables, and gone with them."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)

@@ -15,7 +15,13 @@ from birthmark.provisioning.entry import parser
 if TYPE_CHECKING:
     from birthmark.device.console import Parser
 
-UNWANTED = {"show": ("paho", "serial", "sqlalchemy"), "revoke": ("serial", "sqlalchemy"), "registry": ("paho",)}
+UNWANTED = {
+    "show": ("paho", "serial", "sqlalchemy"),
+    "revoke": ("paho", "serial", "sqlalchemy"),
+    "crl": ("paho", "serial", "sqlalchemy"),
+    "issue": ("paho", "serial", "sqlalchemy"),
+    "registry": ("paho",),
+}
 """What a command waits for no longer than it must; TinyDB is this station's registry."""
 
 
