@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from birthmark.provisioning.crls import StoredCrl
+    from birthmark.provisioning.crls import KeptCrl
     from birthmark.provisioning.registry.interface import View
     from birthmark.provisioning.registry.line import Batch, Quarantined
     from birthmark.provisioning.settings import Lifetimes
@@ -98,6 +98,8 @@ class CrlFacts:
     next_update: datetime
     missing: int = 0
     """Revoked certificates that it does not list."""
+    last_number: int = 0
+    """The last number that was given out; above `number`, it is not the newest CRL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,11 +319,12 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
 
 def _cas(station: Station, view: View) -> list[CaFacts]:
     kept = kept_crls(station, view)
-    kinds = [ca.kind for ca, _, _ in kept]
-    return [_ca(station, ca, crl, missing, is_only=kinds.count(ca.kind) == 1) for ca, crl, missing in kept]
+    kinds = [one.ca.kind for one in kept]
+    return [_ca(station, one, is_only=kinds.count(one.ca.kind) == 1) for one in kept]
 
 
-def _ca(station: Station, ca: Ca, crl: StoredCrl | None, missing: int, *, is_only: bool) -> CaFacts:
+def _ca(station: Station, kept: KeptCrl, *, is_only: bool) -> CaFacts:
+    ca, crl = kept.ca, kept.crl
     certificate = ca.certificate
     name = "the root" if ca.kind is CaKind.ROOT else "the issuing CA"
     token = _token(station, ca) if ca.key_uri and ca.lost_at is None else None
@@ -335,7 +338,9 @@ def _ca(station: Station, ca: Ca, crl: StoredCrl | None, missing: int, *, is_onl
         token=token,
         is_lost=ca.lost_at is not None,
         is_issuing=ca.clients or ca.brokers,
-        crl=None if crl is None else CrlFacts(crl.number, crl.this_update, crl.next_update, missing),
+        crl=None
+        if crl is None
+        else CrlFacts(crl.number, crl.this_update, crl.next_update, kept.missing, kept.last_number),
     )
 
 

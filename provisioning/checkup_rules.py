@@ -127,6 +127,12 @@ def _crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:
     if ca.crl.missing:
         text = f"{counted(ca.crl.missing, 'revoked certificate')} not on the CRL of {ca.name}: still let in"
         yield Remark("crls", Level.BROKEN, text, hint, (ca.name,))
+    elif ca.crl.number < ca.crl.last_number and not ca.is_lost:
+        text = (
+            f"the CRL of {ca.name} is {ca.crl.number}, and {ca.crl.last_number} was the last number: "
+            "an older file was put back, or a signing was cut off"
+        )
+        yield Remark("crls", Level.SOON, text, hint, (ca.name,))
 
 
 def _root_crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:

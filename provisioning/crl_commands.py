@@ -14,7 +14,7 @@ from birthmark.device.stopping import stopping_on_signals
 from birthmark.device.systemd import notify, watchdog_interval_s
 from birthmark.provisioning.cas import SHORT, read_cas
 from birthmark.provisioning.crl_service import CrlService
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.gateway_receipts import Standing, standing_of
 from birthmark.provisioning.options import (
     add_passphrase_option,

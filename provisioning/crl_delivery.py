@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from birthmark.provisioning.cas import SHORT
-from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl
+from birthmark.provisioning.crl_store import CrlSet, current_crl, successor
+from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.delivery import Delivery, Outcome
 from birthmark.provisioning.gateway_receipts import note_deliveries, standing_of
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, deliver
@@ -39,6 +41,7 @@ def deliver_crl(
         gateways,
         crls,
         station.cas,
+        successor=partial(successor, station),
         anchors_path=station.root_path,
         upstreams=station.settings.upstreams,
         timeout_s=timeout_s,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import timedelta
 
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.station import Station
 

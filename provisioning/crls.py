@@ -4,6 +4,7 @@ Rules:
 
 - Each issuing CA has a CRL of its own, with numbers and times of its own, which lists what that CA issued. All of
   them are in one file, so that a gateway gets them together; one that nothing changed for is left as it is.
+  Where they are kept, and which one is the newest: `crl_store`.
 - A CRL's number is durable before it is signed, and rises strictly: two CRLs of a CA never share one. thisUpdate
   never falls; it is backdated by an hour for gateways whose clock is late.
 - A CA whose key was given up for lost keeps its last CRL; the others go on.
@@ -16,103 +17,39 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from birthmark.device.durable import remove_leftovers, write_durably
-from birthmark.device.errors import BirthmarkError
-from birthmark.device.pem import CRL, block, read_blocks
 from birthmark.provisioning import profile
-from birthmark.provisioning.cas import SHORT, Ca, CaKind, read_cas
+from birthmark.provisioning.cas import Ca, CaKind, read_cas
+from birthmark.provisioning.crl_store import (
+    CrlSet,
+    StoredCrl,
+    crl_number_counter,
+    is_in_file,
+    keep_signed,
+    last_number,
+    newest_crls,
+    put_in_file,
+    read_crl_file,
+    stored_crl,
+    whole,
+    write_crl_file,
+)
 from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.station import ROOT_CRL_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from datetime import datetime
     from pathlib import Path
 
     from birthmark.provisioning.registry.interface import Transaction, View
     from birthmark.provisioning.registry.model import RevokedCertificate
     from birthmark.provisioning.station import Station
-
-CRL_FILE_MODE: Final = 0o644
-
-
-@dataclass(frozen=True, slots=True)
-class StoredCrl:
-    """A signed CRL of one CA."""
-
-    issuer: str
-    """The CA's subject key identifier, lower-case hex."""
-    number: int
-    der: bytes
-    this_update: datetime
-    next_update: datetime
-    cert_serials: frozenset[int]
-
-    @property
-    def pem(self) -> bytes:
-        """The CRL as PEM."""
-        return block(CRL, self.der)
-
-    @property
-    def sha256(self) -> str:
-        """Of the DER, in lower-case hex."""
-        return hashlib.sha256(self.der).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class CrlSet:
-    """The CRLs of the issuing CAs that are trusted, as they are in their file; at least one."""
-
-    path: Path
-    crls: tuple[StoredCrl, ...]
-    """That of the CA which issues for devices now comes first."""
-
-    @property
-    def current(self) -> StoredCrl:
-        """That of the CA which issues for devices now."""
-        return self.crls[0]
-
-    @property
-    def pem(self) -> bytes:
-        """What is in the file."""
-        return b"".join(crl.pem for crl in self.crls)
-
-    @property
-    def cert_serials(self) -> frozenset[int]:
-        """What is on any of them."""
-        return frozenset().union(*(crl.cert_serials for crl in self.crls))
-
-    @property
-    def next_update(self) -> datetime:
-        """When the first of them ends."""
-        return min(crl.next_update for crl in self.crls)
-
-    def shown(self) -> str:
-        """Return their numbers, for people: `CRL 7`, or with the CAs' identifiers if there are several."""
-        if len(self.crls) == 1:
-            return f"CRL {self.current.number}"
-        return " and ".join(f"CRL {crl.number} of {crl.issuer[:SHORT]}" for crl in self.crls)
-
-    def records(self) -> list[dict[str, object]]:
-        """Return a JSON object for each."""
-        return [
-            {
-                "issuer": crl.issuer,
-                "number": crl.number,
-                "entries": len(crl.cert_serials),
-                "next_update": crl.next_update.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            }
-            for crl in self.crls
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +83,7 @@ def up_to_date_crl(station: Station) -> CrlSet:
         AuthorityError: a new one is needed, and cannot be signed.
     """
     stale, crls = stale_crls(station)
-    if crls is not None and not stale:
+    if crls is not None and not stale and is_in_file(crls):
         return crls
     with station.crl_lock():
         return sign_stale_crls(station)
@@ -187,83 +124,21 @@ def sign_root_crl(station: Station, root: profile.Issuer) -> Path:
             revoked=retired,
         )
         path = station.folder / ROOT_CRL_FILE
-        new = _stored(crl)
-        kept = [old for old in _read(path, cas.roots) if old.issuer != ca.key_id]
-        _write(path, b"".join(each.pem for each in (new, *kept) if each is not None))
+        new = stored_crl(crl)
+        kept = [old for old in read_crl_file(path, cas.roots) if old.issuer != ca.key_id]
+        write_crl_file(path, b"".join(each.pem for each in (new, *kept) if each is not None))
         return path
 
 
-def current_crl(station: Station) -> CrlSet | None:
-    """Return the CRLs in the station's `crl.pem`; None if one of them is missing or damaged (sign new ones).
-
-    That of a CA that has issued nothing yet may be missing.
-    """
-    issuing = station.cas.issuing
-    return _whole(station, issuing, {crl.issuer: crl for crl in _read(station.crl_path, issuing)})
-
-
-def _whole(station: Station, issuing: Iterable[Ca], found: Mapping[str, StoredCrl]) -> CrlSet | None:
-    if any(ca.key_id not in found and ca.activated_at is not None for ca in issuing):
-        return None
-    return CrlSet(station.crl_path, tuple(found[ca.key_id] for ca in issuing if ca.key_id in found))
-
-
-def successor(station_cas: Iterable[Ca], crls: CrlSet) -> CrlSet | None:
-    """Return the CRLs that are in the file of `crls` by now, if another command has signed a newer one."""
-    before = {crl.issuer: crl.number for crl in crls.crls}
-    found = tuple(_read(crls.path, station_cas))
-    newer = any(crl.number > before.get(crl.issuer, 0) for crl in found)
-    return CrlSet(crls.path, found) if newer else None
-
-
-def _read(path: Path, cas: Iterable[Ca]) -> list[StoredCrl]:
-    """Return the CRLs in a file, of those CAs, that are whole and signed by them."""
-    cas = tuple(cas)
-    try:
-        blocks = [der for label, der in read_blocks(path.read_bytes()) if label == CRL]
-    except (OSError, BirthmarkError):
-        return []
-    found = (signed_crl(der, cas) for der in blocks)
-    return [crl for crl in found if crl is not None]
-
-
-def signed_crl(der: bytes, cas: Iterable[Ca]) -> StoredCrl | None:
-    """Return a CRL that one of these CAs signed; None if it is none."""
-    try:
-        crl = x509.load_der_x509_crl(der)
-        stored = _stored(crl)
-        ca = None if stored is None else next((each for each in cas if each.key_id == stored.issuer), None)
-        if ca is None or not crl.is_signature_valid(cast(EllipticCurvePublicKey, ca.certificate.public_key())):
-            return None
-    except ValueError:
-        return None
-    return stored
-
-
-def _stored(crl: x509.CertificateRevocationList) -> StoredCrl | None:
-    try:
-        number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
-        issuer = crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
-        return None
-    next_update = crl.next_update_utc
-    if next_update is None or issuer is None:
-        return None
-    return StoredCrl(
-        issuer=issuer.hex(),
-        number=number,
-        der=crl.public_bytes(Encoding.DER),
-        this_update=crl.last_update_utc,
-        next_update=next_update,
-        cert_serials=frozenset(entry.serial_number for entry in crl),
-    )
-
-
 def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
-    """Return the CAs that need a new CRL (none, not complete, or past half of its life), and what is there."""
+    """Return the CAs that need a new CRL, and what is there.
+
+    A CA needs one that has none, or whose CRL is not the last one, not complete, or past half of its life.
+    """
     with station.registry.view() as view:
         issuing = read_cas(view).issuing
-        found = {crl.issuer: crl for crl in _read(station.crl_path, issuing)}
+        found = newest_crls(station, view, issuing)
+        last = {ca.key_id: last_number(view, ca) for ca in issuing}
         listed = _listed(station, view, issuing)
     now = station.clock()
 
@@ -271,28 +146,44 @@ def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
         if ca.lost_at is not None:
             return True  # nobody can sign another one
         crl = found.get(ca.key_id)
-        if crl is None or (ca.closed_at is not None and crl.next_update < ca.certificate.not_valid_after_utc):
+        if crl is None or crl.number < last[ca.key_id]:
+            return False
+        if ca.closed_at is not None and crl.next_update < ca.certificate.not_valid_after_utc:
             return False
         return crl.next_update - now >= profile.CRL_LIFETIME / 2 and (
             all(row.cert_serial in crl.cert_serials for row in listed[ca.key_id])
         )
 
     stale = [ca for ca in issuing if not is_fresh(ca)]
-    return stale, _whole(station, issuing, found)
+    return stale, whole(station, issuing, found)
 
 
-def kept_crls(station: Station, view: View) -> list[tuple[Ca, StoredCrl | None, int]]:
-    """Return each CA that is trusted with its CRL as it is kept, and how many revoked certificates that lacks."""
+@dataclass(frozen=True, slots=True)
+class KeptCrl:
+    """What there is of the CRL of a CA that is trusted."""
+
+    ca: Ca
+    crl: StoredCrl | None
+    """The newest one that is kept."""
+    last_number: int
+    """The last number that was given out."""
+    missing: int = 0
+    """How many revoked certificates it lacks."""
+
+
+def kept_crls(station: Station, view: View) -> list[KeptCrl]:
+    """Return what is kept of each trusted CA's CRL, without signing anything."""
     cas = read_cas(view)
-    issuing = {crl.issuer: crl for crl in _read(station.crl_path, cas.issuing)}
-    roots = {crl.issuer: crl for crl in _read(station.folder / ROOT_CRL_FILE, cas.roots)}
+    issuing = newest_crls(station, view, cas.issuing)
+    roots = {crl.issuer: crl for crl in read_crl_file(station.folder / ROOT_CRL_FILE, cas.roots)}
     listed = _listed(station, view, cas.issuing)
-    kept: list[tuple[Ca, StoredCrl | None, int]] = []
+    kept = []
     for ca in cas.issuing:
         crl = issuing.get(ca.key_id)
         on_it = frozenset[int]() if crl is None else crl.cert_serials
-        kept.append((ca, crl, sum(row.cert_serial not in on_it for row in listed[ca.key_id])))
-    return kept + [(ca, roots.get(ca.key_id), 0) for ca in cas.roots]
+        missing = sum(row.cert_serial not in on_it for row in listed[ca.key_id])
+        kept.append(KeptCrl(ca, crl, last_number(view, ca), missing))
+    return kept + [KeptCrl(ca, roots.get(ca.key_id), last_number(view, ca)) for ca in cas.roots]
 
 
 def _listed(station: Station, view: View, issuing: Iterable[Ca]) -> dict[str, list[RevokedCertificate]]:
@@ -319,11 +210,6 @@ def _is_over(row: RevokedCertificate, told: datetime, now: datetime, margin: tim
     return max(row.not_after, row.revoked_at) < told <= now
 
 
-def crl_number_counter(key_id: str) -> str:
-    """Return the name of the registry's counter of a CA's CRL numbers: the number of the last one."""
-    return f"crl_number {key_id}"
-
-
 def crl_this_update_counter(key_id: str) -> str:
     """Return the name of the registry's counter of a CA's last thisUpdate, in seconds since 1970."""
     return f"crl_this_update {key_id}"
@@ -339,25 +225,21 @@ def unlock_all(station: Station, key_ids: Iterable[str]) -> None:
 def sign_stale_crls(station: Station) -> CrlSet:
     """Sign those CRLs that need it (`stale_crls`). The caller holds the CRL lock."""
     stale, crls = stale_crls(station)
-    if not stale and crls is not None:
-        return crls
-    return _sign(station, stale)
+    if stale or crls is None:
+        return _sign(station, stale)
+    put_in_file(crls)
+    return crls
 
 
 def _sign(station: Station, cas: Iterable[Ca]) -> CrlSet:
-    """Sign these CAs' CRLs, and put them in the file beside the others'. The caller holds the CRL lock."""
+    """Sign these CAs' CRLs, and keep them beside the others'. The caller holds the CRL lock."""
     wanted = [ca.key_id for ca in cas]
     unlock_all(station, wanted)  # a wrong passphrase must stop this before a number is taken
     with station.signing() as transaction:
         issuing = read_cas(transaction).issuing
         chosen = [ca for ca in issuing if ca.key_id in wanted]
         plans = _plan(station, transaction, chosen)
-    signed = {plan.issuer: _signed(station, plan) for plan in plans}
-    kept = {crl.issuer: crl for crl in _read(station.crl_path, issuing)}
-    found = {**kept, **signed}
-    crls = CrlSet(station.crl_path, tuple(found[ca.key_id] for ca in issuing if ca.key_id in found))
-    _write(station.crl_path, crls.pem)
-    return crls
+    return keep_signed(station, {plan.issuer: _signed(station, plan) for plan in plans})
 
 
 def _plan(station: Station, transaction: Transaction, cas: list[Ca]) -> list[_Plan]:
@@ -403,9 +285,3 @@ def _signed(station: Station, plan: _Plan) -> StoredCrl:
         next_update=plan.next_update,
         cert_serials=frozenset(item.cert_serial for item in plan.revoked),
     )
-
-
-def _write(path: Path, crl_pem: bytes) -> None:
-    """Write a CRL of the station's. The caller holds its CRL lock."""
-    remove_leftovers(path.parent, path.name)
-    write_durably(path, crl_pem, mode=CRL_FILE_MODE)

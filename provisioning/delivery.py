@@ -19,14 +19,13 @@ from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
 from birthmark.device.messages import ClosedIdentity, Receipt
 from birthmark.provisioning.cas import SHORT
-from birthmark.provisioning.crls import successor
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Callable, Container, Mapping
     from datetime import datetime
 
     from birthmark.provisioning.cas import Cas
-    from birthmark.provisioning.crls import CrlSet, StoredCrl
+    from birthmark.provisioning.crl_store import CrlSet, StoredCrl
 
 MAX_MQTT_CRL_BYTES: Final = 1024 * 1024 - 1024
 """What a gateway takes in one packet by default, less the packet's own head."""
@@ -93,15 +92,22 @@ class Delivery:
 
 
 class Latest:
-    """The CRLs that a gateway is to have: those it was begun with, or what the station has signed since."""
+    """The CRLs that a gateway is to have: those it was begun with, or what was signed since.
 
-    def __init__(self, crls: CrlSet, cas: Cas) -> None:
+    Args:
+        crls: to begin with.
+        cas: the station's CAs.
+        successor: returns newer CRLs than those it is given, if there are any (`crl_store.successor`).
+    """
+
+    def __init__(self, crls: CrlSet, cas: Cas, successor: Callable[[CrlSet], CrlSet | None]) -> None:
         self.crls = crls
         self.cas = cas
+        self._successor = successor
 
     def has_moved(self) -> bool:
-        """Whether the station has signed a newer one; `crls` has it then."""
-        newer = successor(self.cas.issuing, self.crls)
+        """Whether a newer one was signed, here or at another station of the registry; `crls` has it then."""
+        newer = self._successor(self.crls)
         if newer is None:
             return False
         self.crls = newer

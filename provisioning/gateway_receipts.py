@@ -20,7 +20,7 @@ from birthmark.provisioning.gateway_look import Look
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from birthmark.provisioning.crls import CrlSet, StoredCrl
+    from birthmark.provisioning.crl_store import CrlSet, StoredCrl
     from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.registry.interface import Transaction, View

@@ -15,7 +15,7 @@ from birthmark.provisioning.crls import up_to_date_crl
 from birthmark.provisioning.station import PUBLIC_FILE_MODE
 
 if TYPE_CHECKING:
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.station import Station
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.provisioning.cas import Cas
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.gateway_contact import Contact
     from birthmark.provisioning.gateway_settings import Gateway, Upstream
 
@@ -35,6 +35,7 @@ def deliver(
     crls: CrlSet,
     cas: Cas,
     *,
+    successor: Callable[[CrlSet], CrlSet | None],
     anchors_path: Path,
     upstreams: Sequence[Upstream] = (),
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -45,6 +46,7 @@ def deliver(
         gateways: where to.
         crls: what.
         cas: the station's CAs.
+        successor: returns newer CRLs than those it is given, if there are any (`crl_store.successor`).
         anchors_path: the CA certificates that a gateway's own certificate may lead to (PEM).
         upstreams: that some of the gateways are reached through.
         timeout_s: how long to wait.
@@ -55,12 +57,12 @@ def deliver(
     """
     deadline = time.monotonic() + timeout_s
     work: list[Callable[[], list[Delivery]]] = [
-        _at_path(gateway, gateway.crl_path, Latest(crls, cas), deadline)
+        _at_path(gateway, gateway.crl_path, Latest(crls, cas, successor), deadline)
         for gateway in gateways
         if gateway.crl_path is not None
     ]
     reached = contacts(gateways, upstreams, anchors_path)
-    work += [_at_contact(contact, Latest(crls, cas), deadline) for contact in reached]
+    work += [_at_contact(contact, Latest(crls, cas, successor), deadline) for contact in reached]
     if not work:
         return []
     with ThreadPoolExecutor(max_workers=min(32, len(work))) as pool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.stopping import stopping_on_signals
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.fleet_policy import current_policy
 from birthmark.provisioning.fleet_table import COLUMNS, Aims, GatewayRow
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, look_at

@@ -20,7 +20,7 @@ from birthmark.provisioning.gateway_contact import left
 
 if TYPE_CHECKING:
     from birthmark.device.received import Message
-    from birthmark.provisioning.crls import StoredCrl
+    from birthmark.provisioning.crl_store import StoredCrl
     from birthmark.provisioning.delivery import Latest
     from birthmark.provisioning.gateway_contact import Contact
 

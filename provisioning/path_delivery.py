@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeAlias
 
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
 
     _Identity: TypeAlias = tuple[int, int, int]
 

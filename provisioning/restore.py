@@ -33,13 +33,8 @@ from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit_check, founding
 from birthmark.provisioning.backup import LAST_BACKUP_AT, Manifest, opened
 from birthmark.provisioning.cas import Ca, read_cas
-from birthmark.provisioning.crls import (
-    CrlSet,
-    crl_number_counter,
-    crl_this_update_counter,
-    sign_and_store_crl,
-    unlock_all,
-)
+from birthmark.provisioning.crl_store import CrlSet, crl_number_counter
+from birthmark.provisioning.crls import crl_this_update_counter, sign_and_store_crl, unlock_all
 from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy, keep_policy, trusted_policy
 from birthmark.provisioning.gateway_contact import contacts
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, crls_in_force

@@ -19,13 +19,14 @@ from cryptography import x509
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning import profile
+from birthmark.provisioning.crl_store import put_in_file
 from birthmark.provisioning.crls import sign_stale_crls, stale_crls, unlock_all
 from birthmark.provisioning.registry.model import CERT_SERIAL_MAX, Kind, Row, State
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.registry.interface import Transaction
     from birthmark.provisioning.station import Station
 
@@ -92,6 +93,7 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         rows = _revocable(station, name)
         stale, crls = stale_crls(station)
         if crls is not None and not stale and all(row.is_revoked for row in rows):
+            put_in_file(crls)
             return Revocation(tuple(rows), 0, crls)
         # A wrong passphrase must stop this before anything is changed; so must it if none can be listed.
         issuers = {row.issuer for row in rows}

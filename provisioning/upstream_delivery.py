@@ -19,13 +19,13 @@ from birthmark.device.messages import GatewayStatus, Receipt
 from birthmark.device.topics import fleet_crl, gateway_receipts
 from birthmark.provisioning.broadcast import Broadcast, Known
 from birthmark.provisioning.cas import SHORT
-from birthmark.provisioning.crls import signed_crl
+from birthmark.provisioning.crl_store import signed_crl
 from birthmark.provisioning.delivery import Delivery, Latest, Outcome, check_receipt, concluded
 
 if TYPE_CHECKING:
     from birthmark.device.client import Client
     from birthmark.device.identity import BrokerName
-    from birthmark.provisioning.crls import StoredCrl
+    from birthmark.provisioning.crl_store import StoredCrl
     from birthmark.provisioning.gateway_contact import Contact
 
 

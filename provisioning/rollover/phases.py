@@ -9,7 +9,7 @@ from cryptography import x509
 
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning.cas import Ca, CaKind, Cas, put_ca, read_cas
-from birthmark.provisioning.crls import crl_number_counter
+from birthmark.provisioning.crl_store import crl_number_counter
 from birthmark.provisioning.gateway_receipts import standing_of
 from birthmark.provisioning.registry.model import Kind
 from birthmark.provisioning.revocation import mark_revoked

@@ -20,7 +20,8 @@ from birthmark.provisioning.checkup import Census, Level, gather
 from birthmark.provisioning.checkup_rules import examine
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crl_service import CrlService
-from birthmark.provisioning.crls import current_crl, sign_and_store_crl
+from birthmark.provisioning.crl_store import current_crl
+from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.gateway_look import Look, look_at
 from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.gateway_settings import Gateway

@@ -132,8 +132,8 @@ def file(**changes: Any) -> Facts:
     return replace(GOOD, files=(replace(GOOD.files[0], **changes),))
 
 
-def crl(next_update: timedelta, missing: int = 0) -> CrlFacts:
-    return CrlFacts(7, NOON - 30 * DAY, NOON + next_update, missing)
+def crl(next_update: timedelta, missing: int = 0, last_number: int = 7) -> CrlFacts:
+    return CrlFacts(7, NOON - 30 * DAY, NOON + next_update, missing, last_number)
 
 
 def among(*rows: Row) -> Facts:
@@ -161,6 +161,7 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("crls", Level.BROKEN, "has ended on", issuing(crl=crl(-DAY))),
     ("crls", Level.SOON, "past half of its life", issuing(crl=crl(14 * DAY))),
     ("crls", Level.BROKEN, "2 revoked certificates not on the CRL", issuing(crl=crl(29 * DAY, 2))),
+    ("crls", Level.SOON, "is 7, and 9 was the last number", issuing(crl=crl(29 * DAY, last_number=9))),
     ("crls", Level.SOON, "the CRL of the root is missing", root(crl=None)),
     ("crls", Level.SOON, "the CRL of the root ends", root(crl=crl(DAY))),
     ("crls", Level.SOON, "the CRL of the root has ended", root(crl=crl(-DAY))),

@@ -18,7 +18,7 @@ from support.station_gateways import PathGateway, receipt_for
 from birthmark.device.backoff import Backoff
 from birthmark.provisioning import audit
 from birthmark.provisioning.crl_service import LOOK_S, TROUBLE_S, CrlService
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.retirement import note_retirement

@@ -15,7 +15,8 @@ from support.station_upstream import Fleet, fleet
 from birthmark.device.console import Console
 from birthmark.device.messages import GatewayStatus, UpstreamState
 from birthmark.provisioning.crl_delivery import deliver_crl
-from birthmark.provisioning.crls import current_crl, sign_and_store_crl
+from birthmark.provisioning.crl_store import current_crl
+from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.fleet_policy import sign_policy
 from birthmark.provisioning.fleet_table import COLUMNS, Aims, GatewayRow
 from birthmark.provisioning.gateway_look import Look

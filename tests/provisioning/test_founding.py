@@ -13,7 +13,7 @@ from support.station import CHEAP, PASSPHRASE, new_station
 
 from birthmark.device.errors import AuthorityError, ConfigurationError, RegistryError
 from birthmark.provisioning import audit
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.settings import Settings
 from birthmark.provisioning.station import Station

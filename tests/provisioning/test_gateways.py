@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -13,7 +14,8 @@ from support.station import CHEAP, PASSPHRASE
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
 
 from birthmark.device.durable import write_durably
-from birthmark.provisioning.crls import CrlSet, current_crl, sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.crl_store import CrlSet, current_crl, successor
+from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.gateways import deliver
@@ -40,7 +42,12 @@ def crl_of(station: Station) -> CrlSet:
 
 def deliver_all(station: Station, *gateways: Gateway, timeout_s: float = LONG_S) -> list[Delivery]:
     return deliver(
-        gateways, crl_of(station), station.cas, anchors_path=station.folder / "root.pem", timeout_s=timeout_s
+        gateways,
+        crl_of(station),
+        station.cas,
+        successor=partial(successor, station),
+        anchors_path=station.folder / "root.pem",
+        timeout_s=timeout_s,
     )
 
 
@@ -153,7 +160,12 @@ def test_by_path_an_older_crl_does_not_stay_in_the_place_of_a_newer_one(living: 
     newer = sign_and_store_crl(living)
     with PathGateway(by_path.crl_path, lambda crl: receipt_for(crl, outcome="current").to_bytes()):
         (delivery,) = deliver(
-            [by_path], older, living.cas, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+            [by_path],
+            older,
+            living.cas,
+            successor=partial(successor, living),
+            anchors_path=living.folder / "root.pem",
+            timeout_s=LONG_S,
         )
     assert by_path.crl_path.read_bytes() == newer.pem
     assert delivery.outcome is Outcome.DONE
@@ -170,7 +182,12 @@ def test_by_path_a_newer_crl_that_another_command_brought_counts(living: Station
 
     with PathGateway(by_path.crl_path, answer):
         (delivery,) = deliver(
-            [by_path], older, living.cas, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+            [by_path],
+            older,
+            living.cas,
+            successor=partial(successor, living),
+            anchors_path=living.folder / "root.pem",
+            timeout_s=LONG_S,
         )
     assert delivery.outcome is Outcome.DONE
     assert delivery.receipts
@@ -189,7 +206,12 @@ def test_by_mqtt_a_newer_crl_is_brought_when_the_gateway_has_it_already(
 
     with mqtt_gateway(tmp_path, answer) as gateway:
         (delivery,) = deliver(
-            [by_mqtt(gateway.port)], older, living.cas, anchors_path=living.folder / "root.pem", timeout_s=LONG_S
+            [by_mqtt(gateway.port)],
+            older,
+            living.cas,
+            successor=partial(successor, living),
+            anchors_path=living.folder / "root.pem",
+            timeout_s=LONG_S,
         )
     assert delivery.outcome is Outcome.DONE, delivery
     assert delivery.receipts

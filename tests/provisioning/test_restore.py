@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,8 @@ from birthmark.provisioning import audit, audit_check, profile
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.checkup import gather
-from birthmark.provisioning.crls import crl_number_counter, current_crl, sign_and_store_crl
+from birthmark.provisioning.crl_store import crl_number_counter, current_crl, successor
+from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.gateways import deliver
@@ -35,7 +37,7 @@ from birthmark.provisioning.station import Station, utc_now
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.registry.model import Row
 
 SECRET = b"the backup's own passphrase"
@@ -60,7 +62,14 @@ def rows(station: Station) -> list[Row]:
 
 def deliver_to_all(station: Station, crl: CrlSet) -> list[Outcome]:
     gateways = Station.open(station.folder).settings.gateways
-    deliveries = deliver(gateways, crl, station.cas, anchors_path=station.folder / "root.pem", timeout_s=30)
+    deliveries = deliver(
+        gateways,
+        crl,
+        station.cas,
+        successor=partial(successor, station),
+        anchors_path=station.folder / "root.pem",
+        timeout_s=30,
+    )
     return [delivery.outcome for delivery in deliveries]
 
 

@@ -11,9 +11,9 @@ from support.station import NOON, PASSPHRASE, Clock, enrolled_row, keyed_row
 
 from birthmark.device.errors import AuthorityError, RegistryError
 from birthmark.provisioning import audit, crls
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.crls import (
     clock_trouble,
-    current_crl,
     sign_and_store_crl,
     sign_root_crl,
     stale_crls,

@@ -17,7 +17,8 @@ from support.station import PASSPHRASE, new_station
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
-from birthmark.provisioning.crls import current_crl, up_to_date_crl
+from birthmark.provisioning.crl_store import current_crl
+from birthmark.provisioning.crls import up_to_date_crl
 from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.settings import RegistrySetting

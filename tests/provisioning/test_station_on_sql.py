@@ -13,7 +13,7 @@ from birthmark.device.errors import AuthorityError, RegistryError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.checkup import gather
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.registry.opening import setting_from
 from birthmark.provisioning.restore import ROWS_JUMP, Restored, restore
 from birthmark.provisioning.revocation import revoke

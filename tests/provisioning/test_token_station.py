@@ -26,7 +26,8 @@ from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.checkup import Level, gather
 from birthmark.provisioning.checkup_rules import examine
 from birthmark.provisioning.crl_service import TROUBLE_S, CrlService
-from birthmark.provisioning.crls import current_crl, sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.crl_store import current_crl
+from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy, sign_policy, trusted_policy
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.issuing import issue_operator

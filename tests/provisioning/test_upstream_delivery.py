@@ -19,7 +19,8 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.provisioning import audit, delivery
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crl_service import LOOK_S, CrlService
-from birthmark.provisioning.crls import current_crl, sign_and_store_crl, up_to_date_crl
+from birthmark.provisioning.crl_store import current_crl
+from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover.phases import activate
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.device.received import Message
-    from birthmark.provisioning.crls import CrlSet
+    from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.delivery import Delivery
 
 pytestmark = needs("mosquitto")

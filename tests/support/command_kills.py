@@ -51,7 +51,7 @@ from birthmark.provisioning import (
     station_commands,
 )
 from birthmark.provisioning.backup import back_up
-from birthmark.provisioning.crls import crl_number_counter, current_crl
+from birthmark.provisioning.crl_store import crl_number_counter, current_crl
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.passphrase_change import change_passphrase
 from birthmark.provisioning.rollover.starting import start_issuing, start_root

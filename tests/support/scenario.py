@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from support.station import PASSPHRASE
 
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:

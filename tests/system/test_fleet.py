@@ -11,7 +11,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.station import PASSPHRASE, Command, new_station
 
 from bench.fleet_stand import FleetStand, fleet_stand
-from birthmark.provisioning.crls import current_crl
+from birthmark.provisioning.crl_store import current_crl
 from birthmark.provisioning.issuing import issue_operator
 
 if TYPE_CHECKING:
