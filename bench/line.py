@@ -22,26 +22,26 @@ from bench.report import Figure
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.identity import DeviceId
 from birthmark.device.link.timers import BITS_PER_BYTE, DEFAULT_BAUD
-from birthmark.provisioning.bundles import BrokerAddress
-from birthmark.provisioning.enrol import Enrolment
-from birthmark.provisioning.exchange import Line
-from birthmark.provisioning.journal import Wish
-from birthmark.provisioning.line_run import run_line
-from birthmark.provisioning.line_view import Tally
+from birthmark.provisioning.enrollment.bundles import BrokerAddress
+from birthmark.provisioning.enrollment.enrol import Enrolment
+from birthmark.provisioning.enrollment.exchange import Line
+from birthmark.provisioning.enrollment.journal import Wish
+from birthmark.provisioning.enrollment.port import PortName, SerialPort
+from birthmark.provisioning.enrollment.session import Session, drive
+from birthmark.provisioning.line.port_choice import read_fixture
+from birthmark.provisioning.line.run import run_line
+from birthmark.provisioning.line.slot import Slot
+from birthmark.provisioning.line.unit_ids import Listed, from_template
+from birthmark.provisioning.line.view import Tally
 from birthmark.provisioning.one_unit import journal_of
-from birthmark.provisioning.port import PortName, SerialPort
-from birthmark.provisioning.port_choice import read_fixture
 from birthmark.provisioning.registry.grouped import GroupedRegistry
-from birthmark.provisioning.session import Session, drive
-from birthmark.provisioning.slot import Slot
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.unit_ids import Listed, from_template
 from demo.processes import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from birthmark.provisioning.slot import Report
+    from birthmark.provisioning.line.slot import Report
 
 SLOTS = 16
 SECTION = "The line"

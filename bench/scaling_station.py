@@ -26,7 +26,7 @@ from birthmark.device.renewal.making import confirmation, granted, new_key, rene
 from birthmark.provisioning import profile
 from birthmark.provisioning.bulk import issue_all
 from birthmark.provisioning.bulk_requests import read_wanted
-from birthmark.provisioning.bundles import BrokerAddress
+from birthmark.provisioning.enrollment.bundles import BrokerAddress
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.registry.interface import LAST_ROW
 from birthmark.provisioning.registry.sql_database import Database

@@ -7,8 +7,8 @@ import io
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.provisioning.batches import Report, close_batch, moment, open_batch, report
 from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.line.batches import Report, close_batch, moment, open_batch, report
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 
 if TYPE_CHECKING:

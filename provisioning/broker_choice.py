@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import quoted
-from birthmark.provisioning.bundles import BrokerAddress
+from birthmark.provisioning.enrollment.bundles import BrokerAddress
 from birthmark.provisioning.settings import BrokerDefaults
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from cryptography import x509
 
 from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.provisioning.bulk_output import output_at
-from birthmark.provisioning.bundles import bundle_of
+from birthmark.provisioning.enrollment.bundles import bundle_of
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import TXN_OCTETS, KeyMode, Kind, Row, State
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.authority import Authority
     from birthmark.provisioning.bulk_output import Output, StationKey
     from birthmark.provisioning.bulk_requests import Wanted
-    from birthmark.provisioning.bundles import BrokerAddress
+    from birthmark.provisioning.enrollment.bundles import BrokerAddress
     from birthmark.provisioning.registry.line import Batch
     from birthmark.provisioning.station import Station
 

@@ -6,7 +6,7 @@ Rules:
   seen from the record's own file. Without a `csr` the station is to make the key, if it was told to.
 - A folder holds `ID.csr.pem` files and nothing else, but for hidden ones: what was named wrongly is not left out
   in silence.
-- Every request is checked (`birthmark.provisioning.signing_request`), and its CN is the id.
+- Every request is checked (`birthmark.provisioning.enrollment.signing_request`), and its CN is the id.
 - No id, key or hwid occurs twice.
 """
 
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.identity import DeviceId, Role, device_role
 from birthmark.device.pem import CERTIFICATE_REQUEST, read_blocks
+from birthmark.provisioning.enrollment.signing_request import requested_key
 from birthmark.provisioning.record_files import Columns, Record, line_error, naming, read_records
 from birthmark.provisioning.registry.model import HWID_OCTETS
-from birthmark.provisioning.signing_request import requested_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

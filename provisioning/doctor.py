@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import PortError
 from birthmark.device.escape import escaped
-from birthmark.provisioning.port import PortName, adapters, held
+from birthmark.provisioning.enrollment.port import PortName, adapters, held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,8 +15,8 @@ from birthmark.provisioning.doctor import Health, Machine, examine, ports_here
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.gateway_receipts import note_heard
+from birthmark.provisioning.line.port_choice import choose, read_fixture
 from birthmark.provisioning.options import add_station_option, open_station
-from birthmark.provisioning.port_choice import choose, read_fixture
 
 if TYPE_CHECKING:
     import argparse

@@ -15,12 +15,12 @@ from birthmark.device.console import command
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
-from birthmark.provisioning.journal import Wish
+from birthmark.provisioning.enrollment.journal import Wish
+from birthmark.provisioning.enrollment.session import Session
+from birthmark.provisioning.line.progress import Progress
 from birthmark.provisioning.one_unit import add_unit_options, checked_port, enrol_one, journal_of
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
-from birthmark.provisioning.progress import Progress
 from birthmark.provisioning.registry.model import KeyMode
-from birthmark.provisioning.session import Session
 
 if TYPE_CHECKING:
     import argparse

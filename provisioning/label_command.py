@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.durable import remove_leftovers, write_durably
-from birthmark.provisioning.label import Format, label, made
+from birthmark.provisioning.line.label import Format, label, made
 from birthmark.provisioning.options import add_station_option, open_station
 
 if TYPE_CHECKING:

@@ -20,18 +20,18 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.crl_delivery import bring_missing
-from birthmark.provisioning.outcomes import Outcome
-from birthmark.provisioning.port_choice import choose
+from birthmark.provisioning.enrollment.outcomes import Outcome
+from birthmark.provisioning.enrollment.transitions import Transitions
+from birthmark.provisioning.line.port_choice import choose
 from birthmark.provisioning.registry.model import KeyMode, State
-from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console, Parser
-    from birthmark.provisioning.bundles import BrokerAddress
-    from birthmark.provisioning.port import PortName
-    from birthmark.provisioning.progress import Progress
+    from birthmark.provisioning.enrollment.bundles import BrokerAddress
+    from birthmark.provisioning.enrollment.port import PortName
+    from birthmark.provisioning.enrollment.session import Session
+    from birthmark.provisioning.line.progress import Progress
     from birthmark.provisioning.registry.interface import Registry
-    from birthmark.provisioning.session import Session
     from birthmark.provisioning.station import Station
 
 

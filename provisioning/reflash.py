@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import command
 from birthmark.device.identity import DeviceId, device_role
+from birthmark.provisioning.enrollment.journal import Wish
 from birthmark.provisioning.flash import make
-from birthmark.provisioning.journal import Wish
 from birthmark.provisioning.one_unit import add_unit_options
 from birthmark.provisioning.options import (
     add_passphrase_option,

@@ -35,13 +35,13 @@ from birthmark.device.errors import AuthorityError, BirthmarkError, RegistryErro
 from birthmark.device.renewal.messages import MAX_WAIT_S, AnchorUpdate, RenewalAnswer
 from birthmark.device.renewal.proofs import anchors_transcript, is_proven
 from birthmark.provisioning.cas import read_cas
+from birthmark.provisioning.enrollment.signing_request import requested_key
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.retirement import note_retirement, retirement_at
 from birthmark.provisioning.revocation import mark_revoked
 from birthmark.provisioning.rollover.anchors import NoAnchors
-from birthmark.provisioning.signing_request import requested_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,28 +23,28 @@ from birthmark.device.errors import ConfigurationError, EnrollmentRefusedError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
-from birthmark.provisioning.batches import moment
 from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
 from birthmark.provisioning.crl_delivery import bring_missing
-from birthmark.provisioning.line_run import run_line
-from birthmark.provisioning.line_view import Lines, LiveTable, Tally, display_for
+from birthmark.provisioning.line.batches import moment
+from birthmark.provisioning.line.port_choice import read_fixture, slots_of
+from birthmark.provisioning.line.run import run_line
+from birthmark.provisioning.line.scanner import Scanner
+from birthmark.provisioning.line.slot import DEFAULT_TRIES, Noted, Slot
+from birthmark.provisioning.line.unit_ids import Known, Listed, Scanned, from_template, read_list
+from birthmark.provisioning.line.view import Lines, LiveTable, Tally, display_for
 from birthmark.provisioning.one_unit import add_unit_options, journal_of
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
-from birthmark.provisioning.port_choice import read_fixture, slots_of
 from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.registry.model import KeyMode, Kind, State
-from birthmark.provisioning.scanner import Scanner
-from birthmark.provisioning.slot import DEFAULT_TRIES, Noted, Slot
-from birthmark.provisioning.unit_ids import Known, Listed, Scanned, from_template, read_list
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from birthmark.device.console import Console, Parser
-    from birthmark.provisioning.port_choice import SlotPort
-    from birthmark.provisioning.slot import Report
+    from birthmark.provisioning.line.port_choice import SlotPort
+    from birthmark.provisioning.line.slot import Report
+    from birthmark.provisioning.line.unit_ids import IdSource
     from birthmark.provisioning.station import Station
-    from birthmark.provisioning.unit_ids import IdSource
 
 UNFINISHED: Final = (State.RESERVED, State.KEYED, State.ISSUED, State.PREPARED, State.COMMITTED)
 

@@ -65,3 +65,9 @@ def test_every_page_is_reachable_from_the_readme() -> None:
             str(((ROOT / page).parent / target).resolve().relative_to(ROOT)) for target in targets if target
         ]
     assert {page for page in PAGES if not page.startswith("docs/adr/")} <= seen
+
+
+def test_the_architecture_names_every_folder_of_code() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w/]+)/` \|", page, re.MULTILINE))
+    assert {path.removesuffix("/__init__.py") for path in tracked() if path.endswith("/__init__.py")} <= named

@@ -15,12 +15,12 @@ from support.fault_bench import Ended, check_no_half, enrol_each
 from birthmark.device.link.messages import ErrorCode
 from birthmark.firmware_sim.impostors import IMPOSTORS
 from birthmark.firmware_sim.lies import LIES
-from birthmark.provisioning.enrol import ProofError, UnitRefusedError
-from birthmark.provisioning.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
-from birthmark.provisioning.journal import Action
+from birthmark.provisioning.enrollment.enrol import ProofError, UnitRefusedError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
+from birthmark.provisioning.enrollment.journal import Action
+from birthmark.provisioning.enrollment.signing_request import RequestRefusedError
+from birthmark.provisioning.enrollment.verdict import Verdict
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.signing_request import RequestRefusedError
-from birthmark.provisioning.verdict import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable

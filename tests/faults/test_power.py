@@ -13,7 +13,7 @@ from birthmark.device.errors import LinkError
 from birthmark.device.link.messages import DeviceState, ErrorCode
 from birthmark.firmware_sim.faults import REQUESTS
 from birthmark.firmware_sim.storage import FailingStorage
-from birthmark.provisioning.exchange import DeviceRefusalError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError
 from birthmark.provisioning.registry.model import State
 
 if TYPE_CHECKING:

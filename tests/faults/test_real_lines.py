@@ -9,8 +9,8 @@ import pytest
 from support.fault_bench import SimBoard, check_no_half, enrol
 
 from birthmark.device.errors import LinkError
+from birthmark.provisioning.enrollment.session import Replugged, Unplugged
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.session import Replugged, Unplugged
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ import pytest
 from support.fault_bench import LIMIT_S, SimBoard, check_no_half, enrol
 
 from birthmark.device.errors import BirthmarkError, PortError
-from birthmark.provisioning.enrol import Reached, Step, UnitRefusedError
-from birthmark.provisioning.journal import Action
+from birthmark.provisioning.enrollment.enrol import Reached, Step, UnitRefusedError
+from birthmark.provisioning.enrollment.journal import Action
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import State
 

@@ -13,9 +13,9 @@ from support.board_line import VirtualLine
 from support.board_station import open_desk
 
 from birthmark.device.link.messages import MessageType
-from birthmark.provisioning.enrol import Reached, Step, Stored, UnitRefusedError
-from birthmark.provisioning.exchange import DeviceRefusalError, NoAnswerError
-from birthmark.provisioning.journal import Action
+from birthmark.provisioning.enrollment.enrol import Reached, Step, Stored, UnitRefusedError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError, NoAnswerError
+from birthmark.provisioning.enrollment.journal import Action
 from birthmark.provisioning.registry.model import KeyMode, Kind, State
 
 if TYPE_CHECKING:

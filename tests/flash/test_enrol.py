@@ -25,12 +25,12 @@ from birthmark.device.link import messages as m
 from birthmark.device.link.bundle import Bundle, check_bundle
 from birthmark.device.link.frame import FROM_DEVICE, Frame
 from birthmark.device.link.messages import ErrorCode, MessageType
-from birthmark.provisioning.enrol import ProofError, Reached, Step, Stored, UnitRefusedError
-from birthmark.provisioning.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
-from birthmark.provisioning.journal import Action
+from birthmark.provisioning.enrollment.enrol import ProofError, Reached, Step, Stored, UnitRefusedError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
+from birthmark.provisioning.enrollment.journal import Action
+from birthmark.provisioning.enrollment.signing_request import RequestRefusedError
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import KeyMode, State
-from birthmark.provisioning.signing_request import RequestRefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

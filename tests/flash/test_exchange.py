@@ -18,8 +18,8 @@ from birthmark.device.link import messages as m
 from birthmark.device.link import timers
 from birthmark.device.link.frame import FROM_DEVICE, Deframer, Frame
 from birthmark.device.link.messages import MessageType
-from birthmark.provisioning.exchange import Line, NoAnswerError, Send
-from birthmark.provisioning.verdict import Evidence, Verdict, judge
+from birthmark.provisioning.enrollment.exchange import Line, NoAnswerError, Send
+from birthmark.provisioning.enrollment.verdict import Evidence, Verdict, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable

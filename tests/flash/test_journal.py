@@ -11,7 +11,7 @@ import pytest
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link import messages as m
 from birthmark.device.link.messages import DeviceState
-from birthmark.provisioning.journal import (
+from birthmark.provisioning.enrollment.journal import (
     DURABLE,
     TABLE,
     UNLOCKABLE,

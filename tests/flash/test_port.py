@@ -13,8 +13,8 @@ from support.board import Board
 from support.board_line import VirtualLine
 
 from birthmark.device.errors import EnrollmentRefusedError, PortError, SystemFailureError
-from birthmark.provisioning.exchange import MAX_READ_BYTES
-from birthmark.provisioning.port import PortName, SerialPort, held
+from birthmark.provisioning.enrollment.exchange import MAX_READ_BYTES
+from birthmark.provisioning.enrollment.port import PortName, SerialPort, held
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import State
 

@@ -24,10 +24,10 @@ from birthmark.device.link.bundle import Bundle
 from birthmark.device.pem import read_blocks
 from birthmark.provisioning import cli
 from birthmark.provisioning.encrypted_key import KeyDerivation
-from birthmark.provisioning.enrol import Reached, Step, Stored, UnitRefusedError
+from birthmark.provisioning.enrollment.enrol import Reached, Step, Stored, UnitRefusedError
+from birthmark.provisioning.enrollment.journal import Action
+from birthmark.provisioning.enrollment.port import PortName, SerialPort, held
 from birthmark.provisioning.founding import found_station
-from birthmark.provisioning.journal import Action
-from birthmark.provisioning.port import PortName, SerialPort, held
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import Settings
 

@@ -13,9 +13,14 @@ from birthmark.device.link import messages as m
 from birthmark.device.link import timers
 from birthmark.device.link.frame import FROM_DEVICE, Deframer, Frame
 from birthmark.device.link.messages import ErrorCode, MessageType
-from birthmark.provisioning.exchange import DeviceRefusalError, Line, MalformedAnswerError, NoAnswerError
+from birthmark.provisioning.enrollment.exchange import (
+    DeviceRefusalError,
+    Line,
+    MalformedAnswerError,
+    NoAnswerError,
+)
+from birthmark.provisioning.enrollment.transfer import Transfer
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.transfer import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,8 @@ import pytest
 from cryptography import x509
 from support.board_killed import session
 
-from birthmark.provisioning.batches import counted
-from birthmark.provisioning.enrol import Stored
+from birthmark.provisioning.enrollment.enrol import Stored
+from birthmark.provisioning.line.batches import counted
 from birthmark.provisioning.registry.model import KeyMode, State
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from support.line_board import LineBoard
     from support.station import Command
 
+    from birthmark.provisioning.enrollment.session import Event
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.session import Event
     from birthmark.provisioning.station import Station
 
 WHERE = ("--broker", "gateway-1.example.com:8883")

@@ -11,7 +11,7 @@ import pytest
 from support.repository import ROOT
 
 from birthmark.provisioning.doctor import Adapter, Finding, Health, Machine, examine
-from birthmark.provisioning.port import PortName, held
+from birthmark.provisioning.enrollment.port import PortName, held
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ import pytest
 import segno
 from support.station import enrolled_row, keyed_row
 
-from birthmark.provisioning.label import Format, label
+from birthmark.provisioning.line.label import Format, label
 from birthmark.provisioning.registry.model import Kind, State
 
 if TYPE_CHECKING:

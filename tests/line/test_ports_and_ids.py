@@ -14,9 +14,10 @@ from support.station import enrolled_row, keyed_row
 
 from birthmark.device.errors import BirthmarkError, ConfigurationError, PortError
 from birthmark.device.identity import DeviceId, Role
-from birthmark.provisioning import port, port_choice
+from birthmark.provisioning.enrollment import port
+from birthmark.provisioning.line import port_choice
+from birthmark.provisioning.line.unit_ids import Known, Listed, NoIdError, from_template, read_list
 from birthmark.provisioning.registry.model import KeyMode
-from birthmark.provisioning.unit_ids import Known, Listed, NoIdError, from_template, read_list
 
 if TYPE_CHECKING:
     from pathlib import Path

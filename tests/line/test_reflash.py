@@ -11,7 +11,7 @@ from support.board_killed import session
 from support.station_gateways import PathGateway, receipt_for
 
 from birthmark.provisioning import audit
-from birthmark.provisioning.enrol import Stored
+from birthmark.provisioning.enrollment.enrol import Stored
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings_edit import add_gateway
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from support.line_process import Process
     from support.station import Command
 
+    from birthmark.provisioning.enrollment.session import Event
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.session import Event
     from birthmark.provisioning.station import Station
 
 WHERE = ("--broker", "gateway-1.example.com:8883")

@@ -19,11 +19,11 @@ from support.board_killed import session
 from support.line_board import LineBoard
 from support.station import PASSPHRASE
 
-from birthmark.provisioning.enrol import Stored
-from birthmark.provisioning.line_run import run_line
-from birthmark.provisioning.line_view import Tally
+from birthmark.provisioning.enrollment.enrol import Stored
+from birthmark.provisioning.line.run import run_line
+from birthmark.provisioning.line.slot import Slot
+from birthmark.provisioning.line.view import Tally
 from birthmark.provisioning.registry.model import KeyMode, State
-from birthmark.provisioning.slot import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from support.line_process import Process
     from support.station import Command
 
+    from birthmark.provisioning.enrollment.session import Event
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.session import Event
     from birthmark.provisioning.station import Station
 
 WHERE = ("--broker", "gateway-1.example.com:8883")

@@ -16,9 +16,9 @@ from support.postgres import running
 from support.shared_line import Boards, LineStation, Shift, all_is_accounted_for, nothing_is_half
 from support.station import PASSPHRASE, Command, new_station
 
-from birthmark.provisioning import slot
 from birthmark.provisioning.crl_store import crl_number_counter
 from birthmark.provisioning.crls import up_to_date_crl
+from birthmark.provisioning.line import slot
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.settings import RegistrySetting
 from birthmark.provisioning.settings_edit import put_registry

@@ -12,22 +12,22 @@ from support.board_station import open_desk
 from birthmark.device.errors import LinkError, PortError, RegistryError
 from birthmark.device.identity import DeviceId
 from birthmark.device.link.messages import ErrorCode, MessageType
-from birthmark.provisioning.enrol import ProofError, Step, UnitRefusedError
-from birthmark.provisioning.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
-from birthmark.provisioning.journal import Action, Wish
-from birthmark.provisioning.line_view import LiveTable, Tally
-from birthmark.provisioning.outcomes import Attempt, Outcome, code_of, failed_step
-from birthmark.provisioning.port import PortName
-from birthmark.provisioning.port_choice import SlotPort
+from birthmark.provisioning.enrollment.enrol import ProofError, Step, UnitRefusedError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
+from birthmark.provisioning.enrollment.journal import Action, Wish
+from birthmark.provisioning.enrollment.outcomes import Attempt, Outcome, code_of, failed_step
+from birthmark.provisioning.enrollment.port import PortName
+from birthmark.provisioning.enrollment.verdict import Evidence
+from birthmark.provisioning.line.port_choice import SlotPort
+from birthmark.provisioning.line.slot import Ended, Noted, Slot, Stepped
+from birthmark.provisioning.line.view import LiveTable, Tally
 from birthmark.provisioning.registry.interface import RegistryAwayError
-from birthmark.provisioning.slot import Ended, Noted, Slot, Stepped
-from birthmark.provisioning.verdict import Evidence
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.device.errors import BirthmarkError
-    from birthmark.provisioning.slot import Report
+    from birthmark.provisioning.line.slot import Report
 
 HWID = b"12345678"
 STUCK = NoAnswerError(MessageType.DATA, Evidence(byte_count=12, sound_frames=1))

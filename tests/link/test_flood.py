@@ -11,7 +11,7 @@ import pytest
 from support.agent_bench import Bench
 
 from birthmark.device.link.frame import MAX_ENCODED, MAX_NOISE, Deframer
-from birthmark.provisioning.exchange import Line
+from birthmark.provisioning.enrollment.exchange import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ from support.station import Clock, Command, enrolled_row, keyed_row, new_station
 
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.provisioning import audit, audit_check
-from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.gateway_settings import Gateway
+from birthmark.provisioning.line.batches import open_batch
 from birthmark.provisioning.migration import migrate
 from birthmark.provisioning.registry.content import META, UNFINISHED
 from birthmark.provisioning.registry.line import Quarantined

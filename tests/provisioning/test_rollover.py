@@ -14,10 +14,10 @@ from support.station_gateways import receipt_for
 
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning import audit
-from birthmark.provisioning.bundles import BrokerAddress
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Delivery, Outcome
+from birthmark.provisioning.enrollment.bundles import BrokerAddress
 from birthmark.provisioning.gateway_receipts import note_deliveries
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.issuing import issue_broker, issue_operator

@@ -14,8 +14,8 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birthmark.provisioning import signing_request
-from birthmark.provisioning.signing_request import RequestRefusedError, requested_key
+from birthmark.provisioning.enrollment import signing_request
+from birthmark.provisioning.enrollment.signing_request import RequestRefusedError, requested_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.identity import DeviceId, Role
 from birthmark.device.link.timers import DEFAULT_BAUD
-from birthmark.provisioning.bundles import BrokerAddress
-from birthmark.provisioning.enrol import Reached, Stored
-from birthmark.provisioning.journal import Wish
-from birthmark.provisioning.port import PortName
+from birthmark.provisioning.enrollment.bundles import BrokerAddress
+from birthmark.provisioning.enrollment.enrol import Reached, Stored
+from birthmark.provisioning.enrollment.journal import Wish
+from birthmark.provisioning.enrollment.port import PortName
+from birthmark.provisioning.enrollment.session import Session
+from birthmark.provisioning.enrollment.transitions import Transitions
 from birthmark.provisioning.registry.model import KeyMode
-from birthmark.provisioning.session import Session
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from birthmark.provisioning.session import Event
+    from birthmark.provisioning.enrollment.session import Event
 
 
 def session(station: Station, port: str, device_id: str, keys: KeyMode, watch: Callable[[Event], None]) -> Session:

@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from birthmark.provisioning.exchange import Read, Send
+from birthmark.provisioning.enrollment.exchange import Read, Send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from birthmark.device.identity import DeviceId, Role
 from birthmark.provisioning import profile
 from birthmark.provisioning.authority import Authority
-from birthmark.provisioning.bundles import BrokerAddress
-from birthmark.provisioning.enrol import Enrolment
-from birthmark.provisioning.exchange import Line
-from birthmark.provisioning.journal import Wish
+from birthmark.provisioning.enrollment.bundles import BrokerAddress
+from birthmark.provisioning.enrollment.enrol import Enrolment
+from birthmark.provisioning.enrollment.exchange import Line
+from birthmark.provisioning.enrollment.journal import Wish
+from birthmark.provisioning.enrollment.transitions import Transitions
 from birthmark.provisioning.registry.tiny import TinyRegistry
 from birthmark.provisioning.settings import Lifetimes
-from birthmark.provisioning.transitions import Transitions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

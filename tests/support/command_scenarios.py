@@ -32,13 +32,13 @@ from birthmark.device.stopping import Stopping
 from birthmark.provisioning import audit, audit_check
 from birthmark.provisioning.audit_checkpoint import read_checkpoint
 from birthmark.provisioning.backup import back_up, read_backup
-from birthmark.provisioning.batches import open_batch
 from birthmark.provisioning.cli import parser
 from birthmark.provisioning.crl_store import crl_number_counter, current_crl
 from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.fleet_policy import POLICY_VERSION, current_policy, trusted_policy
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
 from birthmark.provisioning.issuing import issue_operator
+from birthmark.provisioning.line.batches import open_batch
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.retirement import note_retirement

@@ -25,11 +25,11 @@ from birthmark.firmware_sim.board import Behaviour, SimulatedBoard
 from birthmark.firmware_sim.faults import parse
 from birthmark.firmware_sim.line import Line, LineFaults
 from birthmark.firmware_sim.storage import FailingStorage, PowerCutError
-from birthmark.provisioning.exchange import Read, Send
-from birthmark.provisioning.journal import Wish
-from birthmark.provisioning.port import PortName
+from birthmark.provisioning.enrollment.exchange import Read, Send
+from birthmark.provisioning.enrollment.journal import Wish
+from birthmark.provisioning.enrollment.port import PortName
+from birthmark.provisioning.enrollment.session import Session
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

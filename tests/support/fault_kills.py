@@ -31,9 +31,9 @@ from birthmark.device.agent.machine import Agent
 from birthmark.device.agent.slots import Slots
 from birthmark.device.agent.stop import Stop
 from birthmark.device.errors import LinkError
-from birthmark.provisioning.enrol import Stored, UnitRefusedError
-from birthmark.provisioning.exchange import DeviceRefusalError
-from birthmark.provisioning.journal import Action
+from birthmark.provisioning.enrollment.enrol import Stored, UnitRefusedError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError
+from birthmark.provisioning.enrollment.journal import Action
 from birthmark.provisioning.registry.model import State
 
 if TYPE_CHECKING:

@@ -23,14 +23,14 @@ from birthmark.device.agent.machine import Agent
 from birthmark.device.agent.slots import Slots
 from birthmark.device.agent.stop import Stop
 from birthmark.provisioning import audit
-from birthmark.provisioning.enrol import Stored
+from birthmark.provisioning.enrollment.enrol import Stored
 from birthmark.provisioning.registry.model import KeyMode, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from birthmark.provisioning.session import Event
+    from birthmark.provisioning.enrollment.session import Event
 
 NAME = "sensor-9"
 HWID_BYTES = 8

@@ -18,26 +18,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError, LinkError, PortError, RegistryError
-from birthmark.provisioning.enrol import Reached, Step, Stored
-from birthmark.provisioning.exchange import NoAnswerError
-from birthmark.provisioning.outcomes import Attempt, Outcome, code_of, failed_step
+from birthmark.provisioning.enrollment.enrol import Reached, Step, Stored
+from birthmark.provisioning.enrollment.exchange import NoAnswerError
+from birthmark.provisioning.enrollment.outcomes import Attempt, Outcome, code_of, failed_step
+from birthmark.provisioning.enrollment.session import Replugged, Session, StoppedError, Unplugged
+from birthmark.provisioning.enrollment.verdict import Verdict
+from birthmark.provisioning.line.unit_ids import NoIdError
 from birthmark.provisioning.registry.interface import DuplicateError, RegistryAwayError
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.session import Replugged, Session, StoppedError, Unplugged
-from birthmark.provisioning.unit_ids import NoIdError
-from birthmark.provisioning.verdict import Verdict
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
     from birthmark.device.link.messages import HelloAnswer
-    from birthmark.provisioning.journal import Wish
-    from birthmark.provisioning.port_choice import SlotPort
+    from birthmark.provisioning.enrollment.journal import Wish
+    from birthmark.provisioning.enrollment.session import Event
+    from birthmark.provisioning.enrollment.transitions import Transitions
+    from birthmark.provisioning.line.port_choice import SlotPort
+    from birthmark.provisioning.line.unit_ids import IdSource
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.session import Event
-    from birthmark.provisioning.transitions import Transitions
-    from birthmark.provisioning.unit_ids import IdSource
 
 DEFAULT_TRIES: Final = 4
 """A line that loses one byte in two hundred gets a board through within four attempts."""

@@ -32,7 +32,7 @@ from birthmark.device.link.messages import (
     UnlockProofRequest,
     decode_answer,
 )
-from birthmark.provisioning.verdict import Evidence, judge
+from birthmark.provisioning.enrollment.verdict import Evidence, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device.console import INTERRUPTED
 from birthmark.device.errors import BirthmarkError, PortError
 from birthmark.device.link import timers
-from birthmark.provisioning.enrol import Effect, Enrolment
-from birthmark.provisioning.exchange import Line, Read, Send
-from birthmark.provisioning.port import SerialPort, held
+from birthmark.provisioning.enrollment.enrol import Effect, Enrolment
+from birthmark.provisioning.enrollment.exchange import Line, Read, Send
+from birthmark.provisioning.enrollment.port import SerialPort, held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from birthmark.provisioning.enrol import Choice, Confirm
-    from birthmark.provisioning.journal import Journal, Wish
-    from birthmark.provisioning.port import PortName
+    from birthmark.provisioning.enrollment.enrol import Choice, Confirm
+    from birthmark.provisioning.enrollment.journal import Journal, Wish
+    from birthmark.provisioning.enrollment.port import PortName
     from birthmark.provisioning.registry.model import Row
 
 MAX_REPLUGS: Final = 8

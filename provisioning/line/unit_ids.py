@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import DeviceId, device_role
-from birthmark.provisioning.journal import Wish
+from birthmark.provisioning.enrollment.journal import Wish
+from birthmark.provisioning.enrollment.session import StoppedError
 from birthmark.provisioning.registry.model import State
-from birthmark.provisioning.session import StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

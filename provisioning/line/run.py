@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
-from birthmark.provisioning.slot import Ended, Report, Slot
+from birthmark.provisioning.line.slot import Ended, Report, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
-    from birthmark.provisioning.line_view import Display, Tally
+    from birthmark.provisioning.line.view import Display, Tally
 
 _TICK_S: Final = 0.1
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 
 from birthmark.device.errors import EnrollmentRefusedError
-from birthmark.provisioning.batches import ATTEMPT
-from birthmark.provisioning.bundles import bundle_of
-from birthmark.provisioning.journal import Action
+from birthmark.provisioning.enrollment.bundles import bundle_of
+from birthmark.provisioning.enrollment.journal import Action
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.revocation import mark_revoked
@@ -34,13 +33,15 @@ if TYPE_CHECKING:
     from birthmark.device.identity import Role
     from birthmark.device.link.messages import HelloAnswer
     from birthmark.provisioning.authority import Authority
-    from birthmark.provisioning.bundles import BrokerAddress
-    from birthmark.provisioning.journal import Wish
-    from birthmark.provisioning.outcomes import Attempt
+    from birthmark.provisioning.enrollment.bundles import BrokerAddress
+    from birthmark.provisioning.enrollment.journal import Wish
+    from birthmark.provisioning.enrollment.outcomes import Attempt
     from birthmark.provisioning.registry.interface import Registry, Transaction
     from birthmark.provisioning.registry.model import KeyMode, Row
 
 TXN_BYTES: Final = 16
+ATTEMPT: Final = "attempt"
+"""The audit log's word for the end of an attempt at a unit."""
 
 
 class Transitions:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import AuthorityError, LinkError, PortError, RegistryError
 from birthmark.device.link.messages import ErrorCode, MessageType
-from birthmark.provisioning.enrol import ProofError, Step, UnitRefusedError
-from birthmark.provisioning.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
+from birthmark.provisioning.enrollment.enrol import ProofError, Step, UnitRefusedError
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError, MalformedAnswerError, NoAnswerError
+from birthmark.provisioning.enrollment.session import StoppedError
 from birthmark.provisioning.registry.interface import DuplicateError
-from birthmark.provisioning.session import StoppedError
 
 if TYPE_CHECKING:
     from birthmark.device.errors import BirthmarkError

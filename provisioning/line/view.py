@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from birthmark.device.escape import escaped
-from birthmark.provisioning.enrol import Step
-from birthmark.provisioning.outcomes import Outcome
-from birthmark.provisioning.slot import Ended, Noted, Stepped
+from birthmark.provisioning.enrollment.enrol import Step
+from birthmark.provisioning.enrollment.outcomes import Outcome
+from birthmark.provisioning.line.slot import Ended, Noted, Stepped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from birthmark.device.console import Console
     from birthmark.device.errors import BirthmarkError
-    from birthmark.provisioning.slot import Report
+    from birthmark.provisioning.line.slot import Report
 
 PERCENT: Final = {
     Step.HELLO: 10,

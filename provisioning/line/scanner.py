@@ -16,7 +16,7 @@ import termios
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from birthmark.provisioning.session import StoppedError
+from birthmark.provisioning.enrollment.session import StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -34,7 +34,7 @@ from serial.tools import list_ports
 from birthmark.device.durable import exclusive_lock, private_folder
 from birthmark.device.errors import PortError, SystemFailureError
 from birthmark.device.escape import escaped
-from birthmark.provisioning.exchange import MAX_READ_BYTES
+from birthmark.provisioning.enrollment.exchange import MAX_READ_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

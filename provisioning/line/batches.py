@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning import audit
-from birthmark.provisioning.outcomes import Outcome
+from birthmark.provisioning.enrollment.outcomes import Outcome
+from birthmark.provisioning.enrollment.transitions import ATTEMPT
 from birthmark.provisioning.registry.line import Batch
 from birthmark.provisioning.registry.model import Row, State
 from birthmark.provisioning.revocation import mark_revoked
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.registry.interface import View
     from birthmark.provisioning.station import Station
-
-ATTEMPT: Final = "attempt"
-"""The audit log's word for the end of an attempt at a unit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,18 +31,18 @@ from birthmark.device.link import messages, timers
 from birthmark.device.link.frame import LINK_VERSION
 from birthmark.device.link.messages import ErrorCode, MessageType
 from birthmark.device.link.transcript import Label, transcript, verify
-from birthmark.provisioning.exchange import DeviceRefusalError, MalformedAnswerError, Read, Send
-from birthmark.provisioning.journal import REPLACEABLE, Action, Decision, Wish, decide
+from birthmark.provisioning.enrollment.exchange import DeviceRefusalError, MalformedAnswerError, Read, Send
+from birthmark.provisioning.enrollment.journal import REPLACEABLE, Action, Decision, Wish, decide
+from birthmark.provisioning.enrollment.signing_request import requested_key
+from birthmark.provisioning.enrollment.transfer import Transfer
 from birthmark.provisioning.registry.model import KeyMode, State
-from birthmark.provisioning.signing_request import requested_key
-from birthmark.provisioning.transfer import Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from birthmark.device.link.messages import HelloAnswer
-    from birthmark.provisioning.exchange import Line
-    from birthmark.provisioning.journal import Journal
+    from birthmark.provisioning.enrollment.exchange import Line
+    from birthmark.provisioning.enrollment.journal import Journal
     from birthmark.provisioning.registry.model import Row
 
     Choice = Callable[[HelloAnswer, Row | None], Wish]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from birthmark.device.errors import ConfigurationError, PortError
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.link.timers import DEFAULT_BAUD
-from birthmark.provisioning.port import PortName, adapters
+from birthmark.provisioning.enrollment.port import PortName, adapters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

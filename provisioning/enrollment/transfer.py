@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.link import timers
 from birthmark.device.link.messages import Data, DataAnswer, MessageType
-from birthmark.provisioning.exchange import MalformedAnswerError, NoAnswerError, Read, Send, read_answer
+from birthmark.provisioning.enrollment.exchange import MalformedAnswerError, NoAnswerError, Read, Send, read_answer
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from birthmark.device.link.frame import Frame
-    from birthmark.provisioning.exchange import Line
+    from birthmark.provisioning.enrollment.exchange import Line
 
 _REMEMBERED_SENDS: Final = 64
 """How many of the last chunks sent an acknowledgement may still be about."""

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.escape import escaped
 from birthmark.device.link.timers import REPLUG_S
-from birthmark.provisioning.enrol import Reached, Step, Stored
-from birthmark.provisioning.outcomes import Attempt, Outcome, code_of, failed_step
-from birthmark.provisioning.session import Replugged, Unplugged
+from birthmark.provisioning.enrollment.enrol import Reached, Step, Stored
+from birthmark.provisioning.enrollment.outcomes import Attempt, Outcome, code_of, failed_step
+from birthmark.provisioning.enrollment.session import Replugged, Unplugged
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console
     from birthmark.device.errors import BirthmarkError
+    from birthmark.provisioning.enrollment.session import Event
     from birthmark.provisioning.registry.model import Row
-    from birthmark.provisioning.session import Event
 
 _DONE: Final = {
     Step.HELLO: "device found",
