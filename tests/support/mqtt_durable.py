@@ -105,6 +105,8 @@ class DurablePublisher(DurableClient):
     sent: int = 0
     is_ending: bool = False
     """Nothing new is published; what is on its way is seen through."""
+    has_room: Callable[[], bool] = lambda: True
+    """Whether something new may be published: how far ahead of its subscriber it is to be."""
     waiting: deque[tuple[int, int]] = field(default_factory=deque)
     """Packet identifier and number, not acknowledged yet."""
     unreleased: deque[int] = field(default_factory=deque)
@@ -120,7 +122,7 @@ class DurablePublisher(DurableClient):
         for packet_id, number in self.waiting:
             client.send(self._publish(packet_id, number, dup=True))
         while not self.is_stopped.is_set():
-            while not self.is_ending and len(self.waiting) + len(self.unreleased) < WINDOW:
+            while not self.is_ending and self.has_room() and len(self.waiting) + len(self.unreleased) < WINDOW:
                 self.sent += 1
                 packet_id = (self.sent - 1) % MAX_PACKET_ID + 1
                 self.waiting.append((packet_id, self.sent))

@@ -31,6 +31,10 @@ UP_TOPIC, DOWN_TOPIC = "devices/sensor-1/telemetry/n", "devices/sensor-2/command
 GATEWAY, COLLECTOR, COMMANDER = "berlin", "collector", "commander"
 """Who connects above: the gateway's link, who takes what comes up, who publishes what goes down."""
 PROBES = 400
+MAX_AHEAD = 5_000
+"""How far a publisher is ahead of who takes it at most. A Mosquitto 2.0 to which many PUBACKs come at once sends
+all that it has, whatever `max_inflight_messages` says, and its own PUBACKs only behind that: what is behind grows,
+on a slow machine, faster than it can be seen through."""
 LIMITS = "\n[limits]\nmax_queued_messages = 1000000\nmax_queued_bytes = 1000000000\n"
 """A device that is away must miss nothing: how much waits for it at most is not what is tested here."""
 
@@ -77,6 +81,8 @@ class Loaded:
             lambda: next(above[1]),
             filters=((PREFIX + "devices/+/telemetry/#", 1),),
         )
+        self.up.has_room = lambda: self.up.sent < _last(self.taken_above) + MAX_AHEAD
+        self.down.has_room = lambda: self.down.sent < _last(self.taken_below) + MAX_AHEAD
         self.clients = [self.up, self.taken_below, self.down, self.taken_above]
 
     def __enter__(self) -> Self:
@@ -191,6 +197,11 @@ class Loaded:
         path = self.pki.device(name, role).write(self.folder / f"{name}-client.pem")
         (self.folder / "root.pem").write_bytes(self.pki.root.pem)
         return client_context(path, self.folder / "root.pem")
+
+
+def _last(subscriber: DurableSubscriber) -> int:
+    """Return the number that has arrived last."""
+    return next((numbers[-1] for numbers in subscriber.delivered.values()), 0)
 
 
 def has_all(subscriber: DurableSubscriber, publisher: DurablePublisher) -> bool:
