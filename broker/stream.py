@@ -27,7 +27,7 @@ import ssl
 import struct
 from collections import deque
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import asyncio
@@ -63,22 +63,19 @@ class StreamOwner(Protocol):
 class Flusher:
     """Sends, once a turn of the loop, what was written during it."""
 
-    __slots__ = ("_loop", "_scheduled", "_streams")
+    __slots__ = ("_loop", "_streams")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._streams: list[TlsStream] = []
-        self._scheduled = False
 
     def add(self, stream: TlsStream) -> None:
         """Have a stream flushed at the end of this turn."""
-        self._streams.append(stream)
-        if not self._scheduled:
-            self._scheduled = True
+        if not self._streams:
             self._loop.call_soon(self._flush)
+        self._streams.append(stream)
 
     def _flush(self) -> None:
-        self._scheduled = False
         streams, self._streams = self._streams, []
         for stream in streams:
             stream.flush()
@@ -92,7 +89,9 @@ class _State(Enum):
     CLOSED = auto()
 
 
-_OPEN: Final = _State.OPEN  # a lookup less for what runs once a message
+# To look a member up in its class is a call of its own on Python 3.11, and these are asked for with every message.
+_HANDSHAKE, _OPEN, _FINISHING, _LINGERING, _CLOSED = _State
+_FLOWING = (_OPEN, _FINISHING)
 
 
 class TlsStream:
@@ -110,7 +109,6 @@ class TlsStream:
         "_fileno",
         "_flusher",
         "_held",
-        "_is_flush_due",
         "_is_reader_armed",
         "_is_writer_armed",
         "_linger_bytes",
@@ -143,13 +141,12 @@ class TlsStream:
         self._fileno = sock.fileno()
         self._flusher = flusher
         self._owner = owner
-        self._state = _State.HANDSHAKE
+        self._state = _HANDSHAKE
         self._out: list[bytes] = []
-        self._pending: memoryview | None = None
+        self._pending: bytes | memoryview | None = None
         self._held: deque[tuple[int, bytes]] = deque()
         self._is_reader_armed = False
         self._pauses = 0
-        self._is_flush_due = False
         self._is_writer_armed = False
         self._waits_to_read = False  # a send goes on once TLS has read something
         self._waits_to_write = False  # a receive goes on once TLS has written something
@@ -164,12 +161,12 @@ class TlsStream:
     @property
     def is_open(self) -> bool:
         """Whether data flows: after the handshake, before any close."""
-        return self._state is _State.OPEN
+        return self._state is _OPEN
 
     @property
     def is_closed(self) -> bool:
         """Whether it is over."""
-        return self._state is _State.CLOSED
+        return self._state is _CLOSED
 
     def start(self) -> None:
         """Begin the handshake."""
@@ -197,10 +194,9 @@ class TlsStream:
         if self._held:
             self._held.append((0, data))
             return
-        self._out.append(data)
-        if not self._is_flush_due:
-            self._is_flush_due = True
+        if not self._out:
             self._flusher.add(self)
+        self._out.append(data)
 
     @property
     def is_holding(self) -> bool:
@@ -209,7 +205,7 @@ class TlsStream:
 
     def hold(self, number: int, data: bytes) -> None:
         """Write data that must not leave before `release` is called with this number, or a higher one."""
-        if self._state is _State.OPEN:
+        if self._state is _OPEN:
             self.waiting_bytes += len(data)
             self._held.append((number, data))
 
@@ -217,11 +213,10 @@ class TlsStream:
         """Let go of what is held up to a number; return whether nothing is held any more."""
         held = self._held
         if held and held[0][0] <= number:
+            if not self._out:
+                self._flusher.add(self)
             while held and held[0][0] <= number:
                 self._out.append(held.popleft()[1])
-            if not self._is_flush_due:
-                self._is_flush_due = True
-                self._flusher.add(self)
         return not held
 
     @property
@@ -231,7 +226,7 @@ class TlsStream:
 
     def pause(self) -> None:
         """Read nothing more from the peer, whose sending then stops by itself, until as many `resume`s."""
-        if self._state is _State.OPEN:
+        if self._state is _OPEN:
             self._pauses += 1
             self._disarm_reader()
 
@@ -239,17 +234,17 @@ class TlsStream:
         """Read again, if nobody else has paused it."""
         if self._pauses:
             self._pauses -= 1
-            if not self._pauses and self._state in (_State.OPEN, _State.FINISHING, _State.LINGERING):
+            if not self._pauses and self._state in (_OPEN, _FINISHING, _LINGERING):
                 self._arm_reader()
                 # What TLS has decrypted already makes no socket readable.
                 self._loop.call_soon(self._on_readable)
 
     def close(self) -> None:
         """End the connection in good order; what was written still goes out."""
-        if self._state is _State.HANDSHAKE:
+        if self._state is _HANDSHAKE:
             self.abort()
-        elif self._state is _State.OPEN:
-            self._state = _State.FINISHING
+        elif self._state is _OPEN:
+            self._state = _FINISHING
             self._pauses = min(self._pauses, 1)
             self.resume()
             self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
@@ -257,41 +252,68 @@ class TlsStream:
 
     def abort(self, error: Exception | None = None) -> None:
         """End the connection now, by a TCP reset: nothing more is sent, not even what waits in the kernel."""
-        if self._state is not _State.CLOSED:
+        if self._state is not _CLOSED:
             with contextlib.suppress(OSError):
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._end(error)
 
     def flush(self) -> None:
         """Hand to the kernel what waits, as far as it takes it."""
-        self._is_flush_due = False
-        if self._state not in (_State.OPEN, _State.FINISHING) or self._is_writer_armed or self._waits_to_read:
+        if self._state not in _FLOWING or self._is_writer_armed or self._waits_to_read:
             return
-        self._send()
+        sent_bytes = 0
+        out = self._out
+        while (out or self._pending) and sent_bytes < MAX_SEND_BYTES:
+            pending = self._pending
+            if pending is None:
+                pending = self._pending = out[0] if len(out) == 1 else b"".join(out)
+                out.clear()
+            try:
+                count = self._sock.send(pending)
+            except ssl.SSLWantWriteError:
+                self._arm_writer()
+                return
+            except ssl.SSLWantReadError:
+                # OpenSSL wants the very same bytes again once it has read.
+                self._waits_to_read = True
+                self._arm_reader()
+                return
+            except (OSError, ValueError) as error:
+                self._end(error)
+                return
+            sent_bytes += count
+            self.waiting_bytes -= count
+            self.progressed = True
+            self._pending = memoryview(pending)[count:] if count < len(pending) else None
+        if out or self._pending:
+            self._arm_writer()
+        elif self._state is _FINISHING:
+            self._finish()
+        elif sent_bytes:
+            self._owner.on_drained()
 
     # --- readiness ---------------------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
-        if self._state is _State.CLOSED:
-            return
         if self._waits_to_read:
             self._waits_to_read = False
-            self._send()
-        if self._state is _State.HANDSHAKE:
+            self.flush()
+        if self._state in _FLOWING:
+            if not self._pauses:
+                self._receive()
+            elif not self._waits_to_read:
+                self._disarm_reader()
+        elif self._state is _HANDSHAKE:
             self._shake()
-        elif self._state is _State.LINGERING:
+        elif self._state is _LINGERING:
             self._drop_input()
-        elif not self.is_closed and not self.is_paused:
-            self._receive()
-        elif self.is_paused and not self._waits_to_read:
-            self._disarm_reader()
 
     def _on_writable(self) -> None:
         self._disarm_writer()
-        if self._state is _State.HANDSHAKE:
+        if self._state is _HANDSHAKE:
             self._shake()
-        elif self._state in (_State.OPEN, _State.FINISHING):
-            self._send()
+        elif self._state in _FLOWING:
+            self.flush()
             if self._waits_to_write and not self.is_closed:
                 self._waits_to_write = False
                 if not self.is_paused:
@@ -307,12 +329,12 @@ class TlsStream:
             return
         except (OSError, ValueError) as error:
             # The alert that says why is on its way out: give the client the time to read it.
-            self._state = _State.LINGERING
+            self._state = _LINGERING
             self._linger_timer = self._loop.call_later(LINGER_S, self._end, None)
             self._owner.on_handshake_failed(error)
             self._half_close()
             return
-        self._state = _State.OPEN
+        self._state = _OPEN
         self._owner.on_secured(self)
         if self.is_open:
             self._receive()
@@ -334,54 +356,21 @@ class TlsStream:
             if not data:
                 self._end(None)
                 return
-            if self._state is _State.OPEN:
+            if self._state is _OPEN:
                 owner.on_data(data)
-            if self.is_paused or self._state not in (_State.OPEN, _State.FINISHING):
+            if len(data) < RECORD_BYTES:
+                return  # the record has been taken: asking for more costs an exception, being told costs nothing
+            if self._pauses or self._state not in _FLOWING:
                 return
-            if len(data) < RECORD_BYTES and not sock.pending():
-                return  # nothing decrypted is left: asking for more costs an exception, being told costs nothing
         if sock.pending():
             self._loop.call_soon(self._on_readable)
-
-    def _send(self) -> None:
-        sent_bytes = 0
-        while sent_bytes < MAX_SEND_BYTES:
-            pending = self._pending
-            if pending is None:
-                if not self._out:
-                    break
-                out, self._out = self._out, []
-                pending = self._pending = memoryview(out[0] if len(out) == 1 else b"".join(out))
-            try:
-                count = self._sock.send(pending)
-            except ssl.SSLWantWriteError:
-                self._arm_writer()
-                return
-            except ssl.SSLWantReadError:
-                # OpenSSL wants the very same bytes again once it has read.
-                self._waits_to_read = True
-                self._arm_reader()
-                return
-            except (OSError, ValueError) as error:
-                self._end(error)
-                return
-            sent_bytes += count
-            self.waiting_bytes -= count
-            self.progressed = True
-            self._pending = pending[count:] if count < len(pending) else None
-        if self._pending is not None or self._out:
-            self._arm_writer()
-        elif self._state is _State.FINISHING:
-            self._finish()
-        elif sent_bytes:
-            self._owner.on_drained()
 
     # --- the end -----------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         if self._held:
             return
-        self._state = _State.LINGERING
+        self._state = _LINGERING
         # unwrap() sends our close_notify and then waits for the peer's, which we do not.
         with contextlib.suppress(OSError, ValueError):
             self._sock.unwrap()
@@ -407,9 +396,9 @@ class TlsStream:
             self._end(None)
 
     def _end(self, error: Exception | None) -> None:
-        if self._state is _State.CLOSED:
+        if self._state is _CLOSED:
             return
-        self._state = _State.CLOSED
+        self._state = _CLOSED
         self._disarm_reader()
         self._disarm_writer()
         if self._linger_timer is not None:
