@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from birthmark.device.credentials import BrokerAddress
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.settings import read_settings
@@ -132,7 +133,9 @@ def fleet_stand(folder: Path, station: Station, names: Sequence[str]) -> Iterato
         stack.callback(cloud.kill)
         cloud.start()
         cloud.ready()
-        add_upstream(station.settings_path, Upstream(UPSTREAM, "127.0.0.1", operator_path, port=cloud.port))
+        add_upstream(
+            station.settings_path, Upstream(UPSTREAM, (BrokerAddress("127.0.0.1", cloud.port),), operator_path)
+        )
         for name in names:
             credentials = issue_operator(station, name, folder, role="service-gateway").key_path
             gateway = _write(folder / name, files, name, _link(cloud.port))

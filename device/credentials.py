@@ -52,13 +52,17 @@ class BrokerAddress(Frozen):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @classmethod
-    def parse(cls, text: str) -> BrokerAddress:
+    def parse(cls, text: str, default_port: int = DEFAULT_PORT) -> BrokerAddress:
         """Read `HOST`, `HOST:PORT`, `[IPV6]:PORT` or an IPv6 address alone.
+
+        Args:
+            text: one of these.
+            default_port: where it says no port.
 
         Raises:
             ConfigurationError: it is none of these.
         """
-        host, port = text, str(DEFAULT_PORT)
+        host, port = text, str(default_port)
         if text.startswith("["):
             host, bracket, rest = text[1:].partition("]")
             if not bracket or (rest and not rest.startswith(":")):

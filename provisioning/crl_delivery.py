@@ -14,11 +14,12 @@ from birthmark.provisioning.gateway_receipts import note_deliveries, standing_of
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, deliver
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from datetime import datetime
 
     from birthmark.device.console import Console
     from birthmark.provisioning.gateway_settings import Gateway
+    from birthmark.provisioning.policy_delivery import PolicyDelivery
     from birthmark.provisioning.station import Station
 
 
@@ -74,10 +75,10 @@ def _with_since(station: Station, deliveries: Sequence[Delivery], now: datetime)
 
 
 def _is_known(station: Station, delivery: Delivery) -> bool:
-    if delivery.outcome is Outcome.DONE:
-        return False
     with station.registry.view() as view:
-        return standing_of(view, delivery.gateway).trouble == delivery.cause
+        standing = standing_of(view, delivery.gateway)
+    is_confirmed = all(receipt.crl_sha256 == standing.sha256(receipt.issuer) for receipt in delivery.receipts)
+    return standing.trouble == delivery.cause and is_confirmed
 
 
 def warn_of_pending(console: Console, deliveries: Sequence[Delivery]) -> bool:
@@ -86,7 +87,14 @@ def warn_of_pending(console: Console, deliveries: Sequence[Delivery]) -> bool:
     if pending:
         names = ", ".join(delivery.gateway for delivery in pending)
         console.warn(f"not every gateway has it ({names}): `birthmark crl` tries again")
+    warn_of_missed(console, deliveries, "birthmark crl")
     return not pending
+
+
+def warn_of_missed(console: Console, deliveries: Iterable[Delivery | PolicyDelivery], again: str) -> None:
+    """Warn of the servers of upstreams that were not brought what gateways may look for there."""
+    for missed in dict.fromkeys(missed for delivery in deliveries for missed in delivery.missed):
+        console.warn(f"{missed}: who comes to it may hear something older; `{again}` tries again")
 
 
 def bring_missing(station: Station, console: Console, revoked: Mapping[int, str]) -> bool:

@@ -53,6 +53,8 @@ class _Attempts:
     crls: frozenset[str]
     count: int = 0
     not_before_s: float = 0.0
+    is_done: bool = False
+    """Whether it has them, and a server of its upstream has not yet."""
 
 
 class CrlService:
@@ -144,10 +146,13 @@ class CrlService:
                 attempts = self._attempts[delivery.gateway]
                 attempts.count += 1
                 attempts.not_before_s = time.monotonic() + self._retry.ceiling_s(attempts.count - 1)
-                if delivery.outcome is Outcome.DONE:
+                is_done = delivery.outcome is Outcome.DONE
+                if attempts.count == 1 or is_done > attempts.is_done:
+                    described = "; ".join((delivery.described(), *delivery.missed))
+                    self._say("delivery", described, **delivery.record())
+                attempts.is_done = is_done
+                if is_done and not delivery.missed:
                     self._attempts.pop(delivery.gateway)
-                if delivery.outcome is Outcome.DONE or attempts.count == 1:
-                    self._say("delivery", delivery.described(), **delivery.record())
         waits = [
             self._attempts[gateway.name].not_before_s for gateway in lacking if gateway.name in self._attempts
         ]
@@ -158,7 +163,11 @@ class CrlService:
         needed = [crl for crl in crls.crls if cas.get(crl.issuer).activated_at is not None]
         with self._station.registry.view() as view:
             standings = {gateway: standing_of(view, gateway.name) for gateway in self._station.settings.gateways}
-        return [gateway for gateway, standing in standings.items() if standing.trouble or not standing.has(needed)]
+        return [
+            gateway
+            for gateway, standing in standings.items()
+            if standing.trouble or not standing.has(needed) or gateway.name in self._attempts
+        ]
 
     def _attempt(self, gateway: Gateway, crls: CrlSet) -> _Attempts:
         wanted = frozenset(crl.sha256 for crl in crls.crls)

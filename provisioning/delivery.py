@@ -53,12 +53,16 @@ class Delivery:
     """The key identifiers of CAs that have issued nothing yet, and that it does not trust."""
     since: datetime | None = None
     """Since when deliveries to it have not been done; None if this one is, or is the first."""
+    missed: tuple[str, ...] = ()
+    """Servers of its upstream that were not brought them, and why."""
 
     def record(self) -> dict[str, Any]:
         """Return this as a JSON object."""
         record: dict[str, Any] = {"gateway": self.gateway, "outcome": self.outcome.value, "cause": self.cause}
         if self.since is not None:
             record["since"] = self.since.strftime("%Y-%m-%dT%H:%M:%SZ")
+        if self.missed:
+            record["missed"] = list(self.missed)
         if self.receipts:
             record |= _receipt_record(self.receipts[0])
         if len(self.receipts) > 1:

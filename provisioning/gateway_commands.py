@@ -121,11 +121,18 @@ def _add_upstream(commands: argparse._SubParsersAction[Parser]) -> None:
         "add a broker or a cluster that gateways keep a link to",
         """\
 birthmark upstream add cloud --host mq.example.com --operator ~/birthmark/alice.pem
-birthmark upstream add cloud --host mq.example.com --port 8884 --operator station.pem --ca upstream-ca.pem""",
+birthmark upstream add cloud --host mq1.example.com --host mq2.example.com --operator ~/birthmark/alice.pem
+birthmark upstream add cloud --host mq.example.com:8884 --operator station.pem --ca upstream-ca.pem""",
     )
     add.add_argument("name", metavar="NAME", help="one word: letters, digits and hyphens")
-    add.add_argument("--host", required=True, metavar="HOST", help="where it listens")
-    add.add_argument("--port", type=int, default=8883, metavar="PORT", help="default: %(default)s")
+    add.add_argument(
+        "--host",
+        action="append",
+        required=True,
+        metavar="HOST[:PORT]",
+        help="where it listens; once for each node of a cluster",
+    )
+    add.add_argument("--port", type=int, default=8883, metavar="PORT", help="of hosts without one (default: 8883)")
     add.add_argument(
         "--operator",
         type=Path,
@@ -150,14 +157,13 @@ def _upstream_add(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     upstream = Upstream(
         name=arguments.name,
-        host=arguments.host,
-        port=arguments.port,
+        servers=tuple(BrokerAddress.parse(text, arguments.port) for text in arguments.host),
         operator_path=arguments.operator.absolute(),
         ca_path=arguments.ca.absolute() if arguments.ca else None,
     )
     # Now is better than at the first revocation.
     anchors_path = upstream.ca_path or station.root_path
-    Credentials.from_files(upstream.operator_path, anchors_path, BrokerAddress(upstream.host, upstream.port))
+    Credentials.from_files(upstream.operator_path, anchors_path, upstream.servers[0])
     add_upstream(station.settings_path, upstream)
     with station.registry.transaction() as transaction:
         transaction.record("upstream-add", upstream.name, reached_by=upstream.reached_by)

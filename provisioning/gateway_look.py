@@ -6,6 +6,8 @@ Rules:
   name of an operator, at each gateway's own broker or at the upstream that it keeps a link to. Whom it saw is
   asked first: a broker sends retained messages in the order in which they were asked for, so with the status all
   have come.
+- Of several servers each may retain something else, and an old status stays where a gateway was connected before:
+  the newest counts, by the gateway's own clock.
 - A gateway that is reached by a path cannot be asked; of it is known what its receipts said (`gateway_receipts`).
 - All gateways at once, within one time-out; what goes wrong at one is said in its look.
 """
@@ -23,13 +25,21 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device.errors import BirthmarkError, RefusedError, RemoteProtocolError, UnreachableError
 from birthmark.device.identity import BrokerName
 from birthmark.device.messages import GatewayStatus, Sighting
-from birthmark.device.topics import FLEET_POLICY, gateway_crl_in_force, gateway_seen, gateway_status
-from birthmark.provisioning.gateway_contact import Contact, contacts, left
+from birthmark.device.topics import (
+    FLEET_POLICY,
+    gateway_crl_in_force,
+    gateway_receipts,
+    gateway_seen,
+    gateway_status,
+)
+from birthmark.provisioning.gateway_contact import Contact, contacts, left, unknown_at
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
+    from birthmark.device.client import Client
+    from birthmark.device.credentials import BrokerAddress
     from birthmark.device.received import Message
     from birthmark.provisioning.gateway_settings import Gateway, Upstream
 
@@ -88,56 +98,65 @@ def look_at(
 
 
 def crls_in_force(
-    contact: Contact, *, timeout_s: float
+    contact: Contact, issuers: Iterable[str], *, timeout_s: float
 ) -> tuple[dict[str, list[bytes] | BirthmarkError], list[bytes]]:
     """Return by name the CRLs (DER) that each gateway at a contact goes by, as it says, or why there are none.
 
     Beside them the fleet's policy, as it is retained there, if it is.
 
+    Args:
+        contact: where.
+        issuers: the key identifiers of the CAs whose CRLs are asked for.
+        timeout_s: how long to wait.
+
     Raises:
-        BirthmarkError: the broker there cannot be reached.
+        BirthmarkError: no server there can be reached.
     """
-    asked = {gateway.name: gateway_crl_in_force(BrokerName(gateway.name), "+") for gateway in contact.gateways}
-    asked[_FOR_ALL] = FLEET_POLICY
+    asked = [
+        (gateway.name, gateway_crl_in_force(BrokerName(gateway.name), issuer))
+        for gateway in contact.gateways
+        for issuer in ("+", *issuers)  # a RabbitMQ answers to exact topics only
+    ]
+    asked.append((_FOR_ALL, FLEET_POLICY))
     told = _ask(contact, asked, time.monotonic() + timeout_s)
-    crls = {gateway.name: _crls_of(contact, gateway, told[gateway.name]) for gateway in contact.gateways}
-    return crls, told[_FOR_ALL].payloads
+    crls = {gateway.name: _crls_of(gateway, told[gateway.name]) for gateway in contact.gateways}
+    return crls, list(told[_FOR_ALL].payloads)
 
 
-def _crls_of(contact: Contact, gateway: Gateway, told: _Told) -> list[bytes] | BirthmarkError:
+def _crls_of(gateway: Gateway, told: _Told) -> list[bytes] | BirthmarkError:
     if told.status is None:
-        return UnreachableError(_silence(contact, gateway))
+        return UnreachableError(told.silence)
     if told.is_denied:
         return RefusedError(f"could not ask {gateway.name} for its CRL: the policy keeps that from its operator")
     if not told.payloads:
         return BirthmarkError(f"could not take the CRL of {gateway.name}: it does not say which one it goes by")
-    return told.payloads
+    return list(told.payloads)
 
 
 def _look(contact: Contact, deadline: float, *, sightings: bool) -> list[Look]:
-    asked = {
-        gateway.name: gateway_seen(BrokerName(gateway.name), "+") for gateway in contact.gateways if sightings
-    }
+    asked = [
+        (gateway.name, gateway_seen(BrokerName(gateway.name), "+")) for gateway in contact.gateways if sightings
+    ]
     try:
         told = _ask(contact, asked, deadline)
     except BirthmarkError as error:
         return [Look(gateway.name, gateway.reached_by, error.message) for gateway in contact.gateways]
     except OSError as error:
-        cause = f"could not read {error.filename or contact.address}: {error.strerror or error}"
+        cause = f"could not read {error.filename or contact.where}: {error.strerror or error}"
         return [Look(gateway.name, gateway.reached_by, cause) for gateway in contact.gateways]
-    return [_look_of(contact, gateway, told[gateway.name], asked) for gateway in contact.gateways]
+    return [_look_of(contact, gateway, told[gateway.name], is_asked=bool(asked)) for gateway in contact.gateways]
 
 
-def _look_of(contact: Contact, gateway: Gateway, told: _Told, asked: Mapping[str, str]) -> Look:
+def _look_of(contact: Contact, gateway: Gateway, told: _Told, *, is_asked: bool) -> Look:
     if told.status is None:
-        return Look(gateway.name, gateway.reached_by, _silence(contact, gateway), via=contact.upstream)
+        return Look(gateway.name, gateway.reached_by, told.silence, via=contact.upstream)
     seen = []
     for payload in told.payloads:
         with contextlib.suppress(RemoteProtocolError):
             seen.append(Sighting.from_bytes(payload))
     # RabbitMQ gives nothing that is retained to a wildcard: then nobody seems to have been seen.
     is_mute = bool(contact.upstream) and told.status.sessions > 0 and not seen
-    is_told = gateway.name in asked and not (told.is_denied or is_mute)
+    is_told = is_asked and not (told.is_denied or is_mute)
     return Look(
         gateway.name,
         gateway.reached_by,
@@ -149,20 +168,19 @@ def _look_of(contact: Contact, gateway: Gateway, told: _Told, asked: Mapping[str
     )
 
 
-def _silence(contact: Contact, gateway: Gateway) -> str:
-    if contact.upstream:
-        return f"{contact.upstream} knows nothing of it: has it a link there, with fleet = true?"
-    return f"nothing from a gateway of that name at {gateway.reached_by}"
-
-
 @dataclass(slots=True)
 class _Told:
     """What came of one gateway."""
 
     status: GatewayStatus | None = None
+    """The newest."""
     at_s: float = 0.0
-    payloads: list[bytes] = field(default_factory=list)
+    statuses: dict[BrokerAddress, GatewayStatus] = field(default_factory=dict)
+    """By who holds them."""
+    payloads: dict[bytes, None] = field(default_factory=dict)
     """What it retains on the topics that were asked for."""
+    silence: str = ""
+    """Why nothing may have come."""
     is_denied: bool = False
     """Whether the policy denies these: one of before they were there."""
 
@@ -178,32 +196,40 @@ class _Hearing:
 
     @property
     def is_over(self) -> bool:
-        """Whether every status has come, and so all that was asked for before; or far too much."""
+        """Whether a status of every gateway has come, or far too much."""
         return self.told_bytes > MAX_TOLD_BYTES or all(self.told[name].status for name in self._names)
 
     def keep(self, name: str, message: Message) -> None:
         self.told_bytes += len(message.payload)
         if message.retained and self.told_bytes <= MAX_TOLD_BYTES:
-            self.told[name].payloads.append(message.payload)
+            self.told[name].payloads[message.payload] = None
 
-    def keep_status(self, name: str, message: Message) -> None:
+    def keep_status(self, name: str, server: BrokerAddress, message: Message) -> None:
         with contextlib.suppress(RemoteProtocolError):
-            self.told[name].status = GatewayStatus.from_bytes(message.payload)
-            self.told[name].at_s = time.time()
+            status = GatewayStatus.from_bytes(message.payload)
+            told = self.told[name]
+            told.statuses[server] = status
+            newest = max(told.statuses.values(), key=lambda each: each.clock)
+            if newest is status:
+                told.at_s = time.time()
+            told.status = newest
             self.statuses.put(name)
 
 
-def _ask(contact: Contact, asked: Mapping[str, str], deadline: float) -> dict[str, _Told]:
-    """Return by name what is retained of each gateway at a contact: its status, and what its filter matches.
+def _ask(contact: Contact, asked: Sequence[tuple[str, str]], deadline: float) -> dict[str, _Told]:
+    """Return by name what is retained of each gateway at a contact: its status, and what is asked for by a filter.
 
     Raises:
-        BirthmarkError: the broker cannot be reached, denies the statuses, or says too much.
+        BirthmarkError: no server can be reached, or one denies the statuses, or says too much.
     """
     names = [gateway.name for gateway in contact.gateways]
     hearing = _Hearing(names)
-    with contact.client("look", deadline) as client:
+    with contact.connected("look", deadline) as connected:
+        servers = connected.clients
         wanted = [
-            (name, client.subscribe(topic, partial(hearing.keep, name), qos=0)) for name, topic in asked.items()
+            (name, client.subscribe(topic, partial(hearing.keep, name), qos=0))
+            for client in servers.values()
+            for name, topic in asked
         ]
         for name, acknowledgement in wanted:
             try:
@@ -211,11 +237,14 @@ def _ask(contact: Contact, asked: Mapping[str, str], deadline: float) -> dict[st
             except RefusedError:
                 hearing.told[name].is_denied = True
         statuses = [
-            client.subscribe(gateway_status(BrokerName(name)), partial(hearing.keep_status, name), qos=0)
+            client.subscribe(gateway_status(BrokerName(name)), partial(hearing.keep_status, name, server), qos=0)
+            for server, client in servers.items()
             for name in names
         ]
         for acknowledgement in statuses:
             acknowledgement.wait(left(deadline))
+        if len(servers) > 1:
+            _hear_all(servers.values(), names, deadline)
         with contextlib.suppress(queue.Empty):
             while not hearing.is_over:
                 hearing.statuses.get(timeout=left(deadline))
@@ -223,7 +252,23 @@ def _ask(contact: Contact, asked: Mapping[str, str], deadline: float) -> dict[st
                     break
     if hearing.told_bytes > MAX_TOLD_BYTES:
         raise RemoteProtocolError(
-            f"could not take what is said at {contact.address}: it is more than {MAX_TOLD_BYTES} bytes",
+            f"could not take what is said at {contact.where}: it is more than {MAX_TOLD_BYTES} bytes",
             hint="no gateway retains so much of itself: look at that machine",
         )
+    for gateway in contact.gateways:
+        hearing.told[gateway.name].silence = (
+            unknown_at(contact.upstream, connected)
+            if contact.upstream
+            else f"nothing from a gateway of that name at {gateway.reached_by}"
+        )
     return hearing.told
+
+
+def _hear_all(clients: Collection[Client], names: Sequence[str], deadline: float) -> None:
+    """Wait until each server has sent the statuses that it retains: they come before its next SUBACK."""
+    topic = gateway_receipts(BrokerName(names[0]))
+    for acknowledgement in [client.subscribe(topic, lambda _message: None, qos=0) for client in clients]:
+        with contextlib.suppress(RefusedError):
+            acknowledgement.wait(left(deadline))
+    for client in clients:
+        client.wait_for_callbacks(left(deadline))

@@ -57,8 +57,12 @@ class Standing:
 
     def has(self, crls: Iterable[StoredCrl]) -> bool:
         """Whether it has confirmed each of these CRLs."""
-        known = {key_id: confirmed.sha256 for key_id, confirmed in self.confirmed.items()}
-        return all(known.get(crl.issuer) == crl.sha256 for crl in crls)
+        return all(self.sha256(crl.issuer) == crl.sha256 for crl in crls)
+
+    def sha256(self, issuer: str) -> str:
+        """Return which CRL of an issuing CA it has confirmed; empty: none."""
+        confirmed = self.confirmed.get(issuer)
+        return "" if confirmed is None else confirmed.sha256
 
 
 def standing_of(view: View, gateway: str) -> Standing:

@@ -1,8 +1,8 @@
 """The gateways of a station, and the upstreams that it reaches some of them through, as `station.toml` names them.
 
 A gateway is reached by a path, over MQTT at its own broker, or through an upstream: a broker or a cluster that it
-keeps a link to (`[[upstream]]` in its broker.toml, with `fleet = true`). One connection to an upstream serves all
-the gateways behind it.
+keeps a link to (`[[upstream]]` in its broker.toml, with `fleet = true`). One connection to each server of an
+upstream serves all the gateways behind it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PORTS: Final = range(1, 65536)
+MAX_SERVERS: Final = 16
+"""Of one upstream: the station holds a connection to each. Nobody has a cluster of so many nodes."""
 _UPSTREAM: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -97,14 +99,14 @@ class Upstream:
     """A broker or a cluster that gateways are reached through.
 
     Raises:
-        ConfigurationError: its name, its address or a path cannot be used.
+        ConfigurationError: its name or a path cannot be used, or it has no server, the same twice, or too many.
     """
 
     name: str
-    host: str
+    servers: tuple[BrokerAddress, ...]
+    """All that keep something: what one node of a cluster retains, the others need not have."""
     operator_path: Path
     """Key, certificate and chain of whom the station is there."""
-    port: int = 8883
     ca_path: Path | None = None
     """The CAs that its certificate may lead to; None for the station's own roots."""
 
@@ -114,22 +116,24 @@ class Upstream:
                 f"could not use {quoted(self.name, 80)} as the name of an upstream",
                 hint="1 to 63 letters, digits and hyphens, beginning and ending with a letter or a digit",
             )
-        whose = f"of upstream {self.name}"
-        _check_address(self.host, self.port, whose)
-        _check_paths((self.operator_path, self.ca_path), whose)
+        if not 1 <= len(set(self.servers)) == len(self.servers) <= MAX_SERVERS:
+            raise ConfigurationError(
+                f"could not use the upstream {self.name}: it needs 1 to {MAX_SERVERS} servers, each once",
+                hint="name every node that gateways connect to: --host HOST[:PORT], once for each",
+            )
+        _check_paths((self.operator_path, self.ca_path), f"of upstream {self.name}")
 
     @property
     def reached_by(self) -> str:
         """Where it is, for people."""
-        return f"mqtts://{self.host}:{self.port}"
+        return " ".join(f"mqtts://{server}" for server in self.servers)
 
     def to_toml(self) -> str:
         """Return its table."""
         lines = [
             "[[upstream]]",
             f"name = {toml_text(self.name)}",
-            f"host = {toml_text(self.host)}",
-            f"port = {self.port}",
+            f"servers = [{', '.join(toml_text(str(server)) for server in self.servers)}]",
             f"operator = {toml_text(str(self.operator_path))}",
         ]
         if self.ca_path is not None:

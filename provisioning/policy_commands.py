@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.errors import PolicyError
 from birthmark.provisioning.cas import SHORT
+from birthmark.provisioning.crl_delivery import warn_of_missed
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.fleet_policy import current_policy, read_policy_text, sign_policy
 from birthmark.provisioning.options import (
@@ -85,6 +86,7 @@ def _publish(arguments: argparse.Namespace, console: Console) -> int:
             f"not every gateway goes by it ({', '.join(pending)}): one that is away takes it when it is back; "
             "`birthmark policy publish` tries again"
         )
+    warn_of_missed(console, deliveries, "birthmark policy publish")
     return 1 if pending else 0
 
 

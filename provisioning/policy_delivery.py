@@ -28,9 +28,8 @@ from birthmark.provisioning.fleet_policy import current_policy, note_version, tr
 from birthmark.provisioning.gateway_contact import contacts
 
 if TYPE_CHECKING:
-    from birthmark.device.client import Client
     from birthmark.device.identity import BrokerName
-    from birthmark.provisioning.gateway_contact import Contact
+    from birthmark.provisioning.gateway_contact import Connected, Contact
     from birthmark.provisioning.station import Station
 
 
@@ -46,10 +45,14 @@ class PolicyDelivery:
     """Why it is not done."""
     receipt: PolicyReceipt | None = None
     """None where only its status said so."""
+    missed: tuple[str, ...] = ()
+    """Servers of its upstream that were not brought it, and why."""
 
     def record(self) -> dict[str, Any]:
         """Return this as a JSON object."""
         record: dict[str, Any] = {"gateway": self.gateway, "outcome": self.outcome.value, "cause": self.cause}
+        if self.missed:
+            record["missed"] = list(self.missed)
         if self.receipt is not None and self.outcome is Outcome.DONE:
             record["elapsed_ms"] = self.receipt.elapsed_ms
             record["subscriptions_ended"] = self.receipt.subscriptions_ended
@@ -106,14 +109,14 @@ def deliver_policy(station: Station, policy: SignedPolicy, timeout_s: float) -> 
 
 def _deliver_at(contact: Contact, station: Station, policy: SignedPolicy, deadline: float) -> list[PolicyDelivery]:
     try:
-        with contact.client("policy", deadline) as client:
-            broadcast = _PolicyBroadcast(contact, station, policy, client, deadline)
+        with contact.connected("policy", deadline) as connected:
+            broadcast = _PolicyBroadcast(contact, station, policy, connected, deadline)
             broadcast.run()
         return [broadcast.delivery(known) for known in broadcast.gateways.values()]
     except BirthmarkError as error:
         cause = error.message
     except OSError as error:
-        cause = f"could not read {error.filename or contact.address}: {error.strerror or error}"
+        cause = f"could not read {error.filename or contact.where}: {error.strerror or error}"
     return [PolicyDelivery(gateway.name, Outcome.PENDING, policy.version, cause) for gateway in contact.gateways]
 
 
@@ -121,9 +124,9 @@ class _PolicyBroadcast(Broadcast[PolicyReceipt]):
     """One policy, put before the gateways at one contact."""
 
     def __init__(
-        self, contact: Contact, station: Station, policy: SignedPolicy, client: Client, deadline: float
+        self, contact: Contact, station: Station, policy: SignedPolicy, connected: Connected, deadline: float
     ) -> None:
-        super().__init__(contact, client, deadline)
+        super().__init__(contact, connected, deadline)
         self._station = station
         self._want(policy)
 
@@ -149,7 +152,7 @@ class _PolicyBroadcast(Broadcast[PolicyReceipt]):
         elif receipt.outcome != "refused" and receipt.version != self._policy.version:
             known.trouble = f"the receipt says that version {receipt.version} is in force"
         else:
-            known.receipts[receipt.sha256] = receipt
+            known.keep(receipt.sha256, receipt)
 
     def told(self, known: Known[PolicyReceipt], *, by_status: bool) -> dict[str, PolicyReceipt]:
         if self._sha256 in known.receipts:
@@ -195,8 +198,8 @@ class _PolicyBroadcast(Broadcast[PolicyReceipt]):
         version = self._policy.version
         if told is not None and told.outcome == "refused":
             cause = escaped(told.reason) or "no reason given"
-            return PolicyDelivery(known.name, Outcome.REFUSED, version, cause, told)
+            return PolicyDelivery(known.name, Outcome.REFUSED, version, cause, told, self.missed)
         if told is None or self.conflict:
             cause = self.conflict or known.trouble or self.silence(known)
-            return PolicyDelivery(known.name, Outcome.PENDING, version, cause)
-        return PolicyDelivery(known.name, Outcome.DONE, version, "", told)
+            return PolicyDelivery(known.name, Outcome.PENDING, version, cause, missed=self.missed)
+        return PolicyDelivery(known.name, Outcome.DONE, version, "", told, self.missed)

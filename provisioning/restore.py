@@ -285,7 +285,7 @@ def _held_at(
 ) -> tuple[dict[str, list[KnownCrl] | BirthmarkError], list[SignedPolicy]]:
     """Return what each gateway at a contact holds, or why that is not known; and the policy that is held there."""
     try:
-        told, policies = crls_in_force(contact, timeout_s=timeout_s)
+        told, policies = crls_in_force(contact, [ca.key_id for ca in cas.issuing], timeout_s=timeout_s)
     except BirthmarkError as error:
         return {gateway.name: error for gateway in contact.gateways}, []
     found = [trusted_policy(payload, cas) for payload in policies]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName, device_role
@@ -338,9 +339,8 @@ def _gateway(table: Table) -> Gateway:
 def _upstream(table: Table) -> Upstream:
     upstream = Upstream(
         name=table.text("name"),
-        host=table.text("host"),
+        servers=tuple(map(BrokerAddress.parse, table.texts("servers"))),
         operator_path=Path(table.text("operator")),
-        port=table.whole("port", 8883),
         ca_path=table.path("ca"),
     )
     table.finish()

@@ -42,6 +42,15 @@ class Table:
             raise ConfigurationError(f"{self._where(key)} is {'missing' if value is None else 'no text'}")
         return value
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a list of texts; it must be there."""
+        values = self._values.pop(key, None)
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ConfigurationError(
+                f"{self._where(key)} is {'missing' if values is None else 'no list of texts'}"
+            )
+        return tuple(values)
+
     def path(self, key: str) -> Path | None:
         """Return a path; None if there is none, or an empty one."""
         text = self.text(key, "")

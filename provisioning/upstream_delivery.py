@@ -1,4 +1,4 @@
-"""Bringing the CRLs to every gateway behind an upstream, over one connection to it (`broadcast`).
+"""Bringing the CRLs to every gateway behind an upstream, over a connection to each of its servers (`broadcast`).
 
 Rules:
 
@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from birthmark.device.errors import BirthmarkError
@@ -23,10 +24,9 @@ from birthmark.provisioning.crl_store import signed_crl
 from birthmark.provisioning.delivery import Delivery, Latest, Outcome, check_receipt, concluded
 
 if TYPE_CHECKING:
-    from birthmark.device.client import Client
     from birthmark.device.identity import BrokerName
     from birthmark.provisioning.crl_store import StoredCrl
-    from birthmark.provisioning.gateway_contact import Contact
+    from birthmark.provisioning.gateway_contact import Connected, Contact
 
 
 def by_upstream(contact: Contact, latest: Latest, deadline: float) -> list[Delivery]:
@@ -38,8 +38,8 @@ def by_upstream(contact: Contact, latest: Latest, deadline: float) -> list[Deliv
     """
     latest.has_moved()
     latest.check_size()
-    with contact.client("crl", deadline) as client:
-        broadcast = _CrlBroadcast(contact, latest, client, deadline)
+    with contact.connected("crl", deadline) as connected:
+        broadcast = _CrlBroadcast(contact, latest, connected, deadline)
         broadcast.run()
     return [broadcast.delivery(known) for known in broadcast.gateways.values()]
 
@@ -47,8 +47,8 @@ def by_upstream(contact: Contact, latest: Latest, deadline: float) -> list[Deliv
 class _CrlBroadcast(Broadcast[Receipt]):
     """The CRLs, put before the gateways behind an upstream."""
 
-    def __init__(self, contact: Contact, latest: Latest, client: Client, deadline: float) -> None:
-        super().__init__(contact, client, deadline)
+    def __init__(self, contact: Contact, latest: Latest, connected: Connected, deadline: float) -> None:
+        super().__init__(contact, connected, deadline)
         self._latest = latest
 
     @property
@@ -67,7 +67,8 @@ class _CrlBroadcast(Broadcast[Receipt]):
                 except BirthmarkError as error:
                     known.trouble = error.message
                 else:
-                    known.receipts[receipt.crl_sha256], known.trouble = receipt, ""
+                    known.keep(receipt.crl_sha256, receipt)
+                    known.trouble = ""
 
     def told(self, known: Known[Receipt], *, by_status: bool) -> dict[str, Receipt]:
         crls = self._latest.crls.crls
@@ -100,8 +101,9 @@ class _CrlBroadcast(Broadcast[Receipt]):
         told = self.final(known)
         refused = any(receipt.outcome == "refused" for receipt in told.values())
         if refused or (self.is_complete(told) and not self.conflict):
-            return concluded(known.name, self._latest, told)
-        return Delivery(known.name, Outcome.PENDING, self.conflict or known.trouble or self.silence(known))
+            return replace(concluded(known.name, self._latest, told), missed=self.missed)
+        cause = self.conflict or known.trouble or self.silence(known)
+        return Delivery(known.name, Outcome.PENDING, cause, missed=self.missed)
 
 
 def _receipt_of(status: GatewayStatus, crl: StoredCrl) -> Receipt:

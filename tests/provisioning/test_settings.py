@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
 from birthmark.provisioning.settings import BrokerDefaults, Lifetimes, RenewalSettings, Settings, read_settings
 from birthmark.provisioning.settings_edit import add_gateway, add_upstream, remove_gateway, remove_upstream
 
 BY_PATH = Gateway("gateway-1", crl_path=Path("/etc/broker/crl.pem"))
-UPSTREAM = Upstream(
-    "cloud", "mq.example", port=8884, operator_path=Path("/srv/a.pem"), ca_path=Path("/srv/ca.pem")
-)
+SERVERS = (BrokerAddress("mq1.example", 8884), BrokerAddress("mq2.example"))
+UPSTREAM = Upstream("cloud", SERVERS, Path("/srv/a.pem"), Path("/srv/ca.pem"))
 VIA = Gateway("gateway-3", via="Cloud")
 BY_MQTT = Gateway("gateway-2.example", host="192.0.2.7", port=8884, operator_path=Path("/srv/alice.pem"))
 
@@ -37,7 +37,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         lifetimes=Lifetimes(10, 20, 30),
         broker=BrokerDefaults("gateway-1.example", 1883, 10),
         renewal=RenewalSettings(grace_days=7, retire_after_hours=1, max_per_day=3),
-        upstreams=(UPSTREAM, Upstream("b", "::1", operator_path=Path("/srv/b.pem"))),
+        upstreams=(UPSTREAM, Upstream("b", (BrokerAddress("::1"),), Path("/srv/b.pem"))),
         gateways=(BY_PATH, BY_MQTT, VIA),
     )
     path = tmp_path / "station.toml"
@@ -77,7 +77,7 @@ def test_upstreams_come_and_go_and_not_while_gateways_are_behind_them(path: Path
         add_gateway(path, VIA)
     assert "upstream add" in caught.value.hint
     add_upstream(path, UPSTREAM)
-    add_upstream(path, Upstream("other", "mq.example", operator_path=Path("/srv/a.pem")))
+    add_upstream(path, Upstream("other", SERVERS[:1], Path("/srv/a.pem")))
     with pytest.raises(ConfigurationError, match="one of that name"):
         add_upstream(path, UPSTREAM)
     add_gateway(path, VIA)
@@ -170,21 +170,31 @@ def test_names_of_gateways_are_unique(path: Path) -> None:
             "either a path or a broker",
         ),
         ("[station]\norganization='A'\n[[gateway]]\nname='g'\nvia='c'\nclients_ca_path='/x'", "over MQTT"),
-        ("[station]\norganization='A'\n[[upstream]]\nname='a b'\nhost='h'\noperator='o'", "name of an upstream"),
-        ("[station]\norganization='A'\n[[upstream]]\nname='c'\nhost='h'", "'operator' in .* missing"),
         (
-            "[station]\norganization='A'\n[[upstream]]\nname='c'\nhost='h'\noperator='o'\nport=0",
-            "port 0",
+            "[station]\norganization='A'\n[[upstream]]\nname='a b'\nservers=['h']\noperator='o'",
+            "name of an upstream",
+        ),
+        ("[station]\norganization='A'\n[[upstream]]\nname='c'\nservers=['h']", "'operator' in .* missing"),
+        ("[station]\norganization='A'\n[[upstream]]\nname='c'\noperator='o'", "'servers' in .* missing"),
+        ("[station]\norganization='A'\n[[upstream]]\nname='c'\nservers='h'\noperator='o'", "no list of texts"),
+        ("[station]\norganization='A'\n[[upstream]]\nname='c'\nservers=[]\noperator='o'", "1 to 16 servers"),
+        (
+            "[station]\norganization='A'\n[[upstream]]\nname='c'\nservers=['h', 'h:8883']\noperator='o'",
+            "each once",
         ),
         (
-            "[station]\norganization='A'\n[[upstream]]\nname='c'\nhost='h'\noperator='o'\nkey='k'",
+            "[station]\norganization='A'\n[[upstream]]\nname='c'\nservers=['h:0']\noperator='o'",
+            "could not use 0 as a broker's port",
+        ),
+        (
+            "[station]\norganization='A'\n[[upstream]]\nname='c'\nservers=['h']\noperator='o'\nkey='k'",
             "'key' in",
         ),
         (
-            "[station]\norganization='A'\n" + "[[upstream]]\nname='c'\nhost='h'\noperator='o'\n" * 2,
+            "[station]\norganization='A'\n" + "[[upstream]]\nname='c'\nservers=['h']\noperator='o'\n" * 2,
             "two of that name",
         ),
-        ('[station]\norganization = "A"\n[[upstream]]\nname="c"\nhost="h"\noperator="/\\n"', "not printable"),
+        ('[station]\norganization = "A"\n[[upstream]]\nname="c"\nservers=["h"]\noperator="/\\n"', "not printable"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\ncrl_path="/\\u001b[2J"', "not printable"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\nhost="h"\noperator="/\\n"', "not printable"),
         ('[station]\norganization = "A"\n[[gateway]]\nname="g"\nhost="\\u001bh"\noperator="o"', "host"),

@@ -26,7 +26,7 @@ from support.station import CHEAP, PASSPHRASE, enrolled_row, keyed_row, public_k
 
 from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import run
-from birthmark.device.credentials import Credentials
+from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.device.stopping import Stopping
 from birthmark.provisioning import audit, audit_check
@@ -92,7 +92,7 @@ def with_gateway(root: Path) -> None:
 
 
 def with_upstream(root: Path) -> None:
-    upstream = Upstream("cloud", "localhost", operator_path=Path("/nowhere/alice.pem"))
+    upstream = Upstream("cloud", (BrokerAddress("localhost"),), operator_path=Path("/nowhere/alice.pem"))
     add_upstream(root / "station" / "station.toml", upstream)
 
 

@@ -71,18 +71,20 @@ class User:
 
     Args:
         name: the CN, and the client id.
+        suffix: of its client ids, as a regular expression.
         write: topics that it may publish to, as a regular expression with dots for slashes.
         read: topics that it may subscribe to, likewise.
     """
 
     name: str
+    suffix: str = ""
     write: str = ".*"
     read: str = ".*"
 
     def permission(self) -> dict[str, str]:
         """Rights to its own session's queues and to the exchange of all MQTT messages."""
-        own = rf"^mqtt-subscription-{self.name}qos[01]$"
-        both = rf"^(mqtt-subscription-{self.name}qos[01]|amq\.topic)$"
+        queues = rf"mqtt-subscription-{self.name}{self.suffix}qos[01]"
+        own, both = f"^{queues}$", rf"^({queues}|amq\.topic)$"
         return {"user": self.name, "vhost": "/", "configure": own, "write": both, "read": both}
 
     def topic_permission(self) -> dict[str, str]:

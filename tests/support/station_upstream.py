@@ -18,6 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from support.programs import program
 from support.station_gateways import receipt_for
 
+from birthmark.device.credentials import BrokerAddress
 from birthmark.device.fleet_policy import PolicyReceipt, SignedPolicy
 from birthmark.device.messages import GatewayStatus, UpstreamState
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
@@ -49,8 +50,8 @@ log_dest stderr
 class Mosquitto:
     """Start, stop and start again on the same port; what is retained is gone then."""
 
-    def __init__(self, folder: Path, station: Station) -> None:
-        issue_broker(station, ["localhost", "127.0.0.1"], folder)
+    def __init__(self, folder: Path, station: Station, *names: str) -> None:
+        issue_broker(station, [*names, "localhost", "127.0.0.1"], folder)
         (folder / "all-ca.pem").write_bytes(
             (folder / "clients-ca.pem").read_bytes() + station.root_path.read_bytes()
         )
@@ -88,6 +89,8 @@ class PlayedGateway:
     roots_path: Path
     trusted: frozenset[str]
     """Key identifiers of the issuing CAs that it trusts."""
+    client_id: str = ""
+    """At the upstream; empty: one of its name."""
     answers: bool = True
     """Whether it gives receipts."""
     takes_policies: bool = True
@@ -109,7 +112,9 @@ class PlayedGateway:
     def come(self) -> None:
         """Connect, and go by what is retained there."""
         self._ready = threading.Event()
-        client = self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=f"link-{self.name}")
+        client = self._client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=self.client_id or f"link-{self.name}"
+        )
         context = ssl.create_default_context(cafile=self.roots_path)
         context.load_cert_chain(self.credentials_path)
         client.tls_set_context(context)
@@ -244,7 +249,9 @@ def fleet(folder: Path, station: Station) -> Iterator[Fleet]:
     upstream = Mosquitto(folder, station)
     upstream.start()
     operator_path = folder / "alice.pem"
-    add_upstream(station.settings_path, Upstream("cloud", "127.0.0.1", operator_path, port=upstream.port))
+    add_upstream(
+        station.settings_path, Upstream("cloud", (BrokerAddress("127.0.0.1", upstream.port),), operator_path)
+    )
     made = Fleet(station, upstream, folder)
     made.reread()
     try:

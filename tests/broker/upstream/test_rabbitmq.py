@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,23 @@ from support import mqtt_client as mqtt
 from support.fleet import running_member, signed_policy, told_by, write_member
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_gateway import running_gateway
+from support.ports import HOST
 from support.rabbitmq import Cluster, User, cluster
 from support.repository import ROOT
+from support.station import new_station
+from support.station_upstream import PlayedGateway
 from support.upstream_load import COLLECTOR, COMMANDER, GATEWAY, Loaded
 from support.upstream_triangle import GATEWAYS, check_triangle
 from support.upstreams import POLICY, upstream_toml, upstreams, write_credentials
+
+from birthmark.device.credentials import BrokerAddress
+from birthmark.provisioning.crl_delivery import deliver_crl
+from birthmark.provisioning.crls import sign_and_store_crl
+from birthmark.provisioning.delivery import Outcome
+from birthmark.provisioning.gateway_look import look_at
+from birthmark.provisioning.gateway_settings import Gateway, Upstream
+from birthmark.provisioning.settings import read_settings
+from birthmark.provisioning.settings_edit import add_gateway, add_upstream
 
 if TYPE_CHECKING:
     import ssl
@@ -31,9 +44,11 @@ NARROW = "narrow"
 """A gateway that may publish telemetry, and nothing else."""
 READERS = [f"reader-{number}" for number in range(6)]
 """One for each connection: who comes again at once may find its last queue on its way out, and be thrown out."""
+STATION = "alice"
 USERS = (
     User(GATEWAY, write=OWN, read=OWN),
     User(NARROW, write=r"^sites\.{username}\.devices\.[^.]+\.telemetry\.", read=OWN),
+    User(STATION, suffix=":[a-z]+-[0-9a-f]+"),
     *(User(name) for name in (COLLECTOR, COMMANDER, *GATEWAYS, *READERS)),
 )
 
@@ -147,6 +162,43 @@ def a_fleet_below_it_catches_up_and_its_devices_roam(engine: Cluster, tmp_path: 
         second.wait_for(lambda: second.broker.roamers.is_here("sensor-1"), "the device")
 
 
+def a_station_finds_each_gateway_and_brings_each_node_what_it_may_be_asked_for(
+    engine: Cluster, tmp_path: Path, pki: Pki
+) -> None:
+    station = new_station(tmp_path / "station")
+    (tmp_path / "root.pem").write_bytes(pki.root.pem)
+    operator_path = pki.operator(STATION).write(tmp_path / "alice.pem")
+    servers = tuple(BrokerAddress(HOST, port) for port in engine.ports)
+    add_upstream(station.settings_path, Upstream("cloud", servers, operator_path, tmp_path / "root.pem"))
+    for name in GATEWAYS:
+        add_gateway(station.settings_path, Gateway(name, via="cloud"))
+    station.settings = read_settings(station.settings_path)
+    trusted = frozenset(ca.key_id for ca in station.cas.issuing)
+    with contextlib.ExitStack() as stack:
+        for name, port in zip(GATEWAYS, engine.ports[1:], strict=True):
+            path = pki.device(name, "service-gateway").write(tmp_path / f"{name}.pem")
+            played = PlayedGateway(name, port, path, tmp_path / "root.pem", trusted, client_id=name)
+            stack.enter_context(played)
+        looks = look_at(
+            station.settings.gateways,
+            anchors_path=station.root_path,
+            timeout_s=60,
+            upstreams=station.settings.upstreams,
+        )
+        assert [look.status is not None and look.status.online for look in looks] == [True, True]
+        crls = sign_and_store_crl(station)
+        engine.nodes[0].kill()
+        told = deliver_crl(station, crls, 60)
+        assert [one.outcome for one in told] == [Outcome.DONE] * 2, told
+        assert all(str(engine.ports[0]) in one.missed[0] and len(one.missed) == 1 for one in told)
+        engine.restore()
+        assert [(one.outcome, one.missed) for one in deliver_crl(station, crls, 60)] == [(Outcome.DONE, ())] * 2
+    for port, name in zip(engine.ports, READERS, strict=False):
+        with RawClient.connect(port, context(tmp_path, pki, name)) as late:
+            late.handshake(mqtt.connect(name)).subscribed((f"fleet/crl/{crls.current.issuer}", 0))
+            assert late.read_delivery().payload == crls.current.der
+
+
 @pytest.mark.proof
 def nothing_acknowledged_is_lost_whatever_breaks(engine: Cluster, tmp_path: Path, pki: Pki) -> None:
     with Loaded(tmp_path / GATEWAY, pki, engine.ports) as load:
@@ -171,6 +223,7 @@ CASES = (
     a_message_that_it_does_not_allow_does_not_keep_the_others_from_it,
     two_gateways_and_it_in_a_triangle_pass_each_message_on_once,
     a_fleet_below_it_catches_up_and_its_devices_roam,
+    a_station_finds_each_gateway_and_brings_each_node_what_it_may_be_asked_for,
     nothing_acknowledged_is_lost_whatever_breaks,
 )
 
