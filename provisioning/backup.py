@@ -31,10 +31,10 @@ from typing import IO, TYPE_CHECKING, Any, Final
 from birthmark.device.durable import durable_file, remove_leftovers
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.device.escape import escaped
+from birthmark.provisioning.actor import actor
 from birthmark.provisioning.age import DEFAULT_COST_LOG2, AgeError, Decrypting, Encrypting
 from birthmark.provisioning.registry.content import write_json
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
-from birthmark.provisioning.station import actor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from birthmark.device.durable import private_folder, rename_durably, write_durably
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning import profile
+from birthmark.provisioning.actor import actor
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, KeyMaker, TokenKeys, TokenPlace, undone
 from birthmark.provisioning.cas import Ca, CaKind, put_ca
 from birthmark.provisioning.crls import sign_and_store_crl, sign_root_crl
@@ -32,7 +33,7 @@ from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.opening import new_registry
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
-from birthmark.provisioning.station import Station, actor, utc_now
+from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

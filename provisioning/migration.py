@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.durable import remove_leftovers
 from birthmark.device.errors import BirthmarkError, ConfigurationError, RegistryError
+from birthmark.provisioning.actor import actor
 from birthmark.provisioning.audit import append_missing
 from birthmark.provisioning.registry.content import MOVED, ROWS, UNFINISHED, Tally
 from birthmark.provisioning.registry.opening import open_registry
 from birthmark.provisioning.registry.place import REGISTRY_FILE
 from birthmark.provisioning.settings import read_settings
 from birthmark.provisioning.settings_edit import put_registry
-from birthmark.provisioning.station import actor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -31,6 +31,7 @@ from birthmark.device.durable import durable_file, private_folder, rename_durabl
 from birthmark.device.errors import BirthmarkError, ConfigurationError, CredentialError
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit_check, founding
+from birthmark.provisioning.actor import actor
 from birthmark.provisioning.backup import LAST_BACKUP_AT, Manifest, opened
 from birthmark.provisioning.cas import Ca, read_cas
 from birthmark.provisioning.crl_store import CrlSet, crl_number_counter
@@ -48,7 +49,7 @@ from birthmark.provisioning.registry.storage import RegistryFile
 from birthmark.provisioning.revocation import lost_row, mark_revoked
 from birthmark.provisioning.settings import SETTINGS_FILE, read_settings
 from birthmark.provisioning.settings_edit import put_registry
-from birthmark.provisioning.station import Station, actor, utc_now
+from birthmark.provisioning.station import Station, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

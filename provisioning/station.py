@@ -23,13 +23,10 @@ Rules:
 from __future__ import annotations
 
 import os
-import pwd
-import socket
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -37,6 +34,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
 from birthmark.device.errors import AuthorityError, ConfigurationError
 from birthmark.provisioning import keyfile, profile
+from birthmark.provisioning.actor import actor
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
@@ -51,6 +49,7 @@ from birthmark.provisioning.token_uri import TokenUri
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -70,40 +69,11 @@ PUBLIC_FILE_MODE: Final = 0o644
 _KEPT_APART: Final = frozenset({".lock", ".db", ".db-wal", ".db-shm", ".db-journal"})
 """Locks, and what a registry on SQLite is made of."""
 _UNENCRYPTED: Final = b"-----BEGIN PRIVATE KEY-----"
-_LOGIN_USER: Final = Path("/proc/self/loginuid")
-_NOBODY: Final = 0xFFFFFFFF
-"""Of a process that no login led to."""
 
 
 def utc_now() -> datetime:
     """Return the current time, aware."""
     return datetime.now(UTC)
-
-
-def actor() -> str:
-    """Return who is at work, for the audit log: `user@host`; `person/user@host` after a change of user.
-
-    From the system, not from the environment, which anybody sets. Who logged in stays known to it across sudo and
-    su, where it keeps account of logins at all.
-    """
-    user, person = os.getuid(), _login_user()
-    who = _user_name(user) if person is None or person == user else f"{_user_name(person)}/{_user_name(user)}"
-    return f"{who}@{socket.gethostname()}"
-
-
-def _login_user() -> int | None:
-    try:
-        number = int(_LOGIN_USER.read_text())
-    except (OSError, ValueError):
-        return None
-    return None if number == _NOBODY else number
-
-
-def _user_name(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:  # a container's user may have no name
-        return str(number)
 
 
 class Station:

@@ -12,6 +12,7 @@ import pytest
 from support.command_scenarios import NEW_PASSPHRASE, SCENARIOS, SECRET, run_here, stopping_after_a_turn
 from support.station import CHEAP, PASSPHRASE, enrolled_row
 
+from birthmark.provisioning import actor as actor_module
 from birthmark.provisioning import (
     audit,
     audit_check,
@@ -21,7 +22,6 @@ from birthmark.provisioning import (
     rollover_commands,
     station_commands,
 )
-from birthmark.provisioning import station as station_module
 from birthmark.provisioning.backup import back_up
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.passphrase_change import change_passphrase
@@ -128,7 +128,7 @@ def test_a_command_leaves_its_entries(founded: Path, tmp_path: Path, name: str) 
     assert in_order(ENTRIES.get(name, []), told), told
     keys = [entry["details"]["key_id"] for entry in new if entry["action"] == "unlock"]
     assert name == "restore" or len(keys) == len(set(keys)), "a key is unlocked once a command"
-    assert {entry["actor"] for entry in new} == {station_module.actor()}
+    assert {entry["actor"] for entry in new} == {actor_module.actor()}
     purposes = {entry["details"]["purpose"] for entry in new if entry["action"] == "unlock"}
     words = " ".join(word for word in scenario.words if not word.startswith("-"))
     assert name == "restore" or all(words.startswith(purpose) for purpose in purposes), purposes
@@ -136,8 +136,8 @@ def test_a_command_leaves_its_entries(founded: Path, tmp_path: Path, name: str) 
 
 def test_the_actor_is_who_logged_in_and_whom_they_work_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     login = tmp_path / "loginuid"
-    monkeypatch.setattr(station_module, "_LOGIN_USER", login)
-    me, host = station_module._user_name(os.getuid()), socket.gethostname()
+    monkeypatch.setattr(actor_module, "_LOGIN_USER", login)
+    me, host = actor_module._user_name(os.getuid()), socket.gethostname()
     for content, expected in (
         (None, me),
         ("4294967295", me),
@@ -147,7 +147,7 @@ def test_the_actor_is_who_logged_in_and_whom_they_work_as(tmp_path: Path, monkey
     ):
         if content is not None:
             login.write_text(content)
-        assert station_module.actor() == f"{expected}@{host}"
+        assert actor_module.actor() == f"{expected}@{host}"
 
 
 def test_a_key_that_cannot_be_unlocked_leaves_no_entry(station: Station) -> None:
