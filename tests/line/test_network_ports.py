@@ -13,6 +13,8 @@ import serial
 from serial import rfc2217
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from support.line_board import LineBoard
     from support.station import Command
 
@@ -52,17 +54,23 @@ class PortServer:
             os.close(descriptor)
 
     def _carry(self, client: socket.socket, descriptor: int) -> None:
+        self._pump(client, descriptor, lambda data: os.write(descriptor, data), lambda: os.read(descriptor, 4096))
+
+    def _pump(
+        self, client: socket.socket, line: int, write: Callable[[bytes], object], read: Callable[[], bytes]
+    ) -> None:
+        """Carry between a client and a line until one of the two ends, or the server."""
         while True:
-            ready, _, _ = select.select([client.fileno(), descriptor, self._stop_read], [], [], 30)
+            ready, _, _ = select.select([client.fileno(), line, self._stop_read], [], [], 30)
             if self._stop_read in ready or not ready:
                 return
             if client.fileno() in ready:
                 data = client.recv(4096)
                 if not data:
                     return
-                os.write(descriptor, data)
-            if descriptor in ready:
-                client.sendall(os.read(descriptor, 4096))
+                write(data)
+            if line in ready:
+                client.sendall(read())
 
 
 class PtyPort(serial.Serial):  # type: ignore[misc, name-defined]
@@ -89,17 +97,12 @@ class Rfc2217Server(PortServer):
 
         with PtyPort(self._path, timeout=0) as port:
             manager: Any = rfc2217.PortManager(port, Connection())  # type: ignore[no-untyped-call]
-            while True:
-                ready, _, _ = select.select([client.fileno(), port.fileno(), self._stop_read], [], [], 30)
-                if self._stop_read in ready or not ready:
-                    return
-                if client.fileno() in ready:
-                    data = client.recv(4096)
-                    if not data:
-                        return
-                    port.write(b"".join(manager.filter(data)))
-                if port.fileno() in ready:
-                    client.sendall(b"".join(manager.escape(port.read(4096))))
+            self._pump(
+                client,
+                port.fileno(),
+                lambda data: port.write(b"".join(manager.filter(data))),
+                lambda: b"".join(manager.escape(port.read(4096))),
+            )
 
 
 @pytest.mark.filterwarnings("ignore:set(Daemon|Name):DeprecationWarning")  # pyserial's own
