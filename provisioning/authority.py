@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import secrets
 from datetime import datetime, timedelta
-from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
@@ -41,12 +40,6 @@ if TYPE_CHECKING:
 
 CLOCK_STEP: Final = timedelta(seconds=2)
 """How far the clock may have gone back since the last issuance: time synchronisation steps by as much."""
-
-
-@lru_cache(64)
-def _role(name: str) -> Role:
-    # Thousands of devices share a few.
-    return Role(name)
 
 
 class Authority:
@@ -101,7 +94,8 @@ class Authority:
                 KEYED; nothing was signed.
         """
         self._check(Kind.DEVICE, name, role, public_key_der, cert_serial, now=now)
-        return self._sign_device(name, role, public_key_der, cert_serial, now=now)
+        point = profile.public_point(public_key_der)
+        return self._device_signer(now).sign(DeviceId(name), role, point, cert_serial=cert_serial)
 
     def issue_devices(self, rows: Sequence[Row], *, now: datetime) -> list[bytes]:
         """Sign the certificates of many devices and return them (DER), in the order of their rows.
@@ -110,24 +104,15 @@ class Authority:
         unless a name or a key is at fault that the registry should never have taken.
         """
         self._check_all(rows, now=now)
+        sign, point = self._device_signer(now).sign, profile.public_point
         return [
-            self._sign_device(row.name, row.role, row.public_key_der or b"", row.cert_serial or 0, now=now)
+            sign(DeviceId(row.name), row.role, point(row.public_key_der or b""), cert_serial=row.cert_serial or 0)
             for row in rows
         ]
 
-    def _sign_device(
-        self, name: str, role: str, public_key_der: bytes, cert_serial: int, *, now: datetime
-    ) -> bytes:
-        return profile.device_certificate_der(
-            self._issuer,
-            organization=self._organization,
-            device_id=DeviceId(name),
-            role=_role(role),
-            public_key=profile.parse_public_key(public_key_der),
-            cert_serial=cert_serial,
-            lifetime=timedelta(days=self._lifetimes.device_days),
-            now=now,
-        )
+    def _device_signer(self, now: datetime) -> profile.ClientSigner:
+        lifetime = timedelta(days=self._lifetimes.device_days)
+        return profile.ClientSigner(self._issuer, organization=self._organization, lifetime=lifetime, now=now)
 
     def issue_service(
         self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime

@@ -17,7 +17,6 @@ from hashlib import sha1
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
 from birthmark.provisioning.der import (
@@ -32,6 +31,7 @@ from birthmark.provisioning.der import (
     time,
     tlv,
 )
+from birthmark.provisioning.p256 import KEY_HEAD, POINT_OCTETS
 from birthmark.provisioning.signed_der import ECDSA_WITH_SHA256, extension
 
 if TYPE_CHECKING:
@@ -39,16 +39,11 @@ if TYPE_CHECKING:
     from datetime import datetime
     from typing import TypeAlias
 
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-
     _Part: TypeAlias = bytes | int
     """Octets that are known, or how many are filled in."""
 
 _EXTENSIONS, _DIRECTORY_NAME = 0xA3, 0xA4
 _VERSION_3: Final = bytes.fromhex("a003020102")
-_P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
-"""A SubjectPublicKeyInfo up to its point."""
-_POINT_OCTETS: Final = 65
 _KEY_ID_OCTETS: Final = 20
 _COMMON_NAME: Final = bytes.fromhex("0603550403")
 _SUBJECT_ALT_NAME: Final = bytes.fromhex("0603551d11")
@@ -92,25 +87,21 @@ class ClientTemplate:
     def to_be_signed(
         self,
         common_name: str,
-        public_key: EllipticCurvePublicKey,
+        point: bytes,
         *,
         cert_serial: int,
-        not_before: datetime,
-        not_after: datetime,
+        validity: bytes,
     ) -> bytes:
         """Return the TBSCertificate of one client.
 
         Args:
             common_name: a device id's text: 1 to 63 ASCII characters.
-            public_key: of P-256.
+            point: the public key's, uncompressed (`p256`).
             cert_serial: positive.
-            not_before: in UTC, in whole seconds.
-            not_after: the same.
+            validity: as `validity_der` makes it.
         """
-        point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
         name = common_name.encode("ascii")
         serial = integer_octets(cert_serial)
-        validity = _validity(not_before, not_after)
         # RFC 5280 section 4.2.1.2, method (1): SHA-1 of the point. It names the key, and protects nothing.
         key_id = sha1(point, usedforsecurity=False).digest()
         around = self._around(len(serial), len(validity), len(name))
@@ -143,8 +134,8 @@ class ClientTemplate:
             self._after_serial,
             validity,
             *_around(SEQUENCE, self._organization_and_role, *own_name),
-            _P256_KEY,
-            _POINT_OCTETS,
+            KEY_HEAD,
+            POINT_OCTETS,
             *_around(_EXTENSIONS, *_around(SEQUENCE, *extensions)),
         )
 
@@ -166,6 +157,6 @@ def _constant(parts: Iterable[_Part]) -> tuple[bytes, ...]:
 
 
 @lru_cache(maxsize=16)
-def _validity(not_before: datetime, not_after: datetime) -> bytes:
-    # The same for all that are signed in one second.
+def validity_der(not_before: datetime, not_after: datetime) -> bytes:
+    """Return a Validity from two times in UTC, in whole seconds; the same for all that are signed at once."""
     return tlv(SEQUENCE, time(not_before) + time(not_after))

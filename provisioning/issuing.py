@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError, IdentityError
-from birthmark.device.identity import BrokerName, DeviceId, Role
+from birthmark.device.identity import BrokerName, DeviceId
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
 from birthmark.provisioning import profile
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
@@ -113,7 +113,7 @@ def issue_operator(station: Station, name: str, out: Path, *, role: str = OPERAT
     and the errors are those of `issue_broker`; a name outside the grammar, or a role that is not a service's, is
     an `IdentityError`.
     """
-    profile.check_service_role(Role(role))
+    profile.check_service_role(role)
     request = _Request(Kind.SERVICE, str(DeviceId(name)), role, (), renew)
     key_path, anchors = out / f"{name}.pem", out / SERVICE_ANCHORS_FILE
     if key_path.name.lower() == anchors.name:

@@ -31,14 +31,15 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
     EllipticCurvePublicKey,
 )
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from birthmark.device.errors import AuthorityError, IdentityError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName, DeviceId, Role, device_role
-from birthmark.provisioning.client_template import ClientTemplate
+from birthmark.provisioning.client_template import ClientTemplate, validity_der
 from birthmark.provisioning.crl_template import crl_to_be_signed
+from birthmark.provisioning.p256 import point_of
 from birthmark.provisioning.signed_der import signed
 
 if TYPE_CHECKING:
@@ -112,6 +113,11 @@ def parse_public_key(public_key_der: bytes) -> EllipticCurvePublicKey:
     return key
 
 
+def public_point(public_key_der: bytes) -> bytes:
+    """Return the point (uncompressed) of a SubjectPublicKeyInfo; raises `AuthorityError` if it is no P-256 key."""
+    return point_of(public_key_der) or _point(parse_public_key(public_key_der))
+
+
 def root_certificate(
     private_key: EllipticCurvePrivateKey, *, organization: str, cert_serial: int, now: datetime
 ) -> x509.Certificate:
@@ -146,6 +152,62 @@ def issuing_certificate(
     )
 
 
+class ClientSigner:
+    """Signs client certificates: of the devices, or of the services, that one CA certifies at one moment.
+
+    What they share is made once: to sign one takes little more than its signature.
+
+    Args:
+        issuer: the CA.
+        organization: the subject's O.
+        lifetime: how long they are valid, if the CA is.
+        now: the current time, aware.
+        check_role: raises `IdentityError` for a role that they may not hold: `device_role`, `check_service_role`.
+
+    Raises:
+        AuthorityError: they would end before they are of use.
+    """
+
+    def __init__(
+        self,
+        issuer: Issuer,
+        *,
+        organization: str,
+        lifetime: timedelta,
+        now: datetime,
+        check_role: Callable[[str], object] = device_role,
+    ) -> None:
+        self._issuer = issuer
+        self._organization = organization
+        self._check_role = check_role
+        self._validity = validity_der(*_validity(issuer, lifetime, now))
+        self._templates: dict[str, ClientTemplate] = {}
+
+    def sign(self, identity: DeviceId, role: str, point: bytes, *, cert_serial: int) -> bytes:
+        """Return the certificate (DER) of a client.
+
+        Args:
+            identity: the CN.
+            role: the OU.
+            point: that of the public key, uncompressed (`public_point`).
+            cert_serial: recorded already.
+
+        Raises:
+            IdentityError: the client may not hold the role.
+            AuthorityError: the serial number is none.
+        """
+        _check_cert_serial(cert_serial)
+        to_be_signed = (self._templates.get(role) or self._template(role)).to_be_signed(
+            identity.text, point, cert_serial=cert_serial, validity=self._validity
+        )
+        return signed(to_be_signed, self._issuer.private_key.sign(to_be_signed, _SIGNATURE))
+
+    def _template(self, role: str) -> ClientTemplate:
+        template = _client_template(self._issuer.certificate, self._organization, role, self._check_role)
+        self._templates[role] = template
+        return template
+
+
 def device_certificate(
     issuer: Issuer,
     *,
@@ -162,47 +224,9 @@ def device_certificate(
     Raises:
         IdentityError: the role is reserved for services.
     """
-    return x509.load_der_x509_certificate(
-        device_certificate_der(
-            issuer,
-            organization=organization,
-            device_id=device_id,
-            role=role,
-            public_key=public_key,
-            cert_serial=cert_serial,
-            lifetime=lifetime,
-            now=now,
-        )
-    )
-
-
-def device_certificate_der(
-    issuer: Issuer,
-    *,
-    organization: str,
-    device_id: DeviceId,
-    role: Role,
-    public_key: EllipticCurvePublicKey,
-    cert_serial: int,
-    lifetime: timedelta,
-    now: datetime,
-) -> bytes:
-    """Make a device's certificate as `device_certificate` does, for whoever wants the octets (DER) alone.
-
-    To read them into an object and write them again costs as much as the signature.
-    """
-    if role.is_reserved:
-        device_role(role.name)  # says why
-    return _client_certificate(
-        issuer,
-        organization=organization,
-        identity=device_id,
-        role=role,
-        public_key=public_key,
-        cert_serial=cert_serial,
-        lifetime=lifetime,
-        now=now,
-    )
+    signer = ClientSigner(issuer, organization=organization, lifetime=lifetime, now=now)
+    der = signer.sign(device_id, role.name, _point(public_key), cert_serial=cert_serial)
+    return x509.load_der_x509_certificate(der)
 
 
 def service_certificate(
@@ -221,19 +245,11 @@ def service_certificate(
     Raises:
         IdentityError: the role is not reserved for services.
     """
-    check_service_role(role)
-    return x509.load_der_x509_certificate(
-        _client_certificate(
-            issuer,
-            organization=organization,
-            identity=service_id,
-            role=role,
-            public_key=public_key,
-            cert_serial=cert_serial,
-            lifetime=lifetime,
-            now=now,
-        )
+    signer = ClientSigner(
+        issuer, organization=organization, lifetime=lifetime, now=now, check_role=check_service_role
     )
+    der = signer.sign(service_id, role.name, _point(public_key), cert_serial=cert_serial)
+    return x509.load_der_x509_certificate(der)
 
 
 def broker_certificate(
@@ -311,9 +327,9 @@ def general_name(host: str) -> x509.GeneralName:
     return x509.DNSName(host)
 
 
-def check_service_role(role: Role) -> None:
+def check_service_role(role: str) -> None:
     """Check that a service may hold `role`; raises `IdentityError` if it is a device's."""
-    if not role.is_reserved:
+    if not Role(role).is_reserved:
         raise IdentityError(
             f"could not give a service the role {role}: it is a device's",
             hint="a service's role is `operator`, or begins with `service-`",
@@ -325,29 +341,11 @@ def key_id(certificate: x509.Certificate) -> bytes:
     return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
 
 
-def _client_certificate(
-    issuer: Issuer,
-    *,
-    organization: str,
-    identity: DeviceId,
-    role: Role,
-    public_key: EllipticCurvePublicKey,
-    cert_serial: int,
-    lifetime: timedelta,
-    now: datetime,
-) -> bytes:
-    if not isinstance(public_key.curve, SECP256R1):
-        raise AuthorityError("could not certify a key: it is no P-256 key", hint=_ONLY_P256)
-    _check_cert_serial(cert_serial)
-    not_before, not_after = _validity(issuer, lifetime, now)
-    to_be_signed = _client_template(issuer.certificate, organization, role.name).to_be_signed(
-        identity.text, public_key, cert_serial=cert_serial, not_before=not_before, not_after=not_after
-    )
-    return signed(to_be_signed, issuer.private_key.sign(to_be_signed, _SIGNATURE))
-
-
 @lru_cache(maxsize=64)
-def _client_template(ca: x509.Certificate, organization: str, role: str) -> ClientTemplate:
+def _client_template(
+    ca: x509.Certificate, organization: str, role: str, check_role: Callable[[str], object]
+) -> ClientTemplate:
+    check_role(role)
     # subjectAltName, subjectKeyIdentifier and authorityKeyIdentifier follow: the template has them.
     return ClientTemplate(
         ca,
@@ -359,6 +357,12 @@ def _client_template(ca: x509.Certificate, organization: str, role: str) -> Clie
             (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False),
         ),
     )
+
+
+def _point(public_key: EllipticCurvePublicKey) -> bytes:
+    if not isinstance(public_key.curve, SECP256R1):
+        raise AuthorityError("could not certify a key: it is no P-256 key", hint=_ONLY_P256)
+    return public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
 
 def _sign(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from dataclasses import fields
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from birthmark.device.errors import BirthmarkError, RegistryError
@@ -19,15 +20,13 @@ from birthmark.provisioning.registry.model import KeyMode, Kind, RevokedCertific
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_BINARY: Final = frozenset(
-    {"hwid", "txn", "public_key_der", "certificate_der", "bundle", "bundle_sha256", "active_txn"}
-)
-_TIMES: Final = frozenset(
-    {"created_at", "changed_at", "not_before", "not_after", "revoked_at", "opened_at", "closed_at", "since"}
-)
+_BINARY: Final = ("hwid", "txn", "public_key_der", "certificate_der", "bundle", "bundle_sha256", "active_txn")
+_ROW_TIMES: Final = ("created_at", "changed_at", "not_before", "not_after", "revoked_at")
+_TIMES: Final = (*_ROW_TIMES, "opened_at", "closed_at", "since")
 _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
 _NUMBERS: Final = frozenset({"replaces", "replaced_by", "renews"})
 _NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
+_content = attrgetter(*_NAMES)
 _REVOKED: Final = tuple(field.name for field in fields(RevokedCertificate) if field.name != "number")
 _QUARANTINED: Final = tuple(field.name for field in fields(Quarantined))
 _T = TypeVar("_T")
@@ -40,9 +39,11 @@ def binary(value: bytes) -> str:
 
 def to_document(row: Row) -> dict[str, Any]:
     """Return the row's document. An unset field is None there: an update has to overwrite what was set."""
-    document: dict[str, Any] = {"name_folded": row.name_folded}
-    for name in _NAMES:
-        document[name] = encoded(name, getattr(row, name))
+    document: dict[str, Any] = dict(zip(_NAMES, _content(row), strict=True))
+    for name, write in _ROW_WRITERS:
+        if document[name] is not None:
+            document[name] = write(document[name])
+    document["name_folded"] = row.name_folded
     return document
 
 
@@ -125,17 +126,22 @@ def _read(what: str, make: Callable[[], _T]) -> _T:
 
 def encoded(name: str, value: Any) -> Any:
     """Return a field's value as it is stored."""
-    if value is None:
-        return None
-    if name in _BINARY:
-        return binary(value)
-    if name in _TIMES:
-        return value.astimezone(UTC).isoformat()
-    if name == "cert_serial":
-        return f"{value:x}"
-    if name in _ENUMS:
-        return value.value
-    return value
+    write = None if value is None else _WRITERS.get(name)
+    return value if write is None else write(value)
+
+
+def _time_text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat()
+
+
+_WRITERS: Final[dict[str, Callable[[Any], str]]] = {
+    **dict.fromkeys(_BINARY, binary),
+    **dict.fromkeys(_TIMES, _time_text),
+    **dict.fromkeys(_ENUMS, attrgetter("value")),
+    "cert_serial": "{:x}".format,
+}
+"""How a value is stored that JSON has no form for."""
+_ROW_WRITERS: Final = tuple((name, _WRITERS[name]) for name in _NAMES if name in _WRITERS)
 
 
 def _decoded(name: str, value: Any) -> Any:

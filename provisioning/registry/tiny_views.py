@@ -6,6 +6,7 @@ Document ids are row numbers of ours; TinyDB's query cache is off: it outlives c
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +29,7 @@ from birthmark.provisioning.registry.document import (
     revoked_from,
     to_document,
 )
+from birthmark.provisioning.registry.model import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
     from tinydb.table import Table
 
     from birthmark.provisioning.registry.line import Batch, Quarantined
-    from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
+    from birthmark.provisioning.registry.model import Kind, RevokedCertificate, State
     from birthmark.provisioning.registry.storage import TransactionStorage
 
 _HEX = re.compile("[0-9a-f]{1,64}")
+_UNSET = dict.fromkeys(field.name for field in fields(Row))
+"""A document of nothing: a field that is unset may be left out of one."""
 
 
 class TinyView:
@@ -111,8 +115,7 @@ class TinyView:
         return {
             row.number
             for row in rows
-            if (facts := stored.get(str(row.number))) is None
-            or any(facts.get(name) != value for name, value in to_document(row).items())
+            if not to_document(row).items() <= (_UNSET | stored.get(str(row.number), {})).items()
         }
 
     def named(self, name: str) -> list[Row]:

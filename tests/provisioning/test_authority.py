@@ -136,7 +136,7 @@ def test_one_of_many_that_is_not_recorded_so_stops_all(
 ) -> None:
     signed: list[object] = []
     authority = station.authority
-    monkeypatch.setattr("birthmark.provisioning.profile.device_certificate_der", lambda *a, **_: signed.append(a))
+    monkeypatch.setattr("birthmark.provisioning.profile.ClientSigner.sign", lambda *a, **_: signed.append(a))
     good, bad = keyed_row(station, "sensor-1"), keyed_row(station, "sensor-2")
     if wrong == "state":
         with station.registry.transaction() as transaction:

@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from birthmark.device.certificate_facts import certificate_facts
 from birthmark.device.errors import AuthorityError, IdentityError
 from birthmark.device.identity import DeviceId, Role
-from birthmark.provisioning import profile
+from birthmark.provisioning import p256, profile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -311,6 +311,61 @@ def test_other_keys_are_refused() -> None:
     for other in others:
         with pytest.raises(AuthorityError, match="P-256"):
             profile.parse_public_key(other.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 2**256 - 2**225))
+def test_a_key_is_told_by_its_octets_as_cryptography_tells_it(scalar: int) -> None:
+    public_key = ec.derive_private_key(scalar, ec.SECP256R1()).public_key()
+    der = public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    point = public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    assert p256.point_of(der) == profile.public_point(der) == point
+
+
+@settings(max_examples=200, deadline=None)
+@given(place=st.integers(0, 90), change=st.integers(1, 255))
+def test_a_changed_key_is_refused(place: int, change: int) -> None:
+    assume(place != 26 or change not in (2, 3))  # the same point in its hybrid form
+    der = bytearray(key().public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+    der[place] ^= change
+    assert p256.point_of(bytes(der)) is None
+    with pytest.raises(AuthorityError):
+        profile.public_point(bytes(der))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        b"",
+        b"\4",
+        b"\4" + bytes(64),
+        b"\4" + b"\xff" * 64,
+        b"\4" + p256._P.to_bytes(32, "big") + bytes(32),
+        b"\4" + bytes(65),
+    ],
+    ids=["none", "no coordinates", "zero", "large", "p", "long"],
+)
+def test_what_is_no_point_of_the_curve_is_refused(point: bytes) -> None:
+    assert p256.point_of(p256.KEY_HEAD + point) is None
+    with pytest.raises(AuthorityError):
+        profile.public_point(p256.KEY_HEAD + point)
+
+
+def test_coordinates_are_below_the_field_prime() -> None:
+    # A small x has a second way to be written in 32 octets, x + p: one key would be two.
+    x = next(x for x in range(200) if pow(x**3 - 3 * x + p256._B, (p256._P - 1) // 2, p256._P) == 1)
+    y = pow(x**3 - 3 * x + p256._B, (p256._P + 1) // 4, p256._P)
+    octets = y.to_bytes(32, "big")
+    assert p256.point_of(p256.KEY_HEAD + b"\4" + x.to_bytes(32, "big") + octets) is not None
+    assert p256.point_of(p256.KEY_HEAD + b"\4" + (x + p256._P).to_bytes(32, "big") + octets) is None
+
+
+def test_a_key_in_another_form_is_read_all_the_same() -> None:
+    public_key = key().public_key()
+    compressed = public_key.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    der = bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200") + compressed
+    assert p256.point_of(der) is None
+    assert profile.public_point(der) == public_key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
 
 
 def test_key_and_certificate_must_belong_together(root: profile.Issuer) -> None:
