@@ -99,6 +99,8 @@ class Upstream:
         """Why it is down; empty while it is up, and before the first attempt."""
         self.refused = ""
         """The message that was set aside last, in words; empty: none since the credentials were read."""
+        self.refused_count = 0
+        """How many were set aside since then."""
         self._exchange = exchange
         self._topics = topics
         self._flusher = flusher
@@ -147,7 +149,7 @@ class Upstream:
     def reload(self) -> None:
         """Read the credentials again, and connect with them. Raises `ConfigurationError`, and changes nothing."""
         self.credentials = read_credentials(self.settings)
-        self.refused = ""
+        self.refused, self.refused_count = "", 0
         self._again.set()
         if self.link is not None:
             self.link.close()
@@ -192,6 +194,8 @@ class Upstream:
             message = f"the upstream {self.name} is down: {self.reason}"
             if self._unsettled >= UNSETTLED_AFTER:
                 message += "; each time before it granted our subscriptions: it may not allow one of them"
+            elif self.spool.is_careful:
+                message += "; each time before it took what was sent: one message alone is tried at a time"
             found.append(Alarm("upstream-down", message, hint, logging.ERROR))
         if self.link is not None and self.link.refused:
             filters = ", ".join(escaped(topic_filter) for topic_filter in self.link.refused)
@@ -199,7 +203,10 @@ class Upstream:
             refused_hint = "look at our rights there, or at `down` in broker.toml"
             found.append(Alarm("upstream-refuses", message, refused_hint))
         if self.refused:
-            message = f"the upstream {self.name} refuses messages, which are set aside: at last {self.refused}"
+            were = "1 message was" if self.refused_count == 1 else f"{self.refused_count} messages were"
+            message = (
+                f"the upstream {self.name} ends the connection over some: {were} dropped, the last {self.refused}"
+            )
             refused_hint = "allow it there, or set max_topic_bytes or max_payload_bytes; SIGHUP ends this alarm"
             found.append(Alarm("upstream-refused-message", message, refused_hint))
         if self.spool.is_filling:
@@ -366,9 +373,10 @@ class Upstream:
         self._retry.start_anew()
         self._exchange.counters.upstream_refused += 1
         topic = escaped(message.topic)
-        self.refused = f"one on {topic} of {len(message.payload)} bytes"
+        self.refused_count += 1
+        self.refused = f"on {topic} of {len(message.payload)} bytes"
         _log.error(
-            "the upstream %s ends every connection over a message on %s of %s bytes: set aside, and gone",
+            "the upstream %s ends every connection over a message on %s of %s bytes: dropped; the others go on",
             self.name,
             topic,
             len(message.payload),

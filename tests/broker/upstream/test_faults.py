@@ -201,7 +201,9 @@ def test_a_message_that_ends_every_connection_is_set_aside_and_the_others_arrive
         gateway.wait_for(lambda: not upstream.spool.session.waiting_count, "acknowledged")
         assert gateway.broker.counters.upstream_refused == upstream.spool.dropped == 2
         assert codes(gateway) == ["upstream-refused-message"]
-        assert f"over a message on {TOPIC} of 3000 bytes: set aside" in caplog.text
+        assert f"over a message on {TOPIC} of 3000 bytes: dropped" in caplog.text
+        (alarm,) = gateway.call(upstream.alarms, now())
+        assert f"2 messages were dropped, the last on {TOPIC} of 3000 bytes" in alarm.message
         assert not upstream.spool.is_careful
         gateway.call(upstream.reload)
         assert "upstream-refused-message" not in codes(gateway)
@@ -280,13 +282,16 @@ def test_an_upstream_that_acknowledges_nothing_costs_no_message(tmp_path: Path, 
         speaking(tmp_path, pki, talk) as port,
         running_gateway(tmp_path, pki, **linked(tmp_path, pki, port, keepalive_s=1)) as gateway,
     ):
-        wait_until_up(gateway)
+        upstream = wait_until_up(gateway)
         publish(gateway.client(), TOPIC, b"1")
         publish(gateway.client(), TOPIC, b"2")
         gateway.wait_for(lambda: ended > 8, "many connections in vain")
-        spool = upstream_of(gateway).spool
+        spool = upstream.spool
         assert spool.is_careful
         assert (spool.session.waiting_count, spool.dropped) == (2, 0)
+        gateway.wait_for(lambda: "upstream-down" in [each.code for each in upstream.alarms(now())], "an alarm")
+        (alarm,) = [each for each in gateway.call(upstream.alarms, now()) if each.code == "upstream-down"]
+        assert "each time before it took what was sent: one message alone is tried at a time" in alarm.message
 
 
 def test_an_upstream_that_only_accepts_and_closes_costs_no_message(tmp_path: Path, pki: Pki) -> None:

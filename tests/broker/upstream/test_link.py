@@ -266,6 +266,22 @@ def test_another_gateways_messages_go_on_up_in_a_tree_alone(
             assert [topic.split("/")[3] for topic, *_ in said(listener, len(expected))] == expected
 
 
+def test_what_an_upstream_retained_that_is_no_more_goes_on_to_no_gateway_below(
+    above: RunningGateway, tmp_path: Path, pki: Pki
+) -> None:
+    """Whether it stood in a tree is not known any more."""
+    publish(above.client("alice", "operator"), "devices/sensor-2/commands/kept", b"x", retain=True)
+    with running_gateway(tmp_path, pki, **linked(tmp_path, pki, above.port)) as site:
+        site.wait_for(wait_until_up(site).caught_up.is_set, "caught up")
+    values = linked(tmp_path, pki, 1, name="renamed", transit=True)
+    with running_gateway(tmp_path, pki, **values) as site:
+        device = site.client("sensor-2").subscribed(("devices/sensor-2/commands/#", 1))
+        assert [topic.split("/")[3] for topic, *_ in said(device, 1)] == ["kept"]
+        below = site.client("gw-2", "service-gateway").subscribed(("devices/sensor-2/commands/#", 1))
+        publish(site.client("alice", "operator"), "devices/sensor-2/commands/last", b"x")
+        assert [topic.split("/")[3] for topic, *_ in said(below, 1)] == ["last"]
+
+
 def test_a_triangle_of_two_gateways_and_a_broker_is_no_circle(
     above: RunningGateway, tmp_path: Path, pki: Pki
 ) -> None:

@@ -115,6 +115,13 @@ def test_nobody_above_speaks_in_the_gateways_name() -> None:
         assert mapping.to_local(f"gateway/BERLIN/{said}") is None, "names are one, however their case"
 
 
+def test_nobody_above_speaks_in_the_brokers_name() -> None:
+    mapping = read(prefix="sites/berlin/", up=[], down=["#"], down_shared=[]).mapping
+    assert mapping.to_local("sites/berlin/a/$SYS") == "a/$SYS"
+    assert mapping.to_local("sites/berlin/$SYS/broker/version") is None
+    assert mapping.to_local("sites/berlin/") is None, "no topic is left"
+
+
 def test_what_is_this_gateways_alone_is_no_loop_however_its_case() -> None:
     assert read(up=["gateway/Berlin/#"], down=[], down_shared=["gateway/#"]).mapping.loop() is None
     with pytest.raises(ConfigurationError, match="have topics in common"):
