@@ -12,7 +12,7 @@ import secrets
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ def sixteen(station: Station, path: Path, template: str) -> tuple[float, float]:
         return [Slot(port, journal, ids, tell, stop) for port in ports]
 
     begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
-    run_line(make, quiet, tally, stop)
+    run_line(make, quiet, tally, stop, nullcontext())
     elapsed_s, cpu_s = time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
     if quiet.failures:
         raise quiet.failures[0]

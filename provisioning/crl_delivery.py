@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crl_store import CrlSet, current_crl, successor
-from birthmark.provisioning.crls import sign_and_store_crl
+from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.delivery import Delivery, Outcome
 from birthmark.provisioning.gateway_receipts import note_deliveries, standing_of
 from birthmark.provisioning.gateways import DEFAULT_TIMEOUT_S, deliver
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from datetime import datetime
 
     from birthmark.device.console import Console
     from birthmark.provisioning.gateway_settings import Gateway
     from birthmark.provisioning.policy_delivery import PolicyDelivery
     from birthmark.provisioning.station import Station
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """CRLs, and what became of them at every gateway."""
+
+    crls: CrlSet
+    deliveries: tuple[Delivery, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return this as a JSON object."""
+        return {
+            "event": "crl",
+            "crl_number": self.crls.current.number,
+            "crl_path": str(self.crls.path),
+            "entries": len(self.crls.cert_serials),
+            "crls": self.crls.records(),
+            "gateways": [delivery.record() for delivery in self.deliveries],
+        }
+
+    def described(self) -> str:
+        """Return this as lines for people."""
+        head = f"revoked certificates are on {self.crls.shown()}, {self.crls.path}"
+        return "\n".join([head, *(f"  {delivery.described()}" for delivery in self.deliveries)])
 
 
 def deliver_crl(
@@ -130,16 +154,33 @@ def bring_new_crl(station: Station, console: Console, *, timeout_s: float = DEFA
     Raises:
         AuthorityError: the CA cannot be unlocked, or its clock is wrong.
     """
-    crls = sign_and_store_crl(station)
-    deliveries = deliver_crl(station, crls, timeout_s)
-    record = {
-        "event": "crl",
-        "crl_number": crls.current.number,
-        "crl_path": str(crls.path),
-        "entries": len(crls.cert_serials),
-        "crls": crls.records(),
-        "gateways": [delivery.record() for delivery in deliveries],
-    }
-    head = f"revoked certificates are on {crls.shown()}, {crls.path}"
-    console.emit(record, "\n".join([head, *(f"  {delivery.described()}" for delivery in deliveries)]))
-    return warn_of_pending(console, deliveries)
+    brought = brought_by(station, sign_and_store_crl(station), timeout_s)
+    console.emit(brought.record(), brought.described())
+    return warn_of_pending(console, brought.deliveries)
+
+
+def bring_unlisted(station: Station, revoked: Collection[int]) -> Brought | None:
+    """Do as `bring_new_crl` if one of these is on no CRL, and the registry says that it should be; say nothing.
+
+    Args:
+        station: whose CRLs they are to be on.
+        revoked: serial numbers.
+
+    Returns:
+        What was brought; None if there was nothing to bring.
+
+    Raises:
+        AuthorityError: a CA cannot be unlocked.
+    """
+    before = current_crl(station)
+    if before is not None and before.cert_serials.issuperset(revoked):
+        return None
+    crls = up_to_date_crl(station)
+    if before is not None and crls.pem == before.pem:
+        return None
+    return brought_by(station, crls, DEFAULT_TIMEOUT_S)
+
+
+def brought_by(station: Station, crls: CrlSet, timeout_s: float) -> Brought:
+    """Bring the CRLs to every gateway, as `deliver_crl` does."""
+    return Brought(crls, tuple(deliver_crl(station, crls, timeout_s)))

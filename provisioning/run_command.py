@@ -4,7 +4,9 @@ Rules:
 
 - The ports are named, by `--port` or in a fixture's file; nothing is sent to any other.
 - New units get ids from a list, a template or a scanner; units that are under way keep theirs.
-- The exit code is that of the worst unit; 130 after Ctrl-C, which prints the command that resumes.
+- What becomes revoked is brought to every gateway without waiting for the line's end (`line.revocations`).
+- The exit code is that of the worst unit, or 1 if a gateway has not got the CRL; 130 after Ctrl-C, which prints
+  the command that resumes.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from birthmark.device.escape import escaped
 from birthmark.device.identity import device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
 from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
-from birthmark.provisioning.crl_delivery import bring_missing
+from birthmark.provisioning.crl_delivery import bring_missing, warn_of_pending
 from birthmark.provisioning.line.batches import moment
 from birthmark.provisioning.line.port_choice import read_fixture, slots_of
+from birthmark.provisioning.line.revocations import LineRevocations
 from birthmark.provisioning.line.run import run_line
 from birthmark.provisioning.line.scanner import Scanner
 from birthmark.provisioning.line.slot import DEFAULT_TRIES, Noted, Slot
@@ -192,18 +195,20 @@ class _Line:
         tally = Tally()
         display = display_for(console, [port.slot for port in self._ports], tally)
         again = getattr(arguments, "again", False)
+        revocations = LineRevocations(station, journal.revoked)
 
         def make(tell: Callable[[Report], None]) -> list[Slot]:
-            self.tell = tell
+            self.tell = tell = revocations.watching(tell)
             return [Slot(port, journal, ids, tell, self.stop, arguments.tries, again) for port in self._ports]
 
         try:
             with ExitStack() as terminal:
                 if self.scanner is not None and isinstance(display, LiveTable):
                     terminal.enter_context(self.scanner.key_by_key(display.typed))
-                run_line(make, display, tally, self.stop)
+                run_line(make, display, tally, self.stop, revocations)
         finally:
-            bring_missing(station, console, journal.revoked)
+            is_delivered = bring_missing(station, console, journal.revoked)
+        is_delivered &= warn_of_pending(console, revocations.deliveries)
         if isinstance(display, Lines):  # a table has it below
             console.emit(tally.record(), "\n".join(tally.described()))
         if self.stop.is_set():
@@ -211,7 +216,7 @@ class _Line:
             record = {"event": "interrupted", "resume": resume}
             console.emit(record, f"interrupted; nothing is lost. To go on: {resume}")
             return INTERRUPTED
-        return tally.worst_exit_code
+        return tally.worst_exit_code or (0 if is_delivered else 1)
 
     def ask(self, slot: str, kind: str, text: str) -> None:
         """Show what is to be scanned."""

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
-from birthmark.provisioning.line.slot import Ended, Report, Slot
+from birthmark.provisioning.line.slot import Announced, Ended, Report, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from birthmark.provisioning.line.view import Display, Tally
@@ -34,6 +35,7 @@ def run_line(
     display: Display,
     tally: Tally,
     stop: threading.Event,
+    beside: AbstractContextManager[object],
 ) -> None:
     """Run all slots until each is done, or until `stop`.
 
@@ -42,37 +44,54 @@ def run_line(
         display: is shown every report, in this thread.
         tally: counts every attempt's end.
         stop: set once a signal has come while this runs.
+        beside: is at work as long as the slots are; what it reports at its end is shown, too.
     """
     reports: SimpleQueue[Report | _Done | _Signal] = SimpleQueue()
     slots = make(reports.put)
     threads = [
         threading.Thread(target=_work, args=(slot, reports), name=f"slot-{slot.port.slot}") for slot in slots
     ]
-    defects: list[BaseException] = []
     with _signals_into(reports):
-        for thread in threads:
-            thread.start()
-        running = len(threads)
-        while running:
-            try:
-                report = reports.get(timeout=_TICK_S)
-            except Empty:
-                display.tick()
-                continue
-            if isinstance(report, _Done):
-                running -= 1
-                defects += [] if report.defect is None else [report.defect]
-            elif not isinstance(report, _Signal):
-                if isinstance(report, Ended):
-                    tally.add(report)
-                defects += _show(display, report)
-            if defects or isinstance(report, _Signal):
-                stop.set()
-        for thread in threads:
-            thread.join()
+        with beside:
+            for thread in threads:
+                thread.start()
+            defects = _follow(reports, len(threads), display, tally, stop)
+            for thread in threads:
+                thread.join()
+        while not reports.empty():  # a signal that came late, or the last word of `beside`
+            last = reports.get()
+            if isinstance(last, Announced):
+                defects += _show(display, last)
     if defects:
         raise defects[0]
     display.close()
+
+
+def _follow(
+    reports: SimpleQueue[Report | _Done | _Signal],
+    running: int,
+    display: Display,
+    tally: Tally,
+    stop: threading.Event,
+) -> list[BaseException]:
+    """Show what is reported until so many slots are done; return what is no board's fault."""
+    defects: list[BaseException] = []
+    while running:
+        try:
+            report = reports.get(timeout=_TICK_S)
+        except Empty:
+            display.tick()
+            continue
+        if isinstance(report, _Done):
+            running -= 1
+            defects += [] if report.defect is None else [report.defect]
+        elif not isinstance(report, _Signal):
+            if isinstance(report, Ended):
+                tally.add(report)
+            defects += _show(display, report)
+        if defects or isinstance(report, _Signal):
+            stop.set()
+    return defects
 
 
 def _show(display: Display, report: Report) -> list[OSError]:

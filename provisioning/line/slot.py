@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError, LinkError, PortError, RegistryError
 from birthmark.provisioning.enrollment.enrol import Reached, Step, Stored
@@ -83,7 +83,16 @@ class Ended:
     error: BirthmarkError | None = None
 
 
-Report = Stepped | Noted | Ended
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Something of no one slot: a CRL that was brought while the line runs."""
+
+    record: dict[str, Any]
+    """The JSON object that says it."""
+    text: str
+
+
+Report = Stepped | Noted | Ended | Announced
 
 
 class _SameUnitError(Exception):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from birthmark.device.escape import escaped
 from birthmark.provisioning.enrollment.enrol import Step
 from birthmark.provisioning.enrollment.outcomes import Outcome
-from birthmark.provisioning.line.slot import Ended, Noted, Stepped
+from birthmark.provisioning.line.slot import Announced, Ended, Noted, Stepped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,8 +44,8 @@ PERCENT: Final = {
 _COLUMNS: Final = "{:<8} {:<{id_width}}  {:<7} {:>3} {:>8} {:>8}  "
 _RESULT_WIDTH: Final = 20
 _ID_WIDTHS: Final = (8, 24)
-_LINES_BESIDE_SLOTS: Final = 7
-"""Heading, three of statistics, two for the scanner, and the one that the cursor is in."""
+_LINES_BESIDE_SLOTS: Final = 8
+"""Heading, three of statistics, one of a CRL, two for the scanner, and the one that the cursor is in."""
 _COLOURS: Final = {Outcome.PASS: "7;32", Outcome.FAIL: "7;31", Outcome.STOPPED: "7;33"}
 _REDRAW_S: Final = 0.1
 
@@ -141,6 +141,8 @@ class Lines:
                 text = f"{report.slot:<8} {report.kind}: {escaped(report.text)}"
             case Ended():
                 text = self._ended(report)
+            case Announced():
+                text = report.text
         self._console.emit(record_of(report), text)
 
     def tick(self) -> None:
@@ -187,6 +189,8 @@ class LiveTable:
         self._next_s = 0.0
         self._prompt: Noted | None = None
         self._typed = ""
+        self._announced: list[str] = []
+        """The last word that was of no slot; in full at the end."""
         self._failures: dict[str, BirthmarkError] = {}
         narrowest, widest = _ID_WIDTHS
         others = len(_COLUMNS.format(*[""] * 6, id_width=0)) + _RESULT_WIDTH
@@ -198,6 +202,9 @@ class LiveTable:
 
     def show(self, report: Report) -> None:
         """Take a report; it is on the terminal with the next drawing."""
+        if isinstance(report, Announced):
+            self._announced = report.text.splitlines()
+            return
         if isinstance(report, Noted) and report.kind in ("id", "confirm"):
             self._prompt = report
         elif self._prompt is not None and report.slot == self._prompt.slot:
@@ -219,6 +226,8 @@ class LiveTable:
         """Draw for the last time, and say what each failure was."""
         self._prompt = None
         self._draw(self._tally.clock())
+        for line in self._announced[1:]:
+            self._write(f"{line}\n")
         for slot, error in self._failures.items():
             hint = f" ({error.hint})" if error.hint else ""
             self._write(f"{slot}: {error.message}{hint}\n")
@@ -227,7 +236,7 @@ class LiveTable:
         """Return the table's lines, painted, none longer than the terminal is wide."""
         heading = _COLUMNS.format("SLOT", "ID", "STEP", "%", "SECONDS", "RETRIES", id_width=self._id_width)
         rows = [self._painted(row, row.text(now_s, self._id_width)) for row in self._rows.values()]
-        below = self._tally.described()
+        below = [*self._tally.described(), *self._announced[:1]]
         if self._prompt is not None:
             below += [f"slot {self._prompt.slot}: {escaped(self._prompt.text)}", f"> {escaped(self._typed)}"]
         return [heading[: self._width - 1].rstrip(), *rows, *(line[: self._width - 1] for line in below)]
@@ -324,6 +333,8 @@ def record_of(report: Report) -> dict[str, Any]:
             return {"event": event, "slot": report.slot, "for": report.kind, "text": escaped(report.text)}
         case Ended():
             return _ended_record(report)
+        case Announced():
+            return report.record
 
 
 def _ended_record(ended: Ended) -> dict[str, Any]:

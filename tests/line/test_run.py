@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,12 +19,16 @@ from support.board_cable import Cable
 from support.board_killed import session
 from support.line_board import LineBoard
 from support.station import PASSPHRASE
+from support.station_gateways import PathGateway, receipt_for
 
+from birthmark.provisioning.crl_store import read_crl_file
 from birthmark.provisioning.enrollment.enrol import Stored
+from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.line.run import run_line
 from birthmark.provisioning.line.slot import Slot
 from birthmark.provisioning.line.view import Tally
 from birthmark.provisioning.registry.model import KeyMode, State
+from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -243,7 +248,7 @@ def test_a_signal_may_come_on_top_of_another() -> None:
         def tick(self) -> None: ...
         def close(self) -> None: ...
 
-    run_line(lambda _: [cast(Slot, Waiting())], Blind(), Tally(), stop)
+    run_line(lambda _: [cast(Slot, Waiting())], Blind(), Tally(), stop, nullcontext())
     assert stop.is_set()
 
 
@@ -322,6 +327,42 @@ def test_with_again_a_slot_takes_one_board_after_the_other(
     assert line.end()[0] == 130
     assert made == [("PASS", "unit-1"), ("PASS", "unit-2")]
     assert [row.state for row in rows(station)] == [State.ATTESTED] * 2
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_a_running_line_revokes_is_refused_while_it_still_runs(
+    station: Station, start: Callable[..., Process], tmp_path: Path, birthmark: Command, is_there: bool
+) -> None:
+    """A unit was to be made again, and the line comes to finish it: its old identity is good no longer."""
+    crl_path, link = tmp_path / "gateway.crl", tmp_path / "slot"
+    add_gateway(station.settings_path, Gateway("gateway-1", crl_path))
+
+    def cut(event: Event) -> None:
+        if isinstance(event, Stored) and event.row.state is State.PREPARED:
+            raise CutError
+
+    def answer(crl: bytes) -> bytes:
+        return receipt_for(crl).to_bytes()
+
+    board = LineBoard(tmp_path / "board", link)
+    with board:
+        assert birthmark("flash", "--port", str(link), "--id", "unit-1", *WHERE).exit_code == 0
+        begun = session(station, str(link), "unit-1", KeyMode.ON_DEVICE, cut)
+        object.__setattr__(begun.wish, "replaces_reason", "superseded")
+        with pytest.raises(CutError):
+            begun.run()
+    (old, _) = rows(station)
+    with PathGateway(crl_path, answer) if is_there else nullcontext():
+        line = start("run", "--port", str(link), "--template", "unit-{n}", "--again", "--json", *WHERE)
+        with board:
+            told = line.wait_for(lambda record: record["event"] == "crl")
+            assert line.process.poll() is None
+        assert [gateway["outcome"] for gateway in told["gateways"]] == ["done" if is_there else "PENDING"]
+        assert read_crl_file(station.crl_path, station.cas.issuing)[0].cert_serials == {old.cert_serial}
+        line.process.send_signal(signal.SIGTERM)
+        code, complaint = line.end()
+    assert code == 130
+    assert ("not every gateway has it (gateway-1)" in complaint) is not is_there
 
 
 def test_the_table_on_a_terminal(

@@ -19,7 +19,7 @@ from birthmark.provisioning.enrollment.outcomes import Attempt, Outcome, code_of
 from birthmark.provisioning.enrollment.port import PortName
 from birthmark.provisioning.enrollment.verdict import Evidence
 from birthmark.provisioning.line.port_choice import SlotPort
-from birthmark.provisioning.line.slot import Ended, Noted, Slot, Stepped
+from birthmark.provisioning.line.slot import Announced, Ended, Noted, Slot, Stepped
 from birthmark.provisioning.line.view import LiveTable, Tally
 from birthmark.provisioning.registry.interface import RegistryAwayError
 
@@ -251,3 +251,11 @@ def test_the_table_is_drawn_over_itself() -> None:
     screen.now_s += 1
     screen.table.tick()
     assert screen.written[1].startswith(f"\x1b[{screen.written[0].count(chr(10))}F")
+
+
+def test_a_crl_that_is_brought_meanwhile_is_below_the_table_and_whole_at_its_end() -> None:
+    screen = Screen(80, is_coloured=False)
+    screen.table.show(Announced({}, "revoked certificates are on CRL 7\n  gateway-1: PENDING: no receipt"))
+    assert screen.lines()[-1] == "revoked certificates are on CRL 7"
+    screen.table.close()
+    assert screen.written[-1] == "  gateway-1: PENDING: no receipt\n"
