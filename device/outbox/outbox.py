@@ -29,6 +29,7 @@ from birthmark.device.events import OutboxChanged
 from birthmark.device.frozen import Frozen
 from birthmark.device.mqtt import topic_matches
 from birthmark.device.outbox.database import DatabaseFailedError, DatabaseUnfitError, Row
+from birthmark.device.outbox.drain import Drain
 from birthmark.device.outbox.opening import open_file, replaced
 from birthmark.device.outbox.storing import Totals, store
 from birthmark.device.publication import Acknowledgement, Outgoing, as_bytes, check_size, with_id
@@ -142,8 +143,7 @@ class Outbox:
         self._has_backlog = False
         self._waiting: weakref.WeakValueDictionary[int, Acknowledgement] = weakref.WeakValueDictionary()
         # The sender's alone.
-        self._backlog_to = 0
-        self._next_send_s = 0.0
+        self._drain = Drain(settings.drain_per_s)
         # The outbox's thread's alone.
         self._database: Database | None = None
         self._retry_at_s = 0.0
@@ -235,15 +235,16 @@ class Outbox:
     def connected(self) -> None:
         """Take what is there by now for a backlog, to be sent at the bounded rate."""
         with self._changed:
-            self._backlog_to = self._newest
+            self._drain.begin(self._newest, self._monotonic_s())
             self._has_backlog = bool(self._messages)
-            self._next_send_s = self._monotonic_s()
 
     def take(self) -> list[Delivery]:
         """Return what may be sent now, in order."""
         taken: list[Delivery] = []
         with self._changed:
-            while self._ready and len(self._on_their_way) < IN_FLIGHT and self._take_turn(self._ready[0].seq):
+            while self._ready and len(self._on_their_way) < IN_FLIGHT:
+                if not self._drain.lets_go(self._ready[0].seq, self._monotonic_s()):
+                    break
                 row = self._ready.popleft()
                 self._on_their_way.add(row.seq)
                 taken.append(Delivery(Outgoing(row.topic, row.payload, 1, row.retain), row, self))
@@ -254,9 +255,9 @@ class Outbox:
     def wait_s(self) -> float | None:
         """Return how long the bounded rate makes the next message wait; None: something else does."""
         with self._changed:
-            if not self._ready or len(self._on_their_way) >= IN_FLIGHT or self._ready[0].seq > self._backlog_to:
+            if not self._ready or len(self._on_their_way) >= IN_FLIGHT:
                 return None
-            return max(0.0, self._next_send_s - self._monotonic_s())
+            return self._drain.wait_s(self._ready[0].seq, self._monotonic_s())
 
     def accepted(self, row: Row) -> None:
         """Take the broker's word for a message; it is removed from the disk in a while."""
@@ -277,16 +278,6 @@ class Outbox:
             acknowledgement.settle()
         if has_drained:
             self._tell(OutboxChanged("drained", "the broker has everything that waited in the outbox"))
-
-    def _take_turn(self, seq: int) -> bool:
-        if seq > self._backlog_to or not self._settings.drain_per_s:
-            return True
-        now_s = self._monotonic_s()
-        if now_s < self._next_send_s:
-            return False
-        self._next_send_s = max(self._next_send_s, now_s - 1 / self._settings.drain_per_s)
-        self._next_send_s += 1 / self._settings.drain_per_s
-        return True
 
     # From the outbox's own thread.
 
