@@ -21,7 +21,7 @@ from birthmark.provisioning.options import (
 from birthmark.provisioning.passphrase import PassphraseSource
 from birthmark.provisioning.registry.opening import setting_from
 from birthmark.provisioning.restore import Merged, Restored, merge_crls, restore
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     import argparse

@@ -1,4 +1,4 @@
-"""Where the keys of issuing CAs are: in files of the station (`keyfile`), or in a PKCS#11 token (`pkcs11_token`).
+"""Where the keys of issuing CAs are: in files of the station (`keyfile`), or in a PKCS#11 token (`tokens`).
 
 What signs does not know which: a key is an `EllipticCurvePrivateKey`. Only making and keeping one differ.
 
@@ -28,14 +28,14 @@ from birthmark.device.escape import escaped
 from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, KeyDerivation
 from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.passphrase import PIN_VARIABLE, PassphraseSource
-from birthmark.provisioning.pkcs11_token import Pin, Token
-from birthmark.provisioning.token_key import TokenKey
+from birthmark.provisioning.tokens.key import TokenKey
+from birthmark.provisioning.tokens.pkcs11 import Pin, Token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from birthmark.provisioning.settings import TokenSettings
-    from birthmark.provisioning.token_uri import TokenUri
+    from birthmark.provisioning.tokens.uri import TokenUri
 
 MODULE_VARIABLE: Final = "BIRTHMARK_TOKEN_MODULE"
 """Names the module for one command, in the place of what the settings name."""

@@ -40,7 +40,7 @@ from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.opening import has_password
 from birthmark.provisioning.retirement import due_retirements
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

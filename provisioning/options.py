@@ -16,7 +16,7 @@ from birthmark.provisioning.places import FOLDER_VARIABLE, PASSPHRASE_VARIABLE, 
 from birthmark.provisioning.revocation import REASONS, parse_reason
 from birthmark.provisioning.settings import TokenSettings
 from birthmark.provisioning.station import Station
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from birthmark.device.console import Parser

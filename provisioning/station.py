@@ -43,8 +43,8 @@ from birthmark.provisioning.places import KEYS_FOLDER, default_folder
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
-from birthmark.provisioning.token_key import TokenKey
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.key import TokenKey
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -15,16 +15,16 @@ from birthmark.provisioning.options import (
     pin_source,
     station_folder,
 )
-from birthmark.provisioning.pkcs11_modules import tokens_in
 from birthmark.provisioning.settings import SETTINGS_FILE, TokenSettings, read_settings
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.modules import tokens_in
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     import argparse
 
     from birthmark.provisioning.cas import Ca
-    from birthmark.provisioning.pkcs11_modules import TokenFacts
     from birthmark.provisioning.station import Station
+    from birthmark.provisioning.tokens.modules import TokenFacts
 
 
 def add_to(actions: argparse._SubParsersAction[Parser]) -> None:

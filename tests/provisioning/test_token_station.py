@@ -41,7 +41,7 @@ from birthmark.provisioning.rollover.phases import activate, close_old, retire_c
 from birthmark.provisioning.rollover.starting import RootKey, start_issuing, start_root
 from birthmark.provisioning.settings import Settings, TokenSettings
 from birthmark.provisioning.station import Station, utc_now
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

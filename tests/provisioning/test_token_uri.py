@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from birthmark.device.errors import BirthmarkError, ConfigurationError
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 MODULE = Path("/usr/lib/softhsm/libsofthsm2.so")
 

@@ -18,16 +18,16 @@ from support.pki import Pki
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 
 from birthmark.device.errors import AuthorityError, ConfigurationError
-from birthmark.provisioning import pkcs11_token
-from birthmark.provisioning.pkcs11_modules import PROCESS, TokenFacts, key_facts, token_facts, tokens_in
-from birthmark.provisioning.pkcs11_token import Pin, Token
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens import pkcs11
+from birthmark.provisioning.tokens.modules import PROCESS, TokenFacts, key_facts, token_facts, tokens_in
+from birthmark.provisioning.tokens.pkcs11 import Pin, Token
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from birthmark.provisioning.token_key import TokenKey
+    from birthmark.provisioning.tokens.key import TokenKey
 
 ALGORITHM = ECDSA(SHA256())
 ID = bytes(range(16))
@@ -150,7 +150,7 @@ def test_a_key_that_does_not_do_as_it_is_told_is_not_left_in_the_token(
     softhsm: SoftHsm, uri: TokenUri, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = key_facts
-    monkeypatch.setattr(pkcs11_token, "key_facts", lambda key: replace(real(key), extractable=True))
+    monkeypatch.setattr(pkcs11, "key_facts", lambda key: replace(real(key), extractable=True))
 
     with pytest.raises(AuthorityError, match="the token would give it away"):
         softhsm.token(uri).make_key(uri)
@@ -180,8 +180,8 @@ def test_several_threads_share_a_login(softhsm: SoftHsm, key: TokenKey, uri: Tok
 SIGN_THEN_TLS = """
 import ssl, sys
 from pathlib import Path
-from birthmark.provisioning.pkcs11_token import Pin, Token
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.pkcs11 import Pin, Token
+from birthmark.provisioning.tokens.uri import TokenUri
 _, uri, module, pin, anchors = sys.argv
 uri = TokenUri.parse(uri)
 Token(uri, Path(module), Pin(pin.encode, by_person=False)).find_key(uri).prove()
@@ -202,9 +202,9 @@ import os, sys
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.hashes import SHA256
-from birthmark.provisioning.pkcs11_modules import PROCESS
-from birthmark.provisioning.pkcs11_token import Pin, Token
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.modules import PROCESS
+from birthmark.provisioning.tokens.pkcs11 import Pin, Token
+from birthmark.provisioning.tokens.uri import TokenUri
 
 module, label, pin = sys.argv[1:]
 uri = TokenUri(label, object="issuing", id=bytes(range(16)))
@@ -383,7 +383,7 @@ def test_the_last_try_is_left_to_a_person(
 ) -> None:
     softhsm.forget()
     real = token_facts
-    monkeypatch.setattr(pkcs11_token, "token_facts", lambda token: replace(real(token), last_try=True))
+    monkeypatch.setattr(pkcs11, "token_facts", lambda token: replace(real(token), last_try=True))
 
     with pytest.raises(AuthorityError, match="one more wrong PIN would lock it") as refused:
         softhsm.token(uri).private_keys()
@@ -420,7 +420,7 @@ def test_why_a_token_does_not_open_is_said(softhsm: SoftHsm, uri: TokenUri, erro
 
 def test_a_locked_token_is_not_tried(softhsm: SoftHsm, uri: TokenUri, monkeypatch: pytest.MonkeyPatch) -> None:
     real = token_facts
-    monkeypatch.setattr(pkcs11_token, "token_facts", lambda token: replace(real(token), locked=True))
+    monkeypatch.setattr(pkcs11, "token_facts", lambda token: replace(real(token), locked=True))
 
     with pytest.raises(AuthorityError, match="its PIN is locked"):
         softhsm.token(uri, by_person=True).private_keys()

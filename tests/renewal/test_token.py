@@ -15,7 +15,7 @@ from support.station import CHEAP, PASSPHRASE
 from birthmark.provisioning.ca_keys import TokenPlace
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.settings import Settings, TokenSettings
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -47,7 +47,7 @@ from birthmark.provisioning.rollover.phases import activate
 from birthmark.provisioning.rollover.starting import RootKey, start_issuing, start_root
 from birthmark.provisioning.row_records import jsonl_lines
 from birthmark.provisioning.settings_edit import add_gateway, add_upstream
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from support.programs import lacks
 
-from birthmark.provisioning.pkcs11_modules import PROCESS, library, unload
-from birthmark.provisioning.pkcs11_token import Pin, Token
-from birthmark.provisioning.token_uri import TokenUri
+from birthmark.provisioning.tokens.modules import PROCESS, library, unload
+from birthmark.provisioning.tokens.pkcs11 import Pin, Token
+from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from birthmark.provisioning.token_uri import TokenUri
+    from birthmark.provisioning.tokens.uri import TokenUri
 
 T = TypeVar("T")
 P256: Final = bytes.fromhex("06082a8648ce3d030107")

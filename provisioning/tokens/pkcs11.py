@@ -8,7 +8,7 @@ Rules:
   would give away is refused.
 - A PIN that a token has refused is not tried again by this process, and the last try before a token locks itself
   is left to a person at a prompt: no service that is started again and again locks a token.
-- Modules are called in a thread of their own (`pkcs11_modules`); a PIN is asked for in the caller's.
+- Modules are called in a thread of their own (`modules`); a PIN is asked for in the caller's.
 - The login is kept. Once a token was away it is opened anew; a signature that failed for that is tried once more.
 - No PIN is in an error, and of what a module says the name of PKCS#11's return code alone.
 """
@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurv
 
 from birthmark.device.errors import AuthorityError
 from birthmark.device.escape import escaped
-from birthmark.provisioning.pkcs11_modules import (
+from birthmark.provisioning.tokens.key import TokenKey
+from birthmark.provisioning.tokens.modules import (
     P256,
     PROCESS,
     KeyFacts,
@@ -39,13 +40,12 @@ from birthmark.provisioning.pkcs11_modules import (
     tokens,
     unload,
 )
-from birthmark.provisioning.token_key import TokenKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from birthmark.provisioning.token_uri import TokenUri
+    from birthmark.provisioning.tokens.uri import TokenUri
 
 T = TypeVar("T")
 _POINT: Final = bytes.fromhex("0441")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.serialization import Encoding, KeySerializationEncryption, PrivateFormat
     from cryptography.utils import Buffer
 
-    from birthmark.provisioning.token_uri import TokenUri
+    from birthmark.provisioning.tokens.uri import TokenUri
 
 _HALF_OCTETS = 32
 
