@@ -205,7 +205,7 @@ class Upstream:
         if self.refused:
             were = "1 message was" if self.refused_count == 1 else f"{self.refused_count} messages were"
             message = (
-                f"the upstream {self.name} ends the connection over some: {were} dropped, the last {self.refused}"
+                f"the upstream {self.name} ends connections over messages: {were} dropped, the last {self.refused}"
             )
             refused_hint = "allow it there, or set max_topic_bytes or max_payload_bytes; SIGHUP ends this alarm"
             found.append(Alarm("upstream-refused-message", message, refused_hint))

@@ -177,6 +177,29 @@ def test_an_upstream_without_the_crl_of_a_ca_is_an_alarm_and_no_obstacle(
         member.wait_for(lambda: told_by(member).alarms == (), "the end of the alarm")
 
 
+def test_an_upstream_without_the_policy_that_there_was_before_is_an_alarm_and_no_obstacle(
+    cloud: Member, tmp_path: Path, pki: Pki
+) -> None:
+    configs = (
+        write_member(tmp_path / "gw-1", pki, "gw-1", cloud.port),
+        write_gateway(tmp_path / "new", pki, "cloud-2"),
+    )
+    for config in configs:
+        shutil.copy2(cloud.folder / "crl.pem", config.parent)
+    bring(cloud, "fleet/policy", signed_policy(pki.issuing, 1, NARROW))
+    with running_member(configs[0], pki) as member:
+        assert member.call(told_by, member).policy_version == 1
+    with running_member(configs[1], pki) as new:
+        new.client("gw-other", "service-gateway")
+        toml = configs[0].read_text().replace(f":{cloud.port}", f":{new.port}") + "catch_up_s = 0.3\n"
+        configs[0].write_text(toml)
+        with running_member(configs[0], pki) as member:
+            status = member.call(told_by, member)
+            assert (status.policy_version, status.alarms) == (1, ("fleet-unheard",))
+            bring(new, "fleet/policy", signed_policy(pki.issuing, 2, NARROW))
+            member.wait_for(lambda: told_by(member).alarms == (), "the end of the alarm")
+
+
 def test_crls_are_asked_for_by_their_very_topics(cloud: Member, tmp_path: Path, pki: Pki) -> None:
     """RabbitMQ gives what is retained for no filter with a wildcard in it."""
     config = write_member(tmp_path / "gw-1", pki, "gw-1", cloud.port)
