@@ -60,6 +60,11 @@ def bind(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 # `::` means every address, IPv4 ones as well; any other is itself alone.
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
+            # These three go on to every connection that it accepts.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if sys.platform == "linux":
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_PROBE_S)
             sock.bind((address[0], port, *address[2:]))
             sock.listen(BACKLOG)
             port = sock.getsockname()[1]
@@ -162,10 +167,6 @@ class Listener:
     def _take(self, connection: socket.socket, address: str) -> None:
         try:
             connection.settimeout(0)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if sys.platform == "linux":
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_PROBE_S)
             wrapped = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         except (OSError, ValueError):
             # It was gone before we turned to it.

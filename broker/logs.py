@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 
 
 class PlainFormatter(logging.Formatter):
@@ -55,4 +56,11 @@ def log_to_stderr(*, as_json: bool, is_verbose: bool) -> None:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, milliseconds = divmod(int(record.created * 1_000), 1_000)
+    return f"{_date_and_time(seconds)}.{milliseconds:03}Z"
+
+
+@lru_cache(maxsize=1)
+def _date_and_time(seconds: int) -> str:
+    """Up to the second, which the next line most likely shares."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from birthmark.device.identity import DeviceId, Role
 
 ID = "{id}"
+MAX_REMEMBERED = 20_000
+"""Identities whose rights a policy remembers: as many as may be connected by default; about 1 KB each."""
 _GLOB = re.compile(r"[A-Za-z0-9._*?-]{1,64}")
 
 
@@ -173,7 +175,7 @@ _Entries = tuple[tuple[str, list[str]], ...]
 
 
 class Rights:
-    """What one identity may do under one policy; made once a session, asked for every packet.
+    """What one identity may do under one policy; made once, asked for every packet. It never changes.
 
     Args:
         device_id: who.
@@ -342,12 +344,26 @@ class Policy:
 
         `for_renewal`: it was let in to renew its certificate, and for nothing else.
         """
+        key = (device_id.text, role.name, for_renewal)
+        rights = self._remembered.get(key)
+        if rights is None:
+            rights = self._work_out(device_id, role, for_renewal=for_renewal)
+            if len(self._remembered) >= MAX_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[key] = rights
+        return rights
+
+    def _work_out(self, device_id: DeviceId, role: Role, *, for_renewal: bool) -> Rights:
         kind = RenewalRights if for_renewal else Rights
         is_gateway = role.name.lower() == GATEWAY_ROLE
         for assignment, because in zip(self.assignments, self._because, strict=True):
             if assignment.reaches(device_id, role):
                 return kind(device_id, self._by_name[assignment.role], because, is_gateway=is_gateway)
         return kind(device_id, None, f"no assignment matches cn {str(device_id)!r} and ou {role.name!r}")
+
+    @cached_property
+    def _remembered(self) -> dict[tuple[str, str, bool], Rights]:
+        return {}
 
     @cached_property
     def _because(self) -> list[str]:

@@ -169,9 +169,8 @@ class TlsStream:
         return self._state is _CLOSED
 
     def start(self) -> None:
-        """Begin the handshake."""
+        """Begin the handshake once the peer has said something: before, it would only raise that it waits."""
         self._arm_reader()
-        self._on_readable()
 
     def peer_leaf_der(self) -> bytes | None:
         """The certificate that the peer showed, in this handshake or in the one that is resumed."""

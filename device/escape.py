@@ -7,6 +7,11 @@ characters, escape sequences, direction marks and everything else outside printa
 
 from __future__ import annotations
 
+import re
+
+_UNFIT = re.compile(r"[^ -\[\]-~]")
+"""Whatever is not printable ASCII, and the backslash."""
+
 
 def escaped(text: str | bytes, limit: int = 256) -> str:
     """Return `text` in printable ASCII, at most `limit` input characters of it, `...` marking a cut.
@@ -16,7 +21,7 @@ def escaped(text: str | bytes, limit: int = 256) -> str:
     if isinstance(text, bytes):
         text = text.decode("latin-1")
     cut = len(text) > limit
-    shown = "".join(_shown(c) for c in text[:limit])
+    shown = _UNFIT.sub(_shown, text[:limit])
     return shown + "..." if cut else shown
 
 
@@ -29,12 +34,10 @@ def quoted(text: str | bytes, limit: int = 256) -> str:
     return f"'{within}'..." if len(text) > limit else f"'{within}'"
 
 
-def _shown(character: str) -> str:
-    if character == "\\":
+def _shown(unfit: re.Match[str]) -> str:
+    code = ord(unfit[0])
+    if code == 0x5C:
         return "\\\\"
-    code = ord(character)
-    if 0x20 <= code <= 0x7E:
-        return character
     if code <= 0xFF:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import ssl
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from support.mqtt_gateway import running_gateway
 from support.pki import SERVER, Issued, Pki, now
 
 from birthmark.broker.config import Limits
-from birthmark.broker.listener import bind
+from birthmark.broker.listener import IDLE_PROBE_S, bind
 from birthmark.broker.tls import server_context
 from birthmark.device.errors import ConfigurationError, SystemFailureError
 
@@ -250,6 +251,18 @@ def test_ipv6_and_ipv4_on_one_port(tmp_path: Path, pki: Pki) -> None:
         context = gateway.context("sensor-1")
         context.check_hostname = False
         gateway.open(context, host="::1").handshake(mqtt.connect("sensor-1")).ping()
+
+
+def test_a_connection_has_the_options_of_the_socket_that_accepted_it() -> None:
+    (listening,) = bind("127.0.0.1", 0)
+    with listening, socket.create_connection(listening.getsockname(), timeout=5):
+        listening.settimeout(5)
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if sys.platform == "linux":
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == IDLE_PROBE_S
 
 
 def test_an_occupied_port_is_an_error_with_a_hint(tmp_path: Path, pki: Pki) -> None:

@@ -315,6 +315,27 @@ def test_rights_that_are_kept_answer_as_decide_does() -> None:
     assert rights.receive("devices/sensor-1/commands/x").allowed
 
 
+def test_rights_are_those_of_the_identity_the_role_and_the_listener_under_this_policy_alone() -> None:
+    rights = DEFAULT.rights(A, DEVICE)
+    assert DEFAULT.rights(DeviceId("sensor-1"), Role("device")) is rights, "the control: they are remembered"
+    topic = "devices/sensor-1/status"
+    assert rights.publish(topic).allowed
+    assert not DEFAULT.rights(DeviceId("sensor-2"), DEVICE).publish(topic).allowed
+    assert not DEFAULT.rights(A, Role("service-x")).publish(topic).allowed
+    assert not DEFAULT.rights(A, DEVICE, for_renewal=True).publish(topic).allowed
+    assert not Policy((), ()).rights(A, DEVICE).publish(topic).allowed
+
+
+def test_a_policy_remembers_no_more_identities_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("birthmark.broker.policy.MAX_REMEMBERED", 2)
+    policy = Policy((RoleRules("all", publish=("#",)),), (Assignment("all", cn="*"),))
+    first, second, third = (DeviceId(f"sensor-{number}") for number in (1, 2, 3))
+    rights = [policy.rights(each, DEVICE) for each in (first, second, third)]
+    assert policy.rights(second, DEVICE) is rights[1]
+    assert policy.rights(third, DEVICE) is rights[2]
+    assert policy.rights(first, DEVICE) is not rights[0], "it made room"
+
+
 @pytest.mark.parametrize(
     ("glob", "name", "expected"),
     [
