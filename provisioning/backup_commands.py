@@ -231,4 +231,5 @@ def _merge(arguments: argparse.Namespace, console: Console) -> int:
 def _line(merged: Merged) -> str:
     if merged.cause:
         return f"{merged.source}: not known"
-    return f"{merged.source}: CRL {merged.number}, {merged.newly} revocations that were not known here"
+    revocations = "1 revocation that was" if merged.newly == 1 else f"{merged.newly} revocations that were"
+    return f"{merged.source}: CRL {merged.number}, {revocations} not known here"

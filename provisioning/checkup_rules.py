@@ -149,7 +149,7 @@ def _check_root_key(facts: Facts) -> Iterator[Remark]:
     for ca in facts.cas:
         if ca.is_root and ca.has_key:
             text = f"the key of {ca.name} is still on this station: whoever takes the station takes the root"
-            hint = "move it to removable media: birthmark ca detach-root"
+            hint = "move it to removable media: birthmark ca detach-root --to DIR"
             yield Remark("root-key", Level.SOON, text, hint, (ca.name,))
 
 

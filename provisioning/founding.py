@@ -155,7 +155,7 @@ def refuse_occupied(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
         raise ConfigurationError(
             f"could not make a station in {folder}: there is something already",
-            hint="choose another folder with --station; a CA is never overwritten",
+            hint="choose another folder; a CA is never overwritten",
         )
 
 

@@ -67,7 +67,10 @@ class PassphraseSource:
         else:
             passphrase = self._prompted()
         if not passphrase:
-            raise AuthorityError(f"could not use the {self.what}: it is empty", hint="choose a long one")
+            raise AuthorityError(
+                f"could not use the {self.what}: it is empty",
+                hint=f"give it by {self.variable}, by {self.option}, or at the prompt",
+            )
         return passphrase
 
     def _prompted(self) -> bytes:

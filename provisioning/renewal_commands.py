@@ -16,7 +16,7 @@ from birthmark.device import event_lines, topics
 from birthmark.device.client import Client
 from birthmark.device.console import command
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.device.errors import BirthmarkError, ConfigurationError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import DeviceId
 from birthmark.device.renewal.messages import MAX_WAIT_S, RenewalAnswer
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.model import Row
     from birthmark.provisioning.station import Station
 
+ROLE: Final = "service-renewal"
+"""Of whoever renews, as the gateways' policies know it."""
 SENT_WITHIN_S: Final = 10.0
 DEFAULT_SPREAD_S: Final = 60
 METRICS_INTERVAL_S: Final = 60.0
@@ -199,12 +201,12 @@ def _renew(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
     if not 0 <= arguments.spread <= MAX_WAIT_S:
         raise RegistryError(f"could not spread renewals over {arguments.spread} s: it is not 0 to {MAX_WAIT_S}")
+    identities = [_credentials(arguments, station, address) for address in arguments.broker]
     rows = _wanted(station, arguments.id)
     seals, word = Seals(station), RenewalAnswer("renew-now", retry_after_s=arguments.spread)
     payloads = {topics.renewal_answer(DeviceId(row.name)): seals.sealed(word, row).to_bytes() for row in rows}
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
-    for address in arguments.broker:
-        credentials = _credentials(arguments, station, address)
+    for credentials in identities:
         with Client(credentials, client_suffix=f"renew-{secrets.token_hex(4)}") as client:
             sent = [client.publish(topic, payload) for topic, payload in payloads.items()]
             for acknowledgement in sent:
@@ -240,4 +242,12 @@ def _wanted(station: Station, pattern: str) -> list[Row]:
 
 
 def _credentials(arguments: argparse.Namespace, station: Station, address: str) -> Credentials:
-    return Credentials.from_files(arguments.identity, station.root_path, BrokerAddress.parse(address))
+    """Read the identity; one of another role is refused here, since no broker says which PUBLISH it has denied."""
+    credentials = Credentials.from_files(arguments.identity, station.root_path, BrokerAddress.parse(address))
+    if credentials.role.name != ROLE:
+        raise ConfigurationError(
+            f"could not renew as {credentials.device_id}: its role is {credentials.role}, and gateways let "
+            f"{ROLE} alone speak to devices of renewals",
+            hint=f"birthmark issue-operator renewd --role {ROLE}, and name its file with --identity",
+        )
+    return credentials

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
+import pytest
 from cryptography import x509
 from support.renewal_stand import Stand
 from support.renewing import PaperDevice
 from support.renewing_client import Renewing, client, client_started
-from support.station import new_station
+from support.station import PASSPHRASE, Command, enrolled_row, new_station
 from support.watching import Watching, eventually
 
 from birthmark.device import topics
@@ -33,7 +35,6 @@ from birthmark.provisioning.settings_edit import add_gateway
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
     from support.renewal_stand import Renewd
 
     from birthmark.provisioning.renewal import Asked
@@ -62,6 +63,21 @@ def test_a_wrong_passphrase_is_said_at_once(stand: Stand) -> None:
     eventually(lambda: service.has_ended, "its end")
     assert service.kill() == 6
     assert '"exit_code": 6' in "".join(service.noise) or '"exit_code":6' in "".join(service.noise)
+
+
+@pytest.mark.parametrize("words", [("renewd",), ("renew", "sensor-17")])
+def test_an_identity_that_gateways_let_answer_nobody_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway drops what an operator publishes there, and says so to its own log alone."""
+    monkeypatch.setenv("BIRTHMARK_PASSPHRASE", PASSPHRASE.decode())
+    with contextlib.closing(new_station(tmp_path / "station")) as station:
+        enrolled_row(station, "sensor-17")
+        issue_operator(station, "alice", tmp_path)
+        where = ("--broker", "localhost:1", "--identity", tmp_path / "alice.pem")
+        refused = Command(station.folder, capsys)(*words, *where)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: could not renew as alice: its role is operator")
 
 
 def test_it_waits_for_a_gateway_that_is_not_there_yet(stand: Stand) -> None:
