@@ -6,7 +6,7 @@ Rules:
   it, and what in it, is for its own log and `birthmark-broker policy diff` to say. The entry has the SHA-256
   of the file before and after, and the gateway in whose name that was told.
 - The first policy that is seen of a gateway is on record as well. One and the same is so once, whoever sees it.
-- Only a gateway that is reached by MQTT can tell.
+- Only a gateway that is there can tell: the last will that speaks for one that is away is as old as its link.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def note_policies(station: Station, looks: Sequence[Look]) -> list[str]:
     Raises:
         RegistryError: the registry cannot be used.
     """
-    told = [(look, look.status.policy_sha256) for look in looks if look.status is not None]
+    told = [(look, look.status.policy_sha256) for look in looks if look.status is not None and look.status.online]
     told = [(look, sha256) for look, sha256 in told if _SHA256.fullmatch(sha256)]
     with station.registry.view() as view:
         if all(_known(view, look.name) == sha256 for look, sha256 in told):

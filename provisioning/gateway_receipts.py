@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.errors import RegistryError
+from birthmark.device.fleet_policy import MAX_VERSION
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.gateway_look import Look
 
@@ -54,6 +55,8 @@ class Standing:
     trouble_since: datetime | None = None
     heard_at: datetime | None = None
     """When it was last known to be there, within `HEARD_EVERY`; None: never."""
+    policy_version: int = 0
+    """Of the fleet's policy that it went by when it last said so."""
 
     def has(self, crls: Iterable[StoredCrl]) -> bool:
         """Whether it has confirmed each of these CRLs."""
@@ -80,7 +83,11 @@ def standing_of(view: View, gateway: str) -> Standing:
             for key_id, one in note["confirmed"].items()
         }
         return Standing(
-            confirmed, str(note["trouble"]), _moment(note.get("trouble_since")), _moment(note.get("heard_at"))
+            confirmed,
+            str(note["trouble"]),
+            _moment(note.get("trouble_since")),
+            _moment(note.get("heard_at")),
+            int(note.get("policy_version", 0)),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RegistryError(
@@ -105,29 +112,41 @@ def note_deliveries(transaction: Transaction, deliveries: Sequence[Delivery], cr
         heard_at = now if any(one.outcome == "installed" for one in delivery.receipts) else before.heard_at
         # A retired CA is nobody's business any more.
         confirmed = {crl.issuer: confirmed[crl.issuer] for crl in crls.crls if crl.issuer in confirmed}
-        _put(transaction, delivery.gateway, Standing(confirmed, trouble, since, heard_at))
+        changed = replace(before, confirmed=confirmed, trouble=trouble, trouble_since=since, heard_at=heard_at)
+        _put(transaction, delivery.gateway, changed)
+
+
+def note_policy_version(transaction: Transaction, gateway: str, version: int) -> None:
+    """Note that a gateway has said that it goes by a version of the fleet's policy."""
+    _put(transaction, gateway, replace(standing_of(transaction, gateway), policy_version=version))
 
 
 def note_heard(station: Station, looks: Iterable[Look]) -> None:
-    """Note that those which say that they are online are there; durable when this returns.
+    """Note that those which say that they are online are there, and by which policy; durable when this returns.
 
     Raises:
         RegistryError: the registry cannot be used.
     """
     now = station.clock()
-    online = [look.name for look in looks if look.status is not None and look.status.online]
+    online = {
+        look.name: min(look.status.policy_version, MAX_VERSION)
+        for look in looks
+        if look.status is not None and look.status.online
+    }
 
     def is_due(view: View, name: str) -> bool:
-        heard_at = standing_of(view, name).heard_at
-        return heard_at is None or not now - HEARD_EVERY <= heard_at <= now
+        known = standing_of(view, name)
+        is_late = known.heard_at is None or not now - HEARD_EVERY <= known.heard_at <= now
+        return is_late or known.policy_version != online[name]
 
     with station.registry.view() as view:
         if not any(is_due(view, name) for name in online):
             return
     with station.registry.transaction() as transaction:
-        for name in online:
+        for name, version in online.items():
             if is_due(transaction, name):
-                _put(transaction, name, replace(standing_of(transaction, name), heard_at=now))
+                known = standing_of(transaction, name)
+                _put(transaction, name, replace(known, heard_at=now, policy_version=version))
 
 
 def look_by_path(gateway: Gateway, standing: Standing) -> Look:
@@ -138,7 +157,7 @@ def look_by_path(gateway: Gateway, standing: Standing) -> Look:
 
 
 def completed(look: Look, standing: Standing) -> Look:
-    """Return a look at a gateway with the CRLs that it has confirmed, if it is not there to speak for itself.
+    """Return a look at a gateway with the CRLs and the policy that it has confirmed, if it is not there to speak.
 
     The last will that speaks for it then is as old as its link.
     """
@@ -147,7 +166,10 @@ def completed(look: Look, standing: Standing) -> Look:
     numbers = dict(look.crl_numbers)
     for key_id, confirmed in standing.confirmed.items():
         numbers[key_id] = max(numbers.get(key_id, 0), confirmed.number)
-    return replace(look, crl_numbers=tuple(sorted(numbers.items())))
+    status = look.status
+    if status is not None:
+        status = replace(status, policy_version=max(status.policy_version, standing.policy_version))
+    return replace(look, crl_numbers=tuple(sorted(numbers.items())), status=status)
 
 
 def forget_gateway(transaction: Transaction, gateway: str) -> None:
@@ -167,6 +189,8 @@ def _put(transaction: Transaction, gateway: str, standing: Standing) -> None:
             for key_id, one in standing.confirmed.items()
         },
     }
+    if standing.policy_version:
+        note["policy_version"] = standing.policy_version
     for name, moment in (("trouble_since", standing.trouble_since), ("heard_at", standing.heard_at)):
         if moment is not None:
             note[name] = moment.astimezone(UTC).isoformat()

@@ -26,6 +26,7 @@ from birthmark.provisioning.broadcast import Broadcast, Known
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.fleet_policy import current_policy, note_version, trusted_policy
 from birthmark.provisioning.gateway_contact import contacts
+from birthmark.provisioning.gateway_receipts import note_policy_version
 
 if TYPE_CHECKING:
     from birthmark.device.identity import BrokerName
@@ -97,6 +98,8 @@ def deliver_policy(station: Station, policy: SignedPolicy, timeout_s: float) -> 
     if deliveries:
         with station.registry.transaction() as transaction:
             for delivery in deliveries:
+                if delivery.outcome is Outcome.DONE:
+                    note_policy_version(transaction, delivery.gateway, delivery.version)
                 transaction.record(
                     "policy-deliver",
                     delivery.gateway,

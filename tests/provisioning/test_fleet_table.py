@@ -13,6 +13,7 @@ from support.station_gateways import PathGateway, receipt_for
 from support.station_upstream import Fleet, fleet
 
 from birthmark.device.console import Console
+from birthmark.device.fleet_policy import MAX_VERSION
 from birthmark.device.messages import GatewayStatus, UpstreamState
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crl_store import current_crl
@@ -101,6 +102,10 @@ def test_one_that_is_away_is_known_by_its_receipts_where_its_will_is_older() -> 
     assert away.shown()["state"] == "away since 2026-05-04 12:00"
     assert away.shown()["crl"] == "aa:6 (1 behind), bb:3"
     assert (away.shown()["clock"], away.shown()["sessions"], away.shown()["upstreams"]) == (None, None, [])
+    assert row(online=False, policy_version=0).shown()["policy"] == "own (4 behind)"
+    known = replace(KNOWN, policy_version=3)
+    assert row(online=False, policy_version=0, standing=known).shown()["policy"] == "3 (1 behind)"
+    assert row(online=True, policy_version=0, standing=known).shown()["policy"] == "own (4 behind)"
     assert row(online=True, crl_numbers={"aa": 5, "bb": 3}).shown()["crl"] == "aa:5 (2 behind), bb:3", (
         "one that is there speaks for itself: it was restored from an old image"
     )
@@ -195,6 +200,7 @@ def test_the_table_of_a_fleet(cloud: Fleet, birthmark: Command, tmp_path: Path) 
                 "g-4": ("by path", None),
             }
             assert answer.records[1]["clock_difference_s"] < -7000
+            changes = birthmark("audit", "show", "--action", "policy", "--json").records
         before = time.time()
         deliver_crl(station, sign_and_store_crl(station), 30)
         answer = birthmark("gateways", "--json")
@@ -202,6 +208,8 @@ def test_the_table_of_a_fleet(cloud: Fleet, birthmark: Command, tmp_path: Path) 
         away = answer.records[2]
         assert (away["state"], away["sessions"], away["trouble"]) == ("away", None, "its link to cloud is down")
         assert [one["behind"] for one in away["crls"].values()] == [1]
+        assert (away["policy_version"], away["policy_behind"]) == (1, 0), "its last will is of before the policy"
+        assert birthmark("audit", "show", "--action", "policy", "--json").records == changes
         assert datetime.fromisoformat(away["last_heard"]).timestamp() <= before
         assert [one["well"] for one in answer.records] == [True, True, False, True]
         lines = birthmark("gateways").stdout.splitlines()
@@ -232,6 +240,11 @@ def test_who_was_there_is_noted_once_a_minute(station: Station, clock: Clock) ->
     note_heard(station, [LOOK])
     first = heard_at()
     assert first == clock.now
+    liar = replace(LOOK, status=replace(STATUS, policy_version=2**160))
+    note_heard(station, [liar])
+    with station.registry.view() as view:
+        assert standing_of(view, "g-1").policy_version == MAX_VERSION
+    note_heard(station, [LOOK])
     clock.advance(seconds=59)
     note_heard(station, [LOOK])
     assert heard_at() == first

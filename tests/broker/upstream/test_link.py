@@ -188,6 +188,13 @@ def test_what_is_retained_above_is_retained_here(above: RunningGateway, tmp_path
         publish(operator, "devices/sensor-1/commands/mode", b"", retain=True, pid=3)
         assert said(device, 1) == [("devices/sensor-1/commands/mode", b"", 1, False)]
         gateway.client("free-2").subscribed(("devices/#", 1)).ping()
+        # What somebody here has retained is not the upstream's to change.
+        publish(gateway.client("bob", "operator"), "devices/sensor-1/commands/mode", b"ours", retain=True)
+        assert said(device, 1) == [("devices/sensor-1/commands/mode", b"ours", 1, False)]
+        publish(operator, "devices/sensor-1/commands/mode", b"theirs", pid=4)
+        assert said(device, 1) == [("devices/sensor-1/commands/mode", b"theirs", 1, False)]
+        late = gateway.client("free-3").subscribed(("devices/#", 1))
+        assert said(late, 1) == [("devices/sensor-1/commands/mode", b"ours", 1, True)]
 
 
 def test_what_an_upstream_has_retained_is_nobodys_share_and_no_clients_to_revoke(
