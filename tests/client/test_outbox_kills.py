@@ -133,7 +133,11 @@ def run_and_kill(state: Path, first: int, durability: str, after: int, more_s: f
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(more_s)
     process.kill()
-    rest, errors = process.communicate(timeout=30)
+    # As the lines before: `communicate` would pass over what is read already and not yet taken.
+    rest = process.stdout.read()
+    assert process.stderr is not None
+    errors = process.stderr.read()
     assert not errors, errors
+    process.communicate()
     whole = [line for line in (seen + rest).split(b"\n")[:-1] if line]
     return int(whole[-1]) if whole else None

@@ -74,8 +74,10 @@ def test_three_stations_flash_at_once_with_kills_and_restarts(
                 done += shift(server, stations, boards, number, chance)
                 with opened.registry.view() as view:
                     nothing_is_half(view.rows(), folders)
-    counted = ", ".join(f"{what} {count}" for what, count in sorted(done.items()))
-    proven(f"three stations on one PostgreSQL, {len(folders)} boards ({counted}): nothing twice, nothing half")
+    proven(
+        f"three stations on one PostgreSQL, {len(folders)} boards, {done['killed']} stations killed, "
+        f"{done['restarts']} restarts of the server, {done['waited']} waits for it: nothing twice, nothing half"
+    )
     with opened.registry.view() as view:
         rows = view.rows()
         counters = {ca.key_id: view.counter(crl_number_counter(ca.key_id)) for ca in opened.cas.issuing}

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 from support.postgres import running
@@ -36,66 +36,86 @@ KILLED_AFTER = (0, 3, 1, 5, 2)
 
 
 class Workers:
-    """Processes at work; what each was promised is kept, also of those that were killed."""
+    """Processes at work; what each was promised is kept, also of those that were killed.
+
+    None outlives the block.
+    """
 
     def __init__(self, folder: Path, stations: Sequence[str], ids: int) -> None:
         self._folder = folder
+        self._failures = folder / "failures.txt"
         self._stations = itertools.cycle(stations)
         self._ids = str(ids)
         self._number = itertools.count()
         self._running: list[subprocess.Popen[str]] = []
         self.promised: list[dict[str, Any]] = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._running:
+            with process:
+                process.kill()
+
     def start(self) -> None:
         where = [str(self._folder), next(self._stations), str(next(self._number)), self._ids]
         command = [sys.executable, str(SHARED_STATION), *where]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        with self._failures.open("ab") as failures:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=failures, text=True)
         self._running.append(process)
 
     def kill_one_after(self, lines: int) -> None:
-        process = self._running.pop(0)
+        process = self._running[0]
         assert process.stdout is not None
         for _ in range(lines):
             self.promised.append(json.loads(process.stdout.readline() or "{}"))
         process.kill()
         self._collect(process)
+        del self._running[0]
 
     def finish(self) -> None:
         """Wait for everybody; whose registry failed under it is replaced by another one."""
         while self._running:
-            process = self._running.pop()
+            process = self._running[-1]
             self._collect(process)
+            del self._running[-1]
             if process.returncode == RegistryError.exit_code:
                 self.start()
             else:
                 assert process.returncode == 0
 
     def _collect(self, process: subprocess.Popen[str]) -> None:
-        said, failed = process.communicate(timeout=300)
-        assert "Traceback" not in failed, failed
+        assert process.stdout is not None
+        # As the lines before: `communicate` would pass over what is read already and not yet taken.
+        with process.stdout:
+            said = process.stdout.read()
+        process.wait()
+        failures = self._failures.read_text()
+        assert "Traceback" not in failures, failures
         whole = said[: said.rfind("\n") + 1]  # a kill may cut the last line
         self.promised += [json.loads(line) for line in whole.splitlines()]
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("registry", ["tinydb", "sqlite"])
 def test_processes_at_once_with_kills_give_nothing_out_twice(
     tmp_path: Path, registry: str, proven: Callable[[str], None]
 ) -> None:
     new_station(tmp_path / "station", registry="sqlite:///registry.db" if registry == "sqlite" else "").close()
-    workers = Workers(tmp_path, ["station"], IDS)
-    for _ in range(WORKERS):
-        workers.start()
-    for kill in range(KILLS):
-        workers.kill_one_after(KILLED_AFTER[kill % len(KILLED_AFTER)])
-        workers.start()
-    workers.finish()
+    with Workers(tmp_path, ["station"], IDS) as workers:
+        for _ in range(WORKERS):
+            workers.start()
+        for kill in range(KILLS):
+            workers.kill_one_after(KILLED_AFTER[kill % len(KILLED_AFTER)])
+            workers.start()
+        workers.finish()
     proven(check(tmp_path, ["station"], IDS, workers.promised))
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_stations_on_one_database_with_kills_and_restarts_give_nothing_out_twice(
     tmp_path: Path, proven: Callable[[str], None]
 ) -> None:
@@ -107,15 +127,15 @@ def test_stations_on_one_database_with_kills_and_restarts_give_nothing_out_twice
             not_shared = shutil.ignore_patterns("audit.jsonl", "*.lock")
             shutil.copytree(tmp_path / "station", tmp_path / name, ignore=not_shared)
             put_registry(tmp_path / name / "station.toml", RegistrySetting(url, log=name))
-        workers = Workers(tmp_path, stations, IDS)
-        for _ in range(WORKERS):
-            workers.start()
-        for kill in range(KILLS):
-            workers.kill_one_after(KILLED_AFTER[kill % len(KILLED_AFTER)])
-            if kill % 4 == 1:
-                server.restart()
-            workers.start()
-        workers.finish()
+        with Workers(tmp_path, stations, IDS) as workers:
+            for _ in range(WORKERS):
+                workers.start()
+            for kill in range(KILLS):
+                workers.kill_one_after(KILLED_AFTER[kill % len(KILLED_AFTER)])
+                if kill % 4 == 1:
+                    server.restart()
+                workers.start()
+            workers.finish()
         proven(check(tmp_path, stations, IDS, workers.promised))
 
 

@@ -90,7 +90,7 @@ def is_let_in(folder: Path) -> bool:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_nobody_drops_out_when_an_issuing_ca_and_then_a_root_are_replaced(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from support.pki import Pki
 
+DEADLINE_S = 60.0
+"""A bound of life, not of time: many brokers start side by side."""
 BROKER_TOML = """
 name = "localhost"
 listen = "127.0.0.1:0"
@@ -63,7 +65,7 @@ class BrokerProcess:
 
     def _wait(self, look: Any, what: str) -> dict[str, Any]:
         with self._changed:
-            self._changed.wait_for(lambda: look() or self._ended == 2, timeout=20)
+            self._changed.wait_for(lambda: look() or self._ended == 2, timeout=DEADLINE_S)
         assert look(), f"no {what!r}: {self.out} {self.log}"
         return look()[0]  # type: ignore[no-any-return]
 

@@ -2,8 +2,8 @@
 
 Rules:
 
-- A test says what it counted, in a sentence with figures, by the fixture `proven`; what it proves is the first
-  line of its docstring, or else its name.
+- What a test proves is its name, in words; what it counted, in a sentence with figures, it says by the fixture
+  `proven`.
 - The runs of one test (its parameters) are one row. What failed or was skipped stands above everything else,
   with the reason.
 - Times are those of the tests, with what was set up for them; run side by side they add up to more than the whole.
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PROVEN: Final = "proven"
 """The property in which the fixture of this name puts what a test counted."""
-_DOCSTRING: Final = "docstring"
 HEAD: Final = ("| what | file | runs | time | what it counted |", "|---|---|--:|--:|---|")
 MAX_REASON: Final = 300
 
@@ -56,14 +55,12 @@ class Proof:
 
     path: PurePosixPath
     name: str
-    docstring: str = ""
     runs: dict[str, Run] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """What it proves: in its own words, or those of its name."""
-        words = self.docstring or self.name.removeprefix("test_").replace("_", " ")
-        return words[:1].upper() + words[1:].rstrip(".")
+        """What it proves."""
+        return self.name.removeprefix("test_").replace("_", " ").capitalize()
 
     @property
     def spent_s(self) -> float:
@@ -101,11 +98,7 @@ class ProofReport:
         run.spent_s += report.duration
         if report.when != "teardown":  # by then, everything that a test says is in its report
             return
-        for key, value in report.user_properties:
-            if key == PROVEN:
-                run.proven.append(str(value))
-            elif key == _DOCSTRING:
-                proof.docstring = str(value)
+        run.proven += [str(value) for key, value in report.user_properties if key == PROVEN]
 
     def pytest_sessionfinish(self, exitstatus: int | pytest.ExitCode) -> None:
         self.path.write_text(self.page(is_whole=exitstatus in (0, 1)), encoding="utf-8")
@@ -203,10 +196,3 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--proof-report")
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ProofReport(config.invocation_params.dir / path, config.rootpath))
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give a test's docstring to its reports: in the process of the workers there is nothing else of it."""
-    docstring = getattr(getattr(item, "function", None), "__doc__", None)
-    if docstring:
-        item.user_properties.append((_DOCSTRING, docstring.strip().splitlines()[0]))

@@ -39,7 +39,7 @@ SAMPLE_S, PUBLISH_PAUSE_S, RETRY_S = 0.5, 0.01, 0.05
 POLICY_EVERY_S, CRL_EVERY_S, SLOW_FOR_S = 2.0, 3.0, 4.0
 KILL_EVERY_S = 30.0
 """Or a third of the time, if that is less."""
-ARRIVAL_S = 60.0
+ARRIVAL_S, END_S = 60.0, 60.0
 MAX_GROWTH_BYTES = 50 * 1_048_576
 _DISTURBED = (OSError, ConnectionEndedError, AssertionError)
 """What a client meets when the gateway is killed under it."""
@@ -130,10 +130,10 @@ class Soak:
         if not self._has_arrived:
             self._note("SIGKILL")
             broker.process.kill()
-            broker.process.wait(10)
+            broker.process.wait(END_S)
             return
         broker.process.terminate()
-        if code := broker.process.wait(10):
+        if code := broker.process.wait(END_S):
             self.failures.append(f"it stopped with exit code {code}")
 
     def _grown(self, since: Vitals) -> None:

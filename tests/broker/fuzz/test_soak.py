@@ -17,7 +17,7 @@ SECONDS = 120.0 if os.environ.get("BIRTHMARK_PROOF") == "whole" else 6.0
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_nothing_acknowledged_is_lost_and_nobody_revoked_stays(
     tmp_path: Path, proven: Callable[[str], None]
 ) -> None:
