@@ -226,9 +226,9 @@ class Connection:
 
     def _publish_run(self, session: Session, run: PublishRun) -> None:
         """Messages on one topic, not to be retained, of QoS 0 or 1."""
-        gateway, exchange = self._gateway, self._exchange
+        gateway, exchange, qos = self._gateway, self._exchange, run.qos
         uplinks = exchange.uplinks
-        if run.qos and uplinks and not uplinks.has_room_for(run.topic, run.payloads, session.peer):
+        if qos and uplinks and not uplinks.has_room_for(run.topic, run.payloads, session.peer):
             # One of them will be the first to find no place in a spool.
             for packet in run.each():
                 if not self._is_done:
@@ -238,12 +238,12 @@ class Connection:
             for packet in run.each():
                 gateway.on_message(session, packet)
         journal = exchange.journal
-        if run.qos and journal.is_failing and self._is_unkept(session, run.topic, 1, retain=False):
+        if qos and journal.is_failing and self._is_unkept(session, run.topic, 1, retain=False):
             return
         recorded = journal.recorded
         if not exchange.accept_run(session, run) and gateway.disconnects_denied:
             self._end_denied()
-        elif run.qos:
+        elif qos:
             acknowledgements = mqtt.pubacks(run.packet_ids)
             if journal.recorded == recorded:
                 self.stream.write(acknowledgements)

@@ -132,19 +132,20 @@ class Exchange:
 
     def accept_run(self, session: Session, run: PublishRun) -> bool:
         """Take a client's messages and send them on; return whether the policy allowed them."""
-        verdict = session.may_publish.get(run.topic)
+        topic, qos, payloads, _, frames = run
+        verdict = session.may_publish.get(topic)
         if verdict is None:
-            verdict = self._decide_publish(session, run.topic)
+            verdict = self._decide_publish(session, topic)
         if verdict is True:
-            self._deliver(run.topic, run.payloads, run.qos, run.frames, publisher=session.peer)
+            self._deliver(topic, payloads, qos, frames, session.peer)
         elif verdict is False:
-            self.counters.publishes_denied += len(run.payloads)
+            self.counters.publishes_denied += len(payloads)
         else:
-            for payload in run.payloads:
+            for payload in payloads:
                 if session.connection is None:
                     break  # what the gateway took from it has ended it
                 self.counters.messages_in += 1
-                verdict(run.topic, payload, session.peer)
+                verdict(topic, payload, session.peer)
         return verdict is not False
 
     def accept(self, session: Session, packet: Publish) -> bool:
@@ -176,7 +177,7 @@ class Exchange:
         """Retain and deliver a message that is allowed; `publisher` is None for the broker's own."""
         if retain:
             self.retain(Retained(topic, payload, qos, publisher))
-        self._deliver(topic, [payload], qos, [], publisher=publisher, retain=retain)
+        self._deliver(topic, [payload], qos, [], publisher, retain=retain)
 
     def _deliver(
         self,
@@ -184,8 +185,8 @@ class Exchange:
         payloads: list[bytes],
         qos: int,
         frames: list[bytes],
-        *,
         publisher: Peer | None,
+        *,
         retain: bool = False,
     ) -> None:
         """Send messages of one topic to whom it goes; `frames` are their PUBLISHes of QoS 0, if there are any."""

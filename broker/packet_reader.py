@@ -158,30 +158,31 @@ class PacketReader:
     def _publishes(self, data: bytes, at: int, body: int, stop: int, packets: list[Packet]) -> int:
         """Append the PUBLISH at `at`, and what follows it in a run; return where the last of them ends."""
         first = data[at]
+        qos = first >> 1 & 3
         topic_end = body + 2
         if topic_end <= stop:
             topic_end += data[body] << 8 | data[body + 1]
-        payload = topic_end + 2 if first & 0x06 else topic_end
+        payload = topic_end + 2 if qos else topic_end
         if payload > stop:
             raise MalformedPacketError("a PUBLISH that is too short")
         packet_id = 0
-        if first & 0x06 and not (packet_id := data[payload - 2] << 8 | data[payload - 1]):
+        if qos and not (packet_id := data[payload - 2] << 8 | data[payload - 1]):
             raise MalformedPacketError(NO_ID)
         raw = data[body + 2 : topic_end]
         topic = self._topics.known.get(raw) or self._topics.learn(raw)
-        qos = first >> 1 & 3
         if first & 0x05 or not data[body - 1]:  # QoS 2, to be retained, or its length in more bytes than it needs
             packets.append(Publish(topic, data[payload:stop], qos, first & 1 == 1, first & 8 == 8, packet_id))
             return stop
         run = packets[-1] if packets else None
-        if type(run) is not PublishRun or run.topic != topic or run.qos != qos:
-            run = _new(PublishRun, (topic, qos, [], [], []))
+        if type(run) is PublishRun and run.topic == topic and run.qos == qos:
+            run.payloads.append(data[payload:stop])
+            if qos:
+                run.packet_ids.append(packet_id)
+        else:
+            run = _new(PublishRun, (topic, qos, [data[payload:stop]], [packet_id] if qos else [], []))
             packets.append(run)
-        run.payloads.append(data[payload:stop])
-        if qos:
-            run.packet_ids.append(packet_id)
         end = stop
-        if data.startswith(data[at:topic_end], stop):
+        if stop < len(data) and data.startswith(data[at:topic_end], stop):
             end = _stretch(data, at, stop, topic_end, payload, run)
         if not qos:
             run.frames.append(data[at:end])
@@ -234,7 +235,7 @@ def _pubacks(data: bytes, body: int, stop: int, packets: list[Packet]) -> int:
         if packet_id == 0:
             raise MalformedPacketError(NO_ID)
         if not packet_ids:
-            packets.append(PubAcks(packet_ids))
+            packets.append(_new(PubAcks, (packet_ids,)))
         packet_ids.append(packet_id)
         body += 4
         if body + 2 > end or not data.startswith(b"\x40\x02", body - 2):
