@@ -85,6 +85,8 @@ class WatchedFiles:
 class Watch:
     """Looks at files until it is cancelled.
 
+    It looks in a timer's callback: mostly nothing has changed, and to wake a task for that costs as much again.
+
     Args:
         files: what to look at.
         interval_s: how often.
@@ -93,28 +95,47 @@ class Watch:
     def __init__(self, files: Sequence[WatchedFiles], interval_s: float) -> None:
         self._files = files
         self._interval_s = interval_s
-        self._asked = asyncio.Event()
+        self._due: list[WatchedFiles] = []
+        self._is_due = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
 
     def take_all(self) -> None:
         """Take every file up again, changed or not (SIGHUP)."""
-        self._asked.set()
+        for files in self._files:
+            files.has_changed()  # what has is taken with all else, and not once more after that
+        self._due = list(self._files)
+        self._is_due.set()
 
     async def run(self) -> None:
         """Look, and take up what has changed, one file at a time."""
-        while True:
-            try:
-                await asyncio.wait_for(self._asked.wait(), self._interval_s)
-            except TimeoutError:
-                all_of_them = False
-            else:
-                all_of_them = True
-                self._asked.clear()
-            for files in self._files:
-                if files.has_changed() or all_of_them:
+        try:
+            while True:
+                self._look_later()
+                await self._is_due.wait()
+                self._look_no_more()
+                due, self._due = self._due, []
+                self._is_due.clear()
+                for files in due:
                     try:
                         await files.take()
                     except Exception:  # noqa: BLE001 - a defect over one file must not end the watch over all
                         _log.exception("a watched file could not be taken up")
+        finally:
+            self._look_no_more()
+
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._look)
+
+    def _look_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._look_later()
+        if not self._due:
+            self._due = [files for files in self._files if files.has_changed()]
+            if self._due:
+                self._is_due.set()
 
 
 def _identity(path: Path) -> _Identity | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from birthmark.broker.watch import WatchedFiles
+from birthmark.broker.watch import Watch, WatchedFiles
 from birthmark.device.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -112,3 +113,31 @@ def test_one_of_several_is_enough(tmp_path: Path) -> None:
     new.write_text("2")
     new.replace(other)
     assert files.has_changed()
+
+
+def test_what_changes_is_taken_whatever_became_of_the_last_one_and_all_is_when_asked(tmp_path: Path) -> None:
+    async def watch() -> None:
+        taken: asyncio.Queue[str] = asyncio.Queue()
+        paths = [tmp_path / name for name in ("a", "b")]
+
+        async def take(name: str) -> None:
+            await taken.put(name)
+            if name == "a":
+                raise ZeroDivisionError
+
+        for path in paths:
+            path.write_text("1")
+        watch = Watch([WatchedFiles((path,), partial(take, path.name)) for path in paths], 0.02)
+        running = asyncio.create_task(watch.run())
+        for path in paths:
+            new = tmp_path / "new"
+            new.write_text("2")
+            new.replace(path)
+            assert await taken.get() == path.name
+        watch.take_all()
+        assert [await taken.get(), await taken.get()] == ["a", "b"]
+        running.cancel()
+        await asyncio.wait([running])
+        assert taken.empty()
+
+    asyncio.run(watch())
