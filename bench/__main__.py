@@ -93,7 +93,13 @@ def main() -> int:
                 revocation.QUICK_GATEWAYS if arguments.quick else revocation.GATEWAYS,
                 _say,
             ),
-            "line": enrolment.figures(folder, rounds, AGES[:1] if arguments.quick else AGES, _say),
+            "line": enrolment.figures(
+                folder,
+                rounds,
+                AGES[:1] if arguments.quick else AGES,
+                enrolment.QUICK_UNPLUGGED_AT if arguments.quick else enrolment.UNPLUGGED_AT,
+                _say,
+            ),
         }
         wanted = arguments.only or [part for part in PARTS if part != "upstream" or not arguments.quick]
         measured = itertools.chain.from_iterable(parts[part] for part in PARTS if part in wanted)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 SLOTS = 16
 SECTION = "The line"
 WIRE = "the wire"
-UNPLUGGED_AT = (20, 100, 400, 700, 1200, 1700, 2100, 2500)
+UNPLUGGED_AT, QUICK_UNPLUGGED_AT = (20, 100, 400, 700, 1200, 1700, 2100, 2500), (100, 1200, 2100)
 """Bytes, of the 2800 or so that cross in both directions."""
 BROKER = BrokerAddress("gateway-1.example.com", 8883, 60)
 
@@ -154,8 +154,13 @@ def sixteen(station: Station, path: Path, template: str) -> tuple[float, float]:
     return elapsed_s, cpu_s
 
 
-def figures(folder: Path, rounds: int, ages: Sequence[int], say: Callable[[str], None]) -> Iterator[Figure]:
-    """Measure at a station made in `folder`, with registries of `ages` rows: `rounds` boards, and fixtures."""
+def figures(
+    folder: Path, rounds: int, ages: Sequence[int], unplugged_at: Sequence[int], say: Callable[[str], None]
+) -> Iterator[Figure]:
+    """Measure at a station made in `folder`, with registries of `ages` rows: `rounds` boards, and fixtures.
+
+    One board after the other is unplugged once, each at the next of `unplugged_at`.
+    """
     passphrase = secrets.token_urlsafe(24)
     (folder / "line").mkdir()
     stage = Stage(folder / "line", {"BIRTHMARK_PASSPHRASE": passphrase, "BIRTHMARK_STATION": "station"})
@@ -164,14 +169,20 @@ def figures(folder: Path, rounds: int, ages: Sequence[int], say: Callable[[str],
         station = Station.open(folder / "line" / "station", passphrase=passphrase.encode())
         for rows in ages:
             fill(station.folder, rows)
-            yield from _measure(stage, station, rows, rounds, say)
+            yield from _measure(stage, station, rows, rounds, unplugged_at=unplugged_at, say=say)
         station.close()
     finally:
         stage.stop()
 
 
 def _measure(
-    stage: Stage, station: Station, rows: int, rounds: int, say: Callable[[str], None]
+    stage: Stage,
+    station: Station,
+    rows: int,
+    rounds: int,
+    *,
+    unplugged_at: Sequence[int],
+    say: Callable[[str], None],
 ) -> Iterator[Figure]:
     where = f"{rows:,} rows"
     say(f"the line, {where}: one board after the other")
@@ -182,7 +193,7 @@ def _measure(
     values = {BIRTHMARK: elapsed_s, WIRE: wire_s}
     yield Figure(SECTION, f"one board, port open to ATTESTED, {where}", "ms", values, reference=WIRE)
     say(f"the line, {where}: cables that fall out")
-    faults = [f"{n}:unplug=1@{offset}" for n, offset in enumerate(UNPLUGGED_AT, 1)]
+    faults = [f"{n}:unplug=1@{offset}" for n, offset in enumerate(unplugged_at, 1)]
     with fixture(stage, f"cable-{rows}", len(faults), *faults) as path:
         ports = [slot.name.text for slot in read_fixture(path, DEFAULT_BAUD)]
         resumed = [one_unplugged(station, port, f"cable-{rows}-{n}") * 1e3 for n, port in enumerate(ports)]
