@@ -171,6 +171,8 @@ class TlsStream:
     def start(self) -> None:
         """Begin the handshake once the peer has said something: before, it would only raise that it waits."""
         self._arm_reader()
+        if not self._sock.server_side:
+            self._on_readable()  # towards an upstream it is for us to speak first
 
     def peer_leaf_der(self) -> bytes | None:
         """The certificate that the peer showed, in this handshake or in the one that is resumed."""
