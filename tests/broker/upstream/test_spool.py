@@ -11,7 +11,7 @@ from support import mqtt_client as mqtt
 from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import ConnectionEndedError
 from support.mqtt_gateway import RunningGateway, running_gateway
-from support.upstreams import DOWN, linked, publish, said, upstream_of, wait_until_up
+from support.upstreams import DOWN, linked, publish, said, upstream_of, upstream_toml, upstreams, wait_until_up
 
 from birthmark.broker.config import Durability
 from birthmark.broker.store import FILE_NAME, Store
@@ -172,6 +172,23 @@ def test_hold_cuts_off_who_comes_again_with_more_and_drops_what_nobody_can_be_as
         again = gateway.client("sensor-17")
         publish(again, "devices/sensor-17/telemetry/t", b"17")
         assert [payload for _, payload, _, _ in said(operator, 1)] == [b"17"]
+
+
+def test_hold_acknowledges_nothing_that_finds_no_room_at_one_of_two_upstreams(tmp_path: Path, pki: Pki) -> None:
+    values = linked(tmp_path, pki, NOBODY)
+    tables = (
+        upstream_toml("gw-1", NOBODY, spool_messages=16, down=[], down_shared=[]),
+        upstream_toml("gw-1", NOBODY, name="roomy", down=[], down_shared=[]),
+    )
+    with running_gateway(tmp_path, pki, **values | {"upstreams": upstreams(tmp_path, *tables)}) as gateway:
+        for number in range(1, 17):
+            publish(gateway.client(f"sensor-{number}"), f"devices/sensor-{number}/telemetry/t", b"x")
+        last = gateway.client("sensor-17")
+        last.send(mqtt.publish("devices/sensor-17/telemetry/t", b"x", qos=1, pid=1))
+        with pytest.raises(ConnectionEndedError):
+            last.read()
+        spools = [upstream_of(gateway, name).spool for name in ("cloud", "roomy")]
+        assert [(spool.session.waiting_count, spool.dropped) for spool in spools] == [(16, 0), (16, 0)]
 
 
 def test_the_spool_of_an_upstream_that_is_taken_out_waits_for_its_return(
