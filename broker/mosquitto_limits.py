@@ -177,9 +177,11 @@ def _unknown(config: Table) -> Iterator[Refusal]:
         table = config.table(name) if name else config
         for key in table.keys():  # noqa: SIM118 - a Table is no mapping
             if key not in known:
-                yield _refusal(
-                    POLICY, table, (key,), "an export does not know it", "take it out of the file to export"
-                )
+                cause, todo = "an export does not know it", "take it out of the file to export"
+                if key == "upstream":
+                    cause = "a bridge of Mosquitto's knows no fleet, and does not keep circles out"
+                    todo = "export from a copy without it, in a folder of its own (docs/engines.md)"
+                yield _refusal(POLICY, table, (key,), cause, todo)
 
 
 def _of_settings(settings: BrokerSettings, config: Table) -> Iterator[Refusal]:

@@ -175,11 +175,13 @@ def test_settings_that_mosquitto_does_not_have(tmp_path: Path, setting: str, nam
 
 
 def test_a_setting_without_translation_is_refused() -> None:
-    config = parse_toml(b"name = 'gw'\nnews = 1\n[revocation]\nother = 1\n", "broker.toml", ConfigurationError)
+    toml = b"name = 'gw'\nnews = 1\n[revocation]\nother = 1\n[[upstream]]\nname = 'cloud'\n"
+    config = parse_toml(toml, "broker.toml", ConfigurationError)
     policy, content = role('publish = ["a"]')
     found = [each.reason for each in found_of(policy, content, config) if each.code == POLICY]
     assert found == [
         "broker.toml, line 2, news: an export does not know it",
+        "broker.toml, line 5, upstream: a bridge of Mosquitto's knows no fleet, and does not keep circles out",
         "broker.toml, line 4, revocation.other: an export does not know it",
     ]
 
