@@ -150,7 +150,7 @@ class _Run:
             for row, certificate_der in zip(rows, certificates, strict=True)
         ]
         with self._station.registry.transaction() as transaction:
-            issued = transaction.update_all(issued)
+            issued = transaction.update_all(issued, known=rows)
             for row in issued:
                 transaction.record(
                     "issue",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from birthmark.provisioning.options import add_passphrase_option, add_station_op
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
 
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -55,6 +58,21 @@ birthmark issue --from devices.csv --keys station --broker gateway-1.example.com
 
 
 def _issue(arguments: argparse.Namespace, console: Console) -> None:
+    with _uncollected():
+        _issue_from(arguments, console)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let the collector of cycles rest: it would look through all rows over and over, and each is in use."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _issue_from(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     role = device_role(arguments.role or station.settings.default_role)
     broker = broker_address(arguments.broker, station.settings.broker)

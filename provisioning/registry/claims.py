@@ -13,12 +13,13 @@ Pure.
 from __future__ import annotations
 
 from collections import defaultdict
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from birthmark.provisioning.registry.interface import DuplicateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from birthmark.provisioning.registry.model import Row
 
@@ -47,7 +48,9 @@ def check_unique(rows: Iterable[Row], others: Iterable[Row]) -> None:
     Raises:
         DuplicateError: they cannot; it names the first other row that is in the way.
     """
-    rows = list(rows)
+    rows, others = list(rows), list(others)
+    if not others and _share_nothing(rows):
+        return
     mine = {row.number for row in rows}
     holders: defaultdict[tuple[str, object], list[Row]] = defaultdict(list)
     for other in sorted(others, key=lambda one: one.number):
@@ -61,6 +64,15 @@ def check_unique(rows: Iterable[Row], others: Iterable[Row]) -> None:
             holders[claim].append(row)
         for number in sorted(met):
             _check_pair(row, met[number])
+
+
+def _share_nothing(rows: Sequence[Row]) -> bool:
+    """Whether no two rows have a value in common: the usual case, and told at once for thousands."""
+    for field in CLAIMED:
+        values = [value for value in map(attrgetter(field), rows) if value is not None]
+        if len(set(values)) < len(values):
+            return False
+    return True
 
 
 def _claimed(row: Row) -> Iterator[tuple[str, object]]:

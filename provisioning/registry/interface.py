@@ -213,10 +213,11 @@ class Transaction(View, Protocol):
             DuplicateError: what must be unique is taken; nothing at all was added.
         """
 
-    def update_all(self, rows: Sequence[Row]) -> list[Row]:
+    def update_all(self, rows: Sequence[Row], *, known: Sequence[Row] = ()) -> list[Row]:
         """Change many rows, each another one, at the cost of few; rules and errors are those of `update`.
 
-        If one cannot be changed, none is. Return them as stored, in their order.
+        If one cannot be changed, none is. Return them as stored, in their order. `known` is what the caller thinks
+        is stored of them: what is indeed so is compared, which costs less than to make a row of it.
         """
 
     def update(self, row: Row) -> Row:

@@ -116,10 +116,12 @@ class RuledTransaction(ABC):
         """Put `row` in the place of the row with its number (`interface.Transaction.update`)."""
         return self.update_all([row])[0]
 
-    def update_all(self, rows: Sequence[Row]) -> list[Row]:
+    def update_all(self, rows: Sequence[Row], *, known: Sequence[Row] = ()) -> list[Row]:
         """Change many rows (`interface.Transaction.update_all`)."""
         now = self._clock()
-        stored = self.numbered({row.number for row in rows})
+        differing = self.differing(known)
+        stored = {row.number: row for row in known if row.number not in differing}
+        stored |= self.numbered({row.number for row in rows} - stored.keys())
         changes, claiming, issued = [], [], []
         for row in rows:
             old = _known(stored.get(row.number), row.number)
@@ -183,6 +185,10 @@ class RuledTransaction(ABC):
     @abstractmethod
     def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
         """Return the rows with these numbers (`interface.View.numbered`)."""
+
+    @abstractmethod
+    def differing(self, rows: Sequence[Row]) -> set[int]:
+        """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`)."""
 
     @abstractmethod
     def _rows_sharing(self, rows: Sequence[Row]) -> Iterable[Row]:

@@ -44,6 +44,9 @@ SQLITE: Final = "sqlite"
 POSTGRESQL: Final = "postgresql"
 BUSY_TIMEOUT_S: Final = 60.0
 """How long SQLite waits for a program that holds its file, such as `sqlite3`; ours wait in line for a lock."""
+CACHE_KIB: Final = 65_536
+"""How much of its file SQLite may hold in memory, as it is needed: with its own 2 MiB, a transaction of thousands
+of rows writes pages out and reads them again, over and over."""
 _SESSION: Final = (
     "SET synchronous_commit = on",
     # A station that lost power in the middle of a transaction must not hold the others off for hours.
@@ -233,6 +236,7 @@ def _sqlite(url: URL, path: Path) -> Engine:
         )
         try:
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         except BaseException:  # it is no database, for instance
             connection.close()
             raise

@@ -275,6 +275,26 @@ def test_of_many_changes_none_is_made_if_one_is_of_a_stale_row(registry: StoredR
         assert [row.label for row in transaction.rows()] == ["", "", ""]
 
 
+def test_what_is_thought_to_be_stored_is_believed_only_if_it_is(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        rows = [device(transaction, f"d-{each}") for each in range(3)]
+        labelled = transaction.update(replace(rows[1], label="x: y"))
+        keyed = [
+            replace(row, state=State.KEYED, public_key_der=row.name.encode(), cert_serial=row.number)
+            for row in (rows[0], labelled, rows[2])
+        ]
+        # Of the second one an older state is given, of the third one none.
+        changed = transaction.update_all(keyed, known=rows[:2])
+        assert transaction.rows() == changed
+        assert [row.label for row in changed] == ["", "x: y", ""]
+        transaction.update(replace(changed[0], state=State.VOID, void_reason="test"))
+        with pytest.raises(RegistryError, match="VOID for good"):
+            transaction.update_all([replace(changed[0], label="z")], known=[changed[0]])
+        with pytest.raises(RegistryError, match="no such row"):
+            transaction.update_all([replace(changed[1], number=99)], known=[replace(changed[1], number=99)])
+        assert transaction.rows()[1:] == changed[1:]
+
+
 def test_an_exception_undoes_the_whole_transaction(registry: StoredRegistry) -> None:
     with registry.transaction() as transaction:
         kept = device(transaction, "kept")
