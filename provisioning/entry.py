@@ -45,6 +45,8 @@ _MODULES: Final = {
 
 _UNLOCKING: Final = ("revoke", "crl", "issue", "issue-broker", "issue-operator")
 """Which commands need the CA's key whatever happens, but for words of `_OTHERWISE`."""
+_OF_EVERY_CA: Final = ("revoke", "crl")
+"""Which of them may need that of every CA that has a CRL."""
 _OTHERWISE: Final = frozenset({"-h", "--help", "serve", "status"})
 
 
@@ -53,7 +55,7 @@ def parser(words: Sequence[str]) -> Parser:
     for module, names in _MODULES.items():
         if words and words[0] in names:
             if words[0] in _UNLOCKING:
-                _derive_ahead(words[1:])
+                _derive_ahead(words[1:], every=words[0] in _OF_EVERY_CA)
             top = Parser(prog="birthmark")
             commands: argparse._SubParsersAction[Parser] = top.add_subparsers(
                 title="commands", metavar="COMMAND", required=True
@@ -64,14 +66,18 @@ def parser(words: Sequence[str]) -> Parser:
     return whole
 
 
-def _derive_ahead(words: Sequence[str]) -> None:
+def _derive_ahead(words: Sequence[str], *, every: bool) -> None:
     """Begin with what takes longest, if it is clear which station a command is about; the real parser judges."""
     options = Parser(add_help=False, exit_on_error=False)
     options.add_argument("--station", type=Path)
-    options.add_argument("--passphrase-fd")
+    options.add_argument("--passphrase-fd", type=int)
+    for other in ("--pin-fd", "--root-passphrase-fd"):
+        options.add_argument(other, type=int, dest="others_fd", action="append")
     try:
         known, others = options.parse_known_args(words)
     except ArgumentError:
         return
-    if known.passphrase_fd is None and _OTHERWISE.isdisjoint(others):
-        derive_ahead(known.station or default_folder())
+    # A descriptor that something else is to come from, too, is read in the order in which it is asked for.
+    is_clear = known.passphrase_fd is None or known.passphrase_fd not in (known.others_fd or ())
+    if is_clear and _OTHERWISE.isdisjoint(others):
+        derive_ahead(known.station or default_folder(), descriptor=known.passphrase_fd, every=every)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ROOT_VARIABLE: Final = "BIRTHMARK_ROOT_PASSPHRASE"
 NEW_VARIABLE: Final = "BIRTHMARK_NEW_PASSPHRASE"
 PIN_VARIABLE: Final = "BIRTHMARK_TOKEN_PIN"
+_WHAT, _OPTION = "passphrase", "--passphrase-fd"
 _OTHERS: Final = 0o077
 _MAX_OCTETS: Final = 4096
 
@@ -43,9 +45,9 @@ class PassphraseSource:
     variable: str = PASSPHRASE_VARIABLE
     prompt: str = "Passphrase of the CA: "
     confirm: bool = False
-    option: str = "--passphrase-fd"
+    option: str = _OPTION
     path: Path | None = None
-    what: str = "passphrase"
+    what: str = _WHAT
 
     @property
     def is_given(self) -> bool:
@@ -59,7 +61,8 @@ class PassphraseSource:
             AuthorityError: there is none, it is empty, or two entries differ.
         """
         if self.descriptor is not None:
-            passphrase = _first_line(self.descriptor, self.what, self.option)
+            early = _early.pop(self.descriptor, None)
+            passphrase = early.line() if early else _first_line(self.descriptor, self.what, self.option)
         elif self.variable in os.environ:
             passphrase = os.environb[self.variable.encode()]
         elif self.path is not None:
@@ -98,6 +101,39 @@ class PassphraseSource:
                 f"could not read the {self.what} from {path}: {error.strerror}",
                 hint=f"run this as the user whose file it is, set {self.variable}, or give {self.option} N",
             ) from error
+
+
+class EarlyPassphrase(threading.Thread):
+    """Reads the passphrase from a descriptor before it is asked for; who asks then gets this one, or its error.
+
+    A thread that dies with the process: whatever feeds the descriptor may take its time.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(name="passphrase", daemon=True)
+        self._descriptor = descriptor
+        self._line = b""
+        self._error: AuthorityError | None = None
+        self.start()
+        _early[descriptor] = self
+
+    def run(self) -> None:
+        """Read it."""
+        try:
+            self._line = _first_line(self._descriptor, _WHAT, _OPTION)
+        except AuthorityError as error:
+            self._error = error
+
+    def line(self) -> bytes:
+        """Return it once it is there; raises `AuthorityError` if it cannot be read."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._line
+
+
+_early: Final[dict[int, EarlyPassphrase]] = {}
+"""By descriptor: what is there to be read only once."""
 
 
 def _first_line(descriptor: int, what: str, option: str) -> bytes:

@@ -9,6 +9,7 @@ from typing import Final
 FOLDER_VARIABLE: Final = "BIRTHMARK_STATION"
 PASSPHRASE_VARIABLE: Final = "BIRTHMARK_PASSPHRASE"  # noqa: S105 - its name alone
 KEYS_FOLDER: Final = "keys"
+ISSUING_FILE: Final = "issuing.pem"
 
 
 def default_folder() -> Path:

@@ -39,7 +39,7 @@ from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
 from birthmark.provisioning.passphrase import PassphraseSource
-from birthmark.provisioning.places import KEYS_FOLDER, default_folder
+from birthmark.provisioning.places import ISSUING_FILE, KEYS_FOLDER, default_folder
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
 from birthmark.provisioning.settings import SETTINGS_FILE, Settings
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.interface import StoredRegistry, Transaction
 
 ROOT_FILE: Final = "root.pem"
-ISSUING_FILE: Final = "issuing.pem"
 CRL_FILE: Final = "crl.pem"
 ROOT_CRL_FILE: Final = "root-crl.pem"
 CRL_LOCK_FILE: Final = "crl.lock"

@@ -18,16 +18,18 @@ from support.station import CHEAP, PASSPHRASE
 
 from birthmark.device.errors import AuthorityError
 from birthmark.device.pem import block
-from birthmark.provisioning import entry, key_derivation
+from birthmark.provisioning import entry, key_derivation, passphrase
 from birthmark.provisioning.encrypted_key import LABEL, EncryptedKey, KeyDerivation
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.keyfile import encrypted_pem, read_key, replace_key
+from birthmark.provisioning.passphrase import PassphraseSource
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.settings import Settings
+from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from birthmark.provisioning.station import Station
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 
@@ -54,6 +56,7 @@ class Derivations:
 def derivations(monkeypatch: pytest.MonkeyPatch) -> Derivations:
     monkeypatch.setenv("BIRTHMARK_PASSPHRASE", PASSPHRASE.decode())
     monkeypatch.setattr(key_derivation, "_under_way", {})
+    monkeypatch.setattr(passphrase, "_early", {})
     return Derivations(monkeypatch)
 
 
@@ -99,7 +102,9 @@ def test_a_derivation_that_fails_is_left_to_whoever_needs_the_key(
     assert derivations.count == 2
 
 
-@pytest.mark.parametrize("why", ["no station", "no passphrase", "two keys", "another form", "unreadable"])
+@pytest.mark.parametrize(
+    "why", ["no station", "no passphrase", "two keys, no certificates", "another form", "unreadable"]
+)
 def test_where_it_is_not_clear_nothing_is_begun(
     why: str, station: Station, derivations: Derivations, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -108,8 +113,9 @@ def test_where_it_is_not_clear_nothing_is_begun(
         folder = tmp_path / "none"
     elif why == "no passphrase":
         monkeypatch.delenv("BIRTHMARK_PASSPHRASE")
-    elif why == "two keys":
+    elif why == "two keys, no certificates":
         shutil.copy(path, path.with_name("issuing-00000000.key.pem"))
+        (folder / "issuing.pem").unlink()
     else:
         path.unlink()
         path.mkdir() if why == "unreadable" else path.write_text("-----BEGIN NONSENSE-----")
@@ -127,7 +133,9 @@ def test_where_it_is_not_clear_nothing_is_begun(
         ("crl --json serve", False),
         ("crl status", False),
         ("revoke --help", False),
-        ("revoke sensor-1 --reason lost --passphrase-fd 3", False),
+        ("revoke sensor-1 --reason lost --passphrase-fd three", False),
+        ("crl --root --passphrase-fd 3 --root-passphrase-fd 3", False),
+        ("crl --passphrase-fd 3 --pin-fd 3", False),
         ("revoke --station", False),
         ("show sensor-1", False),
         ("audit verify", False),
@@ -139,6 +147,66 @@ def test_which_commands_begin_with_it(
     monkeypatch.setenv("BIRTHMARK_STATION", str(station.folder))
     entry.parser(words.split())
     assert bool(key_derivation._under_way) is begins
+
+
+def descriptor_with(content: bytes) -> int:
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    return reader
+
+
+def test_a_passphrase_on_a_descriptor_is_read_ahead_and_once(
+    station: Station, derivations: Derivations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BIRTHMARK_PASSPHRASE")
+    reader = descriptor_with(PASSPHRASE + b"\n")
+    entry.parser(["crl", "--station", str(station.folder), "--passphrase-fd", str(reader)])
+    source = PassphraseSource(descriptor=reader)
+    assert Station.open(station.folder, passphrase=source).authority.key_id == station.cas.for_clients.key_id
+    assert derivations.count == 1
+    assert derivations.threads[0] is not threading.main_thread()
+    assert not passphrase._early
+    with pytest.raises(AuthorityError, match="it is empty"):
+        source.read()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("wrong", ["closed", "empty", "another"])
+def test_what_is_wrong_with_a_descriptor_is_said_when_the_key_is_needed(
+    wrong: str, station: Station, derivations: Derivations
+) -> None:
+    reader = descriptor_with({"closed": b"", "empty": b"\n", "another": b"another"}[wrong])
+    if wrong == "closed":
+        os.close(reader)
+    entry.parser(["crl", "--station", str(station.folder), "--passphrase-fd", str(reader)])
+    causes = {
+        "closed": f"could not read the passphrase from descriptor {reader}",
+        "empty": "it is empty",
+        "another": "the passphrase is wrong",
+    }
+    opened = Station.open(station.folder, passphrase=PassphraseSource(descriptor=reader))
+    with pytest.raises(AuthorityError, match=causes[wrong]):
+        opened.authority  # noqa: B018
+    if wrong != "closed":
+        os.close(reader)
+
+
+def test_of_several_keys_those_of_trusted_cas_are_derived(station: Station, derivations: Derivations) -> None:
+    old = station.cas.for_clients
+    start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    activate(station, force=True)
+    new = station.cas.for_clients
+    shutil.copy(station.key_path(old), station.key_path(old).with_name("issuing-00000000.key.pem"))  # not trusted
+    station.publish_certificates()
+    derivations.threads.clear()
+    key_derivation.derive_ahead(station.folder)
+    (only,) = key_derivation._under_way
+    assert only.pem == station.key_path(new).read_bytes()
+    key_derivation._under_way.clear()
+    key_derivation.derive_ahead(station.folder, every=True)
+    begun = [key.pem for key in key_derivation._under_way]
+    assert begun == [station.key_path(ca).read_bytes() for ca in (new, old)]
 
 
 def test_the_option_names_the_station(station: Station, derivations: Derivations, tmp_path: Path) -> None:
