@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.device.agent.stop import Stop, stop_on_signals
 
@@ -47,7 +48,7 @@ def test_a_signal_is_seen_even_while_python_runs_no_handler() -> None:
     with stop_on_signals(signal.SIGUSR1) as stop:
         thread = threading.Thread(target=another_thread)
         thread.start()
-        assert looked.wait(20)
+        assert looked.wait(PATIENCE_S)
         thread.join()
         assert seen == [True]
         assert stop.is_set

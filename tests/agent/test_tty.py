@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.agent_bench import HWID
 from support.agent_process import Pty, station_on
+from support.patience import PATIENCE_S
 from support.reference_station import BUSY, HELLO, KEYGEN, frame
 
 from birthmark.device.agent import keys
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.device.agent.keys import PrivateKey
-
-LIMIT_S = 20.0
 
 
 class Served:
@@ -52,7 +51,7 @@ class Served:
             self.error = error
 
     def join(self) -> None:
-        self._thread.join(LIMIT_S)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
 
 
@@ -78,7 +77,7 @@ def test_busy_every_second_while_it_works(tmp_path: Path, pty: Pty) -> None:
     may_go_on = threading.Event()
 
     def slow_key() -> PrivateKey:
-        assert may_go_on.wait(LIMIT_S)
+        assert may_go_on.wait(PATIENCE_S)
         return keys.make_key()
 
     with served(pty, tmp_path, slow_key):
@@ -108,12 +107,12 @@ def test_a_stop_waits_for_the_work_to_end(tmp_path: Path, pty: Pty) -> None:
 
     def slow_key() -> PrivateKey:
         at_work.set()
-        assert may_go_on.wait(LIMIT_S)
+        assert may_go_on.wait(PATIENCE_S)
         return keys.make_key()
 
     with served(pty, tmp_path, slow_key) as serving:
         os.write(pty.master, frame(KEYGEN, 1, 1, b"\xa1\x01\x50" + bytes(16)))
-        assert at_work.wait(LIMIT_S)
+        assert at_work.wait(PATIENCE_S)
         serving.stop.set()
         may_go_on.set()
         serving.join()

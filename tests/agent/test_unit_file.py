@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE_S
 from support.programs import needs
 from support.repository import ROOT
 
@@ -53,7 +54,7 @@ def test_systemd_takes_it_for_well_protected(unit_path: Path) -> None:
         ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", unit_path],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert rated.returncode == 0, rated.stdout + rated.stderr

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
 from support.device_folder import enrolled
-from support.watching import DEADLINE_S, Watching, eventually, impatient
+from support.patience import PATIENCE_S
+from support.watching import Watching, eventually, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
@@ -114,9 +115,9 @@ def test_whoever_sees_it_online_can_send_it_a_command(state: Path, broker: Broke
 
 def test_publish_waits_for_the_acknowledgement(state: Path, broker: BrokerStub) -> None:
     with Client.from_folder(state) as client:
-        client.publish("devices/sensor-1/telemetry/a", {"celsius": 21.5}, wait=DEADLINE_S)
-        client.publish("devices/sensor-1/telemetry/b", "h\u00e4", retain=True, wait=DEADLINE_S)
-        client.publish("devices/sensor-1/telemetry/c", b"\0\xff", qos=0, wait=DEADLINE_S)
+        client.publish("devices/sensor-1/telemetry/a", {"celsius": 21.5}, wait=PATIENCE_S)
+        client.publish("devices/sensor-1/telemetry/b", "h\u00e4", retain=True, wait=PATIENCE_S)
+        client.publish("devices/sensor-1/telemetry/c", b"\0\xff", qos=0, wait=PATIENCE_S)
         broker.wait_for(PUBLISH, lambda packet: packet.topic.endswith("/c"))
         sent = {packet.topic[-1]: packet for packet in broker.packets if packet.kind == PUBLISH}
         assert json.loads(sent["a"].payload) == {"celsius": 21.5}
@@ -143,8 +144,8 @@ def test_what_was_not_acknowledged_goes_out_again_and_before_what_came_later(
         second = client.publish("devices/sensor-1/telemetry/a", b"2")
         broker.acknowledges, broker.connack = True, 0
         broker.drop()
-        first.wait(DEADLINE_S)
-        second.wait(DEADLINE_S)
+        first.wait(PATIENCE_S)
+        second.wait(PATIENCE_S)
     again = [p.payload for p in broker.packets if p.kind == PUBLISH and p.payload in (b"1", b"2")]
     assert again == [b"1", b"1", b"2"]
 
@@ -197,12 +198,12 @@ def test_a_message_is_acknowledged_after_its_callback_and_not_to_another_connect
     @client.on("work/#")
     def work(_: Message) -> None:
         started.set()
-        release.wait(DEADLINE_S)
+        release.wait(PATIENCE_S)
 
     with client:
         broker.wait_for(PUBLISH)
         broker.deliver("work/1", b"", qos=1, packet_id=5)
-        assert started.wait(DEADLINE_S)
+        assert started.wait(PATIENCE_S)
         assert not [packet for packet in broker.packets if packet.kind == PUBACK]
         broker.drop()
         broker.wait_for(PUBLISH, lambda packet: packet.connection == 1)
@@ -245,7 +246,7 @@ def test_an_observer_that_raises_costs_nothing_else(
         raise ZeroDivisionError
 
     with Client.from_folder(state, observe=observe) as client:
-        client.publish("a", b"", wait=DEADLINE_S)
+        client.publish("a", b"", wait=PATIENCE_S)
     assert "an observer failed" in caplog.text
 
 
@@ -255,22 +256,22 @@ def test_a_callback_may_wait_for_a_publication_and_stop_the_client(state: Path, 
 
     @client.on("a")
     def handle(_: Message) -> None:
-        client.publish("b", b"", wait=DEADLINE_S)
+        client.publish("b", b"", wait=PATIENCE_S)
         client.stop()
         done.set()
 
     with client:
         broker.wait_for(PUBLISH)
         broker.deliver("a", b"")
-        assert done.wait(DEADLINE_S)
+        assert done.wait(PATIENCE_S)
         broker.wait_for(DISCONNECT)
 
 
 def test_subscriptions_come_along(state: Path, broker: BrokerStub) -> None:
     with Client.from_folder(state, retry=impatient(), renewal=False) as client:
         got: list[str] = []
-        client.subscribe("a/+", lambda message: got.append(message.topic), wait=DEADLINE_S)
-        client.subscribe("b", lambda message: got.append(message.topic), qos=0, wait=DEADLINE_S)
+        client.subscribe("a/+", lambda message: got.append(message.topic), wait=PATIENCE_S)
+        client.subscribe("b", lambda message: got.append(message.topic), qos=0, wait=PATIENCE_S)
         client.unsubscribe("b")
         broker.wait_for(UNSUBSCRIBE)
         broker.drop()
@@ -285,7 +286,7 @@ def test_a_denied_subscription_is_reported(state: Path, broker: BrokerStub) -> N
     watching = Watching()
     with Client.from_folder(state, observe=watching, renewal=False) as client:
         with pytest.raises(RefusedError, match="policy denies it") as denied:
-            client.subscribe("devices/other/#", lambda _: None, wait=DEADLINE_S)
+            client.subscribe("devices/other/#", lambda _: None, wait=PATIENCE_S)
         assert denied.value.check == "not-authorised"
         assert watching.wait_for(SubscriptionDenied).topic_filter == "devices/other/#"
         assert client.is_connected
@@ -297,7 +298,7 @@ def test_a_request_whose_reply_cannot_be_heard_leaves_no_subscription(
     broker.suback = 0x80
     with Client.from_credentials(operator) as client:
         with pytest.raises(RefusedError, match="policy denies it"):
-            client.request("valve-1", "open", timeout_s=DEADLINE_S)
+            client.request("valve-1", "open", timeout_s=PATIENCE_S)
         asked = broker.wait_for(SUBSCRIBE).filters
         assert broker.wait_for(UNSUBSCRIBE).body[4:].decode() == asked[0]
 
@@ -360,25 +361,25 @@ def test_a_broker_that_does_not_keep_to_mqtt_is_left_and_tried_again(
 ) -> None:
     watching = Watching()
     with Client.from_folder(state, observe=watching, retry=impatient()) as client:
-        client.subscribe("#", lambda _: None, wait=DEADLINE_S)
+        client.subscribe("#", lambda _: None, wait=PATIENCE_S)
         broker.wait_for(PUBLISH)
         broker.send_raw(garbage)
         broker.drop()
         watching.wait_for(Disconnected)
         watching.wait_for(Connected, 2)
-        client.publish("still/there", b"", wait=DEADLINE_S)
+        client.publish("still/there", b"", wait=PATIENCE_S)
 
 
 def test_any_bytes_from_a_broker_cost_one_connection_at_most(state: Path, broker: BrokerStub) -> None:
     chance = random.Random(17)
     watching = Watching()
     with Client.from_folder(state, observe=watching, retry=impatient()) as client:
-        client.subscribe("#", lambda _: None, wait=DEADLINE_S)
+        client.subscribe("#", lambda _: None, wait=PATIENCE_S)
         for count in range(1, 21):
             broker.send_raw(chance.randbytes(200))
             broker.drop()
             watching.wait_for(Connected, count + 1)
-        client.publish("still/there", b"", wait=DEADLINE_S)
+        client.publish("still/there", b"", wait=PATIENCE_S)
 
 
 @pytest.mark.timeout(60)
@@ -394,7 +395,7 @@ def test_stop_does_not_wait_for_a_connect_that_hangs(tmp_path: Path, pki: Pki) -
         assert worker is not None
         assert worker.is_alive()
         connection.close()
-        worker.join(DEADLINE_S)
+        worker.join(PATIENCE_S)
         assert not worker.is_alive()
 
 
@@ -405,7 +406,7 @@ def test_a_service_has_no_presence_and_may_have_several_sessions(
         Client.from_credentials(operator, client_suffix="one") as one,
         Client.from_credentials(operator, client_suffix="two"),
     ):
-        one.publish("a", b"", wait=DEADLINE_S)
+        one.publish("a", b"", wait=PATIENCE_S)
     broker.wait_for(DISCONNECT, count=2)
     connects = [packet.body for packet in broker.packets if packet.kind == CONNECT]
     assert [body[7] for body in connects] == [0x02, 0x02]  # a clean session, no will
@@ -426,11 +427,11 @@ def test_the_first_attempt_decides_unless_there_is_time(tmp_path: Path, pki: Pki
         Client.from_folder(state, retry=impatient()).connect()
 
     patient = Client.from_folder(state, retry=impatient())
-    late = threading.Thread(target=patient.connect, args=(DEADLINE_S,))
+    late = threading.Thread(target=patient.connect, args=(PATIENCE_S,))
     late.start()
     with BrokerStub(pki, port=port) as back:
         back.wait_for(CONNECT)
-        late.join(DEADLINE_S)
+        late.join(PATIENCE_S)
         assert patient.is_connected
         patient.stop()
 
@@ -474,13 +475,13 @@ def test_many_threads_publish_at_once(state: Path, broker: BrokerStub) -> None:
 
         def publish(number: int) -> None:
             for count in range(each):
-                client.publish(f"t/{number}", str(count).encode(), wait=DEADLINE_S if count == each - 1 else None)
+                client.publish(f"t/{number}", str(count).encode(), wait=PATIENCE_S if count == each - 1 else None)
 
         workers = [threading.Thread(target=publish, args=(number,)) for number in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(DEADLINE_S)
+            worker.join(PATIENCE_S)
     by_topic: dict[str, list[int]] = {}
     for packet in broker.packets:
         if packet.kind == PUBLISH and packet.topic.startswith("t/"):
@@ -493,12 +494,12 @@ def test_a_slow_callback_slows_the_broker_down_and_loses_nothing(state: Path, br
     got: list[int] = []
 
     def handle(message: Message) -> None:
-        release.wait(DEADLINE_S)
+        release.wait(PATIENCE_S)
         got.append(int(message.payload))
 
     total = MAX_WAITING * 3
     with Client.from_folder(state) as client:
-        client.subscribe("a", handle, wait=DEADLINE_S)
+        client.subscribe("a", handle, wait=PATIENCE_S)
         for number in range(total):
             broker.deliver("a", str(number).encode())
         eventually(lambda: client._dispatcher.is_full, "the queue to fill")
@@ -526,17 +527,17 @@ def test_waiting_for_callbacks_waits_for_those_of_everything_that_has_come(
 
     def take(message: Message) -> None:
         began.set()
-        assert go_on.wait(DEADLINE_S)
+        assert go_on.wait(PATIENCE_S)
         seen.append(message.payload)
 
     with Client.from_folder(state) as client:
-        client.subscribe("devices/sensor-1/x", take, wait=DEADLINE_S)
+        client.subscribe("devices/sensor-1/x", take, wait=PATIENCE_S)
         broker.deliver("devices/sensor-1/x", b"1")
-        assert began.wait(DEADLINE_S)
+        assert began.wait(PATIENCE_S)
         with pytest.raises(UnreachableError, match=r"0\.01 s"):
             client.wait_for_callbacks(0.01)
         go_on.set()
-        client.wait_for_callbacks(DEADLINE_S)
+        client.wait_for_callbacks(PATIENCE_S)
         assert seen == [b"1"]
 
 

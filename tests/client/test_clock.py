@@ -15,6 +15,7 @@ from support.broker_process import BrokerProcess
 from support.broker_stub import CONNECT, PUBLISH, BrokerStub
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import Authority, Issued, Pki, now
 from support.watching import Watching, eventually
 
@@ -386,7 +387,7 @@ def test_only_the_answer_to_its_own_request_counts_and_only_once(tmp_path: Path,
 
             def tell(at: dt.datetime, nonce: bytes = nonce, *, retain: bool = False) -> dt.datetime:
                 broker.deliver(topic, TimeAnswer(nonce, at.timestamp()).to_bytes(), retain=retain)
-                assert heard.acquire(timeout=20)
+                assert heard.acquire(timeout=PATIENCE_S)
                 return client._clock.now()
 
             far = begins + 10 * DAY
@@ -394,7 +395,7 @@ def test_only_the_answer_to_its_own_request_counts_and_only_once(tmp_path: Path,
             assert tell(begins + 100 * DAY, retain=True) < far
             for junk in (b"", b"{", json.dumps({"nonce": nonce.hex(), "time": 1e300}).encode()):
                 broker.deliver(topic, junk)
-                assert heard.acquire(timeout=20)
+                assert heard.acquire(timeout=PATIENCE_S)
             assert client._clock.now() < far
             assert begins + 100 * DAY <= tell(begins + 100 * DAY) < begins + 101 * DAY
             assert tell(begins + 150 * DAY) < begins + 101 * DAY  # that request is answered

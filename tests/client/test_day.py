@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from support.device_folder import enrolled
 from support.loopback_proxy import LoopbackProxy
+from support.patience import PATIENCE_S
 from support.vitals import Vitals
-from support.watching import DEADLINE_S
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
@@ -70,7 +70,7 @@ for line in sys.stdin:
         waiting.append(client.publish(client.telemetry("temperature"), payload, defer=kept))
         if len(waiting) == 100:
             for one in waiting:
-                one.wait(60)
+                one.wait(PATIENCE_S)
             waiting = []
     print("done", flush=True)
 client.stop()
@@ -99,13 +99,13 @@ def test_memory_stays_flat(
             for number in range(WARM_UP + ROUNDS):
                 device.stdin.write(f"{ROUND}\n")
                 device.stdin.flush()
-                seen = alice.request(name, "reading", {"number": number}, timeout_s=DEADLINE_S).json()
+                seen = alice.request(name, "reading", {"number": number}, timeout_s=PATIENCE_S).json()
                 assert seen == {"seen": number}
                 assert device.stdout.readline() == "done\n", "it ended"
                 held.append(Vitals.of(device.pid))
                 network.cut_all()
             device.stdin.close()
-            assert device.wait(DEADLINE_S) == 0
+            assert device.wait(PATIENCE_S) == 0
     assert network.connections > ROUNDS, "the connection was to be lost again and again"
     first, last = held[WARM_UP - 1], held[-1]
     grown_kb = (last.resident_bytes - first.resident_bytes) / 1024

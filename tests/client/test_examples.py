@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.repository import ROOT, tracked
-from support.watching import DEADLINE_S, eventually
+from support.watching import eventually
 
 from birthmark.device.client import Client
 from birthmark.device.commands import CommandFailedError
@@ -43,7 +44,7 @@ def alice(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> Iterator[Client]:
 @pytest.fixture
 def heard(alice: Client) -> list[Message]:
     messages: list[Message] = []
-    alice.subscribe("devices/#", messages.append, wait=DEADLINE_S)
+    alice.subscribe("devices/#", messages.append, wait=PATIENCE_S)
     return messages
 
 
@@ -64,7 +65,7 @@ def said_online(heard: list[Message], *, online: bool) -> bool:
 def stopped_in_order(process: subprocess.Popen[str], heard: list[Message]) -> None:
     for _ in range(2):  # timeout(1) says it twice, and so do people
         process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=DEADLINE_S)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (0, "", "")
     eventually(lambda: said_online(heard, online=False), "goodbye")
     assert heard[-1].json()["reason"] == "goodbye"
@@ -73,12 +74,12 @@ def stopped_in_order(process: subprocess.Popen[str], heard: list[Message]) -> No
 def test_counter(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[Message]) -> None:
     state = enrolled(tmp_path / "state", pki, port=gateway.port, name="counter-1")
     process = start(ROOT / "examples/counter.py", state, "10")
-    out, err = process.communicate(timeout=DEADLINE_S)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (0, "the broker has all 10\n", "")
     counts = [m.json()["count"] for m in heard if m.topic.endswith("/count")]
     assert counts == list(range(1, 11))
     missing = start(ROOT / "examples/counter.py", tmp_path / "nothing", "10")
-    out, err = missing.communicate(timeout=DEADLINE_S)
+    out, err = missing.communicate(timeout=PATIENCE_S)
     assert (missing.returncode, out) == (1, "")
     assert "hint: " in err
 
@@ -87,14 +88,14 @@ def test_valve(tmp_path: Path, pki: Pki, gateway: BrokerProcess, alice: Client, 
     state = enrolled(tmp_path / "state", pki, port=gateway.port, name="valve-1")
     process = start(ROOT / "examples/valve.py", state)
     eventually(lambda: said_online(heard, online=True), "presence")
-    assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=DEADLINE_S).json() == {"percent": 40}
-    assert alice.request("valve-1", "close", timeout_s=DEADLINE_S).json() == {"percent": 0}
+    assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=PATIENCE_S).json() == {"percent": 40}
+    assert alice.request("valve-1", "close", timeout_s=PATIENCE_S).json() == {"percent": 0}
     with pytest.raises(CommandFailedError, match="a whole number from 0 to 100"):
-        alice.request("valve-1", "open", {"percent": "wide"}, timeout_s=DEADLINE_S)
+        alice.request("valve-1", "open", {"percent": "wide"}, timeout_s=PATIENCE_S)
     with pytest.raises(CommandFailedError, match="could not read a message on devices/valve-1/commands/open/"):
-        alice.request("valve-1", "open", "percent=40", timeout_s=DEADLINE_S)
+        alice.request("valve-1", "open", "percent=40", timeout_s=PATIENCE_S)
     process.send_signal(signal.SIGINT)
-    assert process.wait(DEADLINE_S) == 0
+    assert process.wait(PATIENCE_S) == 0
     eventually(lambda: said_online(heard, online=False), "goodbye")
     assert process.stderr is not None
     assert process.stderr.read().startswith("the command open failed")
@@ -129,7 +130,7 @@ def test_the_readme(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: lis
     assert blocks[0].count("/var/lib/birthmark") == 1
     script = tmp_path / "readme.py"
     script.write_text(blocks[0].replace("/var/lib/birthmark", str(state)))
-    out, err = start(script).communicate(timeout=DEADLINE_S)
+    out, err = start(script).communicate(timeout=PATIENCE_S)
     assert (out, err) == ("", "")
     eventually(lambda: said_online(heard, online=False), "goodbye")
     payloads = {m.topic.rpartition("/")[2]: m.payload for m in heard if "/telemetry/" in m.topic}

@@ -10,7 +10,8 @@ from support.broker_process import BrokerProcess
 from support.broker_stub import CONNECT, DISCONNECT, PUBLISH, BrokerStub
 from support.device_folder import enrolled
 from support.loopback_proxy import LoopbackProxy
-from support.watching import DEADLINE_S, Watching, eventually
+from support.patience import PATIENCE_S
+from support.watching import Watching, eventually
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
@@ -65,7 +66,7 @@ def test_the_next_broker_is_taken_and_the_first_again_when_it_is_back(
         with BrokerStub(pki, port=port) as first:
             assert watching.wait_for(Connected, 3).broker.port == port
             second.wait_for(DISCONNECT)  # it left in good order
-            client.publish(TOPIC, "back", wait=DEADLINE_S)
+            client.publish(TOPIC, "back", wait=PATIENCE_S)
             first.wait_for(PUBLISH, lambda packet: packet.payload == b"back")
             client.stop()
     finally:
@@ -158,7 +159,7 @@ def test_behind_a_network_that_cuts_half_of_the_connections_everything_arrives(t
             return draw.randrange(0, 5_000) if number % 2 == 0 else None
 
         with Client(operator) as alice, LoopbackProxy(broker.port, lets_through) as network:
-            alice.subscribe("devices/sensor-1/telemetry/#", take, wait=DEADLINE_S)
+            alice.subscribe("devices/sensor-1/telemetry/#", take, wait=PATIENCE_S)
             state = enrolled(tmp_path / "state", pki, port=network.port)
             options: dict[str, Any] = {"renewal": False, "retry": impatient()}
             client = Client.from_folder(state, outbox=OutboxSettings(drain_per_s=0), **options)
@@ -166,9 +167,9 @@ def test_behind_a_network_that_cuts_half_of_the_connections_everything_arrives(t
             for number in range(400):
                 acknowledgement = client.publish(TOPIC, str(number), defer=True)
                 if number % 40 == 39:
-                    acknowledgement.wait(DEADLINE_S)
+                    acknowledgement.wait(PATIENCE_S)
                     network.cut_all()
-            client.publish(TOPIC, "last", wait=DEADLINE_S)
+            client.publish(TOPIC, "last", wait=PATIENCE_S)
             client.stop()
             eventually(lambda: b"last" in got, "the last one")
             assert network.connections > 10

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.broker_stub import CONNECT, PUBLISH, BrokerStub
-from support.watching import DEADLINE_S, Watching, eventually, impatient
+from support.patience import PATIENCE_S
+from support.watching import Watching, eventually, impatient
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
@@ -59,12 +60,12 @@ def outbox_at(path: Path, **settings: Any) -> Iterator[tuple[Outbox, list[Outbox
     try:
         yield outbox, told
     finally:
-        outbox.close(DEADLINE_S)
+        outbox.close(PATIENCE_S)
 
 
 def put(outbox: Outbox, text: str, topic: str = TOPIC) -> str:
     acknowledgement = outbox.put(topic, text, retain=False)
-    acknowledgement.wait_stored(DEADLINE_S)
+    acknowledgement.wait_stored(PATIENCE_S)
     assert acknowledgement.is_stored
     return acknowledgement.message_id
 
@@ -115,7 +116,7 @@ def test_it_goes_out_in_order_after_a_restart_and_is_removed(state: Path, broker
     before.stop()
     watching = Watching()
     with client_of(state, observe=watching) as client:
-        client.publish(TOPIC, "last", wait=DEADLINE_S)
+        client.publish(TOPIC, "last", wait=PATIENCE_S)
     assert telemetry(broker) == [*map(str, range(150)), "last"]
     assert [event.state for event in watching.events if isinstance(event, OutboxChanged)] == ["waiting", "drained"]
     assert stored(state / "outbox.db") == []
@@ -125,7 +126,7 @@ def test_that_it_has_drained_is_said_of_a_backlog_alone(state: Path, broker: Bro
     watching = Watching()
     with client_of(state, observe=watching) as client:
         for number in range(3):
-            client.publish(TOPIC, str(number), wait=DEADLINE_S)
+            client.publish(TOPIC, str(number), wait=PATIENCE_S)
         broker.connack = 3  # "server unavailable"
         broker.drop()
         watching.wait_for(Disconnected)
@@ -133,7 +134,7 @@ def test_that_it_has_drained_is_said_of_a_backlog_alone(state: Path, broker: Bro
             client.publish(TOPIC, str(number))
         broker.connack = 0
         watching.wait_for(OutboxChanged)
-        client.publish(TOPIC, "6", wait=DEADLINE_S)
+        client.publish(TOPIC, "6", wait=PATIENCE_S)
     assert [event.state for event in watching.events if isinstance(event, OutboxChanged)] == ["drained"]
     assert list(dict.fromkeys(telemetry(broker))) == list("0123456")
 
@@ -157,7 +158,7 @@ def test_what_the_broker_never_answered_goes_out_again_in_order(state: Path, bro
         broker.wait_for(CONNECT, count=2)
         broker.acknowledges = True
         broker.drop()
-        client.publish(TOPIC, "last", wait=DEADLINE_S)
+        client.publish(TOPIC, "last", wait=PATIENCE_S)
     last = [p for p in broker.packets if p.kind == PUBLISH and "telemetry" in p.topic and p.connection == 2]
     firsts = list(dict.fromkeys(p.payload.decode() for p in last))
     assert firsts == [*map(str, range(50)), "last"]
@@ -181,9 +182,9 @@ def test_an_id_tells_what_came_twice(state: Path, broker: BrokerStub) -> None:
     ids = []
     for _ in range(2):
         with client_of(state, outbox=OutboxSettings(message_id="mid")) as client:
-            ids += [client.publish(TOPIC, {"n": n}, wait=DEADLINE_S).message_id for n in range(2)]
-            client.publish(TOPIC, {"mid": "my own"}, wait=DEADLINE_S)
-            client.publish(TOPIC, b'{"n":9}', wait=DEADLINE_S)
+            ids += [client.publish(TOPIC, {"n": n}, wait=PATIENCE_S).message_id for n in range(2)]
+            client.publish(TOPIC, {"mid": "my own"}, wait=PATIENCE_S)
+            client.publish(TOPIC, b'{"n":9}', wait=PATIENCE_S)
     said = [json.loads(payload) for payload in telemetry(broker)]
     assert said[:4] == [{"n": 0, "mid": ids[0]}, {"n": 1, "mid": ids[1]}, {"mid": "my own"}, {"n": 9}]
     assert len(set(ids)) == 4
@@ -198,7 +199,7 @@ def test_an_id_takes_no_message_past_what_the_gateway_takes(state: Path) -> None
     with client_of(state, outbox=OutboxSettings(message_id=key), max_packet_bytes=1024) as client:
         with pytest.raises(LocalProtocolError, match="bytes are too many, the gateway takes"):
             client.publish(TOPIC, {"n": "x" * (1024 - HEAD_BYTES - len(TOPIC) - len('{"n":""}'))})
-        client.publish(TOPIC, b"x" * (1024 - HEAD_BYTES - len(TOPIC)), wait=DEADLINE_S)
+        client.publish(TOPIC, b"x" * (1024 - HEAD_BYTES - len(TOPIC)), wait=PATIENCE_S)
 
 
 def test_no_number_comes_twice_after_a_kill_with_nothing_left_in_it(tmp_path: Path) -> None:
@@ -227,9 +228,9 @@ def test_a_full_outbox_does_what_was_chosen_and_says_so(tmp_path: Path, when_ful
         if when_full == "refuse-newest":
             for wait in (doomed.wait_stored, doomed.wait):
                 with pytest.raises(UnreachableError, match="the outbox is full"):
-                    wait(DEADLINE_S)
+                    wait(PATIENCE_S)
         else:
-            doomed.wait_stored(DEADLINE_S)
+            doomed.wait_stored(PATIENCE_S)
             for number in range(101, 110):
                 put(outbox, str(number))
         assert [event.state for event in told][:1] == ["dropping"]
@@ -265,7 +266,7 @@ def test_the_less_important_gives_way_and_never_the_more_important(tmp_path: Pat
         for number in range(40):
             put(outbox, f"alarm {number}", "alarm/a")
         given_way = outbox.put(TOPIC, "reading", retain=False)
-        given_way.wait_stored(DEADLINE_S)
+        given_way.wait_stored(PATIENCE_S)
         put(outbox, "alarm 40", "alarm/a")
         for number in range(41, 90):
             with contextlib.suppress(UnreachableError):
@@ -273,7 +274,7 @@ def test_the_less_important_gives_way_and_never_the_more_important(tmp_path: Pat
         with pytest.raises(UnreachableError, match="outbox is full"):
             put(outbox, "chat 60", "chat/a")
         with pytest.raises(UnreachableError, match="gave way to others"):
-            given_way.wait(DEADLINE_S)
+            given_way.wait(PATIENCE_S)
     left = stored(path)
     alarms = [text for text in left if text.startswith("alarm")]
     assert "reading" not in left
@@ -287,7 +288,7 @@ def test_bytes_are_limited_too(tmp_path: Path) -> None:
         with pytest.raises(LocalProtocolError, match="more than the outbox may hold"):
             outbox.put(TOPIC, bytes(64 * 1024), retain=False)
         for _ in range(200):
-            outbox.put(TOPIC, bytes(1000), retain=False).wait_stored(DEADLINE_S)
+            outbox.put(TOPIC, bytes(1000), retain=False).wait_stored(PATIENCE_S)
         assert outbox.state().bytes <= 64 * 1024
         assert outbox.state().messages == 64 * 1024 // (1000 + len(TOPIC))
 
@@ -327,7 +328,7 @@ def test_the_backlog_goes_out_at_its_rate_and_what_comes_after_it_at_once(tmp_pa
     at = clock[0]
     eventually(lambda: send() or len(sent) == 45, "what came after")  # type: ignore[func-returns-value]
     assert clock[0] == at
-    outbox.close(DEADLINE_S)
+    outbox.close(PATIENCE_S)
 
 
 def test_a_batch_is_one_sync_and_nothing_is_acknowledged_before_it(
@@ -342,19 +343,19 @@ def test_a_batch_is_one_sync_and_nothing_is_acknowledged_before_it(
         with real(self):
             yield
             held.set()
-            go_on.wait(DEADLINE_S)
+            go_on.wait(PATIENCE_S)
         syncs.append(1)
 
     monkeypatch.setattr(Database, "writing", watched)
     with outbox_at(tmp_path / "o.db", durability="batch:100ms") as (outbox, _):
         acknowledgements = [outbox.put(TOPIC, str(number), retain=False) for number in range(20)]
-        assert held.wait(DEADLINE_S)
+        assert held.wait(PATIENCE_S)
         assert not any(one.is_stored for one in acknowledgements)
         with pytest.raises(UnreachableError, match="the disk did not take it within"):
             acknowledgements[0].wait_stored(0.01)
         go_on.set()
         for one in acknowledgements:
-            one.wait_stored(DEADLINE_S)
+            one.wait_stored(PATIENCE_S)
         assert len(syncs) == 1
 
 
@@ -370,7 +371,7 @@ def test_a_damaged_file_is_put_aside_and_what_can_be_read_goes_out(state: Path, 
     path.write_bytes(content)
     watching = Watching()
     with client_of(state, observe=watching) as client:
-        client.publish(TOPIC, "after", wait=DEADLINE_S)
+        client.publish(TOPIC, "after", wait=PATIENCE_S)
     changed = watching.wait_for(OutboxChanged)
     assert changed.state == "set-aside"
     assert str(path) in changed.detail
@@ -465,7 +466,7 @@ def test_where_that_is_wanted_it_goes_on_in_memory(state: Path, broker: BrokerSt
     settings = OutboxSettings(path=path, when_failing="memory")
     watching = Watching()
     with client_of(state, outbox=settings, observe=watching) as client:
-        acknowledgement = client.publish(TOPIC, "live", wait=DEADLINE_S)
+        acknowledgement = client.publish(TOPIC, "live", wait=PATIENCE_S)
         assert not acknowledgement.is_stored
         with pytest.raises(SystemFailureError, match="No such file or directory"):
             acknowledgement.wait_stored()
@@ -481,7 +482,7 @@ def test_a_service_names_its_file(tmp_path: Path, pki: Pki, broker: BrokerStub) 
     with pytest.raises(ConfigurationError, match="it has no state folder"):
         Client(credentials, outbox=OutboxSettings())
     with Client(credentials, outbox=OutboxSettings(path=tmp_path / "alice.db")) as client:
-        assert client.publish("a", b"", wait=DEADLINE_S).is_stored
+        assert client.publish("a", b"", wait=PATIENCE_S).is_stored
 
 
 def test_whoever_publishes_faster_than_the_disk_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +493,7 @@ def test_whoever_publishes_faster_than_the_disk_waits(tmp_path: Path, monkeypatc
             outbox.put(TOPIC, str(number), retain=False)
             highest = max(highest, len(outbox._pending))
         last = outbox.put(TOPIC, "last", retain=False)
-        last.wait_stored(DEADLINE_S)
+        last.wait_stored(PATIENCE_S)
         assert highest <= 5
         assert outbox.state().messages == 201
         assert len(outbox._waiting) == 1  # nobody waits for the others
@@ -501,7 +502,7 @@ def test_whoever_publishes_faster_than_the_disk_waits(tmp_path: Path, monkeypatc
 def test_memory_is_bounded_by_what_is_read_ahead(tmp_path: Path) -> None:
     with outbox_at(tmp_path / "o.db", drain_per_s=0) as (outbox, _):
         for _ in range(20):
-            outbox.put(TOPIC, bytes(600_000), retain=False).wait_stored(DEADLINE_S)
+            outbox.put(TOPIC, bytes(600_000), retain=False).wait_stored(PATIENCE_S)
         assert sum(row.size for row in outbox._ready) <= 2 * module.READY_BYTES
         assert outbox.state().messages == 20
         outbox.connected()

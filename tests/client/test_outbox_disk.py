@@ -10,8 +10,9 @@ import pytest
 from support.broker_stub import PUBLISH, BrokerStub
 from support.device_command import DeviceCommand
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import Pki
-from support.watching import DEADLINE_S, eventually
+from support.watching import eventually
 
 from birthmark.device.errors import SystemFailureError
 from birthmark.device.outbox import outbox as module
@@ -38,11 +39,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "-l", folder], check=True, timeout=DEADLINE_S)
+        subprocess.run(["umount", "-l", folder], check=True, timeout=PATIENCE_S)
 
 
 def mount(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *words], capture_output=True, text=True, check=False, timeout=DEADLINE_S)
+    return subprocess.run(["mount", *words], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 @contextlib.contextmanager
@@ -60,14 +61,14 @@ def outbox_at(path: Path) -> Iterator[tuple[Outbox, list[OutboxChanged]]]:
     try:
         yield outbox, told
     finally:
-        outbox.close(DEADLINE_S)
+        outbox.close(PATIENCE_S)
 
 
 def fill(outbox: Outbox) -> int:
     """Store until the disk takes no more; return how many were stored."""
     for number in range(10_000):
         try:
-            outbox.put(TOPIC, f"{number:0200}", retain=False).wait_stored(DEADLINE_S)
+            outbox.put(TOPIC, f"{number:0200}", retain=False).wait_stored(PATIENCE_S)
         except SystemFailureError:
             assert outbox.state().failing == "the disk is full"
             return number
@@ -86,7 +87,7 @@ def test_a_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert outbox.take()[0].outgoing.payload == f"{0:0200}".encode()
         ballast.unlink()
         eventually(lambda: not outbox.state().failing, "that it works again")
-        outbox.put(TOPIC, "after", retain=False).wait_stored(DEADLINE_S)
+        outbox.put(TOPIC, "after", retain=False).wait_stored(PATIENCE_S)
         assert [event.state for event in told] == ["failing", "working"]
     with outbox_at(small_disk / "o.db") as (again, _):
         again.start()
@@ -105,28 +106,28 @@ def test_a_disk_that_is_full_from_the_start(small_disk: Path, monkeypatch: pytes
             ballast.flush()
     with outbox_at(small_disk / "o.db") as (outbox, told):
         with pytest.raises(SystemFailureError):
-            outbox.put(TOPIC, "no", retain=False).wait_stored(DEADLINE_S)
+            outbox.put(TOPIC, "no", retain=False).wait_stored(PATIENCE_S)
         assert [event.state for event in told][-1] == "failing"
         (small_disk / "ballast").unlink(missing_ok=True)
         (small_disk / "room").unlink()
         eventually(lambda: not outbox.state().failing, "that it works")
         assert outbox.state().messages == count
-        outbox.put(TOPIC, "yes", retain=False).wait_stored(DEADLINE_S)
+        outbox.put(TOPIC, "yes", retain=False).wait_stored(PATIENCE_S)
 
 
 def test_a_file_system_that_becomes_read_only(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RETRY_DISK_S", 0.05)
     with outbox_at(small_disk / "o.db") as (outbox, _):
-        outbox.put(TOPIC, "before", retain=False).wait_stored(DEADLINE_S)
+        outbox.put(TOPIC, "before", retain=False).wait_stored(PATIENCE_S)
     assert not mount("-o", "remount,ro", str(small_disk)).returncode
     with outbox_at(small_disk / "o.db") as (outbox, told):
         with pytest.raises(SystemFailureError, match=r"[Rr]ead-only"):
-            outbox.put(TOPIC, "no", retain=False).wait_stored(DEADLINE_S)
+            outbox.put(TOPIC, "no", retain=False).wait_stored(PATIENCE_S)
         assert [event.state for event in told] == ["failing"]
         assert not mount("-o", "remount,rw", str(small_disk)).returncode
         eventually(lambda: not outbox.state().failing, "that it works again")
         assert outbox.state().messages == 1
-        outbox.put(TOPIC, "after", retain=False).wait_stored(DEADLINE_S)
+        outbox.put(TOPIC, "after", retain=False).wait_stored(PATIENCE_S)
 
 
 def test_the_command_goes_on_with_a_disk_that_takes_nothing(tmp_path: Path) -> None:

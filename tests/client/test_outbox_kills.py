@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_process import BrokerProcess
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import Pki
-from support.watching import DEADLINE_S, Watching, eventually
+from support.watching import Watching, eventually
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
@@ -83,7 +84,7 @@ def test_nothing_that_was_stored_is_lost_and_the_order_is_kept(
         state = enrolled(tmp_path / "state", pki, port=broker.port)
         first, acknowledged, connections = 0, 0, 1
         with alice:
-            alice.subscribe("devices/sensor-1/telemetry/#", take, wait=DEADLINE_S)
+            alice.subscribe("devices/sensor-1/telemetry/#", take, wait=PATIENCE_S)
             for kill in range(KILLS):
                 durability = "message" if kill % 2 else "batch:20ms"
                 after = draw.randrange(0, 40)

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import LocalProtocolError
 from birthmark.device.periodic import Periodic, next_due
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from birthmark.device.publication import Payload
-
-DEADLINE_S = 20.0
 
 
 class Stage:
@@ -33,7 +32,7 @@ class Stage:
         )
 
     def run_next(self) -> None:
-        self.jobs.get(timeout=DEADLINE_S)()
+        self.jobs.get(timeout=PATIENCE_S)()
 
 
 @pytest.fixture
@@ -67,11 +66,11 @@ def test_runs_do_not_pile_up(stage: Stage) -> None:
         others.release()
 
     stage.periodic.start()
-    first = stage.jobs.get(timeout=DEADLINE_S)
+    first = stage.jobs.get(timeout=PATIENCE_S)
     stage.periodic.add(0.001, other)  # one that was added after the start
     for _ in range(20):  # twenty intervals later ...
         stage.run_next()
-    assert others.acquire(timeout=DEADLINE_S)
+    assert others.acquire(timeout=PATIENCE_S)
     assert not others._value < 19, "... no second run of the first one was queued"
     first()
 

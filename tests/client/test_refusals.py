@@ -14,6 +14,7 @@ import pytest
 from cryptography import x509
 from support.broker_stub import BrokerStub
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import CLIENT, SERVER, Pki, crl_pem, now
 from support.watching import Watching
 
@@ -63,7 +64,7 @@ def plain_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
                 connection, _ = listener.accept()
                 with connection:
                     talk(connection)
-                    done.wait(20)
+                    done.wait(PATIENCE_S)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -71,7 +72,7 @@ def plain_server(talk: Callable[[socket.socket], None]) -> Iterator[int]:
         done.set()
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+        thread.join(PATIENCE_S)
 
 
 def test_no_such_host(tmp_path: Path, pki: Pki) -> None:

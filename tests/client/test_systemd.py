@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 from support.broker_stub import BrokerStub
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.repository import ROOT
-from support.watching import DEADLINE_S, eventually
+from support.watching import eventually
 
 from birthmark.device import cli, worker
 from birthmark.device.client import Client
@@ -37,12 +38,12 @@ class Systemd:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
-        self._socket.settimeout(DEADLINE_S)
+        self._socket.settimeout(PATIENCE_S)
         self.environment = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": str(int(WATCHDOG_S * 1e6))}
 
     def wait_for(self, pattern: str) -> str:
         heard = []
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             heard.append(self._socket.recv(65536).decode())
             if re.match(pattern, heard[-1]):
@@ -75,7 +76,7 @@ def test_ready_alive_connected_and_stopping(tmp_path: Path, pki: Pki, systemd: S
             systemd.wait_for("WATCHDOG=1")
         process.send_signal(signal.SIGTERM)
         systemd.wait_for("STOPPING=1")
-        assert process.wait(DEADLINE_S) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_alive_without_a_network_and_without_an_identity(tmp_path: Path, pki: Pki, systemd: Systemd) -> None:
@@ -90,7 +91,7 @@ def test_alive_without_a_network_and_without_an_identity(tmp_path: Path, pki: Pk
             systemd.wait_for("WATCHDOG=1")
         finally:
             process.send_signal(signal.SIGTERM)
-            assert process.wait(DEADLINE_S) == 0
+            assert process.wait(PATIENCE_S) == 0
 
 
 def test_what_hangs_does_not_look_alive(tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,16 +106,16 @@ def test_what_hangs_does_not_look_alive(tmp_path: Path, pki: Pki, monkeypatch: p
         client.every(0.02)(lambda: fed.put(client.is_alive))
         client.every(0.02)(client._worker.wake)  # a turn waits for seconds if nothing happens
         for _ in range(20):
-            fed.get(timeout=DEADLINE_S)
+            fed.get(timeout=PATIENCE_S)
         assert client.is_alive
 
         def hang(*_: object, **__: object) -> bool:
             hangs.set()
-            release.wait(DEADLINE_S)
+            release.wait(PATIENCE_S)
             return False
 
         monkeypatch.setattr(client._worker._link, "turn", hang)
-        assert hangs.wait(DEADLINE_S)
+        assert hangs.wait(PATIENCE_S)
         eventually(lambda: not client.is_alive, "it looks alive")
         monkeypatch.undo()
         release.set()
@@ -129,7 +130,7 @@ def test_lines_for_the_journal(tmp_path: Path, pki: Pki, systemd: Systemd) -> No
         with journal.open("wb") as out:
             told = os.fstat(out.fileno())
             systemd.environment["JOURNAL_STREAM"] = f"{told.st_dev}:{told.st_ino if is_journal else 1}"
-            assert run(state, systemd, "--once", stdout=out, stderr=subprocess.DEVNULL).wait(DEADLINE_S) == 4
+            assert run(state, systemd, "--once", stdout=out, stderr=subprocess.DEVNULL).wait(PATIENCE_S) == 4
         lines = journal.read_text().splitlines()
         if is_journal:
             assert lines[0].startswith(f"<4>could not connect to 127.0.0.1:{port}: ")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from support.broker_stub import CONNECT, BrokerStub
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import Pki, crl_pem
 
 from birthmark.device import tls
@@ -23,7 +24,7 @@ CONNECT_PACKET = b"\x10\x14\0\x04MQTT\x04\x02\0\x3c\0\x08sensor-1"
 
 
 def connected(context: DeviceContext, broker: BrokerStub) -> DeviceSocket:
-    plain = socket.create_connection(("127.0.0.1", broker.port), timeout=10)
+    plain = socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S)
     return context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
@@ -137,7 +138,7 @@ def test_the_first_bytes_are_kept_however_they_come(tmp_path: Path, pki: Pki) ->
 def test_a_failed_handshake_leaves_no_open_socket(tmp_path: Path, pki: Pki) -> None:
     context = context_for(tmp_path, pki)
     with BrokerStub(pki, server=pki.stranger.server("127.0.0.1")) as broker:
-        plain = socket.create_connection(("127.0.0.1", broker.port), timeout=10)
+        plain = socket.create_connection(("127.0.0.1", broker.port), timeout=PATIENCE_S)
         wrapped = context.wrap_socket(plain, server_hostname="127.0.0.1", do_handshake_on_connect=False)
         with pytest.raises(ssl.SSLCertVerificationError):
             wrapped.do_handshake()

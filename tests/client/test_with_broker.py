@@ -14,9 +14,10 @@ import pytest
 from support.broker_process import BrokerProcess
 from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import SERVER, Pki, now
 from support.programs import needs
-from support.watching import DEADLINE_S, Watching, eventually, impatient
+from support.watching import Watching, eventually, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client
@@ -52,7 +53,7 @@ class Presences:
 
     def __init__(self, client: Client, device_id: str) -> None:
         self.seen: list[Presence] = []
-        client.subscribe(f"devices/{device_id}/status", self._take, wait=DEADLINE_S)
+        client.subscribe(f"devices/{device_id}/status", self._take, wait=PATIENCE_S)
 
     def _take(self, message: Message) -> None:
         if message.payload:
@@ -81,10 +82,10 @@ def test_a_command_goes_round(tmp_path: Path, pki: Pki, gateway: BrokerProcess) 
             presences.wait_for("", online=True)
             replies: list[Message] = []
             readings: list[Message] = []
-            alice.subscribe("devices/+/replies/#", replies.append, wait=DEADLINE_S)
-            alice.subscribe("devices/round-1/telemetry/#", readings.append, wait=DEADLINE_S)
-            device.publish(device.telemetry("humidity"), {"percent": 40}, wait=DEADLINE_S)
-            alice.publish("devices/round-1/commands/measure", {"of": "air"}, wait=DEADLINE_S)
+            alice.subscribe("devices/+/replies/#", replies.append, wait=PATIENCE_S)
+            alice.subscribe("devices/round-1/telemetry/#", readings.append, wait=PATIENCE_S)
+            device.publish(device.telemetry("humidity"), {"percent": 40}, wait=PATIENCE_S)
+            alice.publish("devices/round-1/commands/measure", {"of": "air"}, wait=PATIENCE_S)
             eventually(lambda: replies and readings, "the reply and the reading")
             assert replies[0].json() == {"celsius": 21.5, "of": "air"}
             assert (readings[0].topic, readings[0].json()) == (
@@ -108,31 +109,31 @@ def test_a_request_and_its_reply(tmp_path: Path, pki: Pki, gateway: BrokerProces
 
     with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         with device:
-            assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=DEADLINE_S).json() == {
+            assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=PATIENCE_S).json() == {
                 "percent": 40
             }
             with pytest.raises(CommandFailedError, match="failed: percent is at most 100"):
-                alice.request("valve-1", "open", {"percent": 400}, timeout_s=DEADLINE_S)
+                alice.request("valve-1", "open", {"percent": 400}, timeout_s=PATIENCE_S)
             with pytest.raises(CommandFailedError, match="'dance': unknown: no such command"):
-                alice.request("valve-1", "dance", timeout_s=DEADLINE_S)
+                alice.request("valve-1", "dance", timeout_s=PATIENCE_S)
             answered = queue.SimpleQueue[BaseException]()
 
             def in_a_callback(_: Message) -> None:
                 try:
-                    alice.request("valve-1", "open", timeout_s=DEADLINE_S)
+                    alice.request("valve-1", "open", timeout_s=PATIENCE_S)
                 except BirthmarkError as error:
                     answered.put(error)
 
-            alice.subscribe("devices/valve-1/telemetry/#", in_a_callback, wait=DEADLINE_S)
-            device.publish(device.telemetry("a"), b"", wait=DEADLINE_S)
-            assert isinstance(answered.get(timeout=DEADLINE_S), LocalProtocolError)
+            alice.subscribe("devices/valve-1/telemetry/#", in_a_callback, wait=PATIENCE_S)
+            device.publish(device.telemetry("a"), b"", wait=PATIENCE_S)
+            assert isinstance(answered.get(timeout=PATIENCE_S), LocalProtocolError)
             with pytest.raises(RefusedError, match="policy denies"):  # a device may not listen to another one
-                device.request("valve-2", "open", timeout_s=DEADLINE_S)
+                device.request("valve-2", "open", timeout_s=PATIENCE_S)
         # It waits at the broker while the device is away; back in time for nobody, the device does not begin.
         with pytest.raises(UnreachableError, match="none came within"):
             alice.request("valve-1", "open", {"percent": 1}, timeout_s=0.2)
         replies: list[Message] = []
-        alice.subscribe("devices/valve-1/replies/#", replies.append, wait=DEADLINE_S)
+        alice.subscribe("devices/valve-1/replies/#", replies.append, wait=PATIENCE_S)
         again = Client.from_folder(state)
         again.command("open")(lambda _: b"done after all")
         with again:
@@ -147,8 +148,8 @@ def test_what_the_policy_denies(tmp_path: Path, pki: Pki, gateway: BrokerProcess
     with Client.from_folder(state) as device:
         for topic_filter in ("devices/+/telemetry/#", "#", "devices/other/commands/#", "$SYS/#"):
             with pytest.raises(RefusedError, match="policy denies it"):
-                device.subscribe(topic_filter, lambda _: None, wait=DEADLINE_S)
-        device.subscribe("devices/nosy-1/commands/#", lambda _: None, wait=DEADLINE_S)
+                device.subscribe(topic_filter, lambda _: None, wait=PATIENCE_S)
+        device.subscribe("devices/nosy-1/commands/#", lambda _: None, wait=PATIENCE_S)
 
 
 def test_goodbye_and_last_will(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
@@ -204,9 +205,9 @@ def test_it_comes_back_after_a_restart_of_the_broker(tmp_path: Path, pki: Pki, o
         meanwhile = device.publish(device.telemetry("count"), b"1")
         own_broker.start()
         watching.wait_for(Connected, 2)
-        meanwhile.wait(DEADLINE_S)
+        meanwhile.wait(PATIENCE_S)
         with Client.from_credentials(operator(tmp_path, pki, own_broker)) as alice:
-            alice.publish("devices/loyal-1/commands/x", b"still there?", wait=DEADLINE_S)
+            alice.publish("devices/loyal-1/commands/x", b"still there?", wait=PATIENCE_S)
             eventually(lambda: heard == [b"still there?"], "the command")
 
 
@@ -246,10 +247,10 @@ def test_who_is_not_let_in(tmp_path: Path, pki: Pki, gateway: BrokerProcess, kin
 def test_a_session_that_is_kept_gets_what_it_missed(tmp_path: Path, pki: Pki, gateway: BrokerProcess) -> None:
     state = enrolled(tmp_path / "state", pki, port=gateway.port, name="sleepy-1")
     with Client.from_folder(state) as device:
-        device.subscribe("devices/sleepy-1/commands/#", lambda _: None, wait=DEADLINE_S)
+        device.subscribe("devices/sleepy-1/commands/#", lambda _: None, wait=PATIENCE_S)
     with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
         for number in range(3):
-            alice.publish(f"devices/sleepy-1/commands/{number}", b"", wait=DEADLINE_S)
+            alice.publish(f"devices/sleepy-1/commands/{number}", b"", wait=PATIENCE_S)
     heard: list[str] = []
     watching = Watching()
     awake = Client.from_folder(state, observe=watching)
@@ -293,7 +294,7 @@ def test_debian_s_clients_with_the_exported_files(tmp_path: Path, pki: Pki, gate
     words = shlex.split(exported["try"])
     readings: list[Message] = []
     with Client.from_credentials(operator(tmp_path, pki, gateway)) as alice:
-        alice.subscribe("devices/+/telemetry/#", readings.append, wait=DEADLINE_S)
+        alice.subscribe("devices/+/telemetry/#", readings.append, wait=PATIENCE_S)
         published = mosquitto(words)
         assert (published.returncode, published.stderr) == (0, "")
         eventually(lambda: readings, "what mosquitto_pub said")
@@ -316,4 +317,4 @@ def test_debian_s_clients_with_the_exported_files(tmp_path: Path, pki: Pki, gate
 
 
 def mosquitto(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=False)

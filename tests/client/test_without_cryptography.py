@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from support.broker_stub import DISCONNECT, PUBLISH, BrokerStub
 from support.device_folder import enrolled
+from support.patience import PATIENCE_S
 from support.pki import Pki
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def test_the_library(tmp_path: Path) -> None:
             [sys.executable, "-W", "error", "-c", _BLOCKED + _LIBRARY, state],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -67,6 +68,6 @@ def test_the_command(tmp_path: Path) -> None:
         ) as process:
             broker.wait_for(PUBLISH, lambda packet: "telemetry" in packet.topic)
             process.terminate()
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, errors) == (0, "")
         assert json.loads(output.splitlines()[0])["event"] == "connected"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from support.patience import PATIENCE_S
+
 from birthmark.provisioning.encrypted_key import KeyDerivation
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.settings import Settings
@@ -40,7 +42,7 @@ def test_a_fixture_by_hand(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         simulator.send_signal(signal.SIGTERM)

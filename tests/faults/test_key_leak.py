@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.fault_bench import SimBoard
+from support.patience import PATIENCE_S
 
 from birthmark.device.agent import keys
 from birthmark.device.agent.slots import ACTIVE, Slots
@@ -89,7 +90,7 @@ def test_the_search_finds_what_is_there() -> None:
 @pytest.mark.parametrize("mode", list(KeyMode))
 def test_after_an_enrollment(home: Path, tmp_path: Path, mode: KeyMode) -> None:
     with SimBoard(tmp_path / "board") as board, flash(home, board.port, mode) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     active = Slots(tmp_path / "board").active()
     assert active is not None
@@ -114,7 +115,7 @@ def test_after_a_failure(home: Path, tmp_path: Path, fault: str) -> None:
             process.send_signal(signal.SIGINT)
         else:
             said = b""
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
         pending = Slots(tmp_path / "board").pending()
     assert process.returncode in (3, 130), err
     assert pending is not None

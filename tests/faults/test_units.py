@@ -7,7 +7,8 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from support.fault_bench import LIMIT_S, SimBoard, check_no_half, enrol
+from support.fault_bench import SimBoard, check_no_half, enrol
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import BirthmarkError, PortError
 from birthmark.provisioning.enrollment.enrol import Reached, Step, UnitRefusedError
@@ -121,7 +122,7 @@ def test_one_id_on_two_ports(desk: Desk, tmp_path: Path) -> None:
 
     def one(number: int) -> None:
         with SimBoard(tmp_path / f"board-{number}", number=number) as board:
-            together.wait(LIMIT_S)
+            together.wait(PATIENCE_S)
             try:
                 results.append(enrol(desk, board.port, "unit-1").state)
             except (UnitRefusedError, DuplicateError) as error:

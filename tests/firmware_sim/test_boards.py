@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE_S
 from support.simulator import Simulator
 
 from birthmark.device.link.frame import Deframer, Frame
@@ -123,7 +124,7 @@ def test_two_simulators_do_not_share_a_board(tmp_path: Path) -> None:
     with Simulator(tmp_path / "boards") as first:
         link = Path(first.next("ready")["link"])
         with Simulator(tmp_path / "boards", "--count", "2") as second:
-            assert second.process.wait(timeout=20) == 5
+            assert second.process.wait(timeout=PATIENCE_S) == 5
             errors = json.loads(second.process.communicate()[1])
             assert "another agent is using it" in errors["error"]
         assert link.resolve().exists(), "the first board still has its port"
@@ -136,7 +137,7 @@ def test_a_reader_that_goes_away_ends_it(tmp_path: Path) -> None:
     with Simulator(tmp_path / "boards", "--count", "2") as simulator:
         assert simulator.process.stdout is not None
         simulator.process.stdout.close()
-        assert simulator.process.wait(timeout=20) == 141
+        assert simulator.process.wait(timeout=PATIENCE_S) == 141
 
 
 @pytest.mark.parametrize(
@@ -144,14 +145,14 @@ def test_a_reader_that_goes_away_ends_it(tmp_path: Path) -> None:
 )
 def test_wrong_usage(tmp_path: Path, options: list[str]) -> None:
     with Simulator(tmp_path / "boards", *options) as simulator:
-        assert simulator.process.wait(timeout=20) == 2
+        assert simulator.process.wait(timeout=PATIENCE_S) == 2
     assert not (tmp_path / "boards").exists()
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan", "1e9"])
 def test_an_interval_out_of_range(tmp_path: Path, interval: str) -> None:
     with Simulator(tmp_path / "boards", f"--interval={interval}") as simulator:
-        output, errors = simulator.process.communicate(timeout=20)
+        output, errors = simulator.process.communicate(timeout=PATIENCE_S)
         assert (simulator.process.returncode, output) == (1, "")
         assert json.loads(errors)["hint"] == "--interval takes 0.01 to 86400 seconds"
     assert not (tmp_path / "boards").exists()

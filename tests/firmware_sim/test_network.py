@@ -10,14 +10,13 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import ConfigurationError
 from birthmark.firmware_sim.network import NetworkFaults, Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-DEADLINE_S = 20.0
 
 
 class Echo:
@@ -56,7 +55,7 @@ def echo() -> Iterator[Echo]:
 
 
 def connected(proxy: Proxy) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", proxy.port), timeout=DEADLINE_S)
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=PATIENCE_S)
 
 
 def gets_through(proxy: Proxy) -> bool:
@@ -155,7 +154,7 @@ def test_who_waits_for_the_broker_is_reset_too(echo: Echo, monkeypatch: pytest.M
     proxy = Proxy("127.0.0.1", echo.port, NetworkFaults())
     with proxy:
         client = connected(proxy)
-        assert dialled.wait(DEADLINE_S)
+        assert dialled.wait(PATIENCE_S)
     with client, pytest.raises(ConnectionResetError):
         client.recv(1)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from support.patience import PATIENCE_S
 from support.spec_board import SpecBoard
 from support.station import PASSPHRASE, new_station
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 def birthmark(station: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(), "BIRTHMARK_STATION": str(station)}
     command = [sys.executable, "-m", "birthmark.provisioning", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
 
 
 @pytest.fixture(scope="module")

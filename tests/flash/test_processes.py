@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from support.board_agent import AgentProcess, AgentThread
 from support.board_cable import Cable
 from support.board_killed import session
+from support.patience import PATIENCE_S
 
 from birthmark.device.console import run
 from birthmark.device.errors import PortError
@@ -69,7 +70,7 @@ def flash(station: Station, *arguments: str) -> subprocess.CompletedProcess[str]
         env=environment(station),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -177,7 +178,7 @@ def test_the_station_is_killed(station: Station, cable: Cable, tmp_path: Path, k
             command,
             env={**os.environ, "PYTHONPATH": str(TESTS)},
             input=PASSPHRASE + b"\n",
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert killed.returncode == -signal.SIGKILL
@@ -301,7 +302,7 @@ def test_ctrl_c_says_how_to_go_on(station: Station, cable: Cable, tmp_path: Path
         )
         wait_until(lambda: quiet[0])
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
         assert err == ""
         assert f"birthmark flash --port {port} --id stopped --keys station" in out.splitlines()[-1]
@@ -379,7 +380,7 @@ def test_the_command_is_stopped_in_the_middle(
             command, env=environment(station), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         process.append(started)
-        _, err = started.communicate(timeout=60)
+        _, err = started.communicate(timeout=PATIENCE_S)
         assert started.returncode == (-signal.SIGKILL if number is signal.SIGKILL else 130)
         assert err == ""
         before = rows_of(station, name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.line_board import LineBoard
 from support.line_process import Process
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE, Command, new_station
 
 if TYPE_CHECKING:
@@ -63,4 +64,4 @@ def start(station: Station) -> Iterator[Callable[..., Process]]:
     for one in started:
         if one.process.poll() is None:
             one.process.kill()
-        one.process.communicate(timeout=30)
+        one.process.communicate(timeout=PATIENCE_S)

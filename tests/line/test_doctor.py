@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.repository import ROOT
 
 from birthmark.provisioning.doctor import Adapter, Finding, Health, Machine, examine
@@ -164,7 +165,7 @@ def test_the_command_looks_at_real_ports_and_leaves_them_alone(
 
 def run_doctor(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "birthmark.provisioning", "doctor", "ports", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_a_port_of_another_machine_is_looked_at_over_there() -> None:

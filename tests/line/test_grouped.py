@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
@@ -39,7 +40,7 @@ class Slow(TinyRegistry):
             yield transaction
             if self.gate is not None:
                 self.at_gate.set()
-                assert self.gate.wait(30)
+                assert self.gate.wait(PATIENCE_S)
             if self.failure is not None:
                 raise self.failure
             self.writes += 1
@@ -87,11 +88,11 @@ def sixteen_behind_one(registry: GroupedRegistry, beneath: Slow, pool: ThreadPoo
     """Start `work(n)` sixteen times while the write of another transaction is held up, then let it go."""
     beneath.gate, beneath.at_gate = threading.Event(), threading.Event()
     first = pool.submit(add, registry, "first")
-    assert beneath.at_gate.wait(30)
+    assert beneath.at_gate.wait(PATIENCE_S)
     futures = [pool.submit(work, number) for number in range(16)]
     wait_for_waiting(registry, 16)
     beneath.gate.set()
-    first.result(30)
+    first.result(PATIENCE_S)
     return futures
 
 
@@ -105,7 +106,7 @@ def test_sixteen_that_wait_share_a_write(registry: GroupedRegistry, beneath: Slo
     with ThreadPoolExecutor(20) as pool:
         futures = sixteen_behind_one(registry, beneath, pool, lambda n: add(registry, f"row-{n}"))
         for future in futures:
-            future.result(30)
+            future.result(PATIENCE_S)
     assert sorted(names(registry)) == sorted(["first", *(f"row-{n}" for n in range(16))])
     assert beneath.writes == 2
     verdict = audit_check.check(beneath)
@@ -125,9 +126,9 @@ def test_a_share_that_fails_is_undone_alone(registry: GroupedRegistry, beneath: 
         for number, future in enumerate(futures):
             if number % 2:
                 with pytest.raises(DuplicateError):
-                    future.result(30)
+                    future.result(PATIENCE_S)
             else:
-                future.result(30)
+                future.result(PATIENCE_S)
     assert sorted(names(registry)) == sorted(["first", *(f"row-{n}" for n in range(0, 16, 2))])
     with registry.view() as view:
         assert view.counter("count") == 8
@@ -142,18 +143,18 @@ def test_a_leader_that_fails_takes_nobody_with_it(registry: GroupedRegistry, ben
         with registry.transaction() as transaction:
             insert(transaction, "lost")
             inside.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE_S)
             raise KeyError
 
     with ThreadPoolExecutor(2) as pool:
         leader = pool.submit(lead)
-        assert inside.wait(30)
+        assert inside.wait(PATIENCE_S)
         other = pool.submit(add, registry, "kept")
         wait_for_waiting(registry, 1)
         go_on.set()
-        other.result(30)
+        other.result(PATIENCE_S)
         with pytest.raises(KeyError):
-            leader.result(30)
+            leader.result(PATIENCE_S)
     assert names(registry) == ["kept"]
 
 
@@ -169,7 +170,7 @@ def test_a_write_that_fails_fails_for_everybody(
     with ThreadPoolExecutor(20) as pool:
         for future in sixteen_behind_one(registry, beneath, pool, work):
             with pytest.raises(RegistryError, match="no space") as caught:
-                future.result(30)
+                future.result(PATIENCE_S)
             assert type(caught.value) is kind
     beneath.failure = None
     assert names(registry) == ["first"]

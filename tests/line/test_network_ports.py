@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 import serial
 from serial import rfc2217
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ class PortServer:
 
     def __exit__(self, *_: object) -> None:
         os.write(self._stop_write, b"x")
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=PATIENCE_S)
         self._listening.close()
         os.close(self._stop_read)
         os.close(self._stop_write)

@@ -18,6 +18,7 @@ from support.board_agent import AgentThread
 from support.board_cable import Cable
 from support.board_killed import session
 from support.line_board import LineBoard
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE
 from support.station_gateways import PathGateway, receipt_for
 
@@ -196,7 +197,7 @@ def test_ctrl_c_stops_every_slot_and_says_how_to_go_on(
         ):
             where = ("--port", str(one.link), "--port", str(two.link))
             line = start("run", *where, "--template", "unit-{n}", "--json", *WHERE)
-            assert all(is_silent.wait(30) for is_silent in silent)
+            assert all(is_silent.wait(PATIENCE_S) for is_silent in silent)
             line.process.send_signal(signal.SIGINT)
             line.process.send_signal(signal.SIGINT)
             code, err = line.end()
@@ -241,7 +242,7 @@ def test_a_signal_may_come_on_top_of_another() -> None:
 
         def run(self) -> None:
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.wait(30)
+            assert stop.wait(PATIENCE_S)
 
     class Blind:
         def show(self, report: object) -> None: ...
@@ -395,7 +396,7 @@ def test_the_table_on_a_terminal(
             break
         shown += data
     os.close(master)
-    assert process.wait(30) == 5
+    assert process.wait(PATIENCE_S) == 5
     assert process.stderr is not None
     process.stderr.close()
     last = shown.decode().split("\x1b[J")[-2]

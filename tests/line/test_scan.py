@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE
 
 from birthmark.provisioning.registry.model import State
@@ -136,7 +137,7 @@ def test_typed_on_a_terminal_under_the_table(station: Station, board: LineBoard)
     wait_for(b"scan sensor-17 again, on the board")
     os.write(master, b"sensor-17\r")
     wait_for(b"PASS ")
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_S) == 0
     assert process.stderr is not None
     process.stderr.close()
     assert termios.tcgetattr(slave) == before

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.repository import ROOT
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def environment(python: Path | str, venv: Path) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from support.patience import PATIENCE_S
 from support.repository import tracked
 
 # Runs in a fresh interpreter: blocks, imports every module of the part, and tells what came in with them.
@@ -56,7 +57,7 @@ def probe(blocked: list[str], modules: list[str]) -> set[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert answer.returncode == 0, answer.stderr
     return set(json.loads(answer.stdout))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE, Clock, Command, enrolled_row
 from support.station_gateways import PathGateway, receipt_for
 
@@ -184,7 +185,7 @@ def test_it_runs_until_it_is_stopped(living: Station, number: signal.Signals) ->
         events = [json.loads(process.stdout.readline())["event"] for _ in range(2)]
         process.send_signal(number)
         rest = [json.loads(line)["event"] for line in process.stdout]
-        code = process.wait(30)
+        code = process.wait(PATIENCE_S)
     assert (events, rest) == (["ready", "crl"], ["stopped"])
     assert code == (130 if number is signal.SIGINT else 0)
     assert not row.is_revoked

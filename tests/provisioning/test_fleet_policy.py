@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from support.patience import PATIENCE_S
 from support.programs import needs
 from support.station import CHEAP, PASSPHRASE, Command, new_station
 from support.station_broker import station_broker
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from birthmark.device.received import Message
 
-LONG_S = 30.0
 AWAY_S = 8.0
 """For those who will not answer: what is published meanwhile is what matters."""
 UNTIL_THE_END_S = 4.0
@@ -80,16 +80,16 @@ def operator(cloud: Fleet) -> Client:
 def held_by(cloud: Fleet) -> bytes:
     found: queue.Queue[bytes] = queue.Queue()
     with operator(cloud) as client:
-        client.subscribe("fleet/policy", lambda message: found.put(message.payload), wait=LONG_S)
-        return found.get(timeout=LONG_S)
+        client.subscribe("fleet/policy", lambda message: found.put(message.payload), wait=PATIENCE_S)
+        return found.get(timeout=PATIENCE_S)
 
 
 def put(cloud: Fleet, payload: bytes) -> None:
     with operator(cloud) as client:
-        client.publish("fleet/policy", payload, retain=True, wait=LONG_S)
+        client.publish("fleet/policy", payload, retain=True, wait=PATIENCE_S)
 
 
-def told(station: Station, policy: SignedPolicy, timeout_s: float = LONG_S) -> dict[str, tuple[str, str]]:
+def told(station: Station, policy: SignedPolicy, timeout_s: float = PATIENCE_S) -> dict[str, tuple[str, str]]:
     done = deliver_policy(station, policy, timeout_s)
     return {one.gateway: (one.outcome.value, one.cause) for one in done}
 
@@ -124,7 +124,7 @@ def test_no_version_is_given_twice_however_many_publish_at_once(living: Station)
 
     def publish(number: int) -> SignedPolicy:
         opened = Station.open(living.folder, passphrase=PASSPHRASE)
-        begin.wait(LONG_S)
+        begin.wait(PATIENCE_S)
         return sign_policy(opened, TEXT + b"# %d\n" % number)[0]
 
     with ThreadPoolExecutor(6) as pool:
@@ -190,7 +190,7 @@ def test_every_gateway_goes_by_it_and_one_that_is_away_takes_it_later(cloud: Fle
     cloud.add("g-1", "g-2", "g-3")
     policy, _ = sign_policy(cloud.station, TEXT)
     with cloud.there(["g-1", "g-2"]), cloud.played("g-3"):
-        first = {one.gateway: one.described() for one in deliver_policy(cloud.station, policy, LONG_S)}
+        first = {one.gateway: one.described() for one in deliver_policy(cloud.station, policy, PATIENCE_S)}
         assert first["g-1"] == "g-1: goes by version 1 after 1.5 ms"
     policy, _ = sign_policy(cloud.station, OTHER)
     with cloud.there(["g-1", "g-2"]):
@@ -200,7 +200,7 @@ def test_every_gateway_goes_by_it_and_one_that_is_away_takes_it_later(cloud: Fle
             "g-3": ("PENDING", "its link to cloud is down"),
         }
         with cloud.played("g-3"):
-            again = {one.gateway: one for one in deliver_policy(cloud.station, policy, LONG_S)}
+            again = {one.gateway: one for one in deliver_policy(cloud.station, policy, PATIENCE_S)}
         assert {one.described() for one in again.values()} == {
             f"{name}: goes by version 2 already" for name in again
         }
@@ -274,9 +274,9 @@ def test_a_version_that_this_station_does_not_know_stays_however_late_it_is_seen
             disturber.publish("fleet/policy", theirs, retain=True)
 
     with operator(cloud) as disturber, cloud.played("g-1", answers=False, takes_policies=False):
-        disturber.subscribe("fleet/policy", disturb, wait=LONG_S)
+        disturber.subscribe("fleet/policy", disturb, wait=PATIENCE_S)
         assert "cloud holds a version 5" in told(cloud.station, policy)["g-1"][1]
-        assert [seen.get(timeout=LONG_S) for _ in range(3)] == [policy.to_bytes(), theirs, theirs]
+        assert [seen.get(timeout=PATIENCE_S) for _ in range(3)] == [policy.to_bytes(), theirs, theirs]
     assert held_by(cloud) == theirs
 
 
@@ -287,7 +287,7 @@ def test_a_newer_one_that_another_command_signed_meanwhile_counts(cloud: Fleet) 
     newer, _ = sign_policy(cloud.station, OTHER)
     with cloud.there(["g-1"]) as (gateway,):
         put(cloud, newer.to_bytes())
-        (done,) = deliver_policy(cloud.station, older, LONG_S)
+        (done,) = deliver_policy(cloud.station, older, PATIENCE_S)
         assert (done.outcome, done.version) == (Outcome.DONE, 2)
         assert gateway.policy == newer
     assert held_by(cloud) == newer.to_bytes()
@@ -314,7 +314,7 @@ def test_a_restored_station_takes_over_the_highest_version(cloud: Fleet, tmp_pat
     back_up(cloud.station, tmp_path / "backup.age", b"x", cost_log2=2)
     newer, _ = sign_policy(cloud.station, OTHER)
     with cloud.there(["g-1"]):
-        deliver_policy(cloud.station, newer, LONG_S)
+        deliver_policy(cloud.station, newer, PATIENCE_S)
         restored = restore(
             tmp_path / "backup.age", tmp_path / "restored", backup_passphrase=b"x", passphrase=PASSPHRASE
         ).station

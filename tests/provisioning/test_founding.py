@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE, new_station
 
 from birthmark.device.errors import AuthorityError, ConfigurationError, RegistryError
@@ -107,7 +108,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     )
     tests = str(__import__("pathlib").Path(__file__).parents[1])
     command = [sys.executable, "-c", script, str(tmp_path / "station"), tests]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert list(tmp_path.iterdir()) == []

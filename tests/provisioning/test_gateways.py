@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
 
 SHORT_S = 0.3
-LONG_S = 30.0
 
 
 def crl_of(station: Station) -> CrlSet:
@@ -40,7 +40,7 @@ def crl_of(station: Station) -> CrlSet:
     return crl
 
 
-def deliver_all(station: Station, *gateways: Gateway, timeout_s: float = LONG_S) -> list[Delivery]:
+def deliver_all(station: Station, *gateways: Gateway, timeout_s: float = PATIENCE_S) -> list[Delivery]:
     return deliver(
         gateways,
         crl_of(station),
@@ -165,7 +165,7 @@ def test_by_path_an_older_crl_does_not_stay_in_the_place_of_a_newer_one(living: 
             living.cas,
             successor=partial(successor, living),
             anchors_path=living.folder / "root.pem",
-            timeout_s=LONG_S,
+            timeout_s=PATIENCE_S,
         )
     assert by_path.crl_path.read_bytes() == newer.pem
     assert delivery.outcome is Outcome.DONE
@@ -187,7 +187,7 @@ def test_by_path_a_newer_crl_that_another_command_brought_counts(living: Station
             living.cas,
             successor=partial(successor, living),
             anchors_path=living.folder / "root.pem",
-            timeout_s=LONG_S,
+            timeout_s=PATIENCE_S,
         )
     assert delivery.outcome is Outcome.DONE
     assert delivery.receipts
@@ -211,7 +211,7 @@ def test_by_mqtt_a_newer_crl_is_brought_when_the_gateway_has_it_already(
             living.cas,
             successor=partial(successor, living),
             anchors_path=living.folder / "root.pem",
-            timeout_s=LONG_S,
+            timeout_s=PATIENCE_S,
         )
     assert delivery.outcome is Outcome.DONE, delivery
     assert delivery.receipts
@@ -280,7 +280,7 @@ def test_by_mqtt_what_goes_wrong_is_pending(
         return [receipt_for(crl).to_bytes()] if answers else []
 
     with mqtt_gateway(tmp_path, answer, connack=connack, suback=suback) as gateway:
-        timeout_s = LONG_S if answers else 1.0
+        timeout_s = PATIENCE_S if answers else 1.0
         (delivery,) = deliver_all(living, by_mqtt(gateway.port), timeout_s=timeout_s)
     assert delivery.outcome is Outcome.PENDING
     assert cause in delivery.cause

@@ -6,6 +6,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE
 
 from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError
@@ -25,7 +26,7 @@ def test_an_attempt_at_work_is_not_taken_for_a_killed_one(living: Station, tmp_p
 
     def clock() -> datetime:
         signing.set()  # its row is in KEYED by now
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE_S)
         return utc_now()
 
     def attempt(station: Station) -> None:
@@ -38,13 +39,13 @@ def test_an_attempt_at_work_is_not_taken_for_a_killed_one(living: Station, tmp_p
     first = Thread(target=attempt, args=[slow])
     second = Thread(target=attempt, args=[Station.open(living.folder, passphrase=PASSPHRASE)])
     first.start()
-    assert signing.wait(60)
+    assert signing.wait(PATIENCE_S)
     second.start()
     second.join(0.3)
     assert second.is_alive(), "it does not wait for the first"
     go_on.set()
-    first.join(60)
-    second.join(60)
+    first.join(PATIENCE_S)
+    second.join(PATIENCE_S)
     with living.registry.view() as view:
         (row,) = view.named("alice")
     assert not row.is_revoked

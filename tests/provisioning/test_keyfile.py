@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE
 
 from birthmark.device.errors import AuthorityError
@@ -39,7 +40,7 @@ def test_a_key_comes_back_and_openssl_can_read_it(
     assert path.stat().st_mode & 0o777 == 0o400
     assert read_key(path, passphrase, whose="the CA").private_numbers() == key.private_numbers()
     command = ["openssl", "pkey", "-in", str(path), "-passin", "stdin", "-pubout"]
-    done = subprocess.run(command, input=passphrase + b"\n", capture_output=True, timeout=30, check=True)
+    done = subprocess.run(command, input=passphrase + b"\n", capture_output=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -49,7 +50,7 @@ def test_the_real_derivation_is_strong_and_openssl_reads_it(
     path = tmp_path / "ca.key.pem"
     write_key(path, key, PASSPHRASE)
     command = ["openssl", "asn1parse", "-in", str(path)]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
     assert "1.3.6.1.4.1.11591.4.11" in shown or "scrypt" in shown
     numbers = [int(number, 16) for number in re.findall(r"INTEGER\s+:([0-9A-F]+)", shown)]
     assert numbers == [DEFAULT_DERIVATION.cost, DEFAULT_DERIVATION.block_size, DEFAULT_DERIVATION.parallelism]
@@ -58,7 +59,7 @@ def test_the_real_derivation_is_strong_and_openssl_reads_it(
     assert numbers[1] >= 8
     assert numbers[2] >= 5
     command = ["openssl", "pkey", "-in", str(path), "-passin", "stdin", "-noout"]
-    subprocess.run(command, input=PASSPHRASE + b"\n", timeout=30, check=True)
+    subprocess.run(command, input=PASSPHRASE + b"\n", timeout=PATIENCE_S, check=True)
 
 
 def test_the_key_itself_is_not_in_the_file(key: ec.EllipticCurvePrivateKey) -> None:

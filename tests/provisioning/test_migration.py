@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.patience import PATIENCE_S
 from support.station import Clock, Command, enrolled_row, keyed_row, new_station
 
 from birthmark.device.errors import ConfigurationError, RegistryError
@@ -167,10 +168,10 @@ def test_who_works_with_the_old_one_is_told_and_loses_nothing(station: Station) 
     workers = [threading.Thread(target=work, args=(who,)) for who in range(3)]
     for worker in workers:
         worker.start()
-    assert some.wait(60)
+    assert some.wait(PATIENCE_S)
     after = moved(station, SQLITE)
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_S)
         assert not worker.is_alive()
     assert [error.message for error in told if "this station has moved to another one meanwhile" in error.message]
     assert len(told) == 3

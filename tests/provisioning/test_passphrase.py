@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import AuthorityError
 from birthmark.provisioning.cli import parser
@@ -93,7 +94,7 @@ def test_a_terminal_is_asked_twice_and_echoes_nothing(typed: bytes, ends: str) -
         os.write(leader, answer + b"\n")
     assert process.stdout is not None
     told = process.stdout.read().decode()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     process.stdout.close()
     os.close(leader)
     assert ends in told

@@ -17,6 +17,7 @@ from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from support.patience import PATIENCE_S
 
 from birthmark.device.certificate_facts import certificate_facts
 from birthmark.device.errors import AuthorityError, IdentityError
@@ -473,7 +474,9 @@ def test_openssl_agrees(tmp_path: Path, root: profile.Issuer, issuing: profile.I
     def verify(name: str, *options: str) -> tuple[int, str]:
         command = ["openssl", "verify", "-x509_strict", "-crl_check_all", "-CAfile", "root.pem"]
         command += ["-CRLfile", "crls.pem", "-untrusted", "issuing.pem", *options, name]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
         return done.returncode, done.stdout + done.stderr
 
     assert verify("device.pem", "-purpose", "sslclient")[0] == 0

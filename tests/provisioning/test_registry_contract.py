@@ -8,6 +8,7 @@ from datetime import timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.patience import PATIENCE_S
 from support.station import NOON, Clock, public_key_der
 
 from birthmark.device.durable import private_folder
@@ -623,7 +624,7 @@ def test_threads_lose_nothing(registry: StoredRegistry) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=PATIENCE_S)
         assert not thread.is_alive()
     with registry.view() as view:
         assert view.counter("n") == 40

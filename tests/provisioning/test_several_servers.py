@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.programs import needs
 from support.station_upstream import Fleet, Mosquitto, PlayedGateway, fleet
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
 
 pytestmark = needs("mosquitto")
-LONG_S = 30.0
 SHORT_S = 4.0
 
 
@@ -58,9 +58,9 @@ class Pair:
     def bring(self) -> dict[str, Delivery]:
         crls = current_crl(self.station)
         assert crls is not None
-        return {one.gateway: one for one in deliver_crl(self.station, crls, LONG_S)}
+        return {one.gateway: one for one in deliver_crl(self.station, crls, PATIENCE_S)}
 
-    def looks(self, timeout_s: float = LONG_S) -> dict[str, Look]:
+    def looks(self, timeout_s: float = PATIENCE_S) -> dict[str, Look]:
         settings = self.station.settings
         found = look_at(
             settings.gateways,
@@ -77,9 +77,11 @@ class Pair:
         address = BrokerAddress("localhost", self.servers[server].port)
         credentials = Credentials.from_files(self.fleet.folder / "alice.pem", self.station.root_path, address)
         with Client(credentials, client_suffix="test") as client:
-            client.subscribe(f"fleet/crl/{crl.issuer}", lambda message: found.put(message.payload), wait=LONG_S)
-            client.subscribe("fleet/none", lambda _: None, wait=LONG_S)
-            client.wait_for_callbacks(LONG_S)
+            client.subscribe(
+                f"fleet/crl/{crl.issuer}", lambda message: found.put(message.payload), wait=PATIENCE_S
+            )
+            client.subscribe("fleet/none", lambda _: None, wait=PATIENCE_S)
+            client.wait_for_callbacks(PATIENCE_S)
             return b"" if found.empty() else found.get()
 
 
@@ -139,7 +141,7 @@ def test_the_service_goes_on_until_every_server_has_it(pair: Pair) -> None:
     service = CrlService(
         pair.station,
         say=lambda name, _text, **facts: told.append((name, "missed" in facts)),
-        timeout_s=LONG_S,
+        timeout_s=PATIENCE_S,
         retry=Backoff(0.001, 0.001),
     )
     with pair.played("g-1", 0), pair.played("g-2", 0):

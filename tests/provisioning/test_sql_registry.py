@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import event, insert, text, update
+from support.patience import PATIENCE_S
 from support.postgres import running
 from support.station import NOON, Clock
 
@@ -214,12 +215,12 @@ def test_a_share_that_the_database_refuses_is_undone_alone(registry: SqlRegistry
     def lead() -> None:
         with grouped.transaction() as transaction:
             begun.set()
-            assert go_on.wait(30)
+            assert go_on.wait(PATIENCE_S)
             insert_device(transaction, "leader")
 
     leader = threading.Thread(target=lead)
     leader.start()
-    assert begun.wait(30)
+    assert begun.wait(PATIENCE_S)
 
     def fails() -> None:
         with grouped.transaction() as transaction:
@@ -239,7 +240,7 @@ def test_a_share_that_the_database_refuses_is_undone_alone(registry: SqlRegistry
     member.start()
     go_on.set()
     for thread in (leader, member):
-        thread.join(30)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
     assert [str(error) for error in failures if "the database refuses it" in str(error)]
     assert names(registry) == ["first", "leader"]

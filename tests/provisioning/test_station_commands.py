@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE, Command, enrolled_row, keyed_row
 
 from birthmark.device.credentials import BrokerAddress, Credentials
@@ -81,7 +82,7 @@ def test_the_whole_command_in_a_process_of_its_own(tmp_path: Path) -> None:
         pass_fds=[reader],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=True,
     )
     os.close(reader)
@@ -95,7 +96,7 @@ def test_the_whole_command_in_a_process_of_its_own(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert (again.returncode, again.stdout) == (0, "nothing is enrolled that fits\n")
@@ -428,7 +429,7 @@ def test_no_core_dumps(birthmark: Command, living: Station) -> None:
         "print(resource.getrlimit(resource.RLIMIT_CORE))"
     )
     command = [sys.executable, "-c", script, "list", "--json", "--station", str(living.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == "(0, 0)\n"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
@@ -101,7 +102,7 @@ def test_a_kill_at_any_step_of_a_write_loses_nothing(tmp_path: Path, proven: Cal
 
 def test_a_full_disk_is_a_clear_error_and_changes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(KILLING_GROUND), "disk-full", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
 
 

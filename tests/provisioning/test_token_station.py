@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from support.patience import PATIENCE_S
 from support.renewing import PaperDevice
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
@@ -367,7 +368,7 @@ def test_the_crl_service_runs_as_a_process(held: Station) -> None:
         events = [json.loads(process.stdout.readline())["event"] for _ in range(2)]
         process.terminate()
         process.stdout.read()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE_S) == 0
     assert events == ["ready", "crl"]
     assert current_crl(held) is not None
 

@@ -14,6 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from support.patience import PATIENCE_S
 from support.pki import Pki
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 
@@ -231,7 +232,7 @@ def test_a_child_process_opens_the_token_anew(softhsm: SoftHsm, uri: TokenUri, k
     # In a process of its own: what forks should have no threads but the token's.
     assert signs(key)
     command = [sys.executable, "-c", FORKING, str(softhsm.module), uri.token, PIN.decode()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.stdout.splitlines() == ["the child has signed", "the parent has signed again"], done.stderr
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.patience import PATIENCE_S
 from support.programs import needs
 from support.repository import ROOT
 
@@ -73,5 +74,5 @@ def test_both_run_as_the_station_and_by_a_timer(name: str) -> None:
 def test_systemd_takes_them_for_well_protected(name: str) -> None:
     unit = DEPLOY / f"{name}.service"
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", str(unit)]
-    rated = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    rated = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert rated.returncode == 0, rated.stdout + rated.stderr

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from support.patience import PATIENCE_S
 from support.programs import needs
 from support.station import CHEAP, PASSPHRASE, Command, enrolled_row, new_station
 from support.station_upstream import Fleet, fleet
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.delivery import Delivery
 
 pytestmark = needs("mosquitto")
-LONG_S = 30.0
 SHORT_S = 0.5
 UNTIL_THE_END_S = 4.0
 """Where somebody does not answer, and this is all waited for."""
@@ -55,7 +55,7 @@ def crls_of(station: Station) -> CrlSet:
     return crls
 
 
-def bring(cloud: Fleet, crls: CrlSet | None = None, timeout_s: float = LONG_S) -> dict[str, Delivery]:
+def bring(cloud: Fleet, crls: CrlSet | None = None, timeout_s: float = PATIENCE_S) -> dict[str, Delivery]:
     return {one.gateway: one for one in deliver_crl(cloud.station, crls or crls_of(cloud.station), timeout_s)}
 
 
@@ -69,13 +69,13 @@ def held_by(cloud: Fleet, issuer: str) -> bytes:
     """Return what the upstream retains for a CA."""
     found: queue.Queue[bytes] = queue.Queue()
     with operator(cloud) as client:
-        client.subscribe(f"fleet/crl/{issuer}", lambda message: found.put(message.payload), wait=LONG_S)
-        return found.get(timeout=LONG_S)
+        client.subscribe(f"fleet/crl/{issuer}", lambda message: found.put(message.payload), wait=PATIENCE_S)
+        return found.get(timeout=PATIENCE_S)
 
 
 def put(cloud: Fleet, issuer: str, payload: bytes) -> None:
     with operator(cloud) as client:
-        client.publish(f"fleet/crl/{issuer}", payload, retain=True, wait=LONG_S)
+        client.publish(f"fleet/crl/{issuer}", payload, retain=True, wait=PATIENCE_S)
 
 
 def elsewhere(cloud: Fleet, name: str) -> Station:
@@ -145,12 +145,12 @@ def test_what_nobody_lacks_is_not_published_again(cloud: Fleet) -> None:
     published: queue.Queue[str] = queue.Queue()
     with operator(cloud) as watching, cloud.there(["g-1"]):
         bring(cloud)
-        watching.subscribe("fleet/crl/+", lambda message: published.put(message.topic), wait=LONG_S)
-        assert published.get(timeout=LONG_S)  # the retained one
+        watching.subscribe("fleet/crl/+", lambda message: published.put(message.topic), wait=PATIENCE_S)
+        assert published.get(timeout=PATIENCE_S)  # the retained one
         assert bring(cloud)["g-1"].outcome is Outcome.DONE
         sign_and_store_crl(cloud.station)
         bring(cloud)
-        assert published.get(timeout=LONG_S)
+        assert published.get(timeout=PATIENCE_S)
         assert published.empty()
 
 
@@ -254,9 +254,9 @@ def test_an_older_crl_does_not_stay_in_the_place_of_ours(cloud: Fleet) -> None:
             disturber.publish(f"fleet/crl/{ours.issuer}", older.der, retain=True)
 
     with operator(cloud) as disturber, cloud.played("g-1", answers=False, trusted=frozenset()):
-        disturber.subscribe(f"fleet/crl/{ours.issuer}", disturb, wait=LONG_S)
+        disturber.subscribe(f"fleet/crl/{ours.issuer}", disturb, wait=PATIENCE_S)
         bring(cloud, timeout_s=UNTIL_THE_END_S)  # nobody answers: it watches until the end
-        assert [again.get(timeout=LONG_S) for _ in range(3)] == [ours.der, older.der, ours.der]
+        assert [again.get(timeout=PATIENCE_S) for _ in range(3)] == [ours.der, older.der, ours.der]
     assert held_by(cloud, ours.issuer) == ours.der
 
 
@@ -270,7 +270,7 @@ def test_whoever_keeps_overwriting_it_is_named(cloud: Fleet) -> None:
             disturber.publish(f"fleet/crl/{ours.issuer}", older.der, retain=True)
 
     with operator(cloud) as disturber, cloud.played("g-1", answers=False, trusted=frozenset()):
-        disturber.subscribe(f"fleet/crl/{ours.issuer}", disturb, wait=LONG_S)
+        disturber.subscribe(f"fleet/crl/{ours.issuer}", disturb, wait=PATIENCE_S)
         done = bring(cloud)
     assert done["g-1"].outcome is Outcome.PENDING
     assert "somebody else keeps putting something else" in done["g-1"].cause
@@ -326,7 +326,7 @@ def test_the_crl_service_brings_it_once_it_is_back(cloud: Fleet) -> None:
     service = CrlService(
         cloud.station,
         say=lambda name, *_, **facts: told.append((name, facts.get("gateway", ""))),
-        timeout_s=LONG_S,
+        timeout_s=PATIENCE_S,
         retry=Backoff(0.001, 0.001),
     )
     with cloud.there(["g-1", "g-2"]):

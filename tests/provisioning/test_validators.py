@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography import x509
 from cryptography.x509 import verification
+from support.patience import PATIENCE_S
 from support.pki import Pki
 from support.programs import program
 from support.station import Command
@@ -111,7 +112,7 @@ def openssl(
     command += ["-CAfile", f"{root}.pem", "-untrusted", "issuing.pem", *options]
     command += [word for crl in crls for word in ("-CRLfile", f"{crl}.pem")]
     done = subprocess.run(
-        [*command, f"{name}.pem"], cwd=files, capture_output=True, text=True, timeout=60, check=False
+        [*command, f"{name}.pem"], cwd=files, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     errors = set(re.findall(r"^error (\d+ at \d+) depth lookup", done.stderr, re.MULTILINE))
     assert (done.stdout == f"{name}.pem: OK\n") is (done.returncode == 0) is (not errors), done
@@ -167,7 +168,7 @@ def certtool(files: Path, command: list[str], content: str) -> str:
         input=content,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     said = [line for line in (done.stdout + done.stderr).splitlines() if "erification output: " in line]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from support.patience import PATIENCE_S
 from support.pki import Authority, Pki, now
 from support.renewing_client import Renewing, client, client_started
 from support.watching import eventually
@@ -282,6 +283,6 @@ def test_what_is_retained_there_asks_for_nothing(stand: Stand, renewd: Renewd) -
     with client(state, watching) as device:
         heard = threading.Event()
         device.subscribe(topics.renewal_answer(device.device_id), lambda _message: heard.set(), wait=20)
-        assert heard.wait(20), "the gateway keeps it, and gives it to whoever subscribes"
+        assert heard.wait(PATIENCE_S), "the gateway keeps it, and gives it to whoever subscribes"
         device.publish(device.telemetry("x"), b"1", wait=20)
     assert watching.states == []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.patience import PATIENCE_S
 from support.renewal_stand import Stand
 from support.renewing_client import Renewing, client
 from support.watching import eventually
@@ -104,12 +105,14 @@ def test_a_device_that_is_killed_at_random_renews_in_the_end(
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
             killer = threading.Timer(draw.uniform(0.2, 0.9), process.send_signal, [signal.SIGKILL])
             killer.start()
-            process.communicate(timeout=60)
+            process.communicate(timeout=PATIENCE_S)
             killer.cancel()
             held = Credentials.from_folder(state)
             row = next(row for row in stand.rows(name) if row.certificate_der == held.leaf_der)
             assert not row.is_revoked
-        end = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        end = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
         assert end.stdout == "renewed\n", end.stderr
         eventually(lambda name=name: not any(row.is_open_renewal for row in stand.rows(name)), "an open renewal")
     proven(f"{devices} devices killed three times each: at any moment an identity that stands, renewed in the end")

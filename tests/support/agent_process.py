@@ -14,9 +14,8 @@ import tty
 from pathlib import Path
 from typing import Any, Self
 
+from support.patience import PATIENCE_S
 from support.reference_station import FdLine, ReferenceStation
-
-LIMIT_S = 30.0
 
 
 class Pty:
@@ -66,7 +65,7 @@ class AgentProcess:
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next record with this event; fails if the process ends or is silent for too long."""
-        ends = time.monotonic() + LIMIT_S
+        ends = time.monotonic() + PATIENCE_S
         stdout = self._process.stdout
         assert stdout is not None
         while True:
@@ -78,7 +77,7 @@ class AgentProcess:
                 if record["event"] == event:
                     return record
             ready, _, _ = select.select([stdout], [], [], max(0.0, ends - time.monotonic()))
-            assert ready, f"no {event} in {LIMIT_S} s"
+            assert ready, f"no {event} in {PATIENCE_S} s"
             came = os.read(stdout.fileno(), 4096)
             assert came, f"the agent ended before {event}: {self._stderr()}"
             self._unread += came
@@ -93,7 +92,7 @@ class AgentProcess:
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self._process.kill()
-        self._process.wait(LIMIT_S)
+        self._process.wait(PATIENCE_S)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""
@@ -102,7 +101,7 @@ class AgentProcess:
 
     def wait(self) -> int:
         """The exit code, once it has ended."""
-        return self._process.wait(LIMIT_S)
+        return self._process.wait(PATIENCE_S)
 
     def error(self) -> dict[str, Any]:
         """What it printed on stderr when it failed."""
@@ -120,7 +119,7 @@ class AgentProcess:
     def __exit__(self, *_exception: object) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        self._process.wait(LIMIT_S)
+        self._process.wait(PATIENCE_S)
         for pipe in (self._process.stdout, self._process.stderr):
             assert pipe is not None
             pipe.close()

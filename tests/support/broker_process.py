@@ -11,6 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
+from support.patience import PATIENCE_S
 from support.pki import crl_pem, now
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from support.pki import Pki
 
 COMMAND = [sys.executable, "-m", "birthmark.broker"]
-DEADLINE_S = 30.0
 
 
 class BrokerProcess:
@@ -34,7 +34,7 @@ class BrokerProcess:
         self._crl_number = 1
         pki.write_broker_files(folder, "localhost", "127.0.0.1")
         subprocess.run(
-            [*COMMAND, "init", "--name", name], cwd=folder, check=True, capture_output=True, timeout=DEADLINE_S
+            [*COMMAND, "init", "--name", name], cwd=folder, check=True, capture_output=True, timeout=PATIENCE_S
         )
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class BrokerProcess:
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         try:
-            code = self.process.wait(DEADLINE_S)
+            code = self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
@@ -85,7 +85,7 @@ class BrokerProcess:
         fresh.write_bytes(content)
         fresh.rename(self.folder / "crl.pem")
         receipt = self.folder / "crl.pem.receipt"
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         while not _speaks_of(receipt, self._crl_number):
             assert time.monotonic() < deadline, f"no receipt; the log: {self.log}"
             time.sleep(0.02)
@@ -96,8 +96,8 @@ class BrokerProcess:
             self.log.append(line)
 
     def _ended(self) -> Iterable[str]:
-        self.process.wait(DEADLINE_S)
-        self._log_reader.join(DEADLINE_S)
+        self.process.wait(PATIENCE_S)
+        self._log_reader.join(PATIENCE_S)
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from support.patience import PATIENCE_S
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK = 1, 2, 3, 4, 8, 9
 UNSUBSCRIBE, UNSUBACK, PINGREQ, PINGRESP, DISCONNECT = 10, 11, 12, 13, 14
-DEADLINE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class BrokerStub:
         self._listener.close()
         self.drop()
         for thread in self._threads:
-            thread.join(DEADLINE_S)
+            thread.join(PATIENCE_S)
 
     def drop(self) -> None:
         """Cut every connection."""
@@ -152,7 +153,7 @@ class BrokerStub:
 
     def wait_for(self, kind: int, matching: Callable[[Packet], bool] = lambda _: True, count: int = 1) -> Packet:
         """Return the count-th packet of this kind, once it is here."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
             while True:
                 found = [packet for packet in self.packets if packet.kind == kind and matching(packet)]
@@ -195,7 +196,7 @@ class BrokerStub:
             self._start(lambda plain=plain: self._serve(plain))  # type: ignore[misc]
 
     def _serve(self, plain: socket.socket) -> None:
-        plain.settimeout(DEADLINE_S)
+        plain.settimeout(PATIENCE_S)
         try:
             connection = self._context.wrap_socket(plain, server_side=True)
         except OSError:

@@ -12,18 +12,18 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
+from support.patience import PATIENCE_S
 from support.programs import needs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-DEADLINE_S = 30.0
 needs_faketime = needs("faketime")
 COMMAND = [sys.executable, "-W", "error", "-m", "birthmark.device"]
 
 
-def run(*arguments: str | Path, timeout_s: float = DEADLINE_S, at: str = "") -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, timeout_s: float = PATIENCE_S, at: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command to its end; with `at`, its clock begins there (libfaketime)."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
@@ -75,8 +75,8 @@ class DeviceCommand:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self._reader.join(DEADLINE_S)
-        self.process.wait(DEADLINE_S)
+        self._reader.join(PATIENCE_S)
+        self.process.wait(PATIENCE_S)
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         self.process.stdout.close()
@@ -86,7 +86,7 @@ class DeviceCommand:
         self, event: str, matching: Callable[[dict[str, Any]], bool] = lambda _: True, count: int = 1
     ) -> dict[str, Any]:
         """Return the count-th record of this event, once it was printed."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
             while True:
                 found = [record for record in self.records if record["event"] == event and matching(record)]
@@ -103,8 +103,8 @@ class DeviceCommand:
 
     def wait(self) -> int:
         """Wait for the end and return the exit code."""
-        code = self.process.wait(DEADLINE_S)
-        self._reader.join(DEADLINE_S)
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         return code
 
     def errors(self) -> str:

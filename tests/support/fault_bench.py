@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from support.patience import PATIENCE_S
 
 from birthmark.device.agent import keys
 from birthmark.device.agent.enrollment import Board, Surroundings
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.registry.model import KeyMode, Row
 
-LIMIT_S = 30.0
-
 
 class SimBoard:
     """A simulated board on a pty, in threads of this process, for the block."""
@@ -62,14 +61,14 @@ class SimBoard:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(LIMIT_S)
+        self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive()
         self._stop.close()
         if self._failures:
             raise self._failures[0]
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        end_s = time.monotonic() + LIMIT_S
+        end_s = time.monotonic() + PATIENCE_S
         while True:
             try:
                 record = self.events.get(timeout=max(0.01, end_s - time.monotonic()))

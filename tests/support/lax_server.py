@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from support.patience import PATIENCE_S
+
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-TIMEOUT_S = 10.0
 EVERY_SUITE = "ALL:@SECLEVEL=0"
 
 
@@ -36,7 +37,7 @@ class LaxServer:
 
     def accepts(self, context: ssl.SSLContext) -> bool:
         """Whether a client gets through the handshake, and what it says is read."""
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
         try:
             with context.wrap_socket(plain, server_hostname="127.0.0.1") as client:
                 client.sendall(b"abc\n")
@@ -53,7 +54,7 @@ class LaxServer:
         if not self.accepts(context):
             return False
         with self._changed:
-            return self._changed.wait_for(lambda: self._shown > before, TIMEOUT_S)
+            return self._changed.wait_for(lambda: self._shown > before, PATIENCE_S)
 
     @property
     def _shown(self) -> int:
@@ -97,10 +98,10 @@ def lax_server(folder: Path) -> Iterator[LaxServer]:
             yield server
         finally:
             process.kill()
-            reader.join(TIMEOUT_S)
+            reader.join(PATIENCE_S)
     finally:
         process.kill()
-        process.wait(TIMEOUT_S)
+        process.wait(PATIENCE_S)
         process.stdout.close()
 
 
@@ -125,7 +126,7 @@ def openssl_client(port: int, *arguments: str | Path, steps: Sequence[tuple[byte
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    timer = threading.Timer(TIMEOUT_S, process.kill)
+    timer = threading.Timer(PATIENCE_S, process.kill)
     timer.start()
     printed, waiting = b"", list(steps)
     try:
@@ -140,6 +141,6 @@ def openssl_client(port: int, *arguments: str | Path, steps: Sequence[tuple[byte
     finally:
         timer.cancel()
         process.kill()
-        process.wait(TIMEOUT_S)
+        process.wait(PATIENCE_S)
         process.stdin.close()
         process.stdout.close()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from support.patience import PATIENCE_S
 from support.station import PASSPHRASE
 
 if TYPE_CHECKING:
@@ -46,6 +47,6 @@ class Process:
 
     def end(self) -> tuple[int, str]:
         """Wait for its end; its exit code, and what it said on stderr."""
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         self.records += [json.loads(line) for line in out.splitlines()]
         return self.process.returncode, err

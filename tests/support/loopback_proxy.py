@@ -8,6 +8,8 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Self
 
+from support.patience import PATIENCE_S
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -42,7 +44,7 @@ class LoopbackProxy:
     def __exit__(self, *_: object) -> None:
         self._is_stopping = True
         self._waker.send(b"\0")
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         for end in (self._listener, self._wake, self._waker):
             end.close()
 
@@ -85,7 +87,7 @@ class LoopbackProxy:
                     elif one is self._listener:
                         client, _ = self._listener.accept()
                         try:
-                            server = socket.create_connection(("127.0.0.1", self.target_port), timeout=5)
+                            server = socket.create_connection(("127.0.0.1", self.target_port), timeout=PATIENCE_S)
                         except OSError:
                             client.close()
                             continue

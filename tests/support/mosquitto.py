@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from support.patience import PATIENCE_S
 from support.ports import HOST, steady_port
 from support.programs import program
 
@@ -65,7 +66,7 @@ class Mosquitto:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self._reader = threading.Thread(target=self._read, args=(self.process,))
         self._reader.start()
-        assert self._running.wait(20), "".join(self.said)
+        assert self._running.wait(PATIENCE_S), "".join(self.said)
 
     def stop(self) -> None:
         """Stop it in good order: it writes down what it has."""
@@ -82,8 +83,8 @@ class Mosquitto:
     def _ended(self) -> None:
         assert self.process is not None
         assert self._reader is not None
-        self.process.wait(20)
-        self._reader.join(20)
+        self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
         assert self.process.stderr is not None
         self.process.stderr.close()
         self.process = None

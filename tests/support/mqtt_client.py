@@ -16,10 +16,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from support.patience import PATIENCE_S
+
 if TYPE_CHECKING:
     from pathlib import Path
-
-TIMEOUT_S = 10.0
 
 
 class Packet(NamedTuple):
@@ -151,7 +151,7 @@ class RawClient:
         receive_bytes: int = 0,
     ) -> RawClient:
         plain = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        plain.settimeout(TIMEOUT_S)
+        plain.settimeout(PATIENCE_S)
         if receive_bytes:
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         try:
@@ -176,7 +176,7 @@ class RawClient:
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
-    def read(self, timeout_s: float = TIMEOUT_S) -> Packet:
+    def read(self, timeout_s: float = PATIENCE_S) -> Packet:
         """Read one packet; raises ConnectionEndedError, or TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -209,7 +209,7 @@ class RawClient:
         assert len(self.buffer) < 5, "a remaining length of more than four bytes"
         return None
 
-    def read_delivery(self, timeout_s: float = TIMEOUT_S) -> Delivery:
+    def read_delivery(self, timeout_s: float = PATIENCE_S) -> Delivery:
         return delivery(self.read(timeout_s))
 
     def handshake(self, hello: bytes, *, code: int = 0, present: bool = False) -> RawClient:
@@ -229,7 +229,7 @@ class RawClient:
         self.send(PINGREQ)
         assert self.read() == PINGRESP
 
-    def read_end(self, timeout_s: float = TIMEOUT_S) -> list[Packet]:
+    def read_end(self, timeout_s: float = PATIENCE_S) -> list[Packet]:
         """Read until the broker ends the connection; return the packets before that."""
         packets = []
         deadline = time.monotonic() + timeout_s

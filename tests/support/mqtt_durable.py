@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ class DurableClient:
     def stop(self) -> None:
         self.is_stopped.set()
         if self.thread is not None:
-            self.thread.join(20)
+            self.thread.join(PATIENCE_S)
             assert not self.thread.is_alive()
         if self.failures:
             raise self.failures[0]

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from support.mqtt_client import RawClient, client_context, connect
+from support.patience import PATIENCE_S
 
 from birthmark.broker.config import BrokerSettings, Limits, OnDenied
 from birthmark.broker.event_loop import run_loop
@@ -118,20 +119,20 @@ class RunningGateway(World):
         async def run() -> T:
             return function(*arguments, **named)
 
-        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(PATIENCE_S)
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until something is true in the broker's thread."""
 
         async def poll() -> None:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while not condition():  # noqa: ASYNC110 - the condition belongs to no event
                     await asyncio.sleep(0.01)
 
         try:
-            asyncio.run_coroutine_threadsafe(poll(), self.loop).result(15)
+            asyncio.run_coroutine_threadsafe(poll(), self.loop).result(2 * PATIENCE_S)
         except TimeoutError:
-            raise AssertionError(f"not within ten seconds: {what}") from None
+            raise AssertionError(f"not in time: {what}") from None
 
 
 def settings(folder: Path, limits: Limits, **changes: Any) -> BrokerSettings:
@@ -224,13 +225,13 @@ def in_own_thread(serving: Callable[[asyncio.Event], AbstractAsyncContextManager
 
     thread = threading.Thread(target=main)
     thread.start()
-    gateway, stop = started.result(30)
+    gateway, stop = started.result(PATIENCE_S)
     try:
         yield gateway
     finally:
         gateway.close_clients()
         gateway.loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive(), "the gateway did not stop"
         if failures:
             raise failures[0]

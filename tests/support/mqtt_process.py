@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 from support.mqtt_gateway import POLICY_TOML
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from support.pki import Pki
 
-DEADLINE_S = 60.0
-"""A bound of life, not of time: many brokers start side by side."""
 BROKER_TOML = """
 name = "localhost"
 listen = "127.0.0.1:0"
@@ -65,7 +64,7 @@ class BrokerProcess:
 
     def _wait(self, look: Any, what: str) -> dict[str, Any]:
         with self._changed:
-            self._changed.wait_for(lambda: look() or self._ended == 2, timeout=DEADLINE_S)
+            self._changed.wait_for(lambda: look() or self._ended == 2, timeout=PATIENCE_S)
         assert look(), f"no {what!r}: {self.out} {self.log}"
         return look()[0]  # type: ignore[no-any-return]
 
@@ -104,8 +103,8 @@ def broker_process(
         yield running
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         for reader in readers:
-            reader.join(10)
+            reader.join(PATIENCE_S)
         process.stdout.close()
         process.stderr.close()

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from amqtt.broker import Broker
 from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ def stock_process(folder: Path, pki: Pki) -> Iterator[StockProcess]:
         yield StockProcess(folder, pki, process.stdin, process.stdout)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         process.stdin.close()
         process.stdout.close()
 

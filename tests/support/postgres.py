@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from support.patience import PATIENCE_S
 from support.programs import lacks
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Server:
         command: Sequence[str] = [str(self._programs / program), *arguments]
         who = {"user": self._as.pw_uid, "group": self._as.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
         done = subprocess.run(  # type: ignore[call-overload]
-            command, capture_output=True, text=True, cwd=self.folder, timeout=60, check=False, **who
+            command, capture_output=True, text=True, cwd=self.folder, timeout=PATIENCE_S, check=False, **who
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return str(done.stdout)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cryptography import x509
 from support.mqtt_process import broker_process
+from support.patience import PATIENCE_S
 from support.renewing import PaperDevice
 from support.repository import ROOT
 from support.station import PASSPHRASE, new_station
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.model import Row
 from birthmark.provisioning.revocation import mark_revoked
 from birthmark.provisioning.station import Station
-
-DEADLINE_S = 30.0
 
 
 class Renewd:
@@ -83,9 +82,9 @@ class Renewd:
     def kill(self, number: int = signal.SIGKILL) -> int:
         if self._process.poll() is None:
             self._process.send_signal(number)
-        code = self._process.wait(DEADLINE_S)
+        code = self._process.wait(PATIENCE_S)
         for reader in self._readers:
-            reader.join(DEADLINE_S)
+            reader.join(PATIENCE_S)
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()
@@ -103,7 +102,7 @@ class Renewd:
             return [line for line in self.lines if wanted.items() <= line.items()]
 
         with self._changed:
-            self._changed.wait_for(lambda: len(found()) >= count or self._ended, timeout=DEADLINE_S)
+            self._changed.wait_for(lambda: len(found()) >= count or self._ended, timeout=PATIENCE_S)
         assert len(found()) >= count, f"no {event!r} of renewd: {self.lines} {self.noise}"
         return found()[count - 1]
 
@@ -246,7 +245,7 @@ class Stand:
             ],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
             env={**os.environ, "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode()},
         )

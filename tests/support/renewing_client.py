@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from support.patience import PATIENCE_S
 from support.watching import Watching, eventually
 
 from birthmark.device.backoff import Backoff, RetryTimer
@@ -55,6 +56,6 @@ def device_command(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "birthmark.device", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from support.patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("device", "broker", "provisioning", "firmware_sim")
 
@@ -17,7 +19,7 @@ def tracked() -> list[str]:
         cwd=ROOT,
         capture_output=True,
         check=True,
-        timeout=30,
+        timeout=PATIENCE_S,
     )
     paths = listing.stdout.decode().split("\0")
     return sorted(path for path in paths if path and (ROOT / path).is_file())

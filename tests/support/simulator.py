@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from support.patience import PATIENCE_S
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -36,7 +38,7 @@ class Simulator:
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)
-        errors = self.process.communicate(timeout=20)[1]
+        errors = self.process.communicate(timeout=PATIENCE_S)[1]
         return self.process.returncode, errors
 
     def __enter__(self) -> Self:

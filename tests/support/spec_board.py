@@ -22,6 +22,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from support.patience import PATIENCE_S
 
 
 def cobs_encode(raw: bytes) -> bytes:
@@ -89,7 +90,7 @@ class SpecBoard:
 
     def __exit__(self, *_: object) -> None:
         os.write(self._wake_write, b"x")
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         for descriptor in (self._master, self._slave, self._wake_read, self._wake_write):
             os.close(descriptor)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from support.patience import PATIENCE_S
 
 from birthmark.device.durable import write_durably
 from birthmark.device.messages import ClosedIdentity, Receipt
@@ -72,7 +73,7 @@ class PathGateway:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=PATIENCE_S)
 
     def _inode(self) -> int:
         return self._crl_path.stat().st_ino if self._crl_path.exists() else 0
@@ -133,7 +134,7 @@ class MqttGateway:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=PATIENCE_S)
         self._listener.close()
 
     def _serve(self) -> None:

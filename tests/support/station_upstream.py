@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from cryptography import x509
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from support.patience import PATIENCE_S
 from support.programs import program
 from support.station_gateways import receipt_for
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from birthmark.provisioning.station import Station
 
-DEADLINE_S = 30.0
 CONFIGURATION = """\
 listener {port} 127.0.0.1
 cafile {ca}
@@ -72,11 +72,11 @@ class Mosquitto:
         for line in self._process.stderr:
             if "running" in line:
                 return
-        raise AssertionError(f"mosquitto did not start: {self._process.wait(DEADLINE_S)}")
+        raise AssertionError(f"mosquitto did not start: {self._process.wait(PATIENCE_S)}")
 
     def stop(self) -> None:
         self._process.kill()  # it keeps nothing; and SIGTERM is lost on one that has only just started
-        self._process.communicate(timeout=DEADLINE_S)
+        self._process.communicate(timeout=PATIENCE_S)
 
 
 @dataclass
@@ -125,14 +125,14 @@ class PlayedGateway:
         client.connect("localhost", self.port)
         self._thread = threading.Thread(target=self._talk)
         self._thread.start()
-        assert self._ready.wait(DEADLINE_S)
+        assert self._ready.wait(PATIENCE_S)
 
     def leave(self) -> None:
         """Go without a word: the upstream says it (the last will)."""
         sock = self._client.socket()
         if sock is not None:
             cast("socket.socket", sock).shutdown(socket.SHUT_RDWR)
-        self._thread.join(DEADLINE_S)
+        self._thread.join(PATIENCE_S)
 
     def _talk(self) -> None:
         while self._client.loop() == MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -262,7 +262,7 @@ def fleet(folder: Path, station: Station) -> Iterator[Fleet]:
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait until something is so that no event tells of."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "it never came to be"
         time.sleep(0.01)

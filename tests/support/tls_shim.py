@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from support.mqtt_client import client_context, packet, text
+from support.patience import PATIENCE_S
 
 from birthmark.device.errors import IdentityError
 from birthmark.device.identity import DeviceId
@@ -136,12 +137,12 @@ def tls_shim(broker_port: int, identities: Identities, port: int = 0) -> Iterato
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
-        server = asyncio.run_coroutine_threadsafe(run_shim(broker_port, identities, port), loop).result(10)
+        server = asyncio.run_coroutine_threadsafe(run_shim(broker_port, identities, port), loop).result(PATIENCE_S)
         yield server.sockets[0].getsockname()[1]
-        asyncio.run_coroutine_threadsafe(_stop(server), loop).result(10)
+        asyncio.run_coroutine_threadsafe(_stop(server), loop).result(PATIENCE_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         loop.close()
 
 

@@ -17,6 +17,7 @@ from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_durable import DurablePublisher, DurableSubscriber, eventually
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
+from support.patience import PATIENCE_S
 from support.upstreams import ROLE, upstream_toml, write_credentials
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Loaded:
             client.is_stopped.set()
         for client in self.clients:
             if client.thread is not None:
-                client.thread.join(20)
+                client.thread.join(PATIENCE_S)
         self._process.close()
         self._stack.close()
 
@@ -130,7 +131,7 @@ class Loaded:
         assert self.gateway is not None
         self._port = 0
         self.gateway.process.send_signal(signal.SIGKILL)
-        self.gateway.process.wait(20)
+        self.gateway.process.wait(PATIENCE_S)
         self._process.close()
         self.start_gateway()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from support import mqtt_client as mqtt
 from support.mqtt_gateway import POLICY_TOML
+from support.patience import PATIENCE_S
 
 from birthmark.broker.toml_file import parse_toml
 from birthmark.broker.upstream.settings import read_upstreams
@@ -153,4 +154,4 @@ def speaking(folder: Path, pki: Pki, talk: Callable[[ssl.SSLSocket], Any], *host
         thread.start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
+    thread.join(PATIENCE_S)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-DEADLINE_S = 20.0
+from support.patience import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def _descriptors(folder: Path) -> int:
 
 def wait_for_descriptors(pid: int, count: int) -> None:
     """Wait until a process has no more than so many."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while (found := Vitals.of(pid).descriptors) > count:
         assert time.monotonic() < deadline, f"{found} descriptors are open, {count} were"
         time.sleep(0.05)

@@ -6,12 +6,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
 
+from support.patience import PATIENCE_S
+
 from birthmark.device.backoff import Backoff, RetryTimer
 
 if TYPE_CHECKING:
     from birthmark.device.events import Event
 
-DEADLINE_S = 20.0
 Kind = TypeVar("Kind")
 
 
@@ -29,7 +30,7 @@ class Watching:
 
     def wait_for(self, kind: type[Kind], count: int = 1) -> Kind:
         """Return the count-th event of this kind, once it has happened."""
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + PATIENCE_S
         with self._changed:
             while True:
                 found = [event for event in self.events if isinstance(event, kind)]
@@ -43,7 +44,7 @@ class Watching:
 def eventually(condition: object, what: str) -> None:
     """Wait until `condition()` is true."""
     assert callable(condition)
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.patience import PATIENCE_S
 from support.repository import ROOT
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def test_a_step_that_does_not_happen_is_a_failure(folder: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert answer.returncode == 1
     assert "NOT OBSERVED\n    broker ended with exit code 7 before ready" in answer.stdout

@@ -20,6 +20,7 @@ from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient
 from support.mqtt_gateway import World
 from support.mqtt_stock import StockProcess, stock_process
+from support.patience import PATIENCE_S
 
 from birthmark.broker.filters import contains
 
@@ -495,10 +496,10 @@ def test_s17_control_sigterm_kills_without_clean_up(tmp_path: Path) -> None:
             if "bind to" in line:
                 break
         process.terminate()
-        assert process.wait(20) == -15, "the signal killed it: nothing of its own ran"
+        assert process.wait(PATIENCE_S) == -15, "the signal killed it: nothing of its own ran"
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         process.stdout.close()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from support import mqtt_client as mqtt
 from support.mqtt_gateway import running_gateway
+from support.patience import PATIENCE_S
 
 from birthmark.broker.config import Limits
 
@@ -123,4 +124,4 @@ def test_subscription_churn_loses_nothing(gateway: RunningGateway) -> None:
             assert subscriber.read_delivery().payload == b"%d" % number
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(PATIENCE_S)

@@ -11,6 +11,7 @@ from amqtt.errors import BrokerError
 from support import mqtt_client as mqtt
 from support.mqtt_gateway import running_gateway
 from support.mqtt_plugin import Recorder
+from support.patience import PATIENCE_S
 
 from birthmark.broker.server import DEFAULT_PLUGINS
 
@@ -74,7 +75,7 @@ def test_sys_topics_go_to_whom_the_policy_allows(tmp_path: Path, pki: Pki) -> No
 
 def test_amqtts_own_ways_in_are_closed(gateway: RunningGateway) -> None:
     def run(work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, gateway.loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, gateway.loop).result(PATIENCE_S)
 
     with pytest.raises(BrokerError):
         run(gateway.broker._client_connected("default", BufferReader(mqtt.connect("x")), None))
@@ -94,5 +95,5 @@ def test_a_broker_may_start_again_after_a_stop(tmp_path: Path, pki: Pki) -> None
             await gateway.broker.start()
             return gateway.broker.addresses[0][1]
 
-        gateway.port = asyncio.run_coroutine_threadsafe(again(), gateway.loop).result(10)
+        gateway.port = asyncio.run_coroutine_threadsafe(again(), gateway.loop).result(PATIENCE_S)
         gateway.client("sensor-1", clean=False, present=True).ping()

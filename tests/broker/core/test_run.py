@@ -17,6 +17,7 @@ from support import mqtt_client as mqtt
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_gateway import POLICY_TOML
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
+from support.patience import PATIENCE_S
 
 from birthmark.device.systemd import watchdog_interval_s
 
@@ -49,7 +50,7 @@ def test_it_says_when_it_is_ready_and_stops_in_good_order(
             assert broker.out[0]["gateway"] == "localhost"
             broker.process.send_signal(number)
             assert client.read_end() == []
-        assert broker.process.wait(20) == 0
+        assert broker.process.wait(PATIENCE_S) == 0
         assert broker.wait_for_event("stopped")["counters"]["clients_connected"] == 1
         assert [notified.recv(100), notified.recv(100)] == [b"READY=1", b"STOPPING=1"]
 
@@ -70,7 +71,7 @@ def test_the_watchdog_of_systemd_is_fed_from_the_loop(tmp_path: Path, pki: Pki) 
             assert told.count(b"READY=1") == 1
             assert told.count(b"WATCHDOG=1") == 5
             broker.process.send_signal(signal.SIGTERM)
-            assert broker.process.wait(20) == 0
+            assert broker.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,10 @@ def test_a_second_broker_on_the_same_folder_is_refused(tmp_path: Path, pki: Pki)
     with broker_process(config) as first:
         assert first.port
         with broker_process(config) as second:
-            assert second.process.wait(20) == 5
+            assert second.process.wait(PATIENCE_S) == 5
             assert "another broker runs" in second.wait_for_failure()["error"]
         first.process.send_signal(signal.SIGTERM)
-        assert first.process.wait(20) == 0
+        assert first.process.wait(PATIENCE_S) == 0
     with broker_process(config) as third:
         assert third.port, "the lock went with its holder"
 
@@ -113,7 +114,7 @@ def test_an_occupied_port_is_exit_code_5_with_a_hint(tmp_path: Path, pki: Pki) -
         taken.listen()
         port = taken.getsockname()[1]
         with broker_process(write_files(tmp_path, pki), "--listen", f"127.0.0.1:{port}") as broker:
-            assert broker.process.wait(20) == 5
+            assert broker.process.wait(PATIENCE_S) == 5
             failure = broker.wait_for_failure()
             assert failure["error"] == f"could not listen on 127.0.0.1, port {port}: Address already in use"
             assert "ss -ltnp" in failure["hint"]
@@ -156,12 +157,12 @@ def test_it_stops_under_load(tmp_path: Path, pki: Pki) -> None:
 
         thread = threading.Thread(target=publish)
         thread.start()
-        assert flowing.wait(10)
+        assert flowing.wait(PATIENCE_S)
         for _ in range(1_000):
             reader.read()
         broker.process.send_signal(signal.SIGTERM)
-        assert broker.process.wait(10) == 0
-        thread.join(10)
+        assert broker.process.wait(PATIENCE_S) == 0
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
         for client in (deaf, reader, publisher):
             client.close()
@@ -198,7 +199,7 @@ def test_a_key_that_others_may_read_is_said_before_anything_listens(tmp_path: Pa
     config = write_files(tmp_path, pki)
     (tmp_path / "server.pem").chmod(0o640)
     with broker_process(config) as broker:
-        assert broker.process.wait(20) == 1
+        assert broker.process.wait(PATIENCE_S) == 1
         assert broker.wait_for_failure()["hint"] == f"chmod 600 {tmp_path / 'server.pem'}"
         assert not broker.out
 
@@ -207,6 +208,6 @@ def test_a_missing_file_is_said_before_anything_listens(tmp_path: Path, pki: Pki
     config = write_files(tmp_path, pki)
     (tmp_path / "server.pem").unlink()
     with broker_process(config) as broker:
-        assert broker.process.wait(20) == 1
+        assert broker.process.wait(PATIENCE_S) == 1
         assert "server.pem" in broker.wait_for_failure()["error"]
         assert broker.wait_for_failure()["hint"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from support import mqtt_client as mqtt
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
+from support.patience import PATIENCE_S
 from support.pki import now
 
 from birthmark.broker.peer import Peer
@@ -153,7 +154,7 @@ def test_an_operator_reads_it_and_a_killed_gateway_still_knows(tmp_path: Path, p
         assert (told.id, told.cert_serial) == ("sensor-1", f"{issued.cert_serial:x}")
         assert [place.address for place in told.addresses] == ["127.0.0.1"]
         broker.process.kill()
-        broker.process.wait(20)
+        broker.process.wait(PATIENCE_S)
     with broker_process(config) as broker:
         with RawClient.connect(broker.port, operator) as alice:
             alice.handshake(mqtt.connect("alice")).subscribed((seen, 1))
@@ -161,7 +162,7 @@ def test_an_operator_reads_it_and_a_killed_gateway_still_knows(tmp_path: Path, p
         with RawClient.connect(broker.port, device) as client:
             client.handshake(mqtt.connect("sensor-1"))
         broker.process.terminate()  # says all that is new, and this is not: it goes on from what it knew
-        broker.process.wait(20)
+        broker.process.wait(PATIENCE_S)
     with broker_process(config) as broker, RawClient.connect(broker.port, operator) as alice:
         alice.handshake(mqtt.connect("alice")).subscribed((seen, 1))
         assert Sighting.from_bytes(alice.read_delivery().payload) == told

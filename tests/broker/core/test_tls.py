@@ -16,6 +16,7 @@ import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context, connack
 from support.mqtt_gateway import running_gateway
+from support.patience import PATIENCE_S
 from support.pki import SERVER, Issued, Pki, now
 
 from birthmark.broker.config import Limits
@@ -120,7 +121,7 @@ def test_the_client_reads_the_alert_that_says_why(gateway: RunningGateway) -> No
 
 def test_plain_mqtt_is_refused_and_explained(gateway: RunningGateway, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "birthmark")
-    client = RawClient(socket.create_connection(("127.0.0.1", gateway.port), timeout=5))
+    client = RawClient(socket.create_connection(("127.0.0.1", gateway.port), timeout=PATIENCE_S))
     gateway.clients.append(client)
     client.send(mqtt.connect("sensor-1"))
     gateway.wait_for(lambda: gateway.broker.counters.handshakes_failed == 1, "it is counted")
@@ -192,7 +193,7 @@ def test_clients_that_vanish_at_once_leave_nothing_behind(gateway: RunningGatewa
 def test_a_handshake_in_slow_motion_is_ended(tmp_path: Path, pki: Pki) -> None:
     """S16."""
     with running_gateway(tmp_path, pki, limits=Limits(handshake_timeout_s=0.3)) as gateway:
-        client = RawClient(socket.create_connection(("127.0.0.1", gateway.port), timeout=5))
+        client = RawClient(socket.create_connection(("127.0.0.1", gateway.port), timeout=PATIENCE_S))
         gateway.clients.append(client)
         client.send(b"\x16\x03\x01")
         assert client.read_end() == []
@@ -200,7 +201,7 @@ def test_a_handshake_in_slow_motion_is_ended(tmp_path: Path, pki: Pki) -> None:
 
 def test_half_open_connections_make_room_for_newcomers(gateway: RunningGateway, monkeypatch: Any) -> None:
     monkeypatch.setattr("birthmark.broker.connections.MAX_HANDSHAKES", 10)
-    idle = [socket.create_connection(("127.0.0.1", gateway.port), timeout=5) for _ in range(15)]
+    idle = [socket.create_connection(("127.0.0.1", gateway.port), timeout=PATIENCE_S) for _ in range(15)]
     gateway.wait_for(lambda: gateway.broker.counters.connections == 15, "all accepted")
     assert gateway.broker.counters.handshakes_evicted == 5
     gateway.client("sensor-1").ping()
@@ -244,7 +245,7 @@ def test_ipv6_and_ipv4_on_one_port(tmp_path: Path, pki: Pki) -> None:
     sockets = bind("::", 0)
     port = sockets[0].getsockname()[1]
     for host in ("127.0.0.1", "::1"):
-        socket.create_connection((host, port), timeout=5).close()
+        socket.create_connection((host, port), timeout=PATIENCE_S).close()
     for sock in sockets:
         sock.close()
     with running_gateway(tmp_path, pki, listen_host="::1") as gateway:
@@ -255,7 +256,7 @@ def test_ipv6_and_ipv4_on_one_port(tmp_path: Path, pki: Pki) -> None:
 
 def test_a_connection_has_the_options_of_the_socket_that_accepted_it() -> None:
     (listening,) = bind("127.0.0.1", 0)
-    with listening, socket.create_connection(listening.getsockname(), timeout=5):
+    with listening, socket.create_connection(listening.getsockname(), timeout=PATIENCE_S):
         listening.settimeout(5)
         connection, _ = listening.accept()
         with connection:

@@ -7,6 +7,8 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from support.patience import PATIENCE_S
+
 from birthmark.broker import journal as journal_module
 from birthmark.broker.config import Durability
 from birthmark.broker.counters import Counters
@@ -43,7 +45,7 @@ class Sink:
         self.is_closed = False
 
     def apply(self, changes: Changes) -> None:
-        assert self.may_write.wait(10)
+        assert self.may_write.wait(PATIENCE_S)
         if self.failing:
             raise StoreError("could not write to the store: full", "make room")
         self.groups.append(changes)
@@ -94,7 +96,7 @@ def outgoing(payload: bytes = b"x", qos: int = 1) -> Outgoing:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - the condition belongs to no event
             await asyncio.sleep(0.005)
 

@@ -19,6 +19,7 @@ from support import mqtt_client as mqtt
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_durable import DurablePublisher, DurableSubscriber, eventually
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     import ssl
@@ -126,7 +127,7 @@ def test_nothing_acknowledged_is_lost(
                 time.sleep(chance.uniform(0, 0.3))  # the moment is what is tested, not waited for
                 bench.port = 0
                 broker.process.send_signal(end)
-                assert broker.process.wait(20) == (-signal.SIGKILL if end is signal.SIGKILL else 0)
+                assert broker.process.wait(PATIENCE_S) == (-signal.SIGKILL if end is signal.SIGKILL else 0)
                 if number % 2:
                     bench.roaming.start()
         with broker_process(bench.config) as broker:

@@ -10,6 +10,7 @@ import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import Packet
 from support.mqtt_gateway import running_gateway
+from support.patience import PATIENCE_S
 
 from birthmark.broker import connection as connection_module
 from birthmark.broker.store import Store
@@ -48,7 +49,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk, apply = Disk(), Store.apply
 
     def wait_and_apply(store: Store, changes: Changes) -> None:
-        assert disk.turns.wait(10)
+        assert disk.turns.wait(PATIENCE_S)
         apply(store, changes)
 
     monkeypatch.setattr(Store, "apply", wait_and_apply)

@@ -13,6 +13,7 @@ from support.mqtt_client import ConnectionEndedError, Delivery, Packet, RawClien
 from support.mqtt_gateway import POLICY_TOML, running_gateway
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
 from support.mqtt_world import ProcessWorld, process_world
+from support.patience import PATIENCE_S
 
 from birthmark.broker import connection as connection_module
 from birthmark.broker.config import Durability, Limits
@@ -201,14 +202,14 @@ def test_who_was_revoked_while_the_broker_was_down_is_forgotten_at_its_start(tmp
         away(world, "sensor-1", ("devices/sensor-1/#", 1))
         away(world, "sensor-2", ("devices/sensor-2/#", 1))
         world.broker.process.send_signal(signal.SIGKILL)
-        world.broker.process.wait(20)
+        world.broker.process.wait(PATIENCE_S)
     peers = {row.client_id: peer_from_text(row.peer) for row in stored(tmp_path).sessions}
     assert set(peers) == {"sensor-1", "sensor-2"}
     crl = pki.issuing.crl([peers["sensor-1"].cert_serial], number=9)
     with process_world(tmp_path, pki, crl=crl) as world:
         assert world.port
         world.broker.process.send_signal(signal.SIGTERM)
-        assert world.broker.process.wait(20) == 0
+        assert world.broker.process.wait(PATIENCE_S) == 0
     assert [row.client_id for row in stored(tmp_path).sessions] == ["sensor-2"]
 
 
@@ -284,7 +285,7 @@ def test_a_store_that_cannot_be_used_is_said_and_left_as_it_is(tmp_path: Path, p
     path = tmp_path / "data" / FILE_NAME
     path.write_bytes(b"something else\n" * 1_000)
     with broker_process(config) as broker:
-        assert broker.process.wait(20) == 5
+        assert broker.process.wait(PATIENCE_S) == 5
         failure = broker.wait_for_failure()
         assert str(path) in failure["error"]
         assert "damaged" in failure["error"]
@@ -319,7 +320,7 @@ def test_a_full_disk_refuses_what_must_be_kept_and_nothing_else(tmp_path: Path, 
         world.broker.wait_for_log("the store takes changes again")
         say(publisher, "t", b"after")
         world.broker.process.kill()
-        world.broker.process.wait(20)
+        world.broker.process.wait(PATIENCE_S)
     with process_world(tmp_path, pki) as world:
         back = world.client("free-1", clean=False, present=True)
         got = [back.read_delivery().payload]
@@ -329,12 +330,12 @@ def test_a_full_disk_refuses_what_must_be_kept_and_nothing_else(tmp_path: Path, 
         assert got in ([b"before", b"refused", b"after"], [b"before", b"after"])
         back.ping()
         world.broker.process.send_signal(signal.SIGTERM)
-        world.broker.process.wait(20)
+        world.broker.process.wait(PATIENCE_S)
         assert world.broker.wait_for_event("stopped")["counters"]["store_failures"] == 0
 
 
 def test_durability_is_one_of_three(tmp_path: Path, pki: Pki) -> None:
     config = write_files(tmp_path, pki, broker_toml=BROKER_TOML + 'durability = "always"\n')
     with broker_process(config) as broker:
-        assert broker.process.wait(20) == 1
+        assert broker.process.wait(PATIENCE_S) == 1
         assert "'acknowledged', 'periodic', 'none'" in broker.wait_for_failure()["error"]

@@ -23,6 +23,7 @@ from support.fleet import (
     write_gateway,
 )
 from support.mqtt_client import ConnectionEndedError, RawClient
+from support.patience import PATIENCE_S
 from support.pki import Authority, Pki, now
 
 from birthmark.broker.config import read_settings
@@ -378,7 +379,7 @@ def test_a_crl_from_a_clock_an_hour_ahead_waits_until_it_is_time(
     assert "CLOCK" in receipt.reason
     member.wait_for(lambda: told_by(member).alarms == ("fleet-crl-refused",), "the alarm")
     member.call(member.gateway._member.try_again)
-    asyncio.run_coroutine_threadsafe(member.gateway._member.settled(), member.loop).result(10)
+    asyncio.run_coroutine_threadsafe(member.gateway._member.settled(), member.loop).result(PATIENCE_S)
     assert status_of(member).crl_numbers == {issuing.issuer_id: 1}
     in_an_hour = now() + dt.timedelta(hours=1, minutes=1)
     monkeypatch.setattr("birthmark.broker.gateway.now", lambda: in_an_hour)
@@ -395,7 +396,7 @@ def test_topics_that_are_no_fleets_are_ignored_and_many_keep_nothing_out(member:
         alice.send(mqtt.publish(f"fleet/crl/{number:040x}", b"not a CRL"))
     crl = member.pki.issuing.crl([], number=2)
     assert crl_receipt_of(alice, topic_of(member.pki.issuing), crl).outcome == "installed"
-    asyncio.run_coroutine_threadsafe(member.gateway._member.settled(), member.loop).result(10)
+    asyncio.run_coroutine_threadsafe(member.gateway._member.settled(), member.loop).result(PATIENCE_S)
     assert 0 < len(member.gateway._member.alarms()) <= MAX_STRANGERS + 1, "those, and the one that is judged"
 
 

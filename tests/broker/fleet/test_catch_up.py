@@ -20,6 +20,7 @@ from support.fleet import (
 )
 from support.mqtt_client import ConnectionEndedError
 from support.mqtt_process import broker_process
+from support.patience import PATIENCE_S
 from support.pki import Authority, crl_pem
 
 from birthmark.broker.gateway import Gateway
@@ -155,7 +156,7 @@ def test_who_stops_a_start_does_not_wait_for_it(tmp_path: Path, pki: Pki) -> Non
             broker.wait_for_log("waiting for what the upstream has")
             assert not broker.out, "it is ready before it has waited"
             broker.process.terminate()
-            assert broker.process.wait(20) == 0
+            assert broker.process.wait(PATIENCE_S) == 0
         assert not [record for record in broker.log if record.get("event") == "upstream_failed"], "it waited"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pytest
+from support.patience import PATIENCE_S
 
 from birthmark.broker.alarms import Alarm, Alarms
 from birthmark.broker.fleet.intake import Intake, Judgement, Offer
@@ -45,7 +46,7 @@ def test_it_rests_after_a_refusal_and_a_good_one_behind_bad_ones_is_taken(first:
         bench = Bench()
         running = asyncio.create_task(bench.intake.run())
         bench.offer(POLICY, first)
-        await asyncio.wait_for(bench.resting.wait(), 10)
+        await asyncio.wait_for(bench.resting.wait(), PATIENCE_S)
         await bench.intake.settled()  # whoever waits for the judgement does not wait for the rest
         for number in range(200):
             bench.offer(POLICY, b"bad %d" % number)
@@ -67,10 +68,10 @@ def test_a_stop_does_not_wait_for_the_end_of_a_rest() -> None:
         bench = Bench()
         running = asyncio.create_task(bench.intake.run())
         bench.offer(POLICY, b"bad")
-        await asyncio.wait_for(bench.resting.wait(), 10)
+        await asyncio.wait_for(bench.resting.wait(), PATIENCE_S)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(running, 10)
+            await asyncio.wait_for(running, PATIENCE_S)
 
     asyncio.run(main())
 

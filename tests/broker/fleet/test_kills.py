@@ -11,6 +11,7 @@ from support import mqtt_client as mqtt
 from support.fleet import DEVICES, POLICY, signed_policy, text_sha256, write_gateway
 from support.mqtt_client import RawClient, client_context
 from support.mqtt_process import broker_process
+from support.patience import PATIENCE_S
 
 from birthmark.device.fleet_policy import PolicyReceipt
 from birthmark.device.messages import Receipt
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def shown(config: Path, *options: str) -> str:
     """What `birthmark-broker policy show` says."""
     command = [sys.executable, "-m", "birthmark.broker", "policy", "show", "--config", str(config), *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE_S).stdout
 
 
 def test_a_version_that_was_answered_is_in_force_after_a_kill(tmp_path: Path, pki: Pki) -> None:
@@ -41,7 +42,7 @@ def test_a_version_that_was_answered_is_in_force_after_a_kill(tmp_path: Path, pk
                 receipt = PolicyReceipt.from_bytes(alice.read_delivery().payload)
                 assert (receipt.outcome, receipt.version) == ("installed", number)
         broker.process.kill()
-        broker.process.wait(20)
+        broker.process.wait(PATIENCE_S)
     found = json.loads(shown(config, "--json"))
     assert (found["version"], found["sha256"]) == (2, text_sha256(policies[2]))
     assert shown(config, "--text") == policies[2]
@@ -65,6 +66,6 @@ def test_a_crl_of_the_fleet_that_was_answered_is_in_force_after_a_kill(tmp_path:
             alice.send(mqtt.publish(f"fleet/crl/{pki.issuing.issuer_id}", crl))
             assert Receipt.from_bytes(alice.read_delivery().payload).crl_number == 2
         broker.process.kill()
-        broker.process.wait(20)
+        broker.process.wait(PATIENCE_S)
     with broker_process(config) as broker, RawClient.connect(broker.port, device) as client:
         assert client.read() == mqtt.connack(5)

@@ -13,6 +13,7 @@ import pytest
 from support import mqtt_client as mqtt
 from support.interop_stand import interop_stand
 from support.mqtt_client import Delivery, RawClient, connack
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,7 @@ class Suite:
         self._opened: list[RawClient] = []
 
     def open(self) -> RawClient:
-        client = RawClient(socket.create_connection(("127.0.0.1", self._port), timeout=10))
+        client = RawClient(socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE_S))
         self._opened.append(client)
         return client
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from support.patience import PATIENCE_S
 from support.pki import Authority, Pki, crl_pem, now
 
 from birthmark.broker.config import BrokerSettings, read_settings
@@ -132,7 +133,7 @@ async def running(settings: BrokerSettings, *peers: Peer) -> AsyncIterator[tuple
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - a file, not an event
             await asyncio.sleep(0.005)
 

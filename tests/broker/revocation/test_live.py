@@ -16,6 +16,7 @@ import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
+from support.patience import PATIENCE_S
 from support.pki import Authority, Issued, Pki, crl_pem, now
 
 from birthmark.device.messages import GatewayStatus, Receipt
@@ -105,7 +106,7 @@ def test_a_crl_file_cuts_a_live_device_off(tmp_path: Path, version: ssl.TLSVersi
         other.ping()
         observer.ping()
         broker.process.send_signal(signal.SIGTERM)
-        assert broker.process.wait(20) == 0
+        assert broker.process.wait(PATIENCE_S) == 0
     on_disk = Receipt.from_bytes((tmp_path / "crl.pem.receipt").read_bytes())
     assert on_disk == receipt
     # Not after a restart either, with the older file back in its place.
@@ -187,7 +188,7 @@ def test_killed_while_it_installs_a_large_crl(tmp_path: Path) -> None:
             elif number == 5:  # as soon as it begins to write
                 wait_until(lambda before=before: kept() != before or any(kept_path.parent.glob("*.part")))  # type: ignore[misc]
             os.kill(broker.process.pid, signal.SIGKILL)
-            broker.process.wait(10)
+            broker.process.wait(PATIENCE_S)
         said = number_said()
         (tmp_path / "crl.pem").write_bytes(first)
         with broker_process(config) as broker:

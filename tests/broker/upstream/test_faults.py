@@ -11,6 +11,7 @@ import pytest
 from support import mqtt_client as mqtt
 from support.loopback_proxy import LoopbackProxy
 from support.mqtt_gateway import POLICY_TOML, RunningGateway, policy, running_gateway
+from support.patience import PATIENCE_S
 from support.pki import now
 from support.upstreams import (
     ACCEPTED,
@@ -350,7 +351,7 @@ def test_a_message_on_what_is_no_topic_is_acknowledged_and_dropped(
         speaking(tmp_path, pki, talk) as port,
         running_gateway(tmp_path, pki, **linked(tmp_path, pki, port)) as gateway,
     ):
-        assert acknowledged.wait(10)
+        assert acknowledged.wait(PATIENCE_S)
         gateway.wait_for(lambda: gateway.broker.counters.upstream_echoes == 1, "counted")
         assert gateway.broker.counters.upstream_lost == 0
         assert "on a topic that MQTT does not allow" in caplog.text

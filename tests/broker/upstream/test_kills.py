@@ -20,6 +20,7 @@ from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_durable import WINDOW, DurablePublisher, DurableSubscriber, eventually
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
+from support.patience import PATIENCE_S
 from support.upstreams import POLICY, publish, said, upstream_toml, write_credentials
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Side:
         if self._context is not None:
             self.port = 0
             self.process.process.send_signal(number)
-            self.process.process.wait(20)
+            self.process.process.wait(PATIENCE_S)
             self._context.__exit__(None, None, None)
             self._context = None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_gateway import RunningGateway, running_gateway
+from support.patience import PATIENCE_S
 from support.upstreams import linked, publish, said, upstream_of, wait_until_up
 
 from birthmark.broker.store import Store
@@ -31,7 +32,7 @@ def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def wait_and_apply(store: Store, changes: Changes) -> None:
         if store.path.parent == tmp_path / "data":
-            assert turns.wait(10)
+            assert turns.wait(PATIENCE_S)
         apply(store, changes)
 
     monkeypatch.setattr(Store, "apply", wait_and_apply)
