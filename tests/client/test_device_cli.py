@@ -103,9 +103,13 @@ def test_run_once(state: Path, broker: BrokerStub, connack: int, code: int) -> N
 
 def test_run_gives_up(state: Path, broker: BrokerStub) -> None:
     broker.connack = 3
-    done = run("run", "--state", state, "--json", "--give-up-after", "0.3")
-    assert done.returncode == 4
-    assert "not ready" in json.loads(done.stderr)["error"]
+    error = ""
+    for seconds in ("0.3", "3", "30"):  # a busy machine may give up before its first attempt has ended
+        if "not ready" not in error:
+            done = run("run", "--state", state, "--json", "--give-up-after", seconds)
+            assert done.returncode == 4
+            error = json.loads(done.stderr)["error"]
+    assert "not ready" in error
 
 
 def test_run_at_another_broker(state: Path, pki: Pki) -> None:

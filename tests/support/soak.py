@@ -110,13 +110,13 @@ class Soak:
             [threading.Thread(target=self._guarded, args=(worker,), daemon=True) for worker in group]
             for group in (workers, [partial(self._receive, flow) for flow in self.flows])
         )
-        self._began_s = time.monotonic()
-        ends_s = self._began_s + self._seconds
         pause_s = min(KILL_EVERY_S, self._seconds / 3)
         is_started = False
-        while not is_started or time.monotonic() < ends_s:
+        while True:
             with self._running():
                 if not is_started:
+                    self._began_s = time.monotonic()
+                    ends_s = self._began_s + self._seconds
                     for thread in (*threads, *receivers):
                         thread.start()
                     is_started = True
