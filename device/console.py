@@ -25,7 +25,7 @@ from birthmark.device.errors import BirthmarkError, SystemFailureError
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 INTERRUPTED = 130
 UNHEARD = 141
@@ -76,19 +76,27 @@ class Console:
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
         """Print rows under headings; with `--json` one whole record a line; `empty` where there is no row."""
+        self.long_table(lambda: rows, columns, empty=empty)
+
+    def long_table(
+        self, rows: Callable[[], Iterable[Mapping[str, Any]]], columns: Sequence[str], *, empty: str
+    ) -> None:
+        """Do as `table` with rows that are gone through twice, instead of being held: first for their widths."""
         if self.as_json:
-            for row in rows:
+            for row in rows():
                 self.emit(row, "")
             return
-        if not rows:
+        headings = [column.replace("_", " ").upper() for column in columns]
+        widths, is_empty = [len(heading) for heading in headings], True
+        for row in rows():
+            widths = [max(width, len(_cell(row.get(each)))) for width, each in zip(widths, columns, strict=True)]
+            is_empty = False
+        if is_empty:
             self.say(empty)
             return
-        cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-        headings = [column.replace("_", " ").upper() for column in columns]
-        widths = [max(len(row[i]) for row in [headings, *cells]) for i in range(len(columns))]
         self.say(self.paint(_line(headings, widths), "bold"))
-        for line in cells:
-            self.say(_line(line, widths))
+        for row in rows():
+            self.say(_line([_cell(row.get(column)) for column in columns], widths))
 
     def facts(self, record: Mapping[str, Any]) -> None:
         """Print one record as `name  value` lines, or as one JSON object."""

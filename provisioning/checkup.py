@@ -15,14 +15,10 @@ import json
 import os
 import shutil
 import stat
-from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final
-
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
@@ -31,13 +27,13 @@ from birthmark.provisioning.audit import Head
 from birthmark.provisioning.audit_checkpoint import LAST_CHECKPOINT_AT
 from birthmark.provisioning.backup import LAST_BACKUP_AT
 from birthmark.provisioning.cas import Ca, CaKind, read_cas
+from birthmark.provisioning.checkup_census import STUCK_AFTER, Census, Seen
 from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
 from birthmark.provisioning.fleet_policy import current_policy
 from birthmark.provisioning.gateway_look import Look, look_at
 from birthmark.provisioning.gateway_receipts import completed, look_by_path, standing_of
 from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
-from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.registry.opening import has_password
 from birthmark.provisioning.retirement import due_retirements
 from birthmark.provisioning.tokens.uri import TokenUri
@@ -52,11 +48,6 @@ if TYPE_CHECKING:
     from birthmark.provisioning.settings import Lifetimes
     from birthmark.provisioning.station import Station
 
-P256_SPKI_PREFIX: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
-"""What the SubjectPublicKeyInfo of every P-256 key begins with (RFC 5480); the point follows."""
-P256_SPKI_OCTETS: Final = len(P256_SPKI_PREFIX) + 65
-STUCK_AFTER: Final = timedelta(hours=24)
-WEEK: Final = timedelta(days=7)
 _MAX_LINE_BYTES: Final = 1 << 20
 
 
@@ -170,68 +161,6 @@ class PolicyFacts:
     """The key identifier of the CA that signed it."""
 
 
-@dataclass(slots=True)
-class Census:
-    """All rows, added up."""
-
-    now: datetime
-    issuers: frozenset[str] = frozenset()
-    """Key identifiers of the station's issuing CAs."""
-    rows: int = 0
-    in_use: Counter[Kind] = field(default_factory=Counter)
-    """Certificates in use: ATTESTED, live, not revoked."""
-    weeks: Counter[int] = field(default_factory=Counter)
-    """Devices by the week in which their certificate ends: 0 is within seven days, -1 ended."""
-    ending: list[Row] = field(default_factory=list)
-    """In use, and ended or ending within 30 days."""
-    stuck: list[Row] = field(default_factory=list)
-    renewing: list[Row] = field(default_factory=list)
-    """Renewals that their devices have not confirmed for a day."""
-    made: dict[str, tuple[str, datetime]] = field(default_factory=dict)
-    """Devices in use: the name and when it was made, by its folded name."""
-    names_by_serial: dict[int, str] = field(default_factory=dict)
-    revoked_at: dict[int, datetime] = field(default_factory=dict)
-    odd_keys: list[Row] = field(default_factory=list)
-    duplicate_keys: list[Row] = field(default_factory=list)
-    foreign: list[tuple[Row, str]] = field(default_factory=list)
-    """Rows whose certificate is not what it should be, and what is wrong with it."""
-    _keys: set[bytes] = field(default_factory=set)
-
-    def add(self, row: Row) -> None:
-        """Count a row."""
-        self.rows += 1
-        if row.cert_serial is not None:
-            self.names_by_serial[row.cert_serial] = row.name
-            if row.revoked_at is not None:
-                self.revoked_at[row.cert_serial] = row.revoked_at
-        self._look_at_key(row)
-        if row.state not in (State.ATTESTED, State.VOID) and self.now - row.changed_at > STUCK_AFTER:
-            (self.renewing if row.is_open_renewal else self.stuck).append(row)
-        if row.state is not State.ATTESTED or not row.is_live or row.is_revoked or row.not_after is None:
-            return
-        self.in_use[row.kind] += 1
-        left = row.not_after - self.now
-        if row.kind is Kind.DEVICE:
-            self.weeks[max(-1, left // WEEK)] += 1
-            self.made[row.name_folded] = (row.name, row.changed_at)
-        if left < timedelta(days=30):
-            self.ending.append(row)
-
-    def _look_at_key(self, row: Row) -> None:
-        key = row.public_key_der
-        if key is None:
-            return
-        if len(key) != P256_SPKI_OCTETS or not key.startswith(P256_SPKI_PREFIX):
-            self.odd_keys.append(row)
-        elif key in self._keys:
-            self.duplicate_keys.append(row)
-        self._keys.add(key)
-        if row.certificate_der is not None and row.state is not State.VOID:
-            trouble = _certificate_trouble(row, row.certificate_der, self.issuers)
-            if trouble:
-                self.foreign.append((row, trouble))
-
-
 @dataclass(frozen=True, slots=True)
 class Facts:
     """Everything that the checks go by."""
@@ -274,10 +203,12 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
     log = station.registry.audit_path
     before, expected = _last_entry(log), station.registry.audit_head()
     lacks = before is not None and before.seq < expected.seq
+    found = _asked(station, timeout_s)
     with station.registry.view() as view:
         cas = _cas(station, view)
-        census = Census(now, frozenset(ca.key_id for ca in read_cas(view) if ca.kind is CaKind.ISSUING))
-        for row in view.rows():
+        issuers = frozenset(ca.key_id for ca in read_cas(view) if ca.kind is CaKind.ISSUING)
+        census = Census(now, issuers, Seen.of(found))
+        for row in view.stream():
             census.add(row)
         backed_up_s = view.counter(LAST_BACKUP_AT)
         facts: dict[str, Any] = {
@@ -292,14 +223,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         looks = _looks(station, view)
         policy = current_policy(view)
         standings = {gateway.name: standing_of(view, gateway.name) for gateway in station.settings.gateways}
-    if timeout_s is not None:
-        found = look_at(
-            station.settings.gateways,
-            anchors_path=station.root_path,
-            timeout_s=timeout_s,
-            upstreams=station.settings.upstreams,
-        )
-        looks += [completed(look, standings[look.name]) for look in found]
+    looks += [completed(look, standings[look.name]) for look in found]
     return Facts(
         now=now,
         census=census,
@@ -314,6 +238,18 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         policy=None if policy is None else PolicyFacts(policy.version, policy.issuer),
         looked_at_gateways=timeout_s is not None,
         **facts,
+    )
+
+
+def _asked(station: Station, timeout_s: float | None) -> list[Look]:
+    """Ask the gateways that can be asked; none of them if `timeout_s` is None."""
+    if timeout_s is None:
+        return []
+    return look_at(
+        station.settings.gateways,
+        anchors_path=station.root_path,
+        timeout_s=timeout_s,
+        upstreams=station.settings.upstreams,
     )
 
 
@@ -408,20 +344,3 @@ def _last_entry(path: Path) -> Head | None:
         return Head(int(entry["seq"]), str(entry["hash"]))
     except (ValueError, KeyError, TypeError, IndexError):
         return None
-
-
-def _certificate_trouble(row: Row, certificate_der: bytes, issuers: frozenset[str]) -> str:
-    """Say what is wrong with a row's certificate; empty if nothing is. Its signature is not checked here."""
-    try:
-        certificate = x509.load_der_x509_certificate(certificate_der)
-        authority = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
-        key_der = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension):
-        return "cannot be read"
-    if certificate.serial_number != row.cert_serial:
-        return "has another serial number than its row"
-    if key_der != row.public_key_der:
-        return "is for another key than its row's"
-    if (authority.key_identifier or b"").hex() not in issuers:
-        return "was issued by another CA"
-    return ""

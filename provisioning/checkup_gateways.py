@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.escape import escaped
 from birthmark.provisioning.checkup import Facts, Level, Remark
+from birthmark.provisioning.checkup_census import NAMED, NEVER_AFTER, seen_serial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from birthmark.device.messages import AddressSeen, Sighting
     from birthmark.provisioning.gateway_look import Look
 
-NAMED: Final = 5
 ADDRESS_WINDOW: Final = timedelta(days=7)
 MANY_ADDRESSES: Final = 4
-NEVER_AFTER: Final = timedelta(days=7)
-"""How long a device that was made may take until it is online for the first time."""
 LET_IN_MARGIN: Final = timedelta(minutes=2)
 """For clocks that differ, between a revocation and a connection after it."""
 
@@ -121,7 +119,7 @@ def check_gateway_crls(facts: Facts) -> Iterator[Remark]:
 def check_let_in(facts: Facts) -> Iterator[Remark]:
     """A certificate that was let in after its revocation."""
     for gateway, sighting in _sightings(facts):
-        revoked_at = facts.census.revoked_at.get(_cert_serial(sighting))
+        revoked_at = facts.census.revoked_at.get(seen_serial(sighting))
         if revoked_at is not None and sighting.last_seen > (revoked_at + LET_IN_MARGIN).timestamp():
             text = f"{gateway} let {_shown(sighting)} in after its revocation on {revoked_at:%Y-%m-%d %H:%M}"
             hint = "bring the CRL there at once: birthmark crl"
@@ -134,7 +132,7 @@ def check_unknown(facts: Facts) -> Iterator[Remark]:
     strangers = {
         f"{_shown(sighting)} ({escaped(sighting.cert_serial, 40)})"
         for _, sighting in _sightings(facts)
-        if known.get(_cert_serial(sighting), "").lower() != sighting.id.lower()
+        if known.get(seen_serial(sighting), "").lower() != sighting.id.lower()
     }
     names = sorted(strangers)
     if names:
@@ -169,17 +167,12 @@ def check_never_connected(facts: Facts) -> Iterator[Remark]:
     """Devices that were made a while ago and were never seen, where every gateway could be asked."""
     if not facts.gateways or any(look.sightings is None for look in facts.gateways):
         return
-    seen = {sighting.id.lower() for _, sighting in _sightings(facts)}
-    names = [
-        name
-        for folded, (name, made_at) in facts.census.made.items()
-        if folded not in seen and facts.now - made_at > NEVER_AFTER
-    ]
-    if names:
-        plural = "device was" if len(names) == 1 else "devices were"
-        text = f"{len(names)} {plural} made more than {NEVER_AFTER.days} days ago and never connected"
+    never = facts.census.never_connected
+    if never.count:
+        plural = "device was" if never.count == 1 else "devices were"
+        text = f"{never.count} {plural} made more than {NEVER_AFTER.days} days ago and never connected"
         hint = "in stock? if lost, revoke it: birthmark revoke ID --reason lost"
-        yield Remark("never-connected", Level.NOTE, text, hint, tuple(names[:NAMED]))
+        yield Remark("never-connected", Level.NOTE, text, hint, tuple(never.names))
 
 
 def _sightings(facts: Facts) -> Iterator[tuple[str, Sighting]]:
@@ -190,13 +183,6 @@ def _sightings(facts: Facts) -> Iterator[tuple[str, Sighting]]:
 
 def _shown(sighting: Sighting) -> str:
     return escaped(sighting.id, 64)
-
-
-def _cert_serial(sighting: Sighting) -> int:
-    try:
-        return int(sighting.cert_serial, 16)
-    except ValueError:
-        return -1
 
 
 def _places(addresses: list[AddressSeen]) -> dict[str, tuple[float, float]]:

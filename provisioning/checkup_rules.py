@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.escape import escaped
 from birthmark.provisioning.checkup import CaFacts, Facts, Level, Remark, counted
+from birthmark.provisioning.checkup_census import ENDING_WITHIN, NAMED
 from birthmark.provisioning.checkup_gateways import (
     check_addresses,
     check_gateway_crls,
@@ -27,10 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime
 
-    from birthmark.provisioning.registry.model import Row
+    from birthmark.provisioning.checkup_census import Few
 
-NAMED: Final = 5
-"""How many identities a remark names."""
 CA_MARGIN: Final = timedelta(days=180)
 """How long before a CA ends its successor should be in hand, beyond the lifetime of what it signs."""
 ROOT_CRL_MARGIN: Final = timedelta(days=30)
@@ -53,30 +52,26 @@ def examine(facts: Facts) -> list[Remark]:
 
 
 def _check_devices(facts: Facts) -> Iterator[Remark]:
-    ending = [row for row in facts.census.ending if row.kind is Kind.DEVICE]
-    ended = [row for row in ending if _ends(row) < facts.now]
-    soon = [row for row in ending if _ends(row) >= facts.now]
-    if ended:
-        text = f"{counted(len(ended), 'device')} cannot connect: the certificate has ended"
+    ended, soon = facts.census.ended_devices, facts.census.ending_devices
+    if ended.count:
+        text = f"{counted(ended.count, 'device')} cannot connect: the certificate has ended"
         yield _about("devices", Level.SOON, text, "renew or reflash them", ended)
-    if soon:
-        text = f"{counted(len(soon), 'device certificate')} to end within 30 days"
+    if soon.count:
+        text = f"{counted(soon.count, 'device certificate')} to end within {ENDING_WITHIN.days} days"
         hint = "a device renews by itself at two thirds of the lifetime: is it online?"
         yield _about("devices", Level.SOON, text, hint, soon)
 
 
 def _check_services(facts: Facts) -> Iterator[Remark]:
-    for row in facts.census.ending:
-        if row.kind is Kind.DEVICE:
-            continue
-        command = "issue-broker" if row.kind is Kind.BROKER else "issue-operator"
-        hint = f"birthmark {command} {row.name} --renew, and bring the new file to where the old one is"
-        if _ends(row) < facts.now:
-            text = f"the certificate of the {row.kind} {row.name} has ended on {_ends(row):%Y-%m-%d}"
-            yield Remark("services", Level.BROKEN, text, hint, (row.name,))
+    for kind, name, not_after in facts.census.ending_services:
+        command = "issue-broker" if kind is Kind.BROKER else "issue-operator"
+        hint = f"birthmark {command} {name} --renew, and bring the new file to where the old one is"
+        if not_after < facts.now:
+            text = f"the certificate of the {kind} {name} has ended on {not_after:%Y-%m-%d}"
+            yield Remark("services", Level.BROKEN, text, hint, (name,))
         else:
-            text = f"the certificate of the {row.kind} {row.name} ends on {_ends(row):%Y-%m-%d}"
-            yield Remark("services", Level.SOON, text, hint, (row.name,))
+            text = f"the certificate of the {kind} {name} ends on {not_after:%Y-%m-%d}"
+            yield Remark("services", Level.SOON, text, hint, (name,))
 
 
 def _check_cas(facts: Facts) -> Iterator[Remark]:
@@ -155,16 +150,15 @@ def _check_root_key(facts: Facts) -> Iterator[Remark]:
 
 def _check_keys(facts: Facts) -> Iterator[Remark]:
     census = facts.census
-    if census.odd_keys:
-        text = f"{counted(len(census.odd_keys), 'key')} of another kind than P-256"
+    if census.odd_keys.count:
+        text = f"{counted(census.odd_keys.count, 'key')} of another kind than P-256"
         yield _about("keys", Level.SOON, text, "issue these identities anew", census.odd_keys)
-    if census.duplicate_keys:
-        text = f"{counted(len(census.duplicate_keys), 'key')} that another identity has, too"
+    if census.duplicate_keys.count:
+        text = f"{counted(census.duplicate_keys.count, 'key')} that another identity has, too"
         hint = "revoke both, and find out how it came to that"
         yield _about("keys", Level.BROKEN, text, hint, census.duplicate_keys)
-    for trouble in sorted({trouble for _, trouble in census.foreign}):
-        rows = [row for row, what in census.foreign if what == trouble]
-        text = f"{counted(len(rows), 'certificate')} in the registry: {trouble}"
+    for trouble, rows in sorted(census.foreign.items()):
+        text = f"{counted(rows.count, 'certificate')} in the registry: {trouble}"
         hint = "the registry was changed by hand, or is damaged: restore it from a backup"
         yield _about("keys", Level.BROKEN, text, hint, rows)
 
@@ -227,8 +221,8 @@ def _check_quarantine(facts: Facts) -> Iterator[Remark]:
 
 def _check_stuck(facts: Facts) -> Iterator[Remark]:
     stuck = facts.census.stuck
-    if stuck:
-        text = f"{counted(len(stuck), 'identity', 'identities')} begun more than a day ago and not finished"
+    if stuck.count:
+        text = f"{counted(stuck.count, 'identity', 'identities')} begun more than a day ago and not finished"
         yield _about("stuck", Level.SOON, text, "finish them (birthmark resume), or revoke them", stuck)
 
 
@@ -236,8 +230,8 @@ def _check_renewals(facts: Facts) -> Iterator[Remark]:
     if facts.overdue_retirements:
         text = f"{counted(facts.overdue_retirements, 'renewed certificate')} not revoked, and it is past the grace"
         yield Remark("renewals", Level.SOON, text, "see that birthmark renewd runs")
-    if facts.census.renewing:
-        text = f"{counted(len(facts.census.renewing), 'renewal')} not confirmed for more than a day"
+    if facts.census.renewing.count:
+        text = f"{counted(facts.census.renewing.count, 'renewal')} not confirmed for more than a day"
         hint = "the device keeps its old certificate, and asks again when it is online"
         yield _about("renewals", Level.NOTE, text, hint, facts.census.renewing)
 
@@ -285,15 +279,8 @@ def _check_disk(facts: Facts) -> Iterator[Remark]:
         yield Remark("disk", level, text, "make room: a station that cannot write stops")
 
 
-def _about(check: str, level: Level, text: str, hint: str, rows: Iterable[Row]) -> Remark:
-    named = tuple(row.name for row in list(rows)[:NAMED])
-    return Remark(check, level, text, hint, named)
-
-
-def _ends(row: Row) -> datetime:
-    if row.not_after is None:
-        raise ValueError("a row without a certificate does not end")
-    return row.not_after
+def _about(check: str, level: Level, text: str, hint: str, rows: Few) -> Remark:
+    return Remark(check, level, text, hint, tuple(rows.names))
 
 
 def _span(span: timedelta) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.durable import remove_leftovers, write_durably
+from birthmark.device.durable import durable_file, remove_leftovers
 from birthmark.provisioning.options import add_station_option, open_station
 from birthmark.provisioning.record_files import CSV, JSONL
-from birthmark.provisioning.row_filters import add_filter_options, picked_rows
+from birthmark.provisioning.row_filters import add_filter_options, picked
 from birthmark.provisioning.row_import import import_rows
 from birthmark.provisioning.row_records import csv_lines, jsonl_lines
 
@@ -53,17 +53,20 @@ birthmark registry export --name 'pump-*' --not-revoked --format jsonl | jq .id"
 def _export(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     out: Path | None = arguments.out
-    with station.registry.transaction() as transaction:
-        rows = picked_rows(transaction, arguments, station.clock())
-        transaction.record("registry-export", out.name if out else "stdout", rows=len(rows))
-    lines = _FORMATS[_format(arguments)](rows)
-    if out is None:
-        for line in lines:
-            console.emit_line(line)
-        return
-    remove_leftovers(out.parent, out.name)
-    write_durably(out, "".join(lines).encode())
-    console.emit({"rows": len(rows), "file": str(out)}, f"{len(rows)} rows are in {out}")
+    with station.registry.view() as view:
+        filters = picked(view, arguments, station.clock())
+        count = view.count(**filters)
+        with station.registry.transaction() as transaction:  # recorded before anything leaves
+            transaction.record("registry-export", out.name if out else "stdout", rows=count)
+        lines = _FORMATS[_format(arguments)](view.stream(**filters))
+        if out is None:
+            for line in lines:
+                console.emit_line(line)
+            return
+        remove_leftovers(out.parent, out.name)
+        with durable_file(out) as file:
+            file.writelines(line.encode() for line in lines)
+    console.emit({"rows": count, "file": str(out)}, f"{count} rows are in {out}")
 
 
 def _format(arguments: argparse.Namespace) -> str:

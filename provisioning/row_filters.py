@@ -7,13 +7,13 @@ import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from birthmark.provisioning.registry.model import Kind, Row, State
+from birthmark.provisioning.registry.model import Kind, State
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from birthmark.device.console import Parser
-    from birthmark.provisioning.registry.interface import View
+    from birthmark.provisioning.registry.interface import RowFilters, View
 
 _UNITS: Final = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
 _DURATION: Final = re.compile("([0-9]{1,4})([hdw])")
@@ -49,20 +49,20 @@ def add_filter_options(parser: Parser) -> None:
     revoked.add_argument("--not-revoked", action="store_false", dest="revoked", help="only those where it is not")
 
 
-def picked_rows(view: View, arguments: argparse.Namespace, now: datetime) -> list[Row]:
-    """Return the rows that the options pick, by ascending number."""
+def picked(view: View, arguments: argparse.Namespace, now: datetime) -> RowFilters:
+    """Return which rows the options pick."""
     batch: str | None = arguments.batch
     if batch is not None:  # names of batches are unique without regard to case
         batch = next((one.name for one in view.batches() if one.name.lower() == batch.lower()), batch)
-    return view.rows(
-        kind=Kind(arguments.kind) if arguments.kind else None,
-        states={State(state) for state in arguments.state} if arguments.state else None,
-        role=arguments.role,
-        batch=batch,
-        name_glob=arguments.name,
-        expires_before=None if arguments.expiring is None else now + arguments.expiring,
-        revoked=arguments.revoked,
-    )
+    return {
+        "kind": Kind(arguments.kind) if arguments.kind else None,
+        "states": {State(state) for state in arguments.state} if arguments.state else None,
+        "role": arguments.role,
+        "batch": batch,
+        "name_glob": arguments.name,
+        "expires_before": None if arguments.expiring is None else now + arguments.expiring,
+        "revoked": arguments.revoked,
+    }
 
 
 def _glob(text: str) -> str:

@@ -30,7 +30,7 @@ from birthmark.provisioning.options import (
     token_settings,
 )
 from birthmark.provisioning.registry.opening import TINYDB, setting_from
-from birthmark.provisioning.row_filters import add_filter_options, picked_rows
+from birthmark.provisioning.row_filters import add_filter_options, picked
 from birthmark.provisioning.settings import BrokerDefaults, Settings, TokenSettings
 
 if TYPE_CHECKING:
@@ -219,10 +219,12 @@ birthmark list --kind broker --json""",
 
 def _list(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
-    with station.registry.view() as view:
-        rows = picked_rows(view, arguments, station.clock())
     columns = ["name", "kind", "role", "state", "revoked", "not_after", "hwid"]
-    console.table([_summary(row) for row in rows], columns, empty="nothing is enrolled that fits")
+    with station.registry.view() as view:
+        filters = picked(view, arguments, station.clock())
+        console.long_table(
+            lambda: map(_summary, view.stream(**filters)), columns, empty="nothing is enrolled that fits"
+        )
 
 
 def _summary(row: Row) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypedDict, Unpack
 
 from birthmark.device.errors import EnrollmentRefusedError, RegistryError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -86,35 +86,36 @@ class DuplicateError(EnrollmentRefusedError):
         return {"name": "name_folded", "public_key": "public_key_der"}.get(self.field, self.field)
 
 
+class RowFilters(TypedDict, total=False):
+    """Which rows are meant; one that is None is not given."""
+
+    kind: Kind | None
+    """Of this kind."""
+    states: Collection[State] | None
+    """In one of these states."""
+    role: str | None
+    """With exactly this role."""
+    batch: str | None
+    """Made in exactly this batch; empty for those of none."""
+    name_glob: str | None
+    """Of such a name: `*` stands for any characters, `?` for one, everything else for itself, in whatever case."""
+    expires_before: datetime | None
+    """With a certificate that ends, or has ended, before this time."""
+    revoked: bool | None
+    """Whether the certificate is revoked."""
+
+
 class View(Protocol):
     """One consistent state of the registry, for reading."""
 
-    def rows(
-        self,
-        *,
-        kind: Kind | None = None,
-        states: Collection[State] | None = None,
-        role: str | None = None,
-        batch: str | None = None,
-        name_glob: str | None = None,
-        expires_before: datetime | None = None,
-        revoked: bool | None = None,
-    ) -> list[Row]:
-        """Return the rows that fit every given filter, by ascending number.
+    def rows(self, **filters: Unpack[RowFilters]) -> list[Row]:
+        """Return the rows that fit every given filter, by ascending number."""
 
-        Args:
-            kind: of this kind.
-            states: in one of these states.
-            role: with exactly this role.
-            batch: made in exactly this batch; empty for those of none.
-            name_glob: of such a name: `*` stands for any characters, `?` for one, everything else for itself,
-                without regard to case.
-            expires_before: with a certificate that ends, or has ended, before this time.
-            revoked: whether the certificate is revoked.
-        """
+    def stream(self, **filters: Unpack[RowFilters]) -> Iterator[Row]:
+        """Yield what `rows` returns, to be taken before the view ends: many at the memory of few."""
 
-    def count(self) -> int:
-        """Return how many rows there are."""
+    def count(self, **filters: Unpack[RowFilters]) -> int:
+        """Return how many rows fit every given filter."""
 
     def names(self, *, live: bool = False) -> set[str]:
         """Return every name ever, or only those that live rows hold, folded to lower case."""

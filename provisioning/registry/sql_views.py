@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from birthmark.device.errors import RegistryError
@@ -33,14 +33,14 @@ from birthmark.provisioning.registry.sql_schema import (
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
-    from datetime import datetime
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Connection, CursorResult
     from sqlalchemy.sql.base import Executable
 
+    from birthmark.provisioning.registry.interface import RowFilters
     from birthmark.provisioning.registry.line import Batch, Quarantined
-    from birthmark.provisioning.registry.model import Kind, RevokedCertificate, Row, State
+    from birthmark.provisioning.registry.model import RevokedCertificate, Row
     from birthmark.provisioning.registry.sql_database import Database
 
 AT_ONCE: Final = 500
@@ -69,38 +69,22 @@ class SqlView:
         """Let nobody use it any more."""
         self._is_over = True
 
-    def rows(
-        self,
-        *,
-        kind: Kind | None = None,
-        states: Collection[State] | None = None,
-        role: str | None = None,
-        batch: str | None = None,
-        name_glob: str | None = None,
-        expires_before: datetime | None = None,
-        revoked: bool | None = None,
-    ) -> list[Row]:
+    def rows(self, **filters: Unpack[RowFilters]) -> list[Row]:
         """Return the rows that fit every given filter, by ascending number (`interface.View.rows`)."""
-        tests: list[ColumnElement[bool]] = []
-        if kind is not None:
-            tests.append(ROWS.c.kind == kind.value)
-        if states is not None:
-            tests.append(ROWS.c.state.in_(sorted(state.value for state in states)))
-        if role is not None:
-            tests.append(ROWS.c.role == role)
-        if batch is not None:
-            tests.append(ROWS.c.batch == batch)
-        if name_glob is not None:
-            tests += _named_like(name_glob.lower())
-        if expires_before is not None:
-            tests.append(ROWS.c.not_after < microseconds(expires_before))
-        if revoked is not None:
-            tests.append(ROWS.c.revoked_at.is_not(None) if revoked else ROWS.c.revoked_at.is_(None))
-        return self._rows(*tests)
+        return self._rows(*_fitting(**filters))
 
-    def count(self) -> int:
-        """Return how many rows there are."""
-        return int(self.run(select(func.count()).select_from(ROWS)).scalar_one())
+    def stream(self, **filters: Unpack[RowFilters]) -> Iterator[Row]:
+        """Yield them one after the other, as the database gives them (`interface.View.stream`)."""
+        for statement in self._database.dialect.wait_long:  # for whoever reads what is made of them
+            self.run(text(statement))
+        query = select(ROWS).where(*_fitting(**filters)).order_by(ROWS.c.number)
+        with self.run(query.execution_options(stream_results=True, yield_per=AT_ONCE)) as records:
+            for record in records:
+                yield row_from(record)
+
+    def count(self, **filters: Unpack[RowFilters]) -> int:
+        """Return how many rows fit every given filter."""
+        return int(self.run(select(func.count()).select_from(ROWS).where(*_fitting(**filters))).scalar_one())
 
     def names(self, *, live: bool = False) -> set[str]:
         """Return every name ever, or only those that live rows hold: from an index, without the rows."""
@@ -275,6 +259,26 @@ def note_from(topic: str, text: str) -> dict[str, Any]:
     if not isinstance(note, dict):
         raise damaged(f"what it notes of {topic}")
     return note
+
+
+def _fitting(**filters: Unpack[RowFilters]) -> list[ColumnElement[bool]]:
+    """Return what is true of a row that fits every given filter."""
+    tests: list[ColumnElement[bool]] = []
+    if (kind := filters.get("kind")) is not None:
+        tests.append(ROWS.c.kind == kind.value)
+    if (states := filters.get("states")) is not None:
+        tests.append(ROWS.c.state.in_(sorted(state.value for state in states)))
+    if (role := filters.get("role")) is not None:
+        tests.append(ROWS.c.role == role)
+    if (batch := filters.get("batch")) is not None:
+        tests.append(ROWS.c.batch == batch)
+    if (name_glob := filters.get("name_glob")) is not None:
+        tests += _named_like(name_glob.lower())
+    if (expires_before := filters.get("expires_before")) is not None:
+        tests.append(ROWS.c.not_after < microseconds(expires_before))
+    if (revoked := filters.get("revoked")) is not None:
+        tests.append(ROWS.c.revoked_at.is_not(None) if revoked else ROWS.c.revoked_at.is_(None))
+    return tests
 
 
 def _named_like(pattern: str) -> Iterator[ColumnElement[bool]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, cast
 
 from tinydb import TinyDB, where
 
@@ -32,14 +32,16 @@ from birthmark.provisioning.registry.document import (
 from birthmark.provisioning.registry.model import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
-    from datetime import datetime
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from tinydb.table import Table
 
+    from birthmark.provisioning.registry.interface import RowFilters
     from birthmark.provisioning.registry.line import Batch, Quarantined
-    from birthmark.provisioning.registry.model import Kind, RevokedCertificate, State
+    from birthmark.provisioning.registry.model import RevokedCertificate
     from birthmark.provisioning.registry.storage import TransactionStorage
+
+    _Test: TypeAlias = Callable[[dict[str, Any]], bool]
 
 _HEX = re.compile("[0-9a-f]{1,64}")
 _UNSET = dict.fromkeys(field.name for field in fields(Row))
@@ -58,41 +60,19 @@ class TinyView:
         self._quarantine = _table(database, QUARANTINE)
         self._notes = _table(database, NOTES)
 
-    def rows(
-        self,
-        *,
-        kind: Kind | None = None,
-        states: Collection[State] | None = None,
-        role: str | None = None,
-        batch: str | None = None,
-        name_glob: str | None = None,
-        expires_before: datetime | None = None,
-        revoked: bool | None = None,
-    ) -> list[Row]:
+    def rows(self, **filters: Unpack[RowFilters]) -> list[Row]:
         """Return the rows that fit every given filter, by ascending number (`interface.View.rows`)."""
-        tests: list[Callable[[dict[str, Any]], bool]] = []
-        if kind is not None:
-            tests.append(lambda facts: facts["kind"] == kind.value)
-        if states is not None:
-            wanted = {state.value for state in states}
-            tests.append(lambda facts: facts["state"] in wanted)
-        if role is not None:
-            tests.append(lambda facts: facts["role"] == role)
-        if batch is not None:
-            tests.append(lambda facts: (facts.get("batch") or "") == batch)
-        if name_glob is not None:
-            pattern = _glob(name_glob)
-            tests.append(lambda facts: pattern.fullmatch(facts["name_folded"]) is not None)
-        if expires_before is not None:
-            end = expires_before.astimezone(UTC).isoformat()  # as stored: the order of texts is that of times
-            tests.append(lambda facts: facts.get("not_after") is not None and facts["not_after"] < end)
-        if revoked is not None:
-            tests.append(lambda facts: (facts.get("revoked_at") is not None) == revoked)
-        return self._search(lambda facts: all(test(facts) for test in tests))
+        return self._search(_fitting(**filters))
 
-    def count(self) -> int:
-        """Return how many rows there are."""
-        return len(self._storage.tables.get(ROWS, {}))
+    def stream(self, **filters: Unpack[RowFilters]) -> Iterator[Row]:
+        """Yield them one after the other (`interface.View.stream`); their documents are in memory anyway."""
+        for number, facts in self._found(_fitting(**filters)):
+            yield from_document(number, facts)
+
+    def count(self, **filters: Unpack[RowFilters]) -> int:
+        """Return how many rows fit every given filter."""
+        fits = _fitting(**filters)
+        return sum(fits(facts) for _, facts in self._stored_rows())
 
     def names(self, *, live: bool = False) -> set[str]:
         """Return every name ever, or only those that live rows hold (`interface.View.names`)."""
@@ -197,13 +177,40 @@ class TinyView:
     def _stored_rows(self) -> Iterable[tuple[str, dict[str, Any]]]:
         return self._storage.tables.get(ROWS, {}).items()
 
-    def _search(self, fits: Callable[[dict[str, Any]], bool]) -> list[Row]:
-        """Return the rows whose document fits, by ascending number.
+    def _search(self, fits: _Test) -> list[Row]:
+        """Return the rows whose document fits, by ascending number."""
+        return [from_document(number, facts) for number, facts in self._found(fits)]
+
+    def _found(self, fits: _Test) -> list[tuple[int, dict[str, Any]]]:
+        """Return the documents of rows that fit, by ascending number.
 
         Past TinyDB's queries: they make an object of every row that they look at, and cost ten times as much.
         """
         found = [(int(number), facts) for number, facts in self._stored_rows() if fits(facts)]
-        return [from_document(number, facts) for number, facts in sorted(found, key=lambda one: one[0])]
+        return sorted(found, key=lambda one: one[0])
+
+
+def _fitting(**filters: Unpack[RowFilters]) -> _Test:
+    """Return what tells a document that fits every given filter."""
+    tests: list[_Test] = []
+    if (kind := filters.get("kind")) is not None:
+        tests.append(lambda facts: bool(facts["kind"] == kind.value))
+    if (states := filters.get("states")) is not None:
+        wanted = {state.value for state in states}
+        tests.append(lambda facts: facts["state"] in wanted)
+    if (role := filters.get("role")) is not None:
+        tests.append(lambda facts: bool(facts["role"] == role))
+    if (batch := filters.get("batch")) is not None:
+        tests.append(lambda facts: (facts.get("batch") or "") == batch)
+    if (name_glob := filters.get("name_glob")) is not None:
+        pattern = _glob(name_glob)
+        tests.append(lambda facts: pattern.fullmatch(facts["name_folded"]) is not None)
+    if (expires_before := filters.get("expires_before")) is not None:
+        end = expires_before.astimezone(UTC).isoformat()  # as stored: the order of texts is that of times
+        tests.append(lambda facts: facts.get("not_after") is not None and facts["not_after"] < end)
+    if (revoked := filters.get("revoked")) is not None:
+        tests.append(lambda facts: (facts.get("revoked_at") is not None) == revoked)
+    return lambda facts: all(test(facts) for test in tests)
 
 
 def _glob(pattern: str) -> re.Pattern[str]:

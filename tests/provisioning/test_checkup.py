@@ -16,7 +16,8 @@ from support.station_broker import station_broker
 from birthmark.device.messages import GatewayStatus
 from birthmark.provisioning import gateway_look
 from birthmark.provisioning.backup import back_up
-from birthmark.provisioning.checkup import Census, Level, gather
+from birthmark.provisioning.checkup import Level, gather
+from birthmark.provisioning.checkup_census import Census
 from birthmark.provisioning.checkup_rules import examine
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crl_service import CrlService
@@ -122,7 +123,8 @@ def test_certificates_that_are_not_ours_or_not_their_rows_are_found(station: Sta
     for trouble, (issued_by, changed) in cases.items():
         census = Census(clock(), frozenset({issued_by}))
         census.add(changed)
-        assert census.foreign == ([(changed, trouble)] if trouble else [])
+        found = {what: few.names for what, few in census.foreign.items()}
+        assert found == ({trouble: [changed.name]} if trouble else {})
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.station import NOON, public_key_der
@@ -16,7 +16,6 @@ from birthmark.provisioning.audit import Head
 from birthmark.provisioning.checkup import (
     AuditFacts,
     CaFacts,
-    Census,
     CrlFacts,
     Facts,
     FileFacts,
@@ -24,12 +23,16 @@ from birthmark.provisioning.checkup import (
     PolicyFacts,
     Remark,
 )
+from birthmark.provisioning.checkup_census import Census, Seen
 from birthmark.provisioning.checkup_rules import CHECKS, examine
 from birthmark.provisioning.checkup_view import chart, exit_code, records, show
 from birthmark.provisioning.gateway_look import Look
 from birthmark.provisioning.registry.line import Batch, Quarantined
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.settings import Lifetimes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 DAY = timedelta(days=1)
 ISSUING = CaFacts(
@@ -67,8 +70,8 @@ def row(name: str = "sensor-1", cert_serial: int = 0x5A, **facts: Any) -> Row:
     return Row(**values | facts)
 
 
-def census(*rows: Row) -> Census:
-    found = Census(NOON, frozenset({"ab12"}))
+def census(*rows: Row, looks: Sequence[Look] = (LOOK,)) -> Census:
+    found = Census(NOON, frozenset({"ab12"}), Seen.of(looks))
     for each in rows or (row(),):
         found.add(each)
     found.foreign.clear()  # these rows have no real certificates; test_checkup.py has rows that do
@@ -92,7 +95,8 @@ GOOD = Facts(
 
 
 def look(**changes: Any) -> Facts:
-    return replace(GOOD, gateways=(replace(LOOK, **changes),))
+    looks = (replace(LOOK, **changes),)
+    return replace(GOOD, gateways=looks, census=census(looks=looks))
 
 
 def status(**changes: Any) -> Facts:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from birthmark.provisioning.registry.interface import StoredRegistry, Transaction
+    from birthmark.provisioning.registry.interface import RowFilters, StoredRegistry, Transaction
 
 SERIAL = 1 << 158
 BACK_ENDS = ["tinydb", "sqlite", "postgresql"]
@@ -106,6 +106,34 @@ def test_rows_are_found_by_kind_state_and_role(registry: StoredRegistry) -> None
         assert view.rows(states=set()) == []
         assert view.rows(role="camera") == [two]
         assert view.rows(kind=Kind.DEVICE, states=[State.RESERVED], role="camera") == []
+
+
+def test_rows_one_after_the_other_and_counted_are_those_at_once(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        device(transaction, "one", batch="W47")
+        two = keyed(transaction, device(transaction, "two", role="camera"))
+        transaction.update(replace(two, revoked_at=NOON, revocation_reason="superseded"))
+        transaction.insert(kind=Kind.BROKER, name="gateway.example")
+        assert [row.name for row in transaction.stream()] == ["one", "two", "gateway.example"]
+    chosen: list[RowFilters] = [
+        {},
+        {"kind": Kind.DEVICE, "role": None},
+        {"states": {State.KEYED}},
+        {"states": set()},
+        {"role": "camera", "revoked": True},
+        {"revoked": False},
+        {"batch": "W47", "name_glob": "O*"},
+        {"expires_before": NOON},
+    ]
+    with registry.view() as view:
+        for filters in chosen:
+            rows = view.rows(**filters)
+            assert list(view.stream(**filters)) == rows
+            assert view.count(**filters) == len(rows)
+        both = zip(view.stream(), view.stream(kind=Kind.DEVICE), strict=False)
+        assert [(one.name, other.name) for one, other in both] == [("one", "one"), ("two", "two")]
+        assert next(view.stream()).name == "one"
+        assert view.row(2) is not None, "one that was not taken to its end is in nobody's way"
 
 
 def test_rows_are_found_by_batch_name_expiry_and_revocation(registry: StoredRegistry) -> None:

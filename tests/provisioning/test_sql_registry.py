@@ -19,6 +19,8 @@ from support.station import NOON, Clock
 
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.provisioning import audit_check
+from birthmark.provisioning.registry import sql_schema as schema
+from birthmark.provisioning.registry import sql_views
 from birthmark.provisioning.registry.grouped import GroupedRegistry
 from birthmark.provisioning.registry.interface import RegistryAwayError
 from birthmark.provisioning.registry.model import Kind, Row, State
@@ -28,7 +30,7 @@ from birthmark.provisioning.registry.sql_schema import META, ROWS, row_record
 from birthmark.provisioning.registry.sql_views import SqlView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from support.postgres import Server
@@ -315,6 +317,26 @@ def test_questions_at_size_are_answered_by_an_index(opened: Callable[..., SqlReg
                 assert not [
                     line for line in plan if line.startswith("SCAN birthmark_rows") and "INDEX" not in line
                 ]
+
+
+def test_rows_come_as_they_are_asked_for(registry: SqlRegistry, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither are they made at once, nor has the server sent them all."""
+    for number in range(3):
+        add(registry, f"sensor-{number}")
+    made: list[Row] = []
+
+    def making(record: Sequence[Any]) -> Row:
+        made.append(schema.row_from(record))
+        return made[-1]
+
+    monkeypatch.setattr(sql_views, "row_from", making)
+    with registry.view() as view:
+        rows = view.stream()
+        assert next(rows).name == "sensor-0"
+        assert len(made) == 1
+        if url.startswith("postgresql"):
+            assert view.run(text("SELECT count(*) FROM pg_cursors")).scalar_one() == 1
+        assert [row.name for row in rows] == ["sensor-1", "sensor-2"]
 
 
 def test_a_newer_format_is_refused_and_left_alone(registry: SqlRegistry) -> None:
