@@ -39,6 +39,8 @@ class Task:
     peers: Sequence[str] = (MOSQUITTO, BIRTHMARK)
     latency_at_most: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    times_as_long: float = 1.0
+    """As the others: where few messages a second are sent, and the slowest of them are asked for."""
     in_quick: bool = True
     """Whether it says enough beside the others to be in a short run."""
 
@@ -66,7 +68,12 @@ TASKS: Final = (
     Task("fan-out 1 to 100, QoS 0", _work(1, 100, 0, window=1024), 3.5),
     Task("fan-out 1 to 100, QoS 1", _work(1, 100, 1, window=400), 1.6, in_quick=False),
     Task("fan-out 1 to 100, QoS 0, one in flight", _work(1, 100, 0, window=1), 0.9, in_quick=False),
-    Task("200 a second", _work(1, 1, 0, window=1, per_second=200), latency_at_most={"p50_ms": 1.4, "p99_ms": 1.2}),
+    Task(
+        "200 a second",
+        _work(1, 1, 0, window=1, per_second=200),
+        latency_at_most={"p50_ms": 1.4, "p99_ms": 1.2},
+        times_as_long=6.0,
+    ),
     Task(
         "1 to 1, 64 B, QoS 1, session that persists",
         _work(1, 1, 1, window=400, persistent=True),
@@ -95,7 +102,7 @@ def figures(
         for number in range(rounds):
             for name in (*task.peers, *(() if quick or number else (AMQTT,))):
                 say(f"{task.name}: {name}, round {number + 1} of {rounds}")
-                result = run(name, folder, seconds=seconds, **task.work)
+                result = run(name, folder, seconds=seconds * task.times_as_long, **task.work)
                 if "error" in result:
                     errors.append(f"{name}: {result['error']}")
                 else:
