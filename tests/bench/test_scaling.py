@@ -57,7 +57,7 @@ def test_amounts(octets: float, text: str) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_gateway_is_measured(tmp_path: Path) -> None:
     pki = FleetPki(tmp_path)
     found = scaling_gateway.sessions(pki, 30, print) | scaling_gateway.revocations(pki, 60, 200, print)
@@ -75,7 +75,7 @@ def test_a_gateway_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_station_is_measured(tmp_path: Path) -> None:
     found = scaling_station.figures(tmp_path, 3, 20, 100, print)
     assert all(value > 0 for name, value in found.items() if name != "crl_entry_us"), found

@@ -382,7 +382,6 @@ def test_any_bytes_from_a_broker_cost_one_connection_at_most(state: Path, broker
         client.publish("still/there", b"", wait=PATIENCE_S)
 
 
-@pytest.mark.timeout(60)
 def test_stop_does_not_wait_for_a_connect_that_hangs(tmp_path: Path, pki: Pki) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         state = enrolled(tmp_path / "s", pki, port=listener.getsockname()[1])

@@ -20,7 +20,7 @@ def environment(python: Path | str, venv: Path) -> subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=2 * PATIENCE_S,  # it may make one, pip and all
     )
 
 

@@ -27,7 +27,7 @@ def copy_of_tracked_files(folder: Path) -> Path:
     return folder
 
 
-def run(*command: object, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*command: object, cwd: Path, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
     """Run a command without this environment's own Python settings, and return what it said."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "COV_"))

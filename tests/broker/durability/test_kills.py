@@ -108,7 +108,7 @@ def check_exactly_once(numbers: list[int], acknowledged: int) -> None:
 
 @pytest.mark.proof
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "stopped"])
-@pytest.mark.timeout(1_000 if WHOLE else 120)
+@pytest.mark.timeout(1_000)
 def test_nothing_acknowledged_is_lost(
     tmp_path: Path, pki: Pki, end: signal.Signals, proven: Callable[[str], None]
 ) -> None:

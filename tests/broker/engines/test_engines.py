@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 from support import engine_cases
 from support.engines import ACCEPTED, both
 from support.programs import needs
@@ -22,7 +21,6 @@ WEAKER = {
 
 
 @needs("mosquitto")
-@pytest.mark.timeout(180)
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     with both(tmp_path) as engines:
         rows = engine_cases.measure(*engines)

@@ -141,7 +141,7 @@ def check(numbers: list[int], first: int, publisher: DurablePublisher, kills: in
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(1_500 if WHOLE else 180)
+@pytest.mark.timeout(1_500)
 def test_nothing_acknowledged_is_lost_on_the_way_up_or_down(
     tmp_path: Path, pki: Pki, proven: Callable[[str], None]
 ) -> None:
