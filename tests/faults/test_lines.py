@@ -66,7 +66,7 @@ def test_damage(tmp_path: Path, faults: str, count: int, at_once: float, proven:
     most, longest_s = max(board.attempts for board in done), max(board.longest_s for board in done)
     proven(
         f"{len(done)} units, all complete, one certificate each: {first} at the first attempt, the last "
-        f"after {most}; the longest attempt took {longest_s:.1f} s on its line"
+        f"at attempt {most}; the longest attempt took {longest_s:.1f} s on its line"
     )
     if WHOLE:
         assert first >= at_once * count
