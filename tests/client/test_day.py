@@ -70,7 +70,7 @@ for line in sys.stdin:
         waiting.append(client.publish(client.telemetry("temperature"), payload, defer=kept))
         if len(waiting) == 100:
             for one in waiting:
-                one.wait(PATIENCE_S)
+                one.wait(90)
             waiting = []
     print("done", flush=True)
 client.stop()
