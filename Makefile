@@ -71,7 +71,7 @@ soak: $(DEV)
 demo: $(RUN)
 	@$(BIN)/python -m demo.run
 
-# Leaves bench.json and bench.svg. A quarter of an hour; bench-quick takes two minutes, and says less.
+# Leaves bench.json and bench.svg. A quarter of an hour; bench-quick takes a minute, and says less.
 bench: $(DEV)
 	@$(BIN)/python -m bench --json bench.json --svg bench.svg
 
