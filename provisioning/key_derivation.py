@@ -1,7 +1,7 @@
 """Deriving the key of a CA's key file ahead, while the command loads its libraries and the registry.
 
-A passphrase costs half a second, by intention, and OpenSSL spends it without Python's lock. A command that needs
-the CA's key whatever happens begins with that, and waits for it where it needs it.
+A passphrase costs a third of a second, by intention, and OpenSSL spends it without Python's lock. A command
+that needs the CA's key whatever happens begins with that, and waits for it where it needs it.
 
 Rules:
 
