@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 LIFETIME = timedelta(days=30)
+REVOKED = 100
+"""How many certificates, that nobody has, are on the CRL."""
 
 
 class FleetPki:
@@ -34,10 +36,9 @@ class FleetPki:
 
     Args:
         folder: where the files go.
-        revoked: how many certificates, that nobody has, are on the CRL.
     """
 
-    def __init__(self, folder: Path, *, revoked: int = 100) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._now = datetime.now(UTC).replace(microsecond=0)
         root_key, issuing_key = generate_private_key(SECP256R1()), generate_private_key(SECP256R1())
@@ -66,7 +67,7 @@ class FleetPki:
         (folder / "clients-ca.pem").write_bytes(_pem(issuing))
         (folder / "chain.pem").write_bytes(_pem(issuing) + _pem(self._root))
         (folder / "root.pem").write_bytes(_pem(self._root))
-        (folder / "crl.pem").write_bytes(self.new_crl(1, [_cert_serial() for _ in range(revoked)]))
+        (folder / "crl.pem").write_bytes(self.new_crl(1, [_cert_serial() for _ in range(REVOKED)]))
 
     def new_crl(self, number: int, cert_serials: Iterable[int]) -> bytes:
         """Sign a CRL (PEM) that lists these; each number is dated a second later."""

@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, "-m", "birthmark.broker")
 DEADLINE_S = 60.0
 UPSTREAM = "cloud"
-LIMITS = """
-[limits]
-max_connections = 1000
-max_connections_per_address = 1000
-"""
 
 
 @dataclass

@@ -382,11 +382,6 @@ def decide(policy: Policy, device_id: DeviceId, role: Role, action: Action, topi
     return rights.subscribe(topic_or_filter)
 
 
-def decide_delivery(policy: Policy, device_id: DeviceId, role: Role, topic: str) -> Decision:
-    """Decide whether a message on a topic name may be delivered to an identity."""
-    return policy.rights(device_id, role).receive(topic)
-
-
 def _levels(entries: tuple[str, ...], own: str) -> _Entries:
     return tuple(
         (entry, [own if level == ID else level for level in _split(entry)] if ID in entry else _split(entry))

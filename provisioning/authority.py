@@ -29,7 +29,7 @@ from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.model import Kind, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from cryptography import x509
 
@@ -51,7 +51,6 @@ class Authority:
         organization: the O of every subject.
         lifetimes: how long certificates are valid.
         registry: where every serial number must be recorded before it is used.
-        random_bytes: a CSPRNG, for serial numbers.
     """
 
     def __init__(
@@ -62,13 +61,11 @@ class Authority:
         organization: str,
         lifetimes: Lifetimes,
         registry: Registry,
-        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
         self._issuer = issuer
         self._organization = organization
         self._lifetimes = lifetimes
         self._registry = registry
-        self._random_bytes = random_bytes
         self.issuing_der = issuer.certificate.public_bytes(Encoding.DER)
         self.anchors_der = tuple(anchor.public_bytes(Encoding.DER) for anchor in anchors)
         self.anchor_ids = " ".join(profile.key_id(anchor).hex() for anchor in anchors)
@@ -81,7 +78,7 @@ class Authority:
 
     def new_cert_serial(self) -> int:
         """Draw a serial number, to be recorded in the registry before anything is signed with it."""
-        return profile.new_cert_serial(self._random_bytes)
+        return profile.new_cert_serial(secrets.token_bytes)
 
     def issue_device(
         self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime

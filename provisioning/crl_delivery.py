@@ -145,7 +145,7 @@ def bring_missing(station: Station, console: Console, revoked: Mapping[int, str]
     return bring_new_crl(station, console)
 
 
-def bring_new_crl(station: Station, console: Console, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+def bring_new_crl(station: Station, console: Console) -> bool:
     """Sign a CRL with everything that is revoked, bring it to every gateway, and say so.
 
     Returns:
@@ -154,7 +154,7 @@ def bring_new_crl(station: Station, console: Console, *, timeout_s: float = DEFA
     Raises:
         AuthorityError: the CA cannot be unlocked, or its clock is wrong.
     """
-    brought = brought_by(station, sign_and_store_crl(station), timeout_s)
+    brought = brought_by(station, sign_and_store_crl(station), DEFAULT_TIMEOUT_S)
     console.emit(brought.record(), brought.described())
     return warn_of_pending(console, brought.deliveries)
 

@@ -440,12 +440,10 @@ def _ca_name(organization: str, what: str, public_key: EllipticCurvePublicKey) -
     return _name(organization, common_name=f"birthmark {what} {short_id}")
 
 
-def _name(organization: str, *, common_name: str, unit: str = "") -> x509.Name:
-    attributes = [_attribute(NameOID.ORGANIZATION_NAME, organization)]
-    if unit:
-        attributes.append(_attribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit))
-    attributes.append(_attribute(NameOID.COMMON_NAME, common_name))
-    return x509.Name(attributes)
+def _name(organization: str, *, common_name: str) -> x509.Name:
+    return x509.Name(
+        [_attribute(NameOID.ORGANIZATION_NAME, organization), _attribute(NameOID.COMMON_NAME, common_name)]
+    )
 
 
 def _attribute(oid: ObjectIdentifier, value: str) -> x509.NameAttribute[str]:

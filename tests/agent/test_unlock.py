@@ -39,8 +39,8 @@ class Rig:
         self.enrollment = bench.enrol("unit-1", txn=b"o" * 16)
         self.station = bench.station()
 
-    def nonce(self, new_txn: bytes = NEW, station: ReferenceStation | None = None) -> bytes:
-        answer = (station or self.station).ask(UNLOCK, {1: 1, 2: new_txn})
+    def nonce(self, new_txn: bytes = NEW) -> bytes:
+        answer = self.station.ask(UNLOCK, {1: 1, 2: new_txn})
         assert answer[2] == self.enrollment.txn
         nonce: bytes = answer[1]
         return nonce

@@ -40,10 +40,10 @@ class Device:
     def get(self, name: str, payload: bytes = b"", *, retained: bool = False) -> None:
         self.commands.take(Message(f"devices/valve-1/commands/{name}", payload, 1, retained))
 
-    def ask(self, name: str, *, of: str = "q1", within_s: float = 10.0, retained: bool = False) -> tuple[str, Any]:
+    def ask(self, name: str, *, of: str = "q1", within_s: float = 10.0) -> tuple[str, Any]:
         """Ask, and return the outcome and what came with it."""
         count = len(self.replies)
-        self.get(f"{name}/{requests.Request(of, self.at + within_s).level}", retained=retained)
+        self.get(f"{name}/{requests.Request(of, self.at + within_s).level}")
         assert len(self.replies) == count + 1, "one reply to each request"
         topic, payload = self.replies[-1]
         assert topic.startswith(f"devices/valve-1/replies/{name}/?id={of}/")

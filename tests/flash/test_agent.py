@@ -32,9 +32,9 @@ MODES = pytest.mark.parametrize("keys", list(KeyMode))
 class AgentLine(VirtualLine):
     """A line in virtual time with the agent at its end."""
 
-    def __init__(self, folder: Path, hwid: bytes = HWID, **options: Any) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(**options)
-        self.agent = AgentBoard(folder, hwid, self.clock)
+        self.agent = AgentBoard(folder, HWID, self.clock)
         self.board = self.agent
 
 

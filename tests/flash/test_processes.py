@@ -103,8 +103,8 @@ def rows_of(station: Station, name: str) -> list[tuple[State, int | None]]:
         return [(row.state, row.cert_serial) for row in view.named(name)]
 
 
-def wait_until(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
-    end_s = time.monotonic() + deadline_s
+def wait_until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < end_s, "it never happened"
         time.sleep(0.01)

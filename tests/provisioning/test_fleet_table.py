@@ -56,11 +56,11 @@ AIMS = Aims({"aa": 7, "bb": 3}, 4)
 KNOWN = Standing({"aa": Confirmed(6, "", NOON), "bb": Confirmed(3, "", NOON - timedelta(days=1))}, heard_at=NOON)
 
 
-def row(*, look: Look = LOOK, standing: Standing = KNOWN, aims: Aims = AIMS, **status: object) -> GatewayRow:
+def row(*, look: Look = LOOK, standing: Standing = KNOWN, **status: object) -> GatewayRow:
     changed = replace(STATUS, **status) if status else STATUS  # type: ignore[arg-type]
     if status:
         look = replace(look, status=changed, crl_numbers=tuple(sorted(changed.crl_numbers.items())))
-    return GatewayRow(completed(look, standing), standing, aims)
+    return GatewayRow(completed(look, standing), standing, AIMS)
 
 
 def test_one_that_is_well() -> None:

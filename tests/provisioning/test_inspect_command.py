@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
 
 
-def device_file(station: Station, tmp_path: Path, name: str = "sensor-1") -> Path:
-    row = enrolled_row(station, name)
+def device_file(station: Station, tmp_path: Path) -> Path:
+    row = enrolled_row(station, "sensor-1")
     assert row.certificate_der is not None
-    path = tmp_path / f"{name}.pem"
+    path = tmp_path / "sensor-1.pem"
     path.write_bytes(pem_of(row.certificate_der))
     return path
 

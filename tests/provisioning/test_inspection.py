@@ -58,24 +58,23 @@ def broker(*hosts: str, **wrong: Any) -> bytes:
     return ISSUING.issue(cns=[hosts[0]], ous=[], usages=[SERVER], san=names, **wrong).der
 
 
-def ca_with(extensions: list[tuple[x509.ExtensionType, bool]], *, root: bool = False, signer: Any = None) -> bytes:
-    """An issuing CA or a root with just these extensions beside its basicConstraints' like."""
-    key = new_key()
+def ca_with(extensions: list[tuple[x509.ExtensionType, bool]]) -> bytes:
+    """An issuing CA with just these extensions."""
     subject = x509.Name(
         [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Test"), x509.NameAttribute(NameOID.COMMON_NAME, "CA x")]
     )
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(subject if root else PKI.root.certificate.subject)
-        .public_key(key.public_key())
+        .issuer_name(PKI.root.certificate.subject)
+        .public_key(new_key().public_key())
         .serial_number(1 << 150)
         .not_valid_before(now() - DAY)
         .not_valid_after(now() + 3650 * DAY)
     )
     for extension, critical in extensions:
         builder = builder.add_extension(extension, critical)
-    return builder.sign(signer or (key if root else PKI.root.key), hashes.SHA256()).public_bytes(Encoding.DER)
+    return builder.sign(PKI.root.key, hashes.SHA256()).public_bytes(Encoding.DER)
 
 
 CA_BASIC = (x509.BasicConstraints(ca=True, path_length=0), True)

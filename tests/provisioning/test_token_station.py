@@ -109,8 +109,8 @@ def at_token(held: Station, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     return Command(held.folder, capsys)
 
 
-def reopened(station: Station, pin: bytes = PIN) -> Station:
-    return Station.open(station.folder, passphrase=b"not needed", pin=pin)
+def reopened(station: Station) -> Station:
+    return Station.open(station.folder, passphrase=b"not needed", pin=PIN)
 
 
 def keys_in(softhsm: SoftHsm, token: TokenUri) -> list[str]:

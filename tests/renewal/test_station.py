@@ -77,9 +77,9 @@ def rows(station: Station, name: str = "sensor-17") -> list[Row]:
         return view.named(name)
 
 
-def live(station: Station, name: str = "sensor-17") -> Row:
+def live(station: Station) -> Row:
     with station.registry.view() as view:
-        row = view.live_by_name(name)
+        row = view.live_by_name("sensor-17")
     assert row is not None
     return row
 

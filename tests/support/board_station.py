@@ -21,7 +21,6 @@ from birthmark.provisioning.registry.tiny import TinyRegistry
 from birthmark.provisioning.settings import Lifetimes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from support.board_line import VirtualLine
@@ -82,9 +81,9 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def open_desk(folder: Path, *, create: Callable[..., TinyRegistry] = TinyRegistry.create) -> Desk:
+def open_desk(folder: Path) -> Desk:
     """Make a registry in `folder` and a CA for it in memory."""
-    registry = create(folder, clock=now, actor="tester@bench")
+    registry = TinyRegistry.create(folder, clock=now, actor="tester@bench")
     root_key, issuing_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     serials = [profile.new_cert_serial(secrets.token_bytes) for _ in range(2)]
     root = profile.Issuer(

@@ -163,9 +163,6 @@ class BrokerStub:
                 assert left_s > 0, f"no packet {kind} came; these did: {self.packets}"
                 self._changed.wait(left_s)
 
-    def wait_for_connections(self, count: int) -> None:
-        self.wait_for(CONNECT, count=count)
-
     def _make_context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.maximum_version = self.highest_tls

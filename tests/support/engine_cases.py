@@ -61,13 +61,13 @@ def payloads_before_control(reader: RawClient) -> list[bytes]:
     return found
 
 
-def publishing(engine: Engine, name: str, topic: str, control: str = OWN, *, retain: bool = False) -> Verdict:
+def publishing(engine: Engine, name: str, topic: str, *, retain: bool = False) -> Verdict:
     """Publish on a topic, then what `sensor-1` may; an operator listens to both."""
     bob = engine.operator("devices/#", "gateway/+/receipts", name="bob")
     sender = engine.client(name)
     sender.send(mqtt.publish(topic, TRIED, qos=1, pid=1, retain=retain))
     assert sender.read() == mqtt.Packet(0x40, b"\x00\x01")  # §3.3.5: acknowledged, published or not
-    (sender if name == "sensor-1" else engine.client("sensor-1")).send(mqtt.publish(control, CONTROL))
+    (sender if name == "sensor-1" else engine.client("sensor-1")).send(mqtt.publish(OWN, CONTROL))
     arrived = TRIED in payloads_before_control(bob)
     return Verdict(arrived, "delivered") if arrived else Verdict(held=False, how="dropped")
 

@@ -114,10 +114,10 @@ def is_whole(root: Path) -> None:
         nothing_is_half(view.rows(), [root / "board-1"])
 
 
-def is_made(root: Path, name: str = NAME) -> None:
+def is_made(root: Path) -> None:
     """One row is ATTESTED, and the board holds its identity; what was begun before is void, and revoked."""
     is_whole(root)
-    rows = rows_named(root, name)
+    rows = rows_named(root, NAME)
     (live,) = [row for row in rows if row.is_live]
     active = Slots(root / "board-1").active()
     assert active is not None

@@ -209,8 +209,8 @@ class RawClient:
         assert len(self.buffer) < 5, "a remaining length of more than four bytes"
         return None
 
-    def read_delivery(self, timeout_s: float = PATIENCE_S) -> Delivery:
-        return delivery(self.read(timeout_s))
+    def read_delivery(self) -> Delivery:
+        return delivery(self.read())
 
     def handshake(self, hello: bytes, *, code: int = 0, present: bool = False) -> RawClient:
         """Say a CONNECT and check its CONNACK."""
@@ -229,10 +229,10 @@ class RawClient:
         self.send(PINGREQ)
         assert self.read() == PINGRESP
 
-    def read_end(self, timeout_s: float = PATIENCE_S) -> list[Packet]:
+    def read_end(self) -> list[Packet]:
         """Read until the broker ends the connection; return the packets before that."""
         packets = []
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + PATIENCE_S
         try:
             while True:
                 packets.append(self.read(deadline - time.monotonic()))

@@ -158,7 +158,6 @@ class DurableSubscriber(DurableClient):
     delivered: dict[str, list[int]] = field(default_factory=dict)
     received: set[int] = field(default_factory=set)
     """QoS 2: packet identifiers received and not released (§4.3.3)."""
-    redelivered: int = 0
     subscribed: threading.Event = field(default_factory=threading.Event)
 
     def talk(self, client: RawClient) -> None:
@@ -180,7 +179,6 @@ class DurableSubscriber(DurableClient):
                 self._take(client, mqtt.delivery(found))
 
     def _take(self, client: RawClient, message: mqtt.Delivery) -> None:
-        self.redelivered += message.dup
         if message.qos == 2:
             if message.packet_id not in self.received:
                 self.received.add(message.packet_id)
@@ -195,11 +193,9 @@ class DurableSubscriber(DurableClient):
         self.delivered.setdefault(message.topic, []).append(int(message.payload))
 
 
-def eventually(
-    condition: Callable[[], bool], what: str, clients: Sequence[DurableClient], timeout_s: float = 60
-) -> None:
+def eventually(condition: Callable[[], bool], what: str, clients: Sequence[DurableClient]) -> None:
     """Wait until something is true of clients, none of which may fail meanwhile."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         for client in clients:
             if client.failures:

@@ -87,11 +87,10 @@ class Server:
         self.psql(f"CREATE SCHEMA s{self._schemas}")
         return f"postgresql://{USER}@/postgres?host={self.folder}&options=-csearch_path%3Ds{self._schemas}"
 
-    def psql(self, *statements: str, url: str = "") -> str:
-        """Run statements as the database's owner, in the schema of a URL; return what they answer."""
+    def psql(self, *statements: str) -> str:
+        """Run statements as the database's owner; return what they answer."""
         words = [word for statement in statements for word in ("-c", statement)]
-        where = ["-d", url] if url else ["-h", str(self.folder), "-U", USER, "-d", "postgres"]
-        return self._run("psql", *where, "-qXAt", *words)
+        return self._run("psql", "-h", str(self.folder), "-U", USER, "-d", "postgres", "-qXAt", *words)
 
     def close(self) -> None:
         if self._is_up:

@@ -46,7 +46,7 @@ mqtt.allow_anonymous = false
 mqtt.ssl_cert_login = true
 ssl_cert_login_from = common_name
 
-mqtt.durable_queue_type = {queue_type}
+mqtt.durable_queue_type = quorum
 mqtt.subscription_ttl = infinity
 mqtt.prefetch = 500
 """
@@ -223,17 +223,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(
-    folder: Path, pki: Pki, users: Sequence[User], *, size: int = 3, queue_type: str = "quorum"
-) -> Iterator[Cluster]:
-    """Run a cluster in a folder of its own.
+def cluster(folder: Path, pki: Pki, users: Sequence[User]) -> Iterator[Cluster]:
+    """Run a cluster of three in a folder of its own; sessions of QoS 1 have quorum queues.
 
     Args:
         folder: is made, and removed at the end.
         pki: its root is trusted, and its issuing CA signs the nodes' certificate.
         users: who may connect.
-        size: how many nodes.
-        queue_type: of the sessions of QoS 1: quorum or classic.
     """
     script = server_program()
     folder.mkdir()
@@ -247,7 +243,7 @@ def cluster(
     epmd_port = str(steady_port())
     started = Cluster(
         folder,
-        [_node(folder, script, number, {"ERL_EPMD_PORT": epmd_port}, queue_type) for number in range(1, size + 1)],
+        [_node(folder, script, number, {"ERL_EPMD_PORT": epmd_port}) for number in (1, 2, 3)],
         subprocess.Popen([program("epmd", "erlang-base"), "-port", epmd_port, "-address", HOST]),
     )
     try:
@@ -260,7 +256,7 @@ def cluster(
         started.close()
 
 
-def _node(folder: Path, script: Path, number: int, environment: dict[str, str], queue_type: str) -> Node:
+def _node(folder: Path, script: Path, number: int, environment: dict[str, str]) -> Node:
     name = f"rabbit{number}@localhost"
     own = folder / str(number)
     own.mkdir()
@@ -293,7 +289,7 @@ def _node(folder: Path, script: Path, number: int, environment: dict[str, str], 
         },
     )
     (own / "rabbitmq.conf").write_text(
-        SETTINGS.format(host=HOST, port=node.port, credentials=folder, queue_type=queue_type)
+        SETTINGS.format(host=HOST, port=node.port, credentials=folder)
         + _OF_TESTS.format(definitions=folder / "definitions.json")
         + (_JOINS_THE_FIRST.format(name=name) if number > 1 else "")
     )

@@ -68,8 +68,8 @@ class SoftHsm:
             PROCESS.run(lambda: unload(str(self.module)))
             PROCESS.refused.clear()
 
-    def new_token(self, label: str, pin: bytes = PIN) -> TokenUri:
-        command = ["softhsm2-util", "--init-token", "--free", "--label", label, "--pin", pin.decode()]
+    def new_token(self, label: str) -> TokenUri:
+        command = ["softhsm2-util", "--init-token", "--free", "--label", label, "--pin", PIN.decode()]
         subprocess.run([*command, "--so-pin", SO_PIN.decode()], check=True, capture_output=True, timeout=30)
         self.forget()
         return TokenUri(token=label)
@@ -84,14 +84,14 @@ class SoftHsm:
     def token(self, uri: TokenUri, pin: bytes = PIN, *, by_person: bool = False) -> Token:
         return Token(uri, self.module, Pin(lambda: pin, by_person=by_person))
 
-    def key_uri(self, label: str, name: str = "issuing") -> str:
+    def key_uri(self, label: str) -> str:
         """What a command is told: token, key and module."""
-        return f"pkcs11:token={label};object={name}?module-path={self.module}"
+        return f"pkcs11:token={label};object=issuing?module-path={self.module}"
 
-    def raw_session(self, label: str, *, rw: bool = True) -> Any:
+    def raw_session(self, label: str) -> Any:
         """A session of python-pkcs11's own, for what birthmark would not do."""
         self.forget()
-        return library().lib(str(self.module)).get_token(token_label=label).open(rw=rw, user_pin=PIN.decode())
+        return library().lib(str(self.module)).get_token(token_label=label).open(rw=True, user_pin=PIN.decode())
 
 
 def clear_openssl_errors() -> None:

@@ -41,13 +41,13 @@ STEPS = [
 class Demo:
     """A running demo, whose processes all carry a mark of their own in their environment."""
 
-    def __init__(self, folder: Path, *, mode: str = "json") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = secrets.token_hex(8)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "demo.run"],
             cwd=ROOT,
-            env={**os.environ, "DEMO": mode, "TMPDIR": str(folder), MARK: self.mark},
+            env={**os.environ, "DEMO": "json", "TMPDIR": str(folder), MARK: self.mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from support.pki import Pki
 
 
-def context(folder: Path, pki: Pki, name: str = "sensor-1", role: str = "device") -> ssl.SSLContext:
-    return client_context(pki.device(name, role).write(folder / f"{name}.pem"), folder / "root.pem")
+def context(folder: Path, pki: Pki, name: str = "sensor-1") -> ssl.SSLContext:
+    return client_context(pki.device(name).write(folder / f"{name}.pem"), folder / "root.pem")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

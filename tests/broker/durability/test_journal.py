@@ -91,8 +91,8 @@ def session() -> Session:
     return Session("s-1", PEER, POLICY.rights(PEER.device_id, PEER.role), clean=False)
 
 
-def outgoing(payload: bytes = b"x", qos: int = 1) -> Outgoing:
-    return Outgoing(Message("t", topic_field("t"), payload, qos), qos)
+def outgoing() -> Outgoing:
+    return Outgoing(Message("t", topic_field("t"), b"x", 1), 1)
 
 
 async def until(condition: Callable[[], bool]) -> None:

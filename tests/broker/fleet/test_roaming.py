@@ -61,11 +61,9 @@ def second(cloud: Member, tmp_path: Path, pki: Pki) -> Iterator[Member]:
         yield found
 
 
-def come(member: Member, *, present: bool = False, presence: bytes = b"online") -> RawClient:
+def come(member: Member, *, presence: bytes = b"online") -> RawClient:
     """The device, with its will; it says that it is there."""
-    client = member.client("sensor-1", clean=False, will=WILL, present=present)
-    if not present:
-        client.subscribed((COMMANDS, 1))
+    client = member.client("sensor-1", clean=False, will=WILL).subscribed((COMMANDS, 1))
     client.send(mqtt.publish(STATUS, presence, qos=1, retain=True, pid=2))
     assert client.read() == mqtt.Packet(0x40, b"\0\2")
     return client

@@ -360,8 +360,8 @@ def test_a_copy_that_cannot_be_written_changes_nothing(revocations: Revocations,
     assert not revocations.is_revoked(peer())
 
 
-def expiring(folder: Path, *, fail_closed: bool = False, grace_days: float = 2) -> tuple[Revocations, dt.datetime]:
-    revocations = opened(folder, fail_closed=fail_closed, grace_days=grace_days)
+def expiring(folder: Path, *, fail_closed: bool = False) -> tuple[Revocations, dt.datetime]:
+    revocations = opened(folder, fail_closed=fail_closed, grace_days=2)
     next_update = now() + 10 * DAY
     install(revocations, pki().issuing.crl([1], this_update=now() - 10 * DAY, next_update=next_update))
     return revocations, next_update

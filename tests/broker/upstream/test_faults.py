@@ -171,8 +171,8 @@ def test_a_filter_that_is_not_granted_is_an_alarm_and_the_rest_works(
         assert said(device, 1) == [("devices/sensor-1/commands/a", b"x", 1, False)]
 
 
-def policy_of(*, subscribe: str = '["#"]', publishes: str = '["#"]') -> Policy:
-    rights = f"\n[roles.service-gateway]\npublish = {publishes}\nsubscribe = {subscribe}\n"
+def policy_of(*, subscribe: str = '["#"]') -> Policy:
+    rights = f"\n[roles.service-gateway]\npublish = ['#']\nsubscribe = {subscribe}\n"
     assigned = '\n[[assignments]]\nou = "service-gateway"\nrole = "service-gateway"\n'
     return policy(POLICY_TOML + (rights + assigned).encode())
 
