@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from support.device_folder import enrolled
 from support.fleet import running_member, write_gateway, write_member
 from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import ConnectionEndedError, RawClient
+from support.pki import now
 from support.upstreams import upstream_toml, write_credentials
 from support.watching import Watching
 
@@ -231,6 +233,30 @@ def test_services_are_at_several_gateways_at_once(cloud: Member, first: Member, 
     for client in clients:
         client.ping()
     assert (first.broker.counters.moved_away, second.broker.counters.moved_away) == (1, 0)
+
+
+def test_who_renews_what_has_expired_is_nobodys_move(
+    cloud: Member, second: Member, tmp_path: Path, pki: Pki
+) -> None:
+    config = write_member(tmp_path / "gw-1", pki, "gw-1", cloud.port)
+    config.write_text(f'{config.read_text()}\n[renewal_listener]\nlisten = "127.0.0.1:0"\n')
+    with running_member(config, pki) as first:
+        first.wait_for(lambda: all(up.caught_up.is_set() for up in first.broker.upstreams), "the link")
+        expired = pki.issuing.issue(
+            cns=["sensor-1"],
+            ous=["device"],
+            not_before=now() - timedelta(days=400),
+            not_after=now() - timedelta(days=1),
+        )
+        first.client("sensor-1").close()
+        second.knows("sensor-1", 1)
+        first.wait_for(lambda: not is_at(first), "its end")
+        with RawClient.connect(first.broker.renewal_addresses[0][1], first.context_of(expired)) as client:
+            client.handshake(mqtt.connect("sensor-1"))
+            come(second)
+            first.wait_for(lambda: visit_of(first) == (2, "gw-2"), "the farewell")
+            client.ping()
+        assert first.broker.counters.moved_away == 0
 
 
 def test_nobody_speaks_for_a_gateway_but_itself(cloud: Member, first: Member) -> None:
