@@ -388,9 +388,14 @@ def _validity(issuer: Issuer, lifetime: timedelta, now: datetime) -> tuple[datet
     not_before = max(_seconds(now - BACKDATED), ca.not_valid_before_utc)
     not_after = min(not_before + lifetime, ca.not_valid_after_utc) - ONE_SECOND
     if not_after <= now:
+        if ca.not_valid_after_utc - ONE_SECOND <= now:
+            raise AuthorityError(
+                f"could not issue: the CA that issues ended on {ca.not_valid_after_utc:%Y-%m-%d}",
+                hint="see `birthmark ca show`; replace it: `birthmark ca rollover start issuing`",
+            )
         raise AuthorityError(
-            f"could not issue: the certificate would end on {not_after:%Y-%m-%d}, before it begins to be of use",
-            hint="give a longer lifetime; if the issuing CA itself is at its end, make a new station",
+            f"could not issue: the certificate would have ended on {not_after:%Y-%m-%d}",
+            hint=f"give a longer lifetime: it begins {BACKDATED.total_seconds() / 3600:.0f} h before it is issued",
         )
     return not_before, not_after
 

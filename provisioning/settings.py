@@ -22,7 +22,8 @@ from birthmark.provisioning.settings_table import Table, toml_text
 
 SETTINGS_FILE: Final = "station.toml"
 MAX_ORGANIZATION_CHARACTERS: Final = 64
-_DAYS: Final = range(1, 3651)
+# A certificate begins 24 hours before it is issued, for boards whose clock is behind: one of a day would never be good.
+_DAYS: Final = range(2, 3651)
 _KEPT_DAYS: Final = range(MAX_GRACE_DAYS + 1, 3651)
 _KEEPALIVES_S: Final = range(1, 65536)
 _LOG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -36,6 +37,7 @@ organization = {organization}
 # The role that `birthmark flash` gives a device unless --role says otherwise.
 default_role = {default_role}
 
+# Counted from a day before a certificate is issued, for boards whose clock is behind: 2 at least.
 [lifetimes_days]
 device = {device_days}
 service = {service_days}
@@ -86,10 +88,16 @@ class Lifetimes:
     broker_days: int = 365
 
     def __post_init__(self) -> None:
-        if not all(days in _DAYS for days in (self.device_days, self.service_days, self.broker_days)):
-            raise ConfigurationError(
-                "could not use the lifetimes: one is out of range", hint="from 1 to 3650 days each"
-            )
+        for key, days in (
+            ("device", self.device_days),
+            ("service", self.service_days),
+            ("broker", self.broker_days),
+        ):
+            if days not in _DAYS:
+                raise ConfigurationError(
+                    f"could not use {key} = {days} of [lifetimes_days]: it is out of range",
+                    hint=f"from {_DAYS[0]} to {_DAYS[-1]}; the first day is over when a certificate is issued",
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def test_a_clock_before_the_last_issuance_issues_nothing(station: Station, clock
 def test_an_ended_ca_issues_nothing(station: Station, clock: Clock) -> None:
     clock.advance(days=3660)
     row = keyed_row(station, "sensor-1")
-    with pytest.raises(AuthorityError, match="would end"):
+    with pytest.raises(AuthorityError, match="the CA that issues ended on 20"):
         issue(station, row)
 
 

@@ -219,8 +219,15 @@ def test_nothing_is_valid_before_or_after_its_issuer(issuing: profile.Issuer) ->
 
 
 def test_an_issuer_at_its_end_signs_nothing(issuing: profile.Issuer) -> None:
-    with pytest.raises(AuthorityError, match="would end"):
+    with pytest.raises(AuthorityError, match="the CA that issues ended on"):
         device(issuing, now=issuing.certificate.not_valid_after_utc)
+
+
+def test_a_lifetime_that_is_over_at_issue_is_named_as_what_is_wrong(issuing: profile.Issuer) -> None:
+    now = issuing.certificate.not_valid_before_utc + 2 * DAY
+    with pytest.raises(AuthorityError, match="would have ended on") as caught:
+        device(issuing, now=now, lifetime=DAY)
+    assert "longer lifetime" in (caught.value.hint or "")
 
 
 def test_the_roots_and_the_issuing_ca(root: profile.Issuer, issuing: profile.Issuer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -206,6 +207,17 @@ def test_what_cannot_be_used_is_refused_with_its_place(path: Path, text: str, ca
         read_settings(path)
     assert str(path) in caught.value.message
     assert caught.value.message.isprintable()
+
+
+@pytest.mark.parametrize("key", ["device", "service", "broker"])
+def test_a_lifetime_that_would_be_over_when_a_certificate_is_issued_is_refused(path: Path, key: str) -> None:
+    text = path.read_text()
+    for days in (1, 3651):
+        path.write_text(re.sub(f"^{key} = .*$", f"{key} = {days}", text, flags=re.MULTILINE))
+        with pytest.raises(ConfigurationError, match=rf"{key} = {days} of \[lifetimes_days\]"):
+            read_settings(path)
+    path.write_text(re.sub(f"^{key} = .*$", f"{key} = 2", text, flags=re.MULTILINE))
+    assert getattr(read_settings(path).lifetimes, f"{key}_days") == 2
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
