@@ -175,7 +175,7 @@ class Gateway:
             gateway._arrived = (answers, started_s)
             if any(answer.outcome == "refused" for answer in answers):
                 # Said at once: the start may end here. The others' receipts wait for what `start` closes.
-                gateway._give_receipts([gateway._receipt(answer, started_s, ()) for answer in answers])
+                gateway._give_receipts([(answer, gateway._receipt(answer, started_s, ())) for answer in answers])
             reason = "; ".join(f"{settings.crl_path}: {answer.reason}" for answer in answers if answer.reason)
         try:
             revocations.require_complete()
@@ -237,7 +237,7 @@ class Gateway:
         if any(some for _answer, some in closed):
             await self._settle(str(self._settings.crl_path))
         if all(answer.outcome != "refused" for answer in answers):
-            self._give_receipts([self._receipt(answer, started_s, some) for answer, some in closed])
+            self._give_receipts([(answer, self._receipt(answer, started_s, some)) for answer, some in closed])
         self._look_for_alarms()
         server.on_gateway_message(gateway_crl(self._settings.name), self._bring)
         server.on_gateway_message(TIME_REQUESTS, TimeAnswers(server.publish, time.time).asked)
@@ -342,11 +342,23 @@ class Gateway:
             # They stay gone all the same: a broker that starts again closes first what its CRL revokes.
             _log.error("the sessions that a CRL from %s closed are not yet off the disk", origin)
 
-    def _give_receipts(self, receipts: list[Receipt]) -> None:
-        """Log and write what became of the CRL file at the start."""
-        for receipt in receipts:
-            log_receipt(receipt, str(self._settings.crl_path))
-        try_to_write_receipts(self._settings.receipt_path, receipts)
+    def _give_receipts(self, installed: list[tuple[Installation, Receipt]]) -> None:
+        """Log and write what became of the CRL file at the start.
+
+        Where CRLs come over MQTT, the file stays the first one: that is no error to be told of at each start.
+        """
+        for answer, receipt in installed:
+            if answer.is_predecessor:
+                path, fields = self._settings.crl_path, {"event": "crl_kept", "crl_number": answer.number}
+                _log.info(
+                    "CRL %s stays in force; the one in %s is from before",
+                    answer.number,
+                    path,
+                    extra={"fields": fields},
+                )
+            else:
+                log_receipt(receipt, str(self._settings.crl_path))
+        try_to_write_receipts(self._settings.receipt_path, [receipt for _answer, receipt in installed])
 
     def _receipt(self, answer: Installation, started_s: float, closed: tuple[ClosedIdentity, ...]) -> Receipt:
         return receipt_of(

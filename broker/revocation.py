@@ -20,7 +20,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +63,8 @@ class Installation:
     hint: str = ""
     fault: str = ""
     """The code alone."""
+    is_predecessor: bool = False
+    """It is from before the one in force, by number and by date."""
 
 
 class Revocations:
@@ -141,7 +143,8 @@ class Revocations:
             _check_newer(crl, in_force)
             write_durably(_copy_path(self._folder, crl.issuer), crl.der)
         except CrlRefusedError as error:
-            return self._refusal(error, crl.der)
+            is_predecessor = in_force is not None and _is_before(crl, in_force)
+            return replace(self._refusal(error, crl.der), is_predecessor=is_predecessor)
         except OSError as error:
             message = f"no copy could be kept in {self._folder}: {error.strerror or error}"
             hint = "make room or mend the permissions, then deliver the CRL again"
@@ -253,6 +256,10 @@ class Revocations:
             hint=error.hint,
             fault=error.reason,
         )
+
+
+def _is_before(crl: Crl, in_force: Crl) -> bool:
+    return crl.number < in_force.number and crl.this_update <= in_force.this_update
 
 
 def _check_newer(crl: Crl, in_force: Crl | None) -> None:

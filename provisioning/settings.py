@@ -22,7 +22,7 @@ from birthmark.provisioning.settings_table import Table, toml_text
 
 SETTINGS_FILE: Final = "station.toml"
 MAX_ORGANIZATION_CHARACTERS: Final = 64
-# A certificate begins 24 hours before it is issued, for boards whose clock is behind: one of a day would never be good.
+# A certificate begins 24 hours before it is issued, for boards whose clock is behind.
 _DAYS: Final = range(2, 3651)
 _KEPT_DAYS: Final = range(MAX_GRACE_DAYS + 1, 3651)
 _KEEPALIVES_S: Final = range(1, 65536)

@@ -323,6 +323,28 @@ def test_a_crl_by_message(settings: BrokerSettings) -> None:
     asyncio.run(main())
 
 
+def test_a_file_from_before_is_no_error_at_a_start_and_any_other_that_is_refused_is(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    issuing, day = PKI.issuing, dt.timedelta(days=1)
+    replace(settings.crl_path, issuing.crl(number=5))
+    assert Gateway.open(settings).revocations.crls[issuing.issuer_id].number == 5
+    told: list[tuple[str, bool]] = []
+    for content in (
+        issuing.crl(number=4, this_update=now() - day),
+        issuing.crl(number=4, this_update=now() + day / 2000),  # signed later: by a station that was restored
+        issuing.crl(number=6, this_update=now() - day),
+    ):
+        caplog.clear()
+        replace(settings.crl_path, content)
+        assert Gateway.open(settings).revocations.crls[issuing.issuer_id].number == 5
+        receipt = receipt_in(settings)
+        assert receipt is not None
+        fields = [getattr(record, "fields", {}).get("event") for record in caplog.records]
+        told.append((receipt.outcome, "crl_refused" in fields))
+    assert told == [("refused", False), ("refused", True), ("refused", True)]
+
+
 def test_messages_beyond_what_can_wait_are_refused_with_a_receipt(
     settings: BrokerSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
