@@ -168,10 +168,10 @@ def keep_signed(station: Station, signed: Mapping[str, StoredCrl]) -> CrlSet:
         issuing = read_cas(view).issuing
         others = [ca for ca in issuing if ca.key_id not in signed]
         found = {**newest_crls(station, view, others), **signed}
-        has_notes = bool(view.notes(TOPIC))
+        was_shared = not _is_shared(station) and bool(view.notes(TOPIC))
     if _is_shared(station):
         found |= _noted_or_newer(station, signed)
-    elif has_notes:  # the registry was in a database once
+    elif was_shared:
         with station.registry.transaction() as transaction:
             _forget_all_but(transaction, ())
     crls = CrlSet(station.crl_path, tuple(found[ca.key_id] for ca in issuing if ca.key_id in found))
@@ -181,14 +181,19 @@ def keep_signed(station: Station, signed: Mapping[str, StoredCrl]) -> CrlSet:
 
 def put_in_file(crls: CrlSet) -> None:
     """Have the station's file be these CRLs. The caller holds the station's CRL lock."""
-    if not is_in_file(crls):
-        write_crl_file(crls.path, crls.pem)
+    crl_pem = crls.pem
+    if not _is_content(crls.path, crl_pem):
+        write_crl_file(crls.path, crl_pem)
 
 
 def is_in_file(crls: CrlSet) -> bool:
     """Whether the station's file is just these CRLs."""
+    return _is_content(crls.path, crls.pem)
+
+
+def _is_content(path: Path, crl_pem: bytes) -> bool:
     try:
-        return crls.path.read_bytes() == crls.pem
+        return path.read_bytes() == crl_pem
     except OSError:
         return False
 

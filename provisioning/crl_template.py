@@ -9,6 +9,7 @@ Pure, and without any secret key.
 
 from __future__ import annotations
 
+from datetime import UTC
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -40,7 +41,7 @@ def crl_to_be_signed(
         number: the CRL's.
         this_update: in UTC, in whole seconds.
         next_update: the same.
-        entries: serial number, time of the revocation and reason of each certificate.
+        entries: serial number, time of the revocation (aware) and reason of each certificate.
     """
     key_id = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
     listed = b"".join([_entry(*entry) for entry in entries])
@@ -60,7 +61,11 @@ def crl_to_be_signed(
 
 
 def _entry(cert_serial: int, revoked_at: datetime, reason: x509.ReasonFlags) -> bytes:
-    return tlv(SEQUENCE, tlv(INTEGER, integer_octets(cert_serial)) + time(revoked_at) + _reason(reason))
+    # Not by `tlv`: a serial number has 20 octets at most (RFC 5280 section 5.1.2.6), so every length is one octet.
+    serial = integer_octets(cert_serial)
+    at = revoked_at if revoked_at.tzinfo is UTC else revoked_at.astimezone(UTC)
+    value = b"%c%c%b%b%b" % (INTEGER, len(serial), serial, time(at), _reason(reason))
+    return b"%c%c%b" % (SEQUENCE, len(value), value)
 
 
 @lru_cache

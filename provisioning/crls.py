@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 
@@ -43,13 +43,17 @@ from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.station import ROOT_CRL_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from datetime import datetime
     from pathlib import Path
 
+    from birthmark.provisioning.cas import Cas
     from birthmark.provisioning.registry.interface import Transaction, View
-    from birthmark.provisioning.registry.model import RevokedCertificate
+    from birthmark.provisioning.registry.model import RevokedCertificate, Row
     from birthmark.provisioning.station import Station
+
+
+_REASONS: Final = {flag.value: flag for flag in x509.ReasonFlags}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +134,22 @@ def sign_root_crl(station: Station, root: profile.Issuer) -> Path:
         return path
 
 
-def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
+def stale_crls(station: Station, changing: Collection[str] = ()) -> tuple[list[Ca], CrlSet | None]:
     """Return the CAs that need a new CRL, and what is there.
 
     A CA needs one that has none, or whose CRL is not the last one, not complete, or past half of its life.
+
+    Args:
+        station: whose CAs.
+        changing: the key identifiers of CAs that need one whatever there is (`listing`): with most entries, what
+            takes longest is to look at what there is. None is returned of it then.
     """
     with station.registry.view() as view:
         issuing = read_cas(view).issuing
-        found = newest_crls(station, view, issuing)
-        last = {ca.key_id: last_number(view, ca) for ca in issuing}
-        listed = _listed(station, view, issuing)
+        asked = [ca for ca in issuing if ca.key_id not in changing]
+        found = newest_crls(station, view, asked)
+        last = {ca.key_id: last_number(view, ca) for ca in asked}
+        listed = _listed(station, view, asked)
     now = station.clock()
 
     def is_fresh(ca: Ca) -> bool:
@@ -154,8 +164,17 @@ def stale_crls(station: Station) -> tuple[list[Ca], CrlSet | None]:
             all(row.cert_serial in crl.cert_serials for row in listed[ca.key_id])
         )
 
-    stale = [ca for ca in issuing if not is_fresh(ca)]
-    return stale, whole(station, issuing, found)
+    stale = [ca for ca in issuing if ca.key_id in changing or not is_fresh(ca)]
+    return stale, None if changing else whole(station, issuing, found)
+
+
+def listing(cas: Cas, rows: Iterable[Row]) -> frozenset[str]:
+    """Return the key identifiers of the CAs whose next CRL lists these rows' certificates, being revoked now.
+
+    Not those that sign none any more.
+    """
+    issuers, signing = {row.issuer for row in rows}, frozenset(ca.key_id for ca in cas.signing)
+    return signing & issuers if issuers <= {ca.key_id for ca in cas} else signing
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +210,9 @@ def _listed(station: Station, view: View, issuing: Iterable[Ca]) -> dict[str, li
 
     What some other software recorded without a CA is on all of them.
     """
+    issuing = tuple(issuing)
+    if not issuing:
+        return {}
     now = station.clock()
     margin = timedelta(days=station.settings.keep_expired_days)
     lists: dict[str, list[RevokedCertificate]] = {ca.key_id: [] for ca in issuing}
@@ -222,9 +244,9 @@ def unlock_all(station: Station, key_ids: Iterable[str]) -> None:
         station.check_key(key_id)
 
 
-def sign_stale_crls(station: Station) -> CrlSet:
+def sign_stale_crls(station: Station, changing: Collection[str] = ()) -> CrlSet:
     """Sign those CRLs that need it (`stale_crls`). The caller holds the CRL lock."""
-    stale, crls = stale_crls(station)
+    stale, crls = stale_crls(station, changing)
     if stale or crls is None:
         return _sign(station, stale)
     put_in_file(crls)
@@ -258,7 +280,7 @@ def _plan(station: Station, transaction: Transaction, cas: list[Ca]) -> list[_Pl
 
 
 def _revocation_of(row: RevokedCertificate) -> profile.Revoked:
-    return profile.Revoked(row.cert_serial, row.revoked_at, x509.ReasonFlags(row.revocation_reason))
+    return profile.Revoked(row.cert_serial, row.revoked_at, _REASONS[row.revocation_reason])
 
 
 def _next(transaction: Transaction, ca: Ca, now: datetime) -> tuple[int, datetime]:

@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import (
@@ -79,8 +79,7 @@ class Issuer:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Revoked:
+class Revoked(NamedTuple):
     """One entry of a CRL."""
 
     cert_serial: int
@@ -304,7 +303,7 @@ def revocation_list_der(
         number=number,
         this_update=_seconds(this_update),
         next_update=_seconds(next_update),
-        entries=((item.cert_serial, _seconds(item.revoked_at), item.reason) for item in revoked),
+        entries=revoked,
     )
     return signed(to_be_signed, issuer.private_key.sign(to_be_signed, _SIGNATURE))
 

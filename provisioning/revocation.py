@@ -19,8 +19,9 @@ from cryptography import x509
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning import profile
+from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.crl_store import put_in_file
-from birthmark.provisioning.crls import sign_stale_crls, stale_crls, unlock_all
+from birthmark.provisioning.crls import listing, sign_stale_crls, stale_crls, unlock_all
 from birthmark.provisioning.registry.model import CERT_SERIAL_MAX, Kind, Row, State
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
     _revocable(station, name)
     with station.crl_lock():
         rows = _revocable(station, name)
-        stale, crls = stale_crls(station)
+        changing = listing(station.cas, [row for row in rows if not row.is_revoked])
+        stale, crls = stale_crls(station, changing)
         if crls is not None and not stale and all(row.is_revoked for row in rows):
             put_in_file(crls)
             return Revocation(tuple(rows), 0, crls)
@@ -99,16 +101,17 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         issuers = {row.issuer for row in rows}
         lost = {ca.key_id for ca in station.cas.issuing if ca.lost_at is not None}
         unlock_all(station, {*(ca.key_id for ca in stale), *(issuers - lost or issuers)})
-        newly = 0
+        now = station.clock()
         with station.signing() as transaction:
-            for row in transaction.named(name):
-                newly += mark_revoked(transaction, row, reason, word=word, now=station.clock())
+            found = transaction.named(name)
+            marked = [row for row in found if mark_revoked(transaction, row, reason, word=word, now=now)]
+            changing |= listing(read_cas(transaction), marked)  # there may be another one by now
         # A transaction of its own: whatever stops the CRL, the revocation stands, and the next CRL carries it.
-        crls = sign_stale_crls(station)
+        crls = sign_stale_crls(station, changing)
         with station.registry.view() as view:
             rows = [row for row in view.named(name) if row.is_revoked]
     unlisted = tuple(row for row in rows if row.issuer in lost and row.cert_serial not in crls.cert_serials)
-    return Revocation(tuple(rows), newly, crls, unlisted)
+    return Revocation(tuple(rows), len(marked), crls, unlisted)
 
 
 def revoke_certificate(
@@ -135,11 +138,12 @@ def revoke_certificate(
         unlock_all(station, signing if known is None else {*signing, known.issuer})
         with station.signing() as transaction:
             row = transaction.by_cert_serial(cert_serial) or lost_row(transaction, cert_serial)
-            newly = mark_revoked(transaction, row, reason, word=word, now=station.clock())
-        crls = sign_stale_crls(station)
+            is_new = mark_revoked(transaction, row, reason, word=word, now=station.clock())
+            changing = listing(read_cas(transaction), [row] if is_new else [])
+        crls = sign_stale_crls(station, changing)
         with station.registry.view() as view:
             row = view.row(row.number) or row
-    return Revocation((row,), newly, crls)
+    return Revocation((row,), int(is_new), crls)
 
 
 def lost_row(transaction: Transaction, cert_serial: int, issuer: str = "") -> Row:

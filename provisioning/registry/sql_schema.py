@@ -24,7 +24,7 @@ from birthmark.provisioning.registry.line import Batch, Quarantined
 from birthmark.provisioning.registry.model import KeyMode, Kind, RevokedCertificate, Row, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 FORMAT: Final = 1
 METADATA: Final = MetaData()
@@ -158,6 +158,8 @@ _ROW_TIMES: Final = tuple(place for place, name in enumerate(_ROW_FIELDS) if nam
 _content = attrgetter(*_ROW_FIELDS)
 _OF_BATCH: Final = ("name", "opened_at", "closed_at")
 _OF_QUARANTINED: Final = ("hwid", "since", "name", "reason", "active_txn")
+_DAMAGED: Final = (TypeError, ValueError, AttributeError, BirthmarkError)
+"""What reading a record of other values than ours ends in."""
 _T = TypeVar("_T")
 
 
@@ -216,15 +218,19 @@ def row_from(record: Sequence[Any]) -> Row:
     return _read(f"row {record[0]}", read)
 
 
-def revoked_from(record: Sequence[Any]) -> RevokedCertificate:
-    """Return what a CRL needs to know, from the columns `OF_REVOKED`; `RegistryError` if they are damaged."""
-    number, cert_serial, issuer, not_after, revoked_at, reason = record
-
-    def read() -> RevokedCertificate:
-        ends = None if not_after is None else moment_from(not_after)
-        return RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
-
-    return _read(f"row {number}", read)
+def revoked_from(records: Iterable[Sequence[Any]]) -> list[RevokedCertificate]:
+    """Return what a CRL needs to know, from the columns `OF_REVOKED`; `RegistryError` if a record is damaged."""
+    found: list[RevokedCertificate] = []
+    number = None
+    try:
+        for number, cert_serial, issuer, not_after, revoked_at, reason in records:
+            ends = None if not_after is None else moment_from(not_after)
+            found.append(
+                RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
+            )
+    except _DAMAGED as error:
+        raise _damaged(f"row {number}", error) from error
+    return found
 
 
 def batch_record(batch: Batch) -> dict[str, Any]:
@@ -250,10 +256,10 @@ def quarantined_from(record: Mapping[str, Any]) -> Quarantined:
 
 def moment_from(value: Any) -> datetime:
     """Return a stored time; `ValueError` or `TypeError` if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if type(value) is not int:
         raise TypeError("a time is no whole number")
     try:
-        return _EPOCH + timedelta(microseconds=value)
+        return _EPOCH + timedelta(0, 0, value)
     except OverflowError as error:
         raise ValueError("a time is out of range") from error
 
@@ -276,8 +282,12 @@ def _plain(record: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def _read(what: str, make: Callable[[], _T]) -> _T:
     try:
         return make()
-    except (TypeError, ValueError, AttributeError, BirthmarkError) as error:
-        raise RegistryError(
-            f"could not read {what} of the registry: {error}",
-            hint="the database is damaged; restore it from a backup, together with the audit log",
-        ) from error
+    except _DAMAGED as error:
+        raise _damaged(what, error) from error
+
+
+def _damaged(what: str, error: Exception) -> RegistryError:
+    return RegistryError(
+        f"could not read {what} of the registry: {error}",
+        hint="the database is damaged; restore it from a backup, together with the audit log",
+    )

@@ -23,7 +23,7 @@ from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.one_unit import journal_of
-from birthmark.provisioning.revocation import revoke
+from birthmark.provisioning.revocation import lost_row, revoke, revoke_certificate
 from birthmark.provisioning.rollover import starting
 from birthmark.provisioning.rollover.anchors import StationAnchors
 from birthmark.provisioning.rollover.census import take_census
@@ -86,6 +86,29 @@ def test_each_ca_s_crl_lists_what_that_ca_issued(station: Station) -> None:
     assert blocks.is_signature_valid(station.issuing.public_key())  # type: ignore[arg-type]
     certificate = x509.load_der_x509_certificate(new.certificate_der or b"")
     certificate.verify_directly_issued_by(station.issuing)
+
+
+def test_a_revocation_brings_the_other_ca_s_crl_up_to_date_as_well(station: Station) -> None:
+    old = enrolled_row(station, "old")
+    start_issuing(station)
+    activate(station, force=True)
+    new = enrolled_row(station, "new")
+    with station.registry.transaction() as transaction:  # whoever did this was killed before the CRL
+        transaction.update(replace(old, revoked_at=station.clock(), revocation_reason="superseded"))
+    crls = revoke(station, "new", LOST).crls
+    assert [crl.cert_serials for crl in crls.crls] == [{new.cert_serial}, {old.cert_serial}]
+
+
+def test_what_has_no_ca_is_on_every_crl(station: Station) -> None:
+    enrolled_row(station, "old")
+    start_issuing(station)
+    activate(station, force=True)
+    unknown = 0x5A << 152
+    assert [crl.cert_serials for crl in revoke_certificate(station, unknown, LOST).crls.crls] == [{unknown}] * 2
+    with station.registry.transaction() as transaction:
+        row = lost_row(transaction, unknown + 1)
+    crls = revoke(station, row.name, LOST).crls
+    assert [crl.cert_serials for crl in crls.crls] == [{unknown, unknown + 1}] * 2
 
 
 def test_numbers_rise_for_each_ca_by_itself(station: Station) -> None:
