@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.clock import Clock
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.doctor import walk
 from birthmark.device.errors import ConnectionFailedError
+from birthmark.device.options import add_broker_option, add_state_option, credentials_of, timeout
 from birthmark.device.record import read_record
 
 if TYPE_CHECKING:
@@ -32,11 +31,11 @@ birthmark-device doctor --state ./board-1 --json
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `doctor` to the commands of `birthmark-device`."""
     parser = command(commands, "doctor", _doctor, "walk the way to the broker, step by step", _EXAMPLES)
-    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
-    parser.add_argument("--broker", metavar="HOST:PORT", help="go there, not where the bundle says")
+    add_state_option(parser)
+    add_broker_option(parser)
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=timeout,
         default=DEFAULT_TIMEOUT_S,
         metavar="S",
         help="for each step that waits (default: %(default)g)",
@@ -45,8 +44,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _doctor(arguments: argparse.Namespace, console: Console) -> int:
     forbid_core_dumps()
-    broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
-    credentials = Credentials.from_folder(arguments.state, broker=broker)
+    credentials = credentials_of(arguments)
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     record = read_record(arguments.state)
     connected = record if record is not None and record.is_running and record.state == "connected" else None

@@ -11,6 +11,7 @@ from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import private_folder, write_durably
 from birthmark.device.errors import ConfigurationError
+from birthmark.device.options import add_state_option
 from birthmark.device.pem import CERTIFICATE, block, read_blocks
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = command(
         commands, "export", _export, "write cert.pem, key.pem and ca.pem for another client", _EXAMPLES
     )
-    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
+    add_state_option(parser)
     parser.add_argument(
         "--out", required=True, metavar="DIR", type=Path, help="a new or empty folder for the files"
     )

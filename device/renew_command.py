@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device import event_lines
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import RefusedError, UnreachableError
 from birthmark.device.escape import escaped
 from birthmark.device.events import Event, RenewalChanged
+from birthmark.device.options import (
+    add_broker_option,
+    add_renewal_port_option,
+    add_state_option,
+    credentials_of,
+    timeout,
+)
 from birthmark.device.renewal.store import RenewalStore
 
 if TYPE_CHECKING:
@@ -33,32 +38,21 @@ birthmark-device renew --state ./board-1 --renewal-port 8884
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `renew` to the commands of `birthmark-device`."""
     parser = command(commands, "renew", _renew, "get a new certificate now", _EXAMPLES)
-    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
-    parser.add_argument("--broker", metavar="HOST:PORT", help="connect there, not where the bundle says")
+    add_state_option(parser)
+    add_broker_option(parser)
     add_renewal_port_option(parser)
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=timeout,
         default=DEFAULT_TIMEOUT_S,
         metavar="S",
         help="give up after so many seconds; what was granted by then is kept (default: %(default)g)",
     )
 
 
-def add_renewal_port_option(parser: Parser) -> None:
-    """Let a command say where the gateway renews what has expired."""
-    parser.add_argument(
-        "--renewal-port",
-        type=int,
-        metavar="PORT",
-        help="where the gateway renews certificates that have expired (default: the port after its own)",
-    )
-
-
 def _renew(arguments: argparse.Namespace, console: Console) -> int:
     forbid_core_dumps()
-    broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
-    credentials = Credentials.from_folder(arguments.state, broker=broker)
+    credentials = credentials_of(arguments)
     with RenewalStore(arguments.state).exclusive():
         pass  # a client that runs with this identity must not lose its connection to this command
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device import event_lines
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import (
     BirthmarkError,
     ConfigurationError,
@@ -21,7 +19,13 @@ from birthmark.device.errors import (
 )
 from birthmark.device.escape import escaped
 from birthmark.device.events import AttemptFailed, Connected, Disconnected, Event
-from birthmark.device.renew_command import add_renewal_port_option
+from birthmark.device.options import (
+    add_broker_option,
+    add_renewal_port_option,
+    add_state_option,
+    given_broker,
+    seconds,
+)
 from birthmark.device.stopping import Stopping, stopping_on_signals
 from birthmark.device.systemd import notify, watchdog_interval_s
 
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
     from birthmark.device.received import Command
 
 DEFAULT_INTERVAL_S = 1.0
-SHORTEST_INTERVAL_S = 0.001
-LONGEST_INTERVAL_S = 1e9
 TELEMETRY = "environment"
 LOOK_AGAIN_S = 2.0
 """How soon an identity that was enrolled, or repaired, is found."""
@@ -50,8 +52,8 @@ birthmark-device run --state ./board-1 --once
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `run` to the commands of `birthmark-device`."""
     parser = command(commands, "run", _run, "connect with the flashed identity and stay connected", _EXAMPLES)
-    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
-    parser.add_argument("--broker", metavar="HOST:PORT", help="connect there, not where the bundle says")
+    add_state_option(parser)
+    add_broker_option(parser)
     parser.add_argument("--simulate", action="store_true", help="publish made-up readings, for a first try")
     parser.add_argument(
         "--interval",
@@ -109,7 +111,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
 
 def _client(arguments: argparse.Namespace, running: _Running) -> Client | None:
     """Return the client; None with `--wait` if there is no identity that it can use."""
-    broker = BrokerAddress.parse(arguments.broker) if arguments.broker else None
+    broker = given_broker(arguments)
     try:
         return Client.from_folder(
             arguments.state, broker=broker, observe=running.observe, renewal_port=arguments.renewal_port
@@ -220,11 +222,3 @@ class _Running:
         if self._give_up_after_s is not None:
             waits.append(min(1.0, self._give_up_after_s))
         return max(0.0, min(waits)) if waits else None
-
-
-def seconds(text: str) -> float:
-    """Read an argument; argparse names this function when it complains."""
-    value = float(text)
-    if not SHORTEST_INTERVAL_S <= value < LONGEST_INTERVAL_S:
-        raise ValueError(text)
-    return value

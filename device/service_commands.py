@@ -14,6 +14,7 @@ from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.escape import escaped
 from birthmark.device.events import Disconnected
 from birthmark.device.identity import DeviceId
+from birthmark.device.options import number, seconds
 from birthmark.device.publication import Outgoing
 from birthmark.device.stopping import Stopping, stopping_on_signals
 
@@ -43,7 +44,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         commands, "watch", _watch, "print the messages on a topic filter, as an operator", _WATCH_EXAMPLES
     )
     watch.add_argument("filter", metavar="FILTER", help="in MQTT's syntax: + stands for a level, # for the rest")
-    watch.add_argument("--count", type=int, metavar="N", help="end after so many messages")
+    watch.add_argument("--count", type=number, metavar="N", help="end after so many messages")
     send = command(commands, "send", _send, "send a command to a device, as an operator", _SEND_EXAMPLES)
     send.add_argument("id", metavar="ID", help="the device")
     send.add_argument("command", metavar="COMMAND", help="the command's name")
@@ -52,7 +53,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     send.add_argument(
         "--wait",
-        type=float,
+        type=seconds,
         metavar="S",
         help="print the device's reply, waiting S seconds for it; later, the device does not begin",
     )

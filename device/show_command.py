@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.clock import Clock
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import Credentials
+from birthmark.device.options import add_state_option
 from birthmark.device.renewal.schedule import due_at
 from birthmark.device.renewal.store import RenewalStore
 
 if TYPE_CHECKING:
     import argparse
     from datetime import datetime
+    from pathlib import Path
 
 _EXAMPLES = """
 birthmark-device show --state /var/lib/birthmark
@@ -25,7 +26,7 @@ birthmark-device show --state ./board-1 --json
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `show` to the commands of `birthmark-device`."""
     parser = command(commands, "show", _show, "show the identity and the life of its certificate", _EXAMPLES)
-    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
+    add_state_option(parser)
 
 
 def _show(arguments: argparse.Namespace, console: Console) -> int:

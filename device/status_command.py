@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.clock import Clock
@@ -20,6 +19,7 @@ from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import BirthmarkError, RefusedError, SystemFailureError, UnreachableError
 from birthmark.device.escape import escaped
+from birthmark.device.options import add_state_option
 from birthmark.device.record import read_record
 from birthmark.device.settings import DeviceSettings
 from birthmark.device.show_command import identity_facts
@@ -27,6 +27,7 @@ from birthmark.device.tls import device_context
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
     from birthmark.device.record import Record
 
@@ -43,7 +44,7 @@ birthmark-device status --state ./board-1 --json
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `status` to the commands of `birthmark-device`."""
     parser = command(commands, "status", _status, "say how this device is, and what it lacks", _EXAMPLES)
-    parser.add_argument("--state", required=True, metavar="DIR", type=Path, help="the device's state folder")
+    add_state_option(parser)
 
 
 def _status(arguments: argparse.Namespace, console: Console) -> int:

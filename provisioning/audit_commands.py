@@ -12,6 +12,7 @@ from cryptography import x509
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.durable import durable_file, remove_leftovers
 from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.device.options import number
 from birthmark.provisioning import audit, audit_check, audit_view
 from birthmark.provisioning.audit_checkpoint import CHECKPOINT_FILE, Checkpoint, make_checkpoint, read_checkpoint
 from birthmark.provisioning.cas import CaKind
@@ -188,7 +189,7 @@ birthmark audit show --subject 'sensor-1*' --since 7d
 birthmark audit show --action revoke --json""",
     )
     _add_choice(parser)
-    parser.add_argument("--last", type=int, metavar="N", help="only the last N entries")
+    parser.add_argument("--last", type=number, metavar="N", help="only the last N entries")
 
 
 def _show(arguments: argparse.Namespace, console: Console) -> None:

@@ -14,6 +14,7 @@ from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.options import (
     add_passphrase_option,
     add_station_option,
+    add_timeout_option,
     open_station,
     passphrase_source,
     pin_source,
@@ -81,13 +82,7 @@ birthmark restore --crl gateway-2.crl --station ./station""",
         metavar="URL",
         help="where the registry is to be: `tinydb`, or a database (default: where the lost station had it)",
     )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="S",
-        help="how long to wait for each gateway (default: %(default)s)",
-    )
+    add_timeout_option(parser, DEFAULT_TIMEOUT_S, "how long to wait for each gateway")
     parser.add_argument(
         "--lost-key",
         action="append",

@@ -16,7 +16,7 @@ from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.gateway_policies import note_policies
 from birthmark.provisioning.gateway_receipts import note_heard
 from birthmark.provisioning.line.port_choice import choose, read_fixture
-from birthmark.provisioning.options import add_station_option, open_station
+from birthmark.provisioning.options import add_station_option, add_timeout_option, open_station
 
 if TYPE_CHECKING:
     import argparse
@@ -41,13 +41,7 @@ birthmark doctor ports --ports fixture.toml""",
     )
     add_station_option(parser)
     parser.add_argument("--offline", action="store_true", help="do not look at the gateways")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT_S,
-        metavar="S",
-        help="how long to wait for the gateways (default: %(default)s)",
-    )
+    add_timeout_option(parser, DEFAULT_TIMEOUT_S, "how long to wait for the gateways")
     actions: argparse._SubParsersAction[Parser] = parser.add_subparsers(
         title="actions", metavar="ACTION", help="look at something else instead"
     )

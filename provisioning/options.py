@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import ConfigurationError
+from birthmark.device.options import timeout
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
 from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_VARIABLE, PassphraseSource
 from birthmark.provisioning.places import FOLDER_VARIABLE, PASSPHRASE_VARIABLE, default_folder
@@ -80,15 +81,8 @@ def add_timeout_option(
 ) -> None:
     """Let a command say how long it waits for the gateways."""
     parser.add_argument(
-        "--timeout", type=_seconds, default=default_s, metavar="S", help=f"{what} (default: %(default)g)"
+        "--timeout", type=timeout, default=default_s, metavar="S", help=f"{what} (default: %(default)g)"
     )
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError("the time-out is more than 0 and at most 3600 seconds")
-    return seconds
 
 
 def revocation_reason(word: str) -> str:
@@ -155,5 +149,7 @@ def token_settings(uri: TokenUri) -> TokenSettings:
 
 def root_passphrase(arguments: argparse.Namespace) -> bytes | None:
     """Return the root's passphrase if one of its own was given."""
-    source = PassphraseSource(descriptor=arguments.root_passphrase_fd, variable=ROOT_VARIABLE)
+    source = PassphraseSource(
+        descriptor=arguments.root_passphrase_fd, variable=ROOT_VARIABLE, option="--root-passphrase-fd"
+    )
     return source.read() if source.is_given else None

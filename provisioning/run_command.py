@@ -25,6 +25,7 @@ from birthmark.device.errors import ConfigurationError, EnrollmentRefusedError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.device.options import number
 from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
 from birthmark.provisioning.crl_delivery import bring_missing, warn_of_pending
 from birthmark.provisioning.line.batches import moment
@@ -74,7 +75,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         "--scan", action="store_true", help="ids typed or scanned at the board, and again before COMMIT"
     )
     run.add_argument(
-        "--start", type=_number, default=1, metavar="N", help="the template's first number (default: 1)"
+        "--start", type=number, default=1, metavar="N", help="the template's first number (default: 1)"
     )
     run.add_argument("--pattern", type=_pattern, metavar="REGEX", help="what a scanned id must match as a whole")
     run.add_argument("--again", action="store_true", help="wait for the next board when one is done, until Ctrl-C")
@@ -89,7 +90,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     resume.add_argument("--baud", type=int, default=DEFAULT_BAUD, metavar="N", help="default: %(default)s")
     for each in (run, resume):
         each.add_argument(
-            "--tries", type=_number, default=DEFAULT_TRIES, metavar="N", help="at a unit (default: %(default)s)"
+            "--tries", type=number, default=DEFAULT_TRIES, metavar="N", help="at a unit (default: %(default)s)"
         )
         add_station_option(each)
         add_passphrase_option(each)
@@ -104,12 +105,6 @@ def _add_ports(parser: Parser) -> None:
         help="a port, pty, pyserial URL, by-path:NAME or usb:VID:PID[:SERIAL]; may be given several times",
     )
     ports.add_argument("--ports", type=Path, metavar="FILE", help="a fixture: [[slot]] tables with name and port")
-
-
-def _number(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 10**9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
-    return int(text)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

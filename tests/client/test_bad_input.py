@@ -36,6 +36,36 @@ def status(state: Path) -> tuple[dict[str, Any], int]:
     return json.loads(done.stdout), done.returncode
 
 
+# --- the command line -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "doctor --timeout inf",
+        "doctor --timeout nan",
+        "doctor --timeout -1",
+        "renew --timeout 1e30",
+        "renew --renewal-port 99999",
+        "run --renewal-port 0",
+        "run --simulate --interval 0",
+        "run --give-up-after nan",
+    ],
+)
+def test_a_number_that_no_command_can_use(words: str, tmp_path: Path) -> None:
+    done = run(*words.split(), "--state", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    *_, option, value = words.split()
+    assert f"argument {option}: {value!r} is no" in done.stderr
+
+
+def test_how_many_messages_is_a_number_from_1(tmp_path: Path) -> None:
+    where = ("--identity", tmp_path, "--ca", tmp_path, "--broker", "localhost")
+    done = run("watch", "#", "--count", "0", *where)
+    assert done.returncode == 2
+    assert "argument --count: '0' is no number from 1" in done.stderr
+
+
 # --- the slot ---------------------------------------------------------------------------------------------
 
 

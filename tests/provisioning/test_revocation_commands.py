@@ -78,9 +78,18 @@ def test_an_unknown_reason_is_a_usage_error_that_lists_them(
         assert view.revoked() == []
 
 
-@pytest.mark.parametrize("timeout", ["0", "-1", "4000", "soon", "nan"])
-def test_a_timeout_that_is_none(birthmark: Command, timeout: str) -> None:
-    assert birthmark("crl", f"--timeout={timeout}").exit_code == 2
+@pytest.mark.parametrize("timeout", ["0", "-1", "4000", "soon", "nan", "inf"])
+@pytest.mark.parametrize("command", ["crl", "doctor", "restore"])
+def test_a_timeout_that_is_none(birthmark: Command, command: str, timeout: str) -> None:
+    answer = birthmark(command, f"--timeout={timeout}")
+    assert answer.exit_code == 2
+    assert f"argument --timeout: {'invalid' if timeout == 'soon' else repr(timeout)}" in answer.stderr
+
+
+def test_the_root_passphrase_that_cannot_be_read_is_called_by_its_option(birthmark: Command) -> None:
+    answer = birthmark("crl", "--root", "--root-passphrase-fd", "999")
+    assert answer.exit_code == 6
+    assert "--root-passphrase-fd" in answer.stderr
 
 
 def test_revoke_nobody(birthmark: Command) -> None:
