@@ -16,6 +16,7 @@
       RegistryError                exit 6   the registry or the audit log
       PolicyError                  exit 1   a policy file
       ConfigurationError           exit 1   any other configuration
+        UsageError                 exit 2   options that say nothing together, or too little
       SystemFailureError           exit 5   disk, permissions, an occupied port
 
 A message reads `could not <do what> <to what>: <cause>`; the hint says what to do next. Anything else that
@@ -125,7 +126,13 @@ class PolicyError(BirthmarkError):
 
 
 class ConfigurationError(BirthmarkError):
-    """A configuration file or a combination of options that cannot be used."""
+    """A configuration that cannot be used."""
+
+
+class UsageError(ConfigurationError):
+    """Options that say nothing together, or too little; what argparse finds by itself ends with the same code."""
+
+    exit_code = 2
 
 
 class SystemFailureError(BirthmarkError):

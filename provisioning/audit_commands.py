@@ -11,7 +11,7 @@ from cryptography import x509
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.durable import durable_file, remove_leftovers
-from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.device.errors import ConfigurationError, RegistryError, UsageError
 from birthmark.device.options import number
 from birthmark.provisioning import audit, audit_check, audit_view
 from birthmark.provisioning.audit_checkpoint import CHECKPOINT_FILE, Checkpoint, make_checkpoint, read_checkpoint
@@ -174,7 +174,7 @@ def _moment(text: str | None, now: datetime) -> datetime | None:
     try:
         return None if text is None else audit_view.moment(text, now)
     except ValueError as error:
-        raise ConfigurationError(f"could not choose entries: {error}", hint="see --help") from error
+        raise UsageError(f"could not choose entries: {error}", hint="see --help") from error
 
 
 def _add_show(actions: argparse._SubParsersAction[Parser]) -> None:
@@ -198,7 +198,7 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
     station.registry.audit_head()  # brings the log up to date
     entries: Any = audit_view.chosen(station.registry.audit_path, choice)
     if arguments.last is not None:
-        entries = deque(entries, maxlen=max(0, arguments.last))
+        entries = deque(entries, maxlen=arguments.last)
     for entry in entries:
         console.emit(entry, audit.described(entry))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import UsageError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.backup import back_up, read_backup
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
@@ -124,7 +124,7 @@ def _backup(arguments: argparse.Namespace, console: Console) -> None:
     forbid_core_dumps()
     if arguments.verify:
         if arguments.include:
-            raise ConfigurationError("could not check a backup: --include is for writing one")
+            raise UsageError("could not check a backup: --include is for writing one")
         found = read_backup(arguments.file, _backup_passphrase(arguments))
         console.facts(found.record())
         return
@@ -154,7 +154,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.file is None:
         return _merge(arguments, console)
     if arguments.to is None:
-        raise ConfigurationError("could not restore: no place is named", hint="name a new folder: --to DIR")
+        raise UsageError("could not restore: no place is named", hint="name a new folder: --to DIR")
     restored = restore(
         arguments.file,
         arguments.to,
@@ -207,7 +207,7 @@ def _say_what_is_open(restored: Restored, console: Console) -> int:
 
 def _merge(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.crl or arguments.to is not None:
-        raise ConfigurationError(
+        raise UsageError(
             "could not restore: no backup is named", hint="name its file, or only CRLs of gateways with --crl"
         )
     merged, crl = merge_crls(open_station(arguments), arguments.crl)

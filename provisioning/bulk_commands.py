@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.errors import UsageError
 from birthmark.device.identity import device_role
 from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
 from birthmark.provisioning.bulk import issue_all
@@ -73,6 +74,11 @@ def _uncollected() -> Iterator[None]:
 
 
 def _issue_from(arguments: argparse.Namespace, console: Console) -> None:
+    if arguments.broker is not None and arguments.keys is None:
+        raise UsageError(
+            "could not use --broker: it is for devices whose key is made here",
+            hint="leave it out, or give --keys station",
+        )
     station = open_station(arguments)
     role = device_role(arguments.role or station.settings.default_role)
     broker = broker_address(arguments.broker, station.settings.broker)

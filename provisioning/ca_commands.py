@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import UsageError
 from birthmark.provisioning import rollover_commands, token_commands
 from birthmark.provisioning.cas import CaKind
 from birthmark.provisioning.key_custody import detach_roots, give_up_key
@@ -165,9 +165,7 @@ def _passphrase(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     kind = CaKind(arguments.kind)
     if kind is CaKind.ISSUING and arguments.root_key is not None:
-        raise ConfigurationError(
-            "could not use --root-key: it is for the root", hint="birthmark ca passphrase root"
-        )
+        raise UsageError("could not use --root-key: it is for the root", hint="birthmark ca passphrase root")
     own = root_passphrase(arguments) if kind is CaKind.ROOT else None
     new = PassphraseSource(
         descriptor=arguments.new_passphrase_fd,

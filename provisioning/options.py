@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import UsageError
 from birthmark.device.options import timeout
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
 from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_VARIABLE, PassphraseSource
@@ -132,11 +132,12 @@ def token_place(arguments: argparse.Namespace) -> TokenPlace | None:
     """Return where in a token a key is to be; None if it is to be in a file.
 
     Raises:
-        ConfigurationError: the URI cannot be used; or an existing key is to be taken, but none is named.
+        ConfigurationError: the URI cannot be used.
+        UsageError: an existing key is to be taken, but none is named.
     """
     if arguments.key is None:
         if arguments.existing_key:
-            raise ConfigurationError("could not take an existing key: none is named", hint="name it by its URI")
+            raise UsageError("could not take an existing key: none is named", hint="name it by its URI")
         return None
     return TokenPlace(TokenUri.parse(arguments.key), arguments.existing_key)
 

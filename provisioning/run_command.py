@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import INTERRUPTED, command
-from birthmark.device.errors import ConfigurationError, EnrollmentRefusedError
+from birthmark.device.errors import EnrollmentRefusedError, UsageError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import device_role
 from birthmark.device.link.timers import DEFAULT_BAUD
@@ -116,7 +116,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.pattern is not None and not arguments.scan:
-        raise ConfigurationError("could not use --pattern: it is for --scan", hint="leave it out, or give --scan")
+        raise UsageError("could not use --pattern: it is for --scan", hint="leave it out, or give --scan")
     station = open_station(arguments)
     try:
         ports = _ports(arguments)
@@ -237,7 +237,7 @@ def _ports(arguments: argparse.Namespace) -> list[SlotPort]:
     if arguments.ports is not None:
         return read_fixture(arguments.ports, arguments.baud)
     if not arguments.port:
-        raise ConfigurationError(
+        raise UsageError(
             "could not choose a port: none was given",
             hint="give --port PORT, once for each slot, or --ports FILE; no port is ever guessed",
         )

@@ -96,7 +96,7 @@ def test_an_id_is_used_once_and_the_end_of_the_input_is_no_failure(
 
 def test_a_pattern_is_for_a_scanner(birthmark: Command, board: LineBoard) -> None:
     done = birthmark("run", "--port", board.port, "--template", "u-{n}", "--pattern", "x", *WHERE)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "--scan" in done.stderr
     assert birthmark("run", "--port", board.port, "--scan", "--pattern", "(", *WHERE).exit_code == 2
 

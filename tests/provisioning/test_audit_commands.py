@@ -50,7 +50,7 @@ def test_show_chooses(birthmark: Command, logged: Station) -> None:
 @pytest.mark.parametrize("text", ["yesterday", "", "0d", "999999999w", "-1d", "2026-13-01"])
 def test_a_time_that_is_none_is_said(birthmark: Command, logged: Station, text: str) -> None:
     answer = birthmark("audit", "show", f"--since={text}")
-    assert answer.exit_code == 1
+    assert answer.exit_code == 2
     assert "is no time" in answer.stderr
     assert "hint:" in answer.stderr
 

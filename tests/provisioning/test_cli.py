@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,8 @@ from birthmark.provisioning import cli
 from birthmark.provisioning.entry import parser
 
 if TYPE_CHECKING:
+    from support.station import Command
+
     from birthmark.device.console import Parser
 
 UNWANTED = {
@@ -55,3 +58,26 @@ print(*(each for each in {UNWANTED[name]!r} if each in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("restore station.age", "no place is named"),
+        ("restore --to station", "no backup is named"),
+        ("backup --verify station.age --include alice.pem", "--include is for writing one"),
+        ("run --template s-{n}", "could not choose a port"),
+        ("run --port p --template s-{n} --pattern x", "it is for --scan"),
+        ("issue --from list.csv --out out --broker gateway:8883", "it is for devices whose key is made here"),
+        ("ca passphrase issuing --root-key key.pem", "it is for the root"),
+        ("ca rollover start issuing --existing-key", "none is named"),
+        ("audit show --since yesterday", "'yesterday' is no time"),
+        ("audit show --last -1", "-1"),
+    ],
+)
+def test_options_that_say_nothing_together_are_wrong_usage(line: str, what: str, birthmark: Command) -> None:
+    answer = birthmark(*line.split())
+
+    assert (answer.exit_code, answer.stdout) == (2, "")
+    assert what in answer.stderr
+    assert list(Path.cwd().iterdir()) == []
