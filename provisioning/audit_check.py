@@ -60,7 +60,7 @@ def verify(path: Path, expected: Head | None, marks: Sequence[Head] = ()) -> Ver
     Args:
         path: the log.
         expected: the number and hash that its last entry must have; None if that is not known, as of a copy.
-        marks: entries that it must have.
+        marks: entries that it must have. One that is missing is told of once: where the chain lacks it, or here.
 
     Raises:
         RegistryError: the log cannot be read.
@@ -82,6 +82,7 @@ def verify(path: Path, expected: Head | None, marks: Sequence[Head] = ()) -> Ver
     if not is_sound or (expected is not None and head != expected):
         analysis = Analysis([line_of(number, raw) for number, raw in lines_of(path)], expected)
         problems = analysis.problems() or [Problem(0, "edited", "the log does not fit the registry")]
+        marks = [mark for mark in marks if not analysis.lacks(mark.seq)]
         for mark in marks:
             line_believed = analysis.believed(mark.seq)
             found[mark.seq] = (line_believed.number, line_believed.hash) if line_believed else (0, "")

@@ -93,6 +93,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
             checkpoints.append(read_checkpoint(kept, own))
         except ConfigurationError as error:
             console.warn(f"{error.message}: it is the station's own copy of the last one")
+    checkpoints = list(dict.fromkeys(checkpoints))  # the last one that was carried away is that copy
     verdict = audit_check.check(station.registry, [one.head for one in checkpoints])
     return _tell(verdict, station.registry.audit_path, console, checkpoints)
 

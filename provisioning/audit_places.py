@@ -128,6 +128,10 @@ class Analysis:
         """Return the line that is believed to be this entry."""
         return self._believed.get(seq)
 
+    def lacks(self, seq: int) -> bool:
+        """Whether this entry must be there and is not, which `problems` tell of."""
+        return seq <= self._end and seq not in self._believed
+
     def problems(self) -> list[Problem]:
         """Return what is wrong, in the order of the lines; what concerns the end comes last."""
         in_place, problems = self._sorted_out()

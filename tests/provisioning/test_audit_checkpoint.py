@@ -67,7 +67,7 @@ def rewrite_all(station: Station) -> None:
 def test_a_log_that_went_on_still_has_it(birthmark: Command, carried: Path) -> None:
     answer = birthmark("audit", "verify", "--checkpoint", carried)
     assert answer.exit_code == 0, answer.stdout
-    assert answer.stdout.count("is that of the checkpoint of") == 2  # and the station's own copy
+    assert answer.stdout.count("is that of the checkpoint of") == 1  # the station's own copy is the same
 
 
 def test_a_log_rewritten_whole_with_the_registry_is_found(
@@ -89,6 +89,34 @@ def test_a_log_rewritten_whole_with_the_registry_is_found(
 def test_the_copy_that_is_kept_finds_it_as_well(birthmark: Command, living: Station, carried: Path) -> None:
     rewrite_all(living)
     assert birthmark("audit", "verify").exit_code == 6
+
+
+def without(lines: list[str], number: int) -> list[str]:
+    return lines[: number - 1] + lines[number:]
+
+
+def edited(lines: list[str], number: int) -> list[str]:
+    return [*lines[: number - 1], lines[number - 1].replace('"actor":"', '"actor":"x'), *lines[number:]]
+
+
+@pytest.mark.parametrize(("tamper", "kind"), [(without, "cut"), (edited, "edited")])
+def test_what_a_checkpoint_misses_is_said_once(
+    birthmark: Command,
+    living: Station,
+    carried: Path,
+    tamper: Callable[[list[str], int], list[str]],
+    kind: str,
+) -> None:
+    assert birthmark("crl").exit_code == 0
+    seq = read_checkpoint(carried, [living.root]).head.seq
+    log = living.registry.audit_path
+    log.write_text("".join(tamper(log.read_text().splitlines(keepends=True), seq)))
+
+    answer = birthmark("audit", "verify", "--checkpoint", carried, "--json")
+
+    (problem,) = answer.records[0]["problems"]
+    assert (answer.exit_code, problem["kind"], problem["line"]) == (6, kind, seq)
+    assert problem["expected"] == read_checkpoint(carried, [living.root]).head.hash
 
 
 def test_a_copy_of_a_log_is_checked_without_a_station(
