@@ -58,7 +58,7 @@ _KNOWN = frozenset(
         x509.SubjectAlternativeName.oid,
     }
 )
-_REISSUE = "issue the device a new certificate with `birthmark flash`"
+_REISSUE = "make the device again with `birthmark reflash`"
 _STRANGER = "is the issuing CA that signed it in the gateway's clients-ca.pem?"
 
 
@@ -290,6 +290,8 @@ def _check_clock(peer: Peer, issuer: Issuer, now: datetime, expired_by: timedelt
         raise PeerRefusedError("not-yet-valid", message, "compare the clocks of this gateway and of the station")
     if now > until + expired_by:
         message = f"CLOCK: the certificate of {peer.device_id} was valid until {_at(until)}; here it is {_at(now)}"
+        if expired_by:
+            message += f", more than {expired_by.days} days later, which is as long as it can be renewed"
         raise PeerRefusedError("expired", message, f"if this gateway's clock is right, {_REISSUE}")
     if not issuer.not_before <= now <= issuer.not_after:
         message = (

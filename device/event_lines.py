@@ -68,7 +68,7 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
         case SubscriptionDenied():
             say(console, "denied", event.in_words(), filter=escaped(event.topic_filter))
         case RenewalChanged():
-            shown = escaped(event.detail)
+            shown = escaped(event.detail, LONGEST_WARNING)
             then = "" if event.retry_in_s is None else f"\n          next attempt in {event.retry_in_s:.0f} s"
             say(
                 console,

@@ -11,6 +11,8 @@ import queue
 from typing import TYPE_CHECKING
 
 from birthmark.device import topics
+from birthmark.device.connection_checks import Check
+from birthmark.device.errors import RefusedError
 from birthmark.device.renewal.messages import RenewalAnswer
 
 if TYPE_CHECKING:
@@ -69,9 +71,19 @@ class RenewalConnection:
         port = self._port or min(credentials.broker.port + 1, 65535)
         answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         apart = credentials.changed(broker=credentials.broker.changed(port=port))
-        with self._open_apart(apart) as client:
-            client.subscribe(self._answer_topic, lambda message: answers.put(message.payload), wait=timeout_s)
-            client.publish(self._request_topic, payload, wait=timeout_s)
-            with contextlib.suppress(queue.Empty):
-                return RenewalAnswer.from_bytes(answers.get(timeout=timeout_s))
+        try:
+            with self._open_apart(apart) as client:
+                client.subscribe(self._answer_topic, lambda message: answers.put(message.payload), wait=timeout_s)
+                client.publish(self._request_topic, payload, wait=timeout_s)
+                with contextlib.suppress(queue.Empty):
+                    return RenewalAnswer.from_bytes(answers.get(timeout=timeout_s))
+        except RefusedError as error:
+            if error.check not in (Check.EXPIRED, Check.NOT_AUTHORISED):
+                raise
+            # That it has expired is why we are there, and not why we are refused.
+            raise RefusedError(
+                f"could not renew at {apart.broker}: it refuses our certificate: revoked, or expired for too long",
+                "the gateway's log says which; the station makes this device again with `birthmark reflash`",
+                error.check,
+            ) from error
         return None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
     """Whoever kills its broker, or needs another clock, makes one of their own."""
     due = ("due", "clockless-due")
-    with Stand(tmp_path_factory.mktemp("stand"), broker_toml=RENEWAL_LISTENER, early=("late",), due=due) as stand:
+    with Stand(tmp_path_factory.mktemp("stand"), broker_toml=RENEWAL_LISTENER, early=EARLY, due=due) as stand:
         yield stand
 
 
@@ -25,6 +25,8 @@ def renewd(stand: Stand) -> Iterator[Renewd]:
     with stand.renewd() as renewd:
         yield renewd
 
+
+EARLY = ("late", "late-and-lost")
 
 RENEWAL_LISTENER = """
 [renewal_listener]

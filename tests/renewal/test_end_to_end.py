@@ -16,7 +16,7 @@ from support.watching import eventually
 from birthmark.device.client import Client
 from birthmark.device.clock import FLOOR_FILE
 from birthmark.device.credentials import Credentials
-from birthmark.device.events import AttemptFailed, Connected, Disconnected
+from birthmark.device.events import AttemptFailed, Connected, Disconnected, RenewalChanged
 from birthmark.provisioning import audit
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.revocation import revoke
@@ -129,6 +129,21 @@ def test_an_expired_device_renews_on_the_listener_for_that(stand: Stand, renewd:
     assert next(event.error.check for event in watching.events if isinstance(event, AttemptFailed)) == "expired"
     assert watching.states == ["asked", "granted", "trying", "confirming", "renewed"]
     assert stand.live("late").certificate_der == Credentials.from_folder(state).leaf_der
+
+
+def test_an_expired_device_that_is_revoked_is_told_so_on_the_listener_for_that(stand: Stand) -> None:
+    """That it has expired is why it comes there: it would be no answer."""
+    state, watching = stand.early_device("late-and-lost"), Renewing()
+    revoke(stand.station, "late-and-lost", x509.ReasonFlags.key_compromise)
+    stand.bring_crl()
+    with client_started(state, watching, renewal_port=stand.renewal_port):
+        watching.wait_for_state("failed")
+    failed = next(
+        event for event in watching.events if isinstance(event, RenewalChanged) and event.state == "failed"
+    )
+    assert f"localhost:{stand.renewal_port}" in failed.detail
+    assert "revoked, or expired for too long" in failed.detail
+    assert "reflash" in failed.detail
 
 
 def test_a_revoked_device_gets_nowhere_and_keeps_what_it_has(stand: Stand, renewd: Renewd) -> None:

@@ -60,6 +60,15 @@ def test_a_certificate_known_from_the_renewal_listener_is_not_let_in_at_the_othe
     assert not known.check(SENSOR.der, now()).for_renewal
 
 
+def test_who_comes_too_late_to_renew_is_refused_with_how_late_that_is() -> None:
+    too_late = SENSOR.certificate.not_valid_after_utc + 3 * DAY
+    with pytest.raises(PeerRefusedError, match="more than 2 days later, which is as long as it can be renewed"):
+        knowing().check(SENSOR.der, too_late, expired_by=2 * DAY)
+    with pytest.raises(PeerRefusedError) as caught:
+        knowing().check(SENSOR.der, too_late)
+    assert "renewed" not in caught.value.message
+
+
 def test_a_known_service_does_not_renew_over_the_network() -> None:
     known, service = KnownPeers(TRUST), PKI.device("alice", "operator")
     assert known.check(service.der, now()).is_service
