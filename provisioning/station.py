@@ -367,9 +367,11 @@ class Station:
         key.prove()
         return key
 
-    def crl_lock(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def crl_lock(self) -> Iterator[None]:
         """Hold this from the choice of a CRL's number until that CRL is in its file: CRLs appear in order."""
-        return exclusive_lock(self.folder / CRL_LOCK_FILE)
+        with exclusive_lock(self.folder / CRL_LOCK_FILE), self.registry.held_open():
+            yield
 
     def issue_lock(self) -> AbstractContextManager[None]:
         """Hold this while a key pair is made and certified: nobody takes that attempt for a killed one."""

@@ -344,6 +344,9 @@ class StoredRegistry(Registry, Protocol):
     def shown(self) -> str:
         """Where the registry is, for people."""
 
+    def held_open(self) -> AbstractContextManager[None]:
+        """Hold open what transactions share that follow each other in the block, and the last one would close."""
+
     def files(self) -> frozenset[Path]:
         """Return the files that it consists of."""
 

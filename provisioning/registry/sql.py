@@ -202,6 +202,18 @@ class SqlRegistry:
             METADATA.drop_all(connection)
             connection.exec_driver_sql("COMMIT")
 
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """Hold SQLite's file open (`interface.StoredRegistry.held_open`); a server's connections are kept anyway.
+
+        Who closes it as the last one brings its log into it, with four waits for the disk. Not for longer than
+        need be: what lies in the log of a process that was killed is lost to whoever copies the file alone.
+        """
+        with ExitStack() as held:
+            for statement in self._database.dialect.hold_open:
+                held.enter_context(self._connected()).exec_driver_sql(statement)
+            yield
+
     def files(self) -> frozenset[Path]:
         """Return the files that it consists of: none, where a server keeps it."""
         return self._database.files()

@@ -80,10 +80,14 @@ class Dialect:
     begin_view: tuple[str, ...]
     wait_long: tuple[str, ...]
     """What lets a transaction be idle for as long as a backup takes."""
+    hold_open: tuple[str, ...] = ()
+    """What has a connection hold open what the others share, if they do not keep it themselves."""
 
 
 _DIALECTS: Final = {
-    SQLITE: Dialect(("BEGIN IMMEDIATE",), ("BEGIN IMMEDIATE",), ("BEGIN",), ()),
+    SQLITE: Dialect(
+        ("BEGIN IMMEDIATE",), ("BEGIN IMMEDIATE",), ("BEGIN",), (), hold_open=("PRAGMA schema_version",)
+    ),
     POSTGRESQL: Dialect(
         # A lock on a table, not an advisory one: it cannot collide with another program's number, and is taken
         # before the first snapshot. EXCLUSIVE lets readers through, a dump too.

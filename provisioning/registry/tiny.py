@@ -175,6 +175,11 @@ class TinyRegistry:
             tables = self._settle(self._file.load())
             yield Snapshot(from_tables(tables), self._place.audit_bytes(), others.close)
 
+    @contextmanager
+    def held_open(self) -> Iterator[None]:
+        """Hold nothing (`interface.StoredRegistry.held_open`): its file is written anew each time."""
+        yield
+
     def files(self) -> frozenset[Path]:
         """Return the files that it consists of."""
         return frozenset({self._file.path})

@@ -133,6 +133,24 @@ def test_processes_of_two_folders_at_once_lose_nothing(
     assert registry.shares()
 
 
+def test_a_registry_that_is_held_open_keeps_its_log_between_transactions(
+    opened: Callable[..., SqlRegistry], tmp_path: Path
+) -> None:
+    registry = opened(SQLITE, make=True)
+    log = tmp_path / "station" / "registry.db-wal"
+    with registry.held_open():
+        add(registry)
+        begun = log.stat().st_ino
+        assert names(registry) == ["sensor-1"]
+        add(registry, "sensor-2")
+        assert log.stat().st_ino == begun
+    assert not log.exists()
+    assert names(registry) == ["sensor-1", "sensor-2"]
+    (tmp_path / "station" / "registry.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(RegistryError, match="not a database"), registry.held_open():
+        pass
+
+
 def test_a_restarted_server_ends_a_transaction_and_not_the_next(
     tmp_path: Path, opened: Callable[..., SqlRegistry]
 ) -> None:
