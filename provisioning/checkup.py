@@ -24,6 +24,7 @@ from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
 from birthmark.provisioning import keyfile
 from birthmark.provisioning.audit import Head
+from birthmark.provisioning.audit_check import end_is_sound
 from birthmark.provisioning.audit_checkpoint import LAST_CHECKPOINT_AT
 from birthmark.provisioning.backup import LAST_BACKUP_AT
 from birthmark.provisioning.cas import Ca, CaKind, read_cas
@@ -150,6 +151,8 @@ class AuditFacts:
     expected: Head
     lacks: bool = False
     """Whether entries were missing at its end, which the registry has given it again."""
+    is_sound: bool = True
+    """Whether its last entries continue each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +234,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         cas=tuple(cas),
         files=tuple(_files(station)),
         user=os.geteuid(),
-        audit=AuditFacts(_last_entry(log), expected, lacks),
+        audit=AuditFacts(_last_entry(log), expected, lacks, not log.exists() or end_is_sound(log)),
         free_bytes=shutil.disk_usage(station.folder).free,
         gateways=tuple(looks),
         last_heard={name: standing.heard_at for name, standing in standings.items()},

@@ -244,6 +244,8 @@ def _check_audit(facts: Facts) -> Iterator[Remark]:
     elif found != expected:
         text = f"the audit log ends with an entry {found.seq} that is not the registry's {expected.seq}"
         yield Remark("audit", Level.BROKEN, text, hint)
+    elif not facts.audit.is_sound:
+        yield Remark("audit", Level.BROKEN, "the audit log's last entries do not continue each other", hint)
     elif facts.audit.lacks:
         text = "the audit log lacked entries at its end, and has been given them again"
         hint = "a command was killed or is at work; otherwise somebody cut it: birthmark audit show --last 5"

@@ -12,7 +12,7 @@ from support.station import NOON
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning.audit import Head, append_missing, chained, described, digest, read, written
-from birthmark.provisioning.audit_check import check, verify
+from birthmark.provisioning.audit_check import check, end_is_sound, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -374,3 +374,18 @@ def test_what_others_write_meanwhile_is_no_problem(log: Path) -> None:
     assert check(Growing(log, more=3)).problems == ()
     rewrite(log, lambda lines: lines[1:])
     assert check(Growing(log, more=0)).problems[0].kind == "cut"
+
+
+def test_the_end_of_a_long_log_is_looked_at_alone(log: Path) -> None:
+    lines, _ = chain(3000)
+    whole = "".join(f"{line}\n" for line in lines)
+    log.write_text(whole)
+    assert end_is_sound(log)
+    log.write_text(whole + lines[0][:40])  # somebody is writing
+    assert end_is_sound(log)
+    log.write_text(f"x{whole}")
+    assert end_is_sound(log)
+    log.write_text("".join(f"{line}\n" for line in lines[:-3] + lines[-2:]))
+    assert not end_is_sound(log)
+    log.write_text("".join(f"{line}\n" for line in lines[1:400]))  # a short one is looked at whole
+    assert not end_is_sound(log)

@@ -67,6 +67,21 @@ def test_a_new_station_has_its_root_key_and_that_is_all(living: Station) -> None
     assert content(living.folder) == before
 
 
+def test_an_audit_log_that_was_cut_or_edited_near_its_end_is_found(station: Station) -> None:
+    sign_and_store_crl(station)
+    log, broken = (
+        station.registry.audit_path,
+        (Level.BROKEN, "the audit log's last entries do not continue each other"),
+    )
+    whole = log.read_bytes()
+    log.write_bytes(whole.replace(b'"subject":"root-ca"', b'"subject":"rooted-ca"', 1))
+    assert said(station)["audit"] == broken
+    log.write_bytes(whole)
+    assert "audit" not in said(station)
+    log.unlink()
+    assert said(station)["audit"] == broken  # the registry puts the last entries back alone
+
+
 def test_what_went_wrong_at_a_station_is_found(station: Station, clock: Clock, tmp_path: Path) -> None:
     enrolled_row(station, "sensor-1")
     keyed_row(station, "sensor-2")

@@ -216,6 +216,7 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("renewals", Level.NOTE, "1 renewal not confirmed", among(row(), replace(LATE, renews=0x5A))),
     ("audit", Level.BROKEN, "no entry", replace(GOOD, audit=AuditFacts(None, Head(7, "aa")))),
     ("audit", Level.BROKEN, "ends with an entry 6", replace(GOOD, audit=AuditFacts(Head(6, "aa"), Head(7, "aa")))),
+    ("audit", Level.BROKEN, "not continue", replace(GOOD, audit=replace(GOOD.audit, lacks=True, is_sound=False))),
     ("audit", Level.NOTE, "lacked entries at its end", replace(GOOD, audit=replace(GOOD.audit, lacks=True))),
     ("audit", Level.BROKEN, "ends with an entry 7", replace(GOOD, audit=AuditFacts(Head(7, "bb"), Head(7, "aa")))),
     ("checkpoint", Level.SOON, "was ever carried away", replace(GOOD, last_checkpoint_at=None)),
