@@ -204,9 +204,9 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNHEARD
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
+        what = f"use {error.filename}" if error.filename else "go on"
         hint = _REMEDIES.get(error.errno or 0, "see what the system says about it, then try again")
-        return console.fail(SystemFailureError(f"could not use{where}: {error.strerror or error}", hint))
+        return console.fail(SystemFailureError(f"could not {what}: {error.strerror or error}", hint))
 
 
 def main_of(cli_module: str, extra: str, *, by_command: bool = False) -> int:

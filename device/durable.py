@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".part"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_durably(path: Path, content: bytes, *, mode: int = 0o600) -> None:
@@ -77,7 +78,9 @@ def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
             os.fchmod(descriptor, mode)  # the umask does not decide the mode of a key
             yield file
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and (error.filename == str(temporary) or error.errno in _FULL):
+            error.filename, error.filename2 = str(path), None  # the file that is meant; a full disk names none
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

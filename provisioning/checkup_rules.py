@@ -131,7 +131,11 @@ def _crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:
 
 
 def _root_crl(ca: CaFacts, now: datetime) -> Iterator[Remark]:
-    hint = "with the root's key at hand: birthmark crl --root"
+    hint = (
+        "birthmark crl --root"
+        if ca.has_key
+        else "with the root's key at hand: birthmark crl --root --root-key FILE"
+    )
     if ca.crl is None:
         yield Remark("crls", Level.SOON, f"the CRL of {ca.name} is missing or damaged", hint, (ca.name,))
     elif ca.crl.next_update - now < ROOT_CRL_MARGIN:

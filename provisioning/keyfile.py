@@ -109,8 +109,10 @@ def _overwrite(old: int) -> None:
         os.close(writable)
 
 
-def read_key(path: Path, passphrase: bytes, *, whose: str) -> EllipticCurvePrivateKey:
-    """Read and decrypt a CA's key; `whose` names the CA in errors ("the issuing CA").
+def read_key(
+    path: Path, passphrase: bytes, *, whose: str, if_missing: str = "bring it back, or restore it from a backup"
+) -> EllipticCurvePrivateKey:
+    """Read and decrypt a CA's key; `whose` names the CA in errors ("the issuing CA"), `if_missing` is a hint.
 
     Raises:
         AuthorityError: the file is missing, unreadable, open to others or no such key, or the passphrase is
@@ -121,9 +123,9 @@ def read_key(path: Path, passphrase: bytes, *, whose: str) -> EllipticCurvePriva
         mode = path.stat().st_mode
         content = path.read_bytes()
     except FileNotFoundError as error:
-        raise AuthorityError(
-            f"{what}: it is not there", hint="if it was moved to a safe place, bring it back for this"
-        ) from error
+        raise AuthorityError(f"{what}: it is not there", hint=if_missing) from error
+    except IsADirectoryError as error:
+        raise AuthorityError(f"{what}: it is a folder", hint="name the file that is in it") from error
     except OSError as error:
         raise AuthorityError(f"{what}: {error.strerror}", hint="run this as the station's user") from error
     if mode & _OTHERS:

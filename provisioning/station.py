@@ -264,7 +264,9 @@ class Station:
         cas = self.cas
         root = root or cas.get(cas.for_clients.root)
         path = key_path or self.key_path(root)
-        issuer = profile.Issuer(root.certificate, keyfile.read_key(path, passphrase, whose="the root CA"))
+        if_missing = "is its medium mounted? A root's key that was moved away is named by --root-key FILE"
+        key = keyfile.read_key(path, passphrase, whose="the root CA", if_missing=if_missing)
+        issuer = profile.Issuer(root.certificate, key)
         self.note_unlock(root, path)
         return issuer
 

@@ -1,6 +1,7 @@
 """Durable files: whole or not at all, private, and no leftovers."""
 
 import os
+import resource
 import stat
 from pathlib import Path
 
@@ -25,9 +26,27 @@ def test_replaces_whole_and_sets_the_mode(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     path = tmp_path / "record"
     path.mkdir()  # a folder in the way: the rename fails after the temporary file was written
-    with pytest.raises(OSError, match="record"):
+    with pytest.raises(IsADirectoryError) as caught:
         durable.write_durably(path, b"new")
+    assert (caught.value.filename, caught.value.filename2) == (str(path), None)
     assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_an_error_names_the_file_that_is_meant(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        durable.write_durably(tmp_path / "none" / "record", b"new")
+    assert missing.value.filename == str(tmp_path / "none" / "record")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1 << 20, limit[1])
+    )  # as a full disk: a write fails, and names no file
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            durable.write_durably(tmp_path / "record", bytes(2 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert full.value.filename == str(tmp_path / "record")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def test_a_missing_key_says_that_it_may_have_been_moved(tmp_path: Path) -> None:
     with pytest.raises(AuthorityError, match="not there") as caught:
         read_key(tmp_path / "none.pem", PASSPHRASE, whose="the root CA")
     assert "bring it back" in caught.value.hint
+    with pytest.raises(AuthorityError, match="it is a folder"):
+        read_key(tmp_path, PASSPHRASE, whose="the CA")
 
 
 @pytest.mark.parametrize("mode", [0o440, 0o404, 0o644, 0o600 | 0o020])
