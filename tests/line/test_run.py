@@ -168,7 +168,7 @@ def test_a_unit_that_is_under_way_keeps_its_id(
 
 def test_no_port_is_guessed(birthmark: Command) -> None:
     done = birthmark("run", "--template", "unit-{n}")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "no port is ever guessed" in done.stderr
 
 

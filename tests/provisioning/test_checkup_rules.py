@@ -324,3 +324,9 @@ def test_machines_get_every_check_the_figures_and_the_verdict() -> None:
     assert told[-2]["figures"]["devices"] == 1
     assert told[-2]["figures"]["devices_ending_by_week"] == {"100": 1}
     assert told[-1] == {"verdict": "WELL", "exit_code": 0}
+
+
+@pytest.mark.parametrize(("has_key", "wanted"), [(True, False), (False, True)])
+def test_a_root_crl_is_signed_with_the_key_that_is_away(has_key: bool, wanted: bool) -> None:
+    (remark,) = [one for one in examine(root(crl=None, has_key=has_key)) if one.check == "crls" and one.hint]
+    assert ("--root-key FILE" in remark.hint) is wanted

@@ -283,7 +283,7 @@ def test_a_crl_is_read_whole_or_not(living: Station, tmp_path: Path) -> None:
 def test_it_needs_a_place_and_something_to_restore(birthmark: Command, tmp_path: Path) -> None:
     for words, cause in (((tmp_path / "x",), "no place is named"), ((), "no backup is named")):
         answer = birthmark("restore", *words)
-        assert answer.exit_code == 1
+        assert answer.exit_code == 2
         assert cause in answer.stderr
 
 
