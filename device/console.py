@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from birthmark.device.errors import BirthmarkError, SystemFailureError
 from birthmark.device.escape import escaped
+from birthmark.device.loading import loading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -218,8 +219,9 @@ def main_of(cli_module: str, extra: str, *, by_command: bool = False) -> int:
         by_command: `parser` takes the words of the command line, to load no more than that command needs.
     """
     try:
-        cli = import_module(cli_module)
-        parser = cli.parser(sys.argv[1:]) if by_command else cli.parser()
+        with loading():
+            cli = import_module(cli_module)
+            parser = cli.parser(sys.argv[1:]) if by_command else cli.parser()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("birthmark"):
             raise

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.device.loading import loading
 from birthmark.provisioning.registry.place import always
 from birthmark.provisioning.settings import SETTINGS_FILE, RegistrySetting, read_settings
 
@@ -129,9 +131,11 @@ def has_password(url: str) -> bool:
     return sql_database.has_password(url)
 
 
+@cache
 def _tiny() -> type[TinyRegistry]:
     try:
-        from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
+        with loading():
+            from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
     except ImportError as error:
         raise ConfigurationError(
             f"could not open the registry: the library {error.name} is not installed",
@@ -140,8 +144,10 @@ def _tiny() -> type[TinyRegistry]:
     return TinyRegistry
 
 
+@cache
 def _sql() -> type[SqlRegistry]:
-    from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
+    with loading():
+        from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
 
     return SqlRegistry
 
