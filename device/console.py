@@ -109,8 +109,10 @@ class Console:
         """Colour text for stdout, where colour is wanted."""
         return self._paint(text, colour, sys.stdout)
 
-    def fail(self, error: BirthmarkError) -> int:
-        """Report an expected failure on stderr and return its exit code."""
+    def fail(self, error: BirthmarkError | OSError) -> int:
+        """Report an expected failure, or what the system says, on stderr and return its exit code."""
+        if isinstance(error, OSError):
+            error = _system_failure(error)
         if self.as_json:
             record = {"error": error.message, "hint": error.hint, "exit_code": error.exit_code}
             print(json.dumps(record), file=sys.stderr, flush=True)
@@ -124,6 +126,12 @@ class Console:
         if self.as_json or not stream.isatty() or "NO_COLOR" in os.environ:
             return text
         return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def _system_failure(error: OSError) -> SystemFailureError:
+    what = f"use {error.filename}" if error.filename else "go on"
+    hint = _REMEDIES.get(error.errno or 0, "see what the system says about it, then try again")
+    return SystemFailureError(f"could not {what}: {error.strerror or error}", hint)
 
 
 def _write_line(text: str) -> None:
@@ -205,9 +213,7 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNHEARD
     except OSError as error:
-        what = f"use {error.filename}" if error.filename else "go on"
-        hint = _REMEDIES.get(error.errno or 0, "see what the system says about it, then try again")
-        return console.fail(SystemFailureError(f"could not {what}: {error.strerror or error}", hint))
+        return console.fail(error)
 
 
 def main_of(cli_module: str, extra: str, *, by_command: bool = False) -> int:

@@ -53,18 +53,22 @@ openssl s_client -connect localhost:8883 </dev/null | birthmark inspect - --json
 
 def _inspect(arguments: argparse.Namespace, console: Console) -> int:
     context = _context(arguments, console)
-    is_clean = True
+    worst = 0
     for name in arguments.files:
         try:
             objects = read_objects(_content(name))
-        except CredentialError as error:
-            raise CredentialError(f"{error.message} ({name})", error.hint) from error
+        except CredentialError as error:  # the other files are looked at all the same
+            worst = max(worst, console.fail(CredentialError(f"{error.message} ({name})", error.hint)))
+            continue
+        except OSError as error:
+            worst = max(worst, console.fail(error))
+            continue
         for number, what in enumerate(objects, start=1):
             found = inspect(number, what, utc_now())
             found = replace(found, findings=(*found.findings, *context(what)))
             _tell(console, name, found)
-            is_clean = is_clean and found.is_clean
-    return 0 if is_clean else 1
+            worst = max(worst, 0 if found.is_clean else 1)
+    return worst
 
 
 def _content(name: str) -> bytes:

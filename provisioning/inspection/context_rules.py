@@ -6,13 +6,12 @@ Pure: issuers, registry rows and CRLs are given.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from birthmark.provisioning.inspection.certificate_rules import claim_of, extension_of
+from birthmark.provisioning.inspection.certificate_rules import claim_of, extension_of, is_signed_by
 from birthmark.provisioning.inspection.model import UNREADABLE, Finding, error, shown, warning
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Issuers:
         issuer = self._issuer_of(what)
         if issuer is None:
             yield error("issuer", f"it was issued by none of {self.whose}", "it is somebody else's", _WHOSE)
-        elif not _is_signed(what, issuer):
+        elif not is_signed_by(what, issuer):
             why = "it was changed after it was signed, or signed by another key under the CA's name"
             yield error("signature", "its signature is not its issuer's", why, _WHOSE)
         else:
@@ -112,13 +111,3 @@ def _public_key(certificate: x509.Certificate) -> bytes:
         return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     except UNREADABLE:
         return b""
-
-
-def _is_signed(what: x509.Certificate | x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
-    try:
-        if isinstance(what, x509.CertificateRevocationList):
-            return what.is_signature_valid(cast(EllipticCurvePublicKey, issuer.public_key()))
-        what.verify_directly_issued_by(issuer)
-    except UNREADABLE:
-        return False
-    return True

@@ -16,6 +16,7 @@ from birthmark.device.errors import IdentityError
 from birthmark.device.identity import DeviceId
 from birthmark.provisioning.inspection.certificate_rules import check_key, check_signature_algorithm
 from birthmark.provisioning.inspection.model import Finding, Rule, error, notice, shown, warning
+from birthmark.provisioning.profile import ROOT_CRL_LIFETIME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _CLOCKS: Final = timedelta(minutes=5)
 """How far apart two clocks may be before a time in the future is worth a word."""
+_LONGEST: Final = ROOT_CRL_LIFETIME + timedelta(days=1)
+"""A root's, with some room for being backdated."""
 _MAX_NUMBER_BITS: Final = 159
 _KNOWN_EXTENSIONS: Final = {
     ExtensionOID.AUTHORITY_KEY_IDENTIFIER,
@@ -95,6 +98,9 @@ def _times(it: InspectedCrl) -> Iterator[Finding]:
     elif it.now - begins > (ends - begins) / 2:
         why = "past half of its life a new one is due"
         yield notice("next-update", f"it ends on {ends:%Y-%m-%d %H:%M} UTC", why, _SIGN_ANEW)
+    if ends is not None and ends - begins > _LONGEST:
+        why = "only a retired CA's last one is: nobody is alarmed when newer ones of another do not arrive"
+        yield notice("next-update", f"it is good until {ends:%Y-%m-%d}", why, _ASK)
     if begins > it.now + _CLOCKS:
         why = "either this clock is wrong, or the station's was: gateways refuse it until then"
         yield warning("this-update", f"it begins on {begins:%Y-%m-%d %H:%M} UTC", why, "check the clocks")

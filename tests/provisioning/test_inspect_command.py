@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from support.pki import Pki, pem_of
+from support.pki import ECDSA_SHA1_DER, Pki, pem_of
 from support.station import enrolled_row
 
 from birthmark.device.console import run
@@ -124,6 +124,36 @@ def test_a_forged_signature_under_the_cas_name_and_key_id_is_found(
     (record,) = birthmark("inspect", path, "--json").records
 
     assert [finding["rule"] for finding in record["findings"]] == ["signature"]
+
+
+def test_a_weak_signature_is_no_forgery(birthmark: Command, tmp_path: Path) -> None:
+    pki = Pki.create()
+    issuer, leaf = tmp_path / "issuer.pem", tmp_path / "leaf.der"
+    issuer.write_bytes(pki.issuing.pem)
+    for flipped, rules in ((0, ["signature-algorithm"]), (1, ["signature-algorithm", "signature"])):
+        der = pki.issuing.issue(algorithm_der=ECDSA_SHA1_DER).der
+        leaf.write_bytes(der[:-1] + bytes([der[-1] ^ flipped]))
+
+        (record,) = birthmark("inspect", "--issuer", issuer, leaf, "--json").records
+
+        assert [finding["rule"] for finding in record["findings"]] == rules
+        assert "ecdsa-with-sha1" in record["findings"][0]["what"]
+
+
+def test_a_file_that_cannot_be_read_keeps_no_other_from_being_looked_at(
+    birthmark: Command, living: Station, tmp_path: Path
+) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(b"noise")
+
+    answer = birthmark("inspect", noise, device_file(living, tmp_path), tmp_path / "none", living.root_path)
+
+    assert answer.exit_code == 5
+    assert [line.split()[2] for line in answer.stdout.splitlines() if not line.startswith(" ")] == [
+        "device",
+        "root",
+    ]
+    assert answer.stderr.count("error:") == 2
 
 
 def test_it_reads_from_stdin(

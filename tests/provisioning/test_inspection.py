@@ -159,6 +159,7 @@ WRONG: list[tuple[str, Severity, Callable[[], bytes]]] = [
     ("validity", WARNING, lambda: device(not_before=now() - 9 * DAY, not_after=now() - DAY)),
     ("validity", WARNING, lambda: device(not_before=now() + DAY)),
     ("validity", NOTICE, lambda: device(not_before=now() - 300 * DAY, not_after=now() + 20 * DAY)),
+    ("validity", WARNING, lambda: device(not_after=now() + 3700 * DAY)),
     ("basic-constraints", ERROR, lambda: device(is_ca=None)),
     ("basic-constraints", ERROR, lambda: device(key_usage=usage("key_cert_sign"))),
     (
@@ -195,6 +196,7 @@ WRONG: list[tuple[str, Severity, Callable[[], bytes]]] = [
     ("subject-alt-name", WARNING, lambda: ca_with([CA_BASIC, CA_USAGE, CA_SKI, CA_AKI, (DNS, False)])),
     ("signature", ERROR, lambda: tampered(PKI.root.der)),
     ("signature-algorithm", ERROR, lambda: crl(algorithm=hashes.SHA384())),
+    ("next-update", NOTICE, lambda: ISSUING.crl([], next_update=now() + 400 * DAY)),
     ("extensions", ERROR, lambda: ISSUING.crl([], extra=[(x509.DeltaCRLIndicator(1), True)])),
     ("extensions", ERROR, lambda: ISSUING.crl([], extra=[(UNKNOWN, True)])),
     ("authority-key-identifier", ERROR, lambda: ISSUING.crl([], authority_key_id=None)),

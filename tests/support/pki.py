@@ -113,7 +113,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(not_before or now() - dt.timedelta(days=400))
-            .not_valid_after(not_after or now() + dt.timedelta(days=3_650))
+            .not_valid_after(not_after or now() + dt.timedelta(days=3_240))
             .add_extension(
                 x509.BasicConstraints(ca=is_ca, path_length=0 if parent and is_ca else None), critical=True
             )
