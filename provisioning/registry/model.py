@@ -85,16 +85,13 @@ class KeyMode(StrEnum):
     STATION = "station"
 
 
-# A row is made anew with each change, thousands at a time: what it holds is checked once while it stays the same.
-@lru_cache(16_384)
-def _check_names(kind: Kind, name: str, role: str) -> None:
+# What thousands of rows have in common is checked once for all.
+@lru_cache(256)
+def _check_role(kind: Kind, role: str) -> None:
     if kind is Kind.BROKER:
-        BrokerName(name)
         if role:
             raise ValueError("a broker holds no role")
-        return
-    DeviceId(name)
-    if Role(role).is_reserved != (kind is Kind.SERVICE):
+    elif Role(role).is_reserved != (kind is Kind.SERVICE):
         raise ValueError(f"a {kind} may not hold the role {role}")
 
 
@@ -200,7 +197,8 @@ class Row:
     def _check_identity(self) -> None:
         if self.number < 1:
             raise ValueError(f"row number {self.number} is not positive")
-        _check_names(self.kind, self.name, self.role)
+        (BrokerName if self.kind is Kind.BROKER else DeviceId)(self.name)
+        _check_role(self.kind, self.role)
 
     def _check_sizes(self) -> None:
         _check_key_ids(self.issuer, self.anchors)

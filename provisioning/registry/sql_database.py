@@ -80,13 +80,15 @@ class Dialect:
     begin_view: tuple[str, ...]
     wait_long: tuple[str, ...]
     """What lets a transaction be idle for as long as a backup takes."""
+    mark: str
+    """What stands for a value in the driver's own words."""
     hold_open: tuple[str, ...] = ()
     """What has a connection hold open what the others share, if they do not keep it themselves."""
 
 
 _DIALECTS: Final = {
     SQLITE: Dialect(
-        ("BEGIN IMMEDIATE",), ("BEGIN IMMEDIATE",), ("BEGIN",), (), hold_open=("PRAGMA schema_version",)
+        ("BEGIN IMMEDIATE",), ("BEGIN IMMEDIATE",), ("BEGIN",), (), "?", hold_open=("PRAGMA schema_version",)
     ),
     POSTGRESQL: Dialect(
         # A lock on a table, not an advisory one: it cannot collide with another program's number, and is taken
@@ -95,6 +97,7 @@ _DIALECTS: Final = {
         ("BEGIN ISOLATION LEVEL READ COMMITTED",),
         ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",),
         ("SET LOCAL idle_in_transaction_session_timeout = 0",),
+        "%s",
     ),
 }
 

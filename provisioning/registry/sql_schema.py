@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
-from operator import attrgetter
+from itertools import compress
+from operator import attrgetter, ne
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy import BigInteger, Column, LargeBinary, MetaData, Table, Text, UniqueConstraint, text
@@ -156,6 +157,7 @@ _KIND, _STATE, _KEY_MODE, _CERT_SERIAL = (
 )
 _ROW_TIMES: Final = tuple(place for place, name in enumerate(_ROW_FIELDS) if name in _TIMES)
 _content = attrgetter(*_ROW_FIELDS)
+_stored_content = attrgetter(*ROW_COLUMNS)
 _OF_BATCH: Final = ("name", "opened_at", "closed_at")
 _OF_QUARANTINED: Final = ("hwid", "since", "name", "reason", "active_txn")
 _DAMAGED: Final = (TypeError, ValueError, AttributeError, BirthmarkError)
@@ -168,28 +170,64 @@ def microseconds(moment: datetime) -> int:
     return (moment - _EPOCH) // _MICROSECOND
 
 
-def row_values(row: Row) -> list[Any]:
-    """Return what is stored of the row, in the order of the columns of `ROWS`."""
-    values = list(_content(row))
-    values[_KIND], values[_STATE] = row.kind.value, row.state.value
-    values[_KEY_MODE] = None if row.key_mode is None else row.key_mode.value
-    values[_CERT_SERIAL] = None if row.cert_serial is None else f"{row.cert_serial:x}"
-    for place in _ROW_TIMES:
-        if values[place] is not None:
-            values[place] = microseconds(values[place])
-    values.insert(_NAME_FOLDED, row.name_folded)
-    return values
+_WRITERS: Final[dict[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(("kind", "state", "key_mode"), attrgetter("value")),
+    **dict.fromkeys(_TIMES, microseconds),
+    "cert_serial": "{:x}".format,
+}
+"""How a value is stored that the databases have no form for in common."""
+_ROW_WRITERS: Final = tuple((name, write) for name, write in _WRITERS.items() if name in _ROW_FIELDS)
+
+
+def row_values(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
+    """Return what is stored of each row, in the order of the columns of `ROWS`."""
+    by_column = zip(*map(_stored_content, rows), strict=True)
+    return list(zip(*_stored(zip(ROW_COLUMNS, by_column, strict=False)), strict=True))  # no rows have no columns
 
 
 def row_record(row: Row) -> dict[str, Any]:
     """Return the row as a record of `ROWS`."""
-    return dict(zip(ROW_COLUMNS, row_values(row), strict=True))
+    record = dict(zip(ROW_COLUMNS, _stored_content(row), strict=True))
+    for name, write in _ROW_WRITERS:
+        if record[name] is not None:
+            record[name] = write(record[name])
+    return record
 
 
-def changed_columns(old: Row, new: Row) -> tuple[str, ...]:
-    """Return in which columns two states of a row differ; its name never does."""
-    pairs = zip(_ROW_FIELDS, _content(old), _content(new), strict=True)
-    return tuple(name for name, before, after in pairs if before != after)
+def changed_values(changes: Iterable[tuple[Row, Row]]) -> dict[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Return what is to be written of rows that change, each as it is stored and as it is to be.
+
+    By the columns that change, in their order, are the values there of each row and, last, its number. A row's
+    name never changes.
+    """
+    alike: dict[tuple[bool, ...], list[Sequence[Any]]] = {}
+    for old, new in changes:
+        content = _content(new)
+        differs = tuple(map(ne, _content(old), content))
+        if any(differs):
+            alike.setdefault(differs, []).append((*compress(content, differs), new.number))
+    found = {}
+    for differs, records in alike.items():
+        names = tuple(compress(_ROW_FIELDS, differs))
+        columns = _stored(zip((*names, "number"), zip(*records, strict=True), strict=True))
+        found[names] = list(zip(*columns, strict=True))
+    return found
+
+
+def _stored(columns: Iterable[tuple[str, Sequence[Any]]]) -> list[Sequence[Any]]:
+    """Return the values of many rows in each of these fields as they are stored.
+
+    A column at a time: nearly all of it is the same value over and over, or stored as it is.
+    """
+    stored: list[Sequence[Any]] = []
+    for name, values in columns:
+        write = _WRITERS.get(name)
+        if write is None:
+            stored.append(values)
+        else:
+            written = {value: write(value) for value in {*values} - {None}}
+            stored.append([written.get(value) for value in values])
+    return stored
 
 
 def row_from(record: Sequence[Any]) -> Row:

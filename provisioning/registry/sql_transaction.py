@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, delete, func, insert, or_, select, text, update
+from sqlalchemy import bindparam, delete, func, insert, select, text, update
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning.registry.claims import CLAIMED, values_of
@@ -31,13 +30,12 @@ from birthmark.provisioning.registry.sql_schema import (
     ROW_COLUMNS,
     ROWS,
     batch_record,
-    changed_columns,
+    changed_values,
     quarantined_record,
     row_from,
-    row_record,
     row_values,
 )
-from birthmark.provisioning.registry.sql_views import SqlView, in_portions
+from birthmark.provisioning.registry.sql_views import SqlView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,29 +154,19 @@ class SqlTransaction(SqlView, RuledTransaction):
 
     def _rows_sharing(self, rows: Sequence[Row]) -> Iterable[Row]:
         found: dict[int, Row] = {}
-        for some in in_portions(rows):
-            wanted = [(field, values_of(some, field)) for field in CLAIMED]
-            tests = [
-                ROWS.c[field].in_([_stored(field, value) for value in them]) for field, them in wanted if them
-            ]
-            records = self.run(select(ROWS).where(or_(*tests))).all()
-            found.update((record[0], row_from(record)) for record in records)
+        for field in CLAIMED:
+            values = [_stored(field, value) for value in values_of(rows, field)]
+            found.update((record[0], row_from(record)) for record in self.among(field, values))
         return found.values()
 
     def _add_rows(self, rows: Sequence[Row]) -> None:
         if rows:
             self.changed = True
-            self._run_many(insert(ROWS), ROW_COLUMNS, [row_values(row) for row in rows])
+            self._run_many(insert(ROWS), ROW_COLUMNS, row_values(rows))
 
     def _change_rows(self, changes: Sequence[tuple[Row, Row]]) -> None:
         """Write what differs; rows in which the same fields do, in one statement."""
-        alike: dict[tuple[str, ...], list[list[Any]]] = {}
-        for old, new in changes:
-            names = changed_columns(old, new)
-            if names:
-                record = row_record(new)
-                alike.setdefault(names, []).append([*(record[name] for name in names), new.number])
-        for names, records in alike.items():
+        for names, records in changed_values(changes).items():
             self.changed = True
             changed = update(ROWS).where(ROWS.c.number == bindparam("which"))
             self._run_many(changed.values({name: bindparam(name) for name in names}), [*names, "which"], records)
@@ -189,13 +177,15 @@ class SqlTransaction(SqlView, RuledTransaction):
         """Run a statement for many records, each a value for each of `columns`, as they are to be stored.
 
         SQLAlchemy writes the statement, and the driver gets the values: to have every one of them looked after by
-        SQLAlchemy takes longer than SQLite takes to store them.
+        SQLAlchemy takes longer than SQLite takes to store them. `columns` are in the order of their table, as they
+        are in a statement.
         """
         compiled: Any = statement.compile(dialect=self._connection.dialect, column_keys=list(columns))
-        values: Any = [dict(zip(columns, record, strict=True)) for record in records]
-        if compiled.positional:
-            in_order = itemgetter(*(columns.index(name) for name in compiled.positiontup))
-            values = [in_order(record) for record in records]
+        values: Any = records
+        if not compiled.positional:
+            values = [dict(zip(columns, record, strict=True)) for record in records]
+        elif compiled.positiontup != list(columns):
+            raise RuntimeError("SQLAlchemy puts the columns of a statement in another order")
         self.run_text(compiled.string, values)
 
     def _counted(self, name: str) -> Callable[[], int]:
