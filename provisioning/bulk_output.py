@@ -12,10 +12,10 @@ Rules:
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
+import orjson
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP256R1,
     EllipticCurvePrivateKey,
@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from birthmark.device.agent.slots import ACTIVE, PENDING, PendingKey, Slot
-from birthmark.device.durable import private_folder, remove_leftovers, write_durably, write_many
+from birthmark.device.durable import durable_file, private_folder, remove_leftovers, write_durably, write_many
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.device.link.bundle import Bundle
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, TRANSACTION, block, read_blocks
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 ANCHORS_FILE: Final = "ca.pem"
 CERTIFICATE_SUFFIX: Final = ".crt.pem"
-_ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +149,24 @@ class _File:
         """Nothing: there are no keys."""
 
     def finish(self, rows: Sequence[Row], cas: Cas) -> None:
-        content = "".join(_line(row, cas) for row in rows).encode()
-        write_durably(self._path, content, mode=PUBLIC_FILE_MODE)
+        with durable_file(self._path, mode=PUBLIC_FILE_MODE) as file:
+            file.writelines(_line(row, cas) for row in rows)
 
 
 def _chain(row: Row, cas: Cas) -> bytes:
     return block(CERTIFICATE, row.certificate_der or b"") + cas.get(row.issuer).pem
 
 
-def _line(row: Row, cas: Cas) -> str:
+def _line(row: Row, cas: Cas) -> bytes:
     record = {
         "id": row.name,
         "role": row.role,
         "cert_serial": f"{row.cert_serial:x}",
-        "not_before": row.not_before.isoformat() if row.not_before else None,
-        "not_after": row.not_after.isoformat() if row.not_after else None,
+        "not_before": row.not_before,
+        "not_after": row.not_after,
         "certificate": _chain(row, cas).decode(),
     }
-    return _ENCODER.encode(record) + "\n"
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _read_key(path: Path) -> StationKey:

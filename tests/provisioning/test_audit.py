@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.station import NOON
 
@@ -229,6 +229,18 @@ def test_an_entry_is_shown_in_printable_ascii() -> None:
     assert shown.isascii()
     assert shown.isprintable()
     assert "empty" not in shown
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.text(st.characters())
+"""Half a character among them, which nobody writes who does not forge."""
+
+
+@given(st.dictionaries(st.text(st.characters()), VALUES))
+@example({"delete": "\x7f"})
+@example({"beyond": 1 << 64})
+def test_an_object_is_written_as_json_writes_it(content: dict[str, object]) -> None:
+    """Whichever library writes it: a log of before has the hashes of that."""
+    assert written(content) == json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 # --- any one tampering is found, named and located ---------------------------------------------------------------
