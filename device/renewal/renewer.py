@@ -409,6 +409,9 @@ class Renewer:
         self._failures = 0
         self._forced = self._current_is_refused = False
         self._connection.keep(self._current)
+        if self._using != self._current.leaf_der:
+            # The gateway fell over meanwhile, and what was asked went out by the old one, which is to be retired.
+            self._use(self._current)
         facts = self._current.facts
         self._tell("renewed", f"renewed until {facts.not_after:%Y-%m-%d}")
 

@@ -148,6 +148,24 @@ def test_a_new_one_that_is_refused_is_kept_for_as_long_as_the_station_keeps_it(
     assert max(waits) == waits[-1] == 0.08, "with growing pauses"
 
 
+def test_a_confirmation_that_comes_by_the_old_one_has_the_client_go_by_the_new_one(stand: Stand) -> None:
+    """The gateway fell over meanwhile, and the question went out again once somebody was reached."""
+    state = stand.device("overtaken")
+    stand.grant(state)
+    made, connection, candidate = renewer(state, {})
+    connection.device_id = DeviceId("overtaken")
+    made._settled(candidate, None)
+    made._step()
+    (confirmation,) = connection.asked
+    for _ in range(1 + UNREACHED):
+        made._settled(candidate, UnreachableError("nobody"))
+    assert connection.used == [Credentials.from_slot(state / "active").leaf_der]
+    (answer,) = Renewals(stand.station).answer([Asked(connection.device_id, confirmation)])
+    made._read(answer.to_bytes())
+    assert connection.told[-1].state == "renewed"
+    assert connection.used[-1] == candidate.leaf_der == Credentials.from_folder(state).leaf_der
+
+
 def test_a_new_one_that_is_refused_is_given_up_when_the_station_gives_it_up(stand: Stand) -> None:
     made, connection, candidate, state = half_way(stand, "half-void")
     made.start()
