@@ -86,26 +86,26 @@ class _Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._share = Share()
-        self._online = 0
+        self._online: set[object] = set()
         self._pending = 0
 
     def take(self) -> Share:
         """Return what happened since the last call."""
         with self._lock:
             share, self._share = self._share, Share()
-            share.online, share.pending = self._online, self._pending
+            share.online, share.pending = len(self._online), self._pending
         share.max_rss_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return share
 
-    def see(self, event: Event) -> None:
-        """Count an event of a client."""
+    def see(self, who: object, event: Event) -> None:
+        """Count an event of a client. One that renews its certificate connects anew and was never offline."""
         with self._lock:
             if isinstance(event, Connected):
-                self._online += 1
+                self._online.add(who)
                 self._share.connects.append(round(time.time(), 3))
                 self._share.resumed += event.tls_resumed
             elif isinstance(event, Disconnected):
-                self._online -= 1
+                self._online.discard(who)
                 self._share.lost += 1
             elif isinstance(event, AttemptFailed):
                 check = event.error.check or "unknown"
@@ -138,7 +138,7 @@ class _Device:
 
     def _observe(self, event: Event) -> None:
         self.was_online |= isinstance(event, Connected)
-        self._tally.see(event)
+        self._tally.see(self, event)
 
     def _obey(self, command: Command) -> dict[str, Any]:
         self._tally.add(commands=1)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,13 @@ from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.pki import Pki
 
+from birthmark.device.clock import Moment
+from birthmark.device.credentials import BrokerAddress
+from birthmark.device.errors import UnreachableError
+from birthmark.device.events import Connected, Disconnected
 from birthmark.firmware_sim.fleet import Totals, device_folders
 from birthmark.firmware_sim.fleet_command import _bars
-from birthmark.firmware_sim.fleet_worker import Share
+from birthmark.firmware_sim.fleet_worker import Share, _Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,6 +44,19 @@ def pki() -> Pki:
 def broker(tmp_path_factory: pytest.TempPathFactory, pki: Pki) -> Iterator[BrokerProcess]:
     with BrokerProcess(tmp_path_factory.mktemp("broker"), pki) as process:
         yield process
+
+
+def test_who_connects_anew_with_a_renewed_certificate_is_online_once() -> None:
+    tally, broker = _Tally(), BrokerAddress("localhost", 8883)
+    here = Connected(
+        broker, "a", "TLSv1.3", tls_resumed=False, session_present=False, moment=Moment(datetime.now(UTC))
+    )
+    for who in ("a", "b", "a"):
+        tally.see(who, here)
+    seen = tally.take()
+    assert (seen.online, len(seen.connects)) == (2, 3)
+    tally.see("a", Disconnected(UnreachableError("gone"), 9.0, 1.0))
+    assert tally.take().online == 1
 
 
 def fleet(folder: Path, pki: Pki, port: int, count: int) -> Path:
