@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _KINDS = [kind.value for kind in CaKind]
 _FEW = 3
+_EXPORTED = "`birthmark ca export issuing --out clients-ca.pem`"
 
 
 def add_to(actions: argparse._SubParsersAction[Parser]) -> None:
@@ -172,6 +173,9 @@ def _retire(arguments: argparse.Namespace, console: Console) -> int:
     names = " and ".join(f"the {ca.kind} CA {ca.short}" for ca in retired) or "what was retired before"
     first = retired[0] if retired else next(ca for ca in station.cas if not ca.is_standing)
     code = _bring(arguments, console, station, first, f"{names}: trusted no more")
+    by_hand = [one.name for one in station.settings.gateways if one.clients_ca_path is None]
+    if by_hand:
+        console.warn(f"{', '.join(by_hand)}: trusts it until {_EXPORTED} is brought there")
     if any(ca.kind is CaKind.ISSUING for ca in retired):
         console.say("The root's CRL lists it with the next `birthmark crl --root`.")
     return code
@@ -190,6 +194,9 @@ def _bring(arguments: argparse.Namespace, console: Console, station: Station, ca
     console.emit(record, "\n".join([head, *(f"  {delivery.described()}" for delivery in deliveries)]))
     for trouble in troubles:
         console.warn(trouble)
+    for delivery in deliveries:
+        if delivery.distrusted:
+            console.warn(f"{delivery.gateway}: bring {_EXPORTED} there, then run this again")
     return 0 if warn_of_pending(console, deliveries) and not troubles else 1
 
 
@@ -211,7 +218,7 @@ def _status(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def status(station: Station) -> list[dict[str, Any]]:
-    """Return for each CA that is trusted who goes by it, and who does not trust it yet."""
+    """Return for each trusted CA who goes by it (by name, if it is to go), and who does not trust it yet."""
     described = []
     with station.registry.view() as view:
         cas = read_cas(view)
@@ -236,6 +243,8 @@ def status(station: Station) -> list[dict[str, Any]]:
                     "replaced": len(census.still_valid.get(ca.key_id, ())),
                     "trusted_by": f"{gateways - len(lacking)} of {gateways} gateways",
                 }
+                if ca.phase == "old":
+                    record["used_by"] = sorted({row.name for row in census.used(ca.key_id)})
             few = lacking if len(lacking) <= _FEW else [*lacking[:_FEW], f"and {len(lacking) - _FEW} more"]
             described.append(record | {"not_by": few, "distrusting": lacking})
     return described

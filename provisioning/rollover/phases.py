@@ -194,11 +194,12 @@ def _check_unused(cas: Cas, old: Sequence[Ca], kind: CaKind, census: Census) -> 
     for ca in old:
         users = census.used(ca.key_id)
         if users:
-            counts = [f"{len(census.used(ca.key_id, one))} {one}s" for one in Kind if census.used(ca.key_id, one)]
+            counts = [_counted(len(of_kind), one) for one in Kind if (of_kind := census.used(ca.key_id, one))]
             raise refused(
                 f"retire {ca.short}",
-                f"{', '.join(counts)} still go by it: {_names(users)}",
-                "have devices renew, issue services and brokers anew with --renew, revoke what is lost",
+                f"{', '.join(counts)} still {'goes' if len(users) == 1 else 'go'} by it: {_names(users)}",
+                "have devices renew, issue services and brokers anew with --renew, revoke what is lost;"
+                " `birthmark ca rollover status --json` names them all",
             )
     lacking = census.distrusting(cas.for_clients.root) if kind is CaKind.ROOT else []
     if lacking:
@@ -224,6 +225,10 @@ def record(transaction: Transaction, action: str, ca: Ca, **details: str | int |
 def refused(what: str, cause: str, hint: str) -> RolloverRefusedError:
     """Return the error of a phase whose turn it is not."""
     return RolloverRefusedError(f"could not {what}: {cause}", hint=hint)
+
+
+def _counted(count: int, kind: Kind) -> str:
+    return f"{count} {kind}" if count == 1 else f"{count} {kind}s"
 
 
 def _names(rows: Sequence[Row]) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from cryptography import x509
 from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
@@ -23,15 +24,19 @@ from birthmark.provisioning.gateways import deliver
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.rollover.phases import activate
 from birthmark.provisioning.rollover.starting import RootKey, start_issuing
+from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from support.station import Command
+
     from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.station import Station
 
 SHORT_S = 0.3
+EXPORTED = "`birthmark ca export issuing --out clients-ca.pem`"
 
 
 def crl_of(station: Station) -> CrlSet:
@@ -335,3 +340,22 @@ def test_by_mqtt_a_ca_that_is_not_trusted_yet_hinders_nothing_until_it_issues(
         (delivery,) = deliver_all(living, by_mqtt(gateway.port))
     assert delivery.outcome is Outcome.REFUSED
     assert gateway.topics.count("gateway/localhost/crl") == 4
+
+
+def test_whose_file_of_cas_the_station_does_not_reach_is_named_before_and_after(
+    birthmark: Command, living: Station, tmp_path: Path, by_mqtt: Callable[[int], Gateway]
+) -> None:
+    known = living.cas.for_clients.certificate.subject
+
+    def answer(crl: bytes) -> list[bytes]:
+        ours = x509.load_der_x509_crl(crl).issuer == known
+        return [receipt_for(crl, gateway="localhost", outcome="current" if ours else "refused").to_bytes()]
+
+    with mqtt_gateway(tmp_path, answer) as gateway:
+        add_gateway(living.settings_path, by_mqtt(gateway.port))
+        started = birthmark("ca", "rollover", "start", "issuing")
+        assert started.exit_code == 0, started.stderr
+        assert f"localhost: bring {EXPORTED} there, then run this again" in started.stderr
+        assert birthmark("ca", "rollover", "activate", "--force").exit_code == 1
+        retired = birthmark("ca", "rollover", "retire", "issuing", "--force")
+    assert f"localhost: trusts it until {EXPORTED} is brought there" in retired.stderr

@@ -23,7 +23,7 @@ from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.key_custody import give_up_key
 from birthmark.provisioning.one_unit import journal_of
-from birthmark.provisioning.revocation import lost_row, revoke, revoke_certificate
+from birthmark.provisioning.revocation import lost_row, mark_revoked, revoke, revoke_certificate
 from birthmark.provisioning.rollover import starting
 from birthmark.provisioning.rollover.anchors import StationAnchors
 from birthmark.provisioning.rollover.census import take_census
@@ -35,6 +35,7 @@ from birthmark.provisioning.rollover.phases import (
     retire_closed,
 )
 from birthmark.provisioning.rollover.starting import RootKey
+from birthmark.provisioning.rollover_commands import status
 from birthmark.provisioning.settings_edit import add_gateway
 from birthmark.provisioning.station import Station
 
@@ -130,8 +131,9 @@ def test_starting_again_makes_nothing_twice(station: Station) -> None:
 def test_a_root_s_key_that_is_away_or_locked(station: Station, tmp_path: Path) -> None:
     away = tmp_path / "safe.pem"
     station.key_path(station.cas.roots[0]).rename(away)
-    with pytest.raises(AuthorityError, match="not there"):
+    with pytest.raises(AuthorityError, match="not there") as missing:
         start_issuing(station)
+    assert "--root-key" in missing.value.hint
     with pytest.raises(AuthorityError, match="passphrase is wrong"):
         starting.start_issuing(station, lambda: RootKey(b"wrong", away), derivation=CHEAP)
     assert len(list(station.cas)) == 2
@@ -193,8 +195,16 @@ def test_retiring_is_refused_while_somebody_goes_by_it(station: Station) -> None
     activate(station, force=True)
     with pytest.raises(RolloverRefusedError, match=r"7 devices still go by it: sensor-0.*and 2 more"):
         close_old(station, CaKind.ISSUING)
+    told = {record["phase"]: record.get("used_by") for record in status(station)}
+    assert told == {"trusted": None, "current": None, "old": [f"sensor-{number}" for number in range(7)]}
+    for number in range(6):
+        with station.registry.transaction() as transaction:
+            row = transaction.named(f"sensor-{number}")[0]
+            mark_revoked(transaction, row, x509.ReasonFlags.superseded, word="test", now=station.clock())
+    with pytest.raises(RolloverRefusedError, match="1 device still goes by it: sensor-6"):
+        close_old(station, CaKind.ISSUING)
     with station.registry.view() as view:
-        assert view.revoked() == []
+        assert len(view.revoked()) == 6
 
 
 def test_the_last_crl_lists_all_and_lasts_as_long_as_its_ca(station: Station, clock: Clock) -> None:
@@ -254,7 +264,7 @@ def test_brokers_change_to_a_new_root_last(station: Station, tmp_path: Path) -> 
     assert activate_for_brokers(station).phase == "current"
     renewed = issue_broker(station, ["gateway-1"], tmp_path / "gateway-1", renew=True)
     assert renewed.row.issuer == new.key_id
-    with pytest.raises(RolloverRefusedError, match="1 devices still go by it: sensor-1"):
+    with pytest.raises(RolloverRefusedError, match="1 device still goes by it: sensor-1"):
         close_old(station, CaKind.ROOT)
 
 

@@ -123,7 +123,7 @@ def test_nobody_drops_out_when_an_issuing_ca_and_then_a_root_are_replaced(
         assert second.root == first.root
         refused = birthmark("ca", "rollover", "retire", "issuing")
         assert refused.exit_code == 3
-        assert f"{COUNT} devices, 2 services, 1 brokers still go by it" in refused.stderr
+        assert f"{COUNT} devices, 2 services, 1 broker still go by it" in refused.stderr
         fleet.are_online()
         fleet.renew()
         renewd = issued_anew(stand, birthmark, renewd, broker=True)
