@@ -24,7 +24,6 @@ from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import AuthorityError, BirthmarkError
 from birthmark.device.pem import read_blocks
 from birthmark.provisioning.encrypted_key import EncryptedKey
-from birthmark.provisioning.passphrase import EarlyPassphrase
 from birthmark.provisioning.places import ISSUING_FILE, KEYS_FOLDER, PASSPHRASE_VARIABLE
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def derive_ahead(folder: Path, *, descriptor: int | None = None, every: bool = F
     if not keys:
         return
     forbid_core_dumps()
-    read_passphrase = EarlyPassphrase(descriptor).line if descriptor is not None else lambda: passphrase or b""
+    read_passphrase = (lambda: passphrase or b"") if descriptor is None else _early_line(descriptor)
     for key in keys:
         derivation = _under_way[key] = _Derivation(key, read_passphrase)
         derivation.start()
@@ -86,6 +85,12 @@ def derived(key: EncryptedKey, passphrase: bytes) -> bytes:
         if ahead.derived is not None and ahead.passphrase == passphrase:
             return ahead.derived
     return key.derivation.derive(passphrase, key.salt)
+
+
+def _early_line(descriptor: int) -> Callable[[], bytes]:
+    from birthmark.provisioning.passphrase import EarlyPassphrase  # noqa: PLC0415 - it takes time to import
+
+    return EarlyPassphrase(descriptor).line
 
 
 def _issuing_keys(folder: Path, *, every: bool) -> list[EncryptedKey]:
