@@ -177,7 +177,7 @@ def back_up(
         OSError: something cannot be read or written. After any of these there is no file at `path`.
     """
     path = path.absolute()
-    _check_target(path, station.folder)
+    check_target(path, station.folder)
     started_at = station.clock()
     # What the registry holds may be much: it is on its way in a file without a name, and in memory bit by bit.
     with tempfile.TemporaryFile(dir=path.parent) as content:
@@ -189,7 +189,7 @@ def back_up(
                 for part in parts:
                     _add(archive, part, manifest.created_at)
             encrypting.finish()
-            _check_target(path, station.folder)
+            check_target(path, station.folder)
     with station.registry.transaction() as transaction:
         transaction.set_counter(
             LAST_BACKUP_AT, max(transaction.counter(LAST_BACKUP_AT), int(started_at.timestamp()))
@@ -300,7 +300,8 @@ def _add(archive: tarfile.TarFile, part: _Part, at: datetime) -> None:
         archive.addfile(member)
 
 
-def _check_target(path: Path, station_folder: Path) -> None:
+def check_target(path: Path, station_folder: Path) -> None:
+    """Refuse to write a backup over a file, or into the station's own folder; `ConfigurationError`."""
     if path.exists() or path.is_symlink():
         raise ConfigurationError(
             f"could not write the backup {path}: it is there already",

@@ -9,7 +9,8 @@ from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import UsageError
 from birthmark.provisioning import audit_check
-from birthmark.provisioning.backup import back_up, read_backup
+from birthmark.provisioning.backup import back_up, check_target, read_backup
+from birthmark.provisioning.founding import refuse_occupied
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.options import (
     add_passphrase_option,
@@ -125,10 +126,12 @@ def _backup(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.verify:
         if arguments.include:
             raise UsageError("could not check a backup: --include is for writing one")
+        _check_readable(arguments.file)
         found = read_backup(arguments.file, _backup_passphrase(arguments))
         console.facts(found.record())
         return
     station = open_station(arguments)
+    check_target(arguments.file.absolute(), station.folder)  # before anybody types a passphrase twice
     passphrase = _backup_passphrase(arguments, confirm=True)
     problems = audit_check.check(station.registry).problems
     if problems:
@@ -149,12 +152,19 @@ def _backup(arguments: argparse.Namespace, console: Console) -> None:
             )
 
 
+def _check_readable(path: Path) -> None:
+    with path.open("rb"):
+        pass  # nobody types a passphrase for a file that is not there
+
+
 def _restore(arguments: argparse.Namespace, console: Console) -> int:
     forbid_core_dumps()
     if arguments.file is None:
         return _merge(arguments, console)
     if arguments.to is None:
         raise UsageError("could not restore: no place is named", hint="name a new folder: --to DIR")
+    _check_readable(arguments.file)
+    refuse_occupied(arguments.to)
     restored = restore(
         arguments.file,
         arguments.to,

@@ -14,7 +14,7 @@ from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
-from birthmark.provisioning.founding import found_station
+from birthmark.provisioning.founding import found_station, refuse_occupied
 from birthmark.provisioning.issuing import OPERATOR, Issued, issue_broker, issue_operator
 from birthmark.provisioning.options import (
     add_key_options,
@@ -103,8 +103,10 @@ def _init(arguments: argparse.Namespace, console: Console) -> None:
         registry=setting_from(arguments.registry),
         token=token_settings(place.uri) if place else TokenSettings(),
     )
+    folder = station_folder(arguments)
+    refuse_occupied(folder)  # before anybody types a passphrase twice
     station = found_station(
-        station_folder(arguments),
+        folder,
         settings,
         passphrase=passphrase_source(arguments, confirm=True).read(),
         root_passphrase=root_passphrase(arguments),

@@ -81,3 +81,27 @@ def test_options_that_say_nothing_together_are_wrong_usage(line: str, what: str,
     assert (answer.exit_code, answer.stdout) == (2, "")
     assert what in answer.stderr
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "what"),
+    [
+        ("init --station occupied", 1, "there is something already"),
+        ("backup occupied/file", 1, "it is there already"),
+        ("backup --verify none.age", 5, "No such file"),
+        ("restore none.age --to station", 5, "No such file"),
+        ("restore occupied/file --to occupied", 1, "there is something already"),
+    ],
+)
+def test_nobody_is_asked_for_a_passphrase_in_vain(
+    line: str, code: int, what: str, birthmark: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("BIRTHMARK_PASSPHRASE", "BIRTHMARK_BACKUP_PASSPHRASE"):
+        monkeypatch.delenv(variable, raising=False)  # so that asking would be the error: there is no terminal
+    Path("occupied").mkdir()
+    Path("occupied/file").write_bytes(b"")
+
+    answer = birthmark(*line.split())
+
+    assert (answer.exit_code, answer.stdout) == (code, "")
+    assert what in answer.stderr
