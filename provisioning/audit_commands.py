@@ -197,11 +197,19 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
     choice = _choice(arguments, station)
     station.registry.audit_head()  # brings the log up to date
-    entries: Any = audit_view.chosen(station.registry.audit_path, choice)
+    strange: list[int] = []
+    entries: Any = audit_view.chosen(station.registry.audit_path, choice, left_out=strange.append)
     if arguments.last is not None:
         entries = deque(entries, maxlen=arguments.last)
     for entry in entries:
         console.emit(entry, audit.described(entry))
+    _warn_of(strange, console)
+
+
+def _warn_of(strange: Sequence[int], console: Console) -> None:
+    if strange:
+        count = "1 line that is" if len(strange) == 1 else f"{len(strange)} lines that are"
+        console.warn(f"{count} no audit entry left out, the first is line {strange[0]}: `birthmark audit verify`")
 
 
 def _add_export(actions: argparse._SubParsersAction[Parser]) -> None:
@@ -227,10 +235,12 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
         # Before anything leaves; so an export of everything ends with its own entry.
         to = str(arguments.out) if arguments.out else "stdout"
         transaction.record("export", "audit-log", to=to, format=arguments.format, **choice.facts())
-    entries = audit_view.chosen(station.registry.audit_path, choice)
+    strange: list[int] = []
+    entries = audit_view.chosen(station.registry.audit_path, choice, left_out=strange.append)
     lines = audit_view.exported(entries, arguments.format)
     if arguments.out is None:
         sys.stdout.writelines(lines)
+        _warn_of(strange, console)
         return
     count = -1 if arguments.format == "csv" else 0  # the headings
     remove_leftovers(arguments.out.parent, arguments.out.name)
@@ -239,6 +249,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
             file.write(line.encode())
             count += 1
     console.emit({"file": str(arguments.out), "entries": count}, f"{arguments.out}: {count} entries")
+    _warn_of(strange, console)
 
 
 def _add_checkpoint(actions: argparse._SubParsersAction[Parser]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from birthmark.provisioning.audit import lines_of, parsed, written
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 FORMATS: Final = ("jsonl", "csv")
@@ -83,15 +83,22 @@ def moment(text: str, now: datetime) -> datetime:
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 
-def chosen(path: Path, choice: Choice) -> Iterator[dict[str, Any]]:
+def chosen(path: Path, choice: Choice, *, left_out: Callable[[int], None]) -> Iterator[dict[str, Any]]:
     """Yield the entries of a log that were chosen, in their order.
+
+    Args:
+        path: the log.
+        choice: which.
+        left_out: is told the number of each line that is no entry.
 
     Raises:
         RegistryError: the log cannot be read.
     """
-    for _, raw in lines_of(path):
+    for number, raw in lines_of(path):
         entry = parsed(raw)
-        if entry is not None and choice.takes(entry):
+        if entry is None:
+            left_out(number)
+        elif choice.takes(entry):
             yield entry
 
 

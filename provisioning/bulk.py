@@ -128,8 +128,8 @@ class _Run:
                 row, fresh = held.get(one.device_id.folded), self._new_row(one, authority, batch)
                 if row is None:
                     missing.append(fresh)
-                elif not _is_same(row, fresh):
-                    raise _refusal(source, one, DuplicateError("name", row))
+                elif difference := _difference(row, fresh):
+                    raise _refusal(source, one, DuplicateError("name", row), difference)
             try:
                 added = transaction.insert_all(missing)
             except DuplicateError as error:
@@ -214,15 +214,18 @@ class _Run:
         )
 
 
-def _is_same(row: Row, fresh: Row) -> bool:
-    """Whether a row is what an earlier run for the same device has left."""
-    return (
-        not row.is_revoked
-        and row.state in (State.KEYED, State.ISSUED, State.ATTESTED)
-        and (row.kind, row.name, row.role) == (fresh.kind, fresh.name, fresh.role)
-        and (row.key_mode, row.public_key_der) == (fresh.key_mode, fresh.public_key_der)
-        and (fresh.hwid is None or row.hwid == fresh.hwid)
-    )
+def _difference(row: Row, fresh: Row) -> str:
+    """Say why a row is not what an earlier run for the same device has left; empty if it is."""
+    differences = {
+        "and is revoked": row.is_revoked,
+        "which is under way elsewhere": row.state not in (State.KEYED, State.ISSUED, State.ATTESTED),
+        "which is no device": row.kind is not fresh.kind,
+        "which is written otherwise": row.name != fresh.name,
+        f"with the role {row.role}": row.role != fresh.role,
+        "with another key": (row.key_mode, row.public_key_der) != (fresh.key_mode, fresh.public_key_der),
+        "with another hwid": fresh.hwid is not None and row.hwid != fresh.hwid,
+    }
+    return next((text for text, differs in differences.items() if differs), "")
 
 
 def _claimant(wanted: Sequence[Wanted], missing: Sequence[Row], error: DuplicateError) -> Wanted:
@@ -232,11 +235,11 @@ def _claimant(wanted: Sequence[Wanted], missing: Sequence[Row], error: Duplicate
     return next(one for one in wanted if one.device_id.folded == name)
 
 
-def _refusal(source: Path, one: Wanted, error: DuplicateError) -> EnrollmentRefusedError:
+def _refusal(source: Path, one: Wanted, error: DuplicateError, difference: str = "") -> EnrollmentRefusedError:
     holder, what = error.holder, error.field.replace("_", " ")
     return EnrollmentRefusedError(
         f"could not use {source}, {one.where}: the {what} of {one.device_id} belongs to"
-        f" {holder.kind} {holder.name}, row {holder.number}, {holder.state}",
+        f" {holder.kind} {holder.name}, row {holder.number}, {holder.state}{difference and f', {difference}'}",
         hint=f"nothing of the file was applied; look at it with `birthmark show {holder.name}`",
     )
 

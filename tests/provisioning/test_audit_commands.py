@@ -111,3 +111,21 @@ def test_an_edit_of_the_last_line_is_named_though_it_was_put_back(birthmark: Com
     answer = birthmark("audit", "verify")
     assert answer.exit_code == 6
     assert f"line {count} (entry {count}) was edited: it stands as it was in line {count + 1}" in answer.stdout
+
+
+def test_lines_that_are_no_entry_are_not_left_out_in_silence(
+    birthmark: Command, logged: Station, tmp_path: Path
+) -> None:
+    log = logged.registry.audit_path
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(["noise\n", *lines, "\n"]))
+    out = tmp_path / "log.jsonl"
+
+    for words in (("show", "--last", "1"), ("export",), ("export", "--out", out)):
+        answer = birthmark("audit", *words)
+        assert answer.exit_code == 0
+        assert (
+            "2 lines that are no audit entry left out, the first is line 1: `birthmark audit verify`"
+            in answer.stderr
+        )
+    assert out.read_text().startswith("".join(lines))

@@ -365,11 +365,17 @@ def test_what_belongs_to_another_device_is_refused_and_nothing_applied(
     keyed_row(living, "begun")
     before = rows_of(living)
     for claim, what in (
-        ({"id": "TAKEN", "csr": request("TAKEN")}, "the name of TAKEN belongs to device taken"),
+        (
+            {"id": "TAKEN", "csr": request("TAKEN")},
+            "belongs to device taken, row 2, ATTESTED, which is written otherwise",
+        ),
         ({"id": "begun", "csr": request("begun")}, "the name of begun belongs to device begun"),
-        ({"id": "first", "csr": request("first")}, "the name of first belongs to device first"),
-        ({"id": "first", "csr": request("first", key), "role": "pump"}, "the name of first"),
-        ({"id": "first", "csr": request("first", key), "hwid": "05060708"}, "the name of first"),
+        (
+            {"id": "first", "csr": request("first")},
+            "the name of first belongs to device first, row 1, ATTESTED, with another key",
+        ),
+        ({"id": "first", "csr": request("first", key), "role": "pump"}, "ATTESTED, with the role sensor"),
+        ({"id": "first", "csr": request("first", key), "hwid": "05060708"}, "ATTESTED, with another hwid"),
         ({"id": "z", "csr": request("z", key)}, "the public key of z belongs to device first"),
         ({"id": "z", "csr": request("z"), "hwid": "01020304"}, "the hwid of z belongs to device first"),
     ):
@@ -378,9 +384,7 @@ def test_what_belongs_to_another_device_is_refused_and_nothing_applied(
         refused(birthmark("issue", "--from", "more.jsonl", "--out", "more"), "more.jsonl, line 2: ", what, code=3)
     assert rows_of(living) == before
     assert birthmark("revoke", "first", "--reason", "lost").exit_code == 0
-    refused(
-        birthmark("issue", "--from", "first.jsonl", "--out", "out"), "of first belongs to device first", code=3
-    )
+    refused(birthmark("issue", "--from", "first.jsonl", "--out", "out"), "row 1, ATTESTED, and is revoked", code=3)
 
 
 def test_a_wrong_passphrase_records_nothing(
