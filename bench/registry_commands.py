@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.registry.interface import LAST_ROW
 from birthmark.provisioning.registry.model import Kind, State
@@ -140,23 +140,9 @@ def enrolled(station: Station) -> Row:
             issuer=authority.key_id,
             bundle_sha256=bytes(32),
         )
-    der = authority.issue_device(
-        name=row.name,
-        role=row.role,
-        public_key_der=row.public_key_der or b"",
-        cert_serial=row.cert_serial or 0,
-        now=station.clock(),
-    )
-    leaf = x509.load_der_x509_certificate(der)
-    made = replace(
-        row,
-        state=State.ATTESTED,
-        certificate_der=der,
-        not_before=leaf.not_valid_before_utc,
-        not_after=leaf.not_valid_after_utc,
-    )
+    issued = with_certificate(row, authority.issue_device(row, now=station.clock()), anchors=authority.anchor_ids)
     with station.registry.transaction() as transaction:
-        return transaction.update(made)
+        return transaction.update(replace(issued, state=State.ATTESTED))
 
 
 def timed(folder: Path, words: Sequence[str]) -> tuple[float, float]:

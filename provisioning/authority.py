@@ -14,9 +14,11 @@ Rules:
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -31,8 +33,6 @@ from birthmark.provisioning.registry.model import Kind, State
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cryptography import x509
-
     from birthmark.provisioning.profile import Issuer, Revoked
     from birthmark.provisioning.registry.interface import Registry
     from birthmark.provisioning.registry.model import Row
@@ -40,6 +40,25 @@ if TYPE_CHECKING:
 
 CLOCK_STEP: Final = timedelta(seconds=2)
 """How far the clock may have gone back since the last issuance: time synchronisation steps by as much."""
+
+
+def with_certificate(row: Row, certificate_der: bytes, *, anchors: str) -> Row:
+    """Return a row in ISSUED, with its certificate and that one's dates.
+
+    Args:
+        row: in KEYED.
+        certificate_der: what was signed for it.
+        anchors: the roots that its holder is known to trust, as a row has them.
+    """
+    certificate = x509.load_der_x509_certificate(certificate_der)
+    return replace(
+        row,
+        state=State.ISSUED,
+        certificate_der=certificate_der,
+        anchors=anchors,
+        not_before=certificate.not_valid_before_utc,
+        not_after=certificate.not_valid_after_utc,
+    )
 
 
 class Authority:
@@ -80,19 +99,18 @@ class Authority:
         """Draw a serial number, to be recorded in the registry before anything is signed with it."""
         return profile.new_cert_serial(secrets.token_bytes)
 
-    def issue_device(
-        self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime
-    ) -> bytes:
-        """Sign a device's certificate and return it (DER).
+    def issue_device(self, row: Row, *, now: datetime) -> bytes:
+        """Sign the certificate of a device's row and return it (DER).
 
         Raises:
-            IdentityError: the name is outside the grammar, the role is too, or is reserved for services.
-            AuthorityError: the key is no P-256 key, the clock is wrong, or the registry has no such row in
-                KEYED; nothing was signed.
+            IdentityError: the role is reserved for services.
+            AuthorityError: the key is no P-256 key, the clock is wrong, or the registry does not hold the row
+                like this, in KEYED; nothing was signed.
+            ValueError: the row has no key to certify.
         """
-        self._check(Kind.DEVICE, name, role, public_key_der, cert_serial, now=now)
+        public_key_der, cert_serial = self._recorded(Kind.DEVICE, row, now=now)
         point = profile.public_point(public_key_der)
-        return self._device_signer(now).sign(DeviceId(name), role, point, cert_serial=cert_serial)
+        return self._device_signer(now).sign(DeviceId(row.name), row.role, point, cert_serial=cert_serial)
 
     def issue_devices(self, rows: Sequence[Row], *, now: datetime) -> list[bytes]:
         """Sign the certificates of many devices and return them (DER), in the order of their rows.
@@ -111,16 +129,14 @@ class Authority:
         lifetime = timedelta(days=self._lifetimes.device_days)
         return profile.ClientSigner(self._issuer, organization=self._organization, lifetime=lifetime, now=now)
 
-    def issue_service(
-        self, *, name: str, role: str, public_key_der: bytes, cert_serial: int, now: datetime
-    ) -> bytes:
-        """Sign a service's certificate and return it (DER); errors as in `issue_device`."""
-        self._check(Kind.SERVICE, name, role, public_key_der, cert_serial, now=now)
+    def issue_service(self, row: Row, *, now: datetime) -> bytes:
+        """Sign the certificate of a service's row and return it (DER); errors as in `issue_device`."""
+        public_key_der, cert_serial = self._recorded(Kind.SERVICE, row, now=now)
         certificate = profile.service_certificate(
             self._issuer,
             organization=self._organization,
-            service_id=DeviceId(name),
-            role=Role(role),
+            service_id=DeviceId(row.name),
+            role=Role(row.role),
             public_key=profile.parse_public_key(public_key_der),
             cert_serial=cert_serial,
             lifetime=timedelta(days=self._lifetimes.service_days),
@@ -128,12 +144,13 @@ class Authority:
         )
         return certificate.public_bytes(Encoding.DER)
 
-    def issue_broker(
-        self, *, hosts: Sequence[str], public_key_der: bytes, cert_serial: int, now: datetime
-    ) -> bytes:
-        """Sign a broker's certificate, named by its first host, and return it (DER); errors as for a device."""
-        name = str(BrokerName(hosts[0]))
-        self._check(Kind.BROKER, name, "", public_key_der, cert_serial, now=now)
+    def issue_broker(self, row: Row, hosts: Sequence[str], *, now: datetime) -> bytes:
+        """Sign the certificate of a broker's row and return it (DER); errors as in `issue_device`.
+
+        The first host is the broker's name.
+        """
+        named = replace(row, name=str(BrokerName(hosts[0])))
+        public_key_der, cert_serial = self._recorded(Kind.BROKER, named, now=now)
         certificate = profile.broker_certificate(
             self._issuer,
             organization=self._organization,
@@ -157,21 +174,23 @@ class Authority:
         """Sign a transcript (docs/serial-protocol.md section 6, docs/renewal.md); return the signature (DER)."""
         return self._issuer.private_key.sign(transcript, ECDSA(SHA256()))
 
-    def _check(
-        self, kind: Kind, name: str, role: str, public_key_der: bytes, cert_serial: int, *, now: datetime
-    ) -> None:
+    def _recorded(self, kind: Kind, row: Row, *, now: datetime) -> tuple[bytes, int]:
+        """Return the key and the serial number to certify, if what the certificate will say is on record."""
+        if row.public_key_der is None or row.cert_serial is None:
+            raise ValueError(f"row {row.number} in {row.state} has no key to certify")
         with self._registry.view() as view:
-            row = view.by_cert_serial(cert_serial)
+            recorded = view.by_cert_serial(row.cert_serial)
             last_issued_at = moment(view, LAST_ISSUED_AT)
             closed = any(ca.key_id == self.key_id and ca.closed_at is not None for ca in read_cas(view))
-        recorded = row is not None and (row.kind, row.name, row.role) == (kind, name, role)
-        if row is None or not recorded or row.public_key_der != public_key_der:
+        wanted = (kind, row.name, row.role, row.public_key_der)
+        if recorded is None or (recorded.kind, recorded.name, recorded.role, recorded.public_key_der) != wanted:
             raise AuthorityError(
-                f"could not issue a certificate for {kind} {name}: its serial number is not recorded for it",
+                f"could not issue a certificate for {kind} {row.name}: its serial number is not recorded for it",
                 hint="this is a defect of the station's software: please report it",
             )
-        self._check_row(row, closed=closed)
+        self._check_row(recorded, closed=closed)
         self._check_clock(now, last_issued_at)
+        return row.public_key_der, row.cert_serial
 
     def _check_all(self, rows: Sequence[Row], *, now: datetime) -> None:
         with self._registry.view() as view:

@@ -29,6 +29,7 @@ from birthmark.device.errors import BirthmarkError, ConfigurationError, Enrollme
 from birthmark.device.identity import BrokerName, DeviceId
 from birthmark.device.pem import CERTIFICATE, PRIVATE_KEY, block, read_blocks
 from birthmark.provisioning import profile
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.crls import sign_and_store_crl, up_to_date_crl
 from birthmark.provisioning.registry.model import KeyMode, Kind, Row, State
 from birthmark.provisioning.revocation import mark_revoked
@@ -72,15 +73,9 @@ class _Request:
     renew: bool
 
     def sign(self, authority: Authority, row: Row, now: datetime) -> bytes:
-        if row.public_key_der is None or row.cert_serial is None:
-            raise ValueError("a row in KEYED has a key and a serial number")
         if self.kind is Kind.BROKER:
-            return authority.issue_broker(
-                hosts=self.hosts, public_key_der=row.public_key_der, cert_serial=row.cert_serial, now=now
-            )
-        return authority.issue_service(
-            name=self.name, role=self.role, public_key_der=row.public_key_der, cert_serial=row.cert_serial, now=now
-        )
+            return authority.issue_broker(row, self.hosts, now=now)
+        return authority.issue_service(row, now=now)
 
 
 def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bool = False) -> Issued:
@@ -170,26 +165,17 @@ def _make(station: Station, request: _Request, key_path: Path) -> tuple[Row, int
             replaces=_replaced(transaction, request),
         )
     leaf_der = request.sign(authority, row, station.clock())
-    leaf = x509.load_der_x509_certificate(leaf_der)
+    issued = with_certificate(row, leaf_der, anchors=authority.anchor_ids)
     with station.registry.transaction() as transaction:
-        row = transaction.update(
-            replace(
-                row,
-                state=State.ISSUED,
-                certificate_der=leaf_der,
-                anchors=authority.anchor_ids,
-                not_before=leaf.not_valid_before_utc,
-                not_after=leaf.not_valid_after_utc,
-            )
-        )
+        row = transaction.update(issued)
         transaction.record(
             "issue",
             row.name,
             row=row.number,
             kind=row.kind.value,
             role=row.role,
-            cert_serial=f"{leaf.serial_number:x}",
-            not_after=leaf.not_valid_after_utc.isoformat(),
+            cert_serial=f"{row.cert_serial:x}",
+            not_after=row.not_after.isoformat() if row.not_after else None,
             hosts=" ".join(request.hosts) or None,
         )
     key_der = private_key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from birthmark.device.errors import AuthorityError, BirthmarkError, RegistryError
 from birthmark.device.renewal.messages import MAX_WAIT_S, AnchorUpdate, RenewalAnswer
 from birthmark.device.renewal.proofs import anchors_transcript, is_proven
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.enrollment.signing_request import requested_key
 from birthmark.provisioning.registry.interface import DuplicateError
@@ -233,7 +234,7 @@ class Renewals:
         signed = {}
         for number, row in keyed.items():
             try:
-                signed[number] = self._sign(row, authority)
+                signed[number] = authority.issue_device(row, now=self._station.clock())
             except AuthorityError:
                 with self._station.registry.view() as view:
                     now = view.row(number)
@@ -241,17 +242,6 @@ class Renewals:
                     raise  # the CA's trouble, or the clock's
                 # Its device asked with another key, or another service was faster: no trouble of anybody else's.
         return signed
-
-    def _sign(self, row: Row, authority: Authority) -> bytes:
-        if row.public_key_der is None or row.cert_serial is None:
-            raise ValueError(f"row {row.number} in {row.state} has no key to certify")
-        return authority.issue_device(
-            name=row.name,
-            role=row.role,
-            public_key_der=row.public_key_der,
-            cert_serial=row.cert_serial,
-            now=self._station.clock(),
-        )
 
     def _issued(self, transaction: Transaction, number: int, leaf_der: bytes) -> None:
         """Record a signed certificate; what happened to its row meanwhile decides whether it is sent."""
@@ -263,17 +253,7 @@ class Renewals:
             now, word = self._station.clock(), "the certificate in use was revoked or replaced meanwhile"
             mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=word, now=now)
             return
-        leaf = x509.load_der_x509_certificate(leaf_der)
-        transaction.update(
-            replace(
-                row,
-                state=State.ISSUED,
-                certificate_der=leaf_der,
-                anchors=renewed.anchors,
-                not_before=leaf.not_valid_before_utc,
-                not_after=leaf.not_valid_after_utc,
-            )
-        )
+        transaction.update(with_certificate(row, leaf_der, anchors=renewed.anchors))
 
     def _issue_answer(self, one: Asked, row: Row | None, cas: Cas) -> RenewalAnswer:
         nonce = one.request.nonce

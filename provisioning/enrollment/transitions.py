@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 
 from birthmark.device.errors import EnrollmentRefusedError
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.enrollment.bundles import bundle_of
 from birthmark.provisioning.enrollment.journal import Action
 from birthmark.provisioning.registry.line import Quarantined
@@ -166,27 +167,10 @@ class Transitions:
         """Sign the certificate of a row in KEYED, and move the row to ISSUED; see `journal.Journal`."""
         authority = self._authority(row.issuer)
         now = self._clock()
-        if row.public_key_der is None or row.cert_serial is None:
-            raise ValueError(f"row {row.number} in {row.state} has no key to certify")
-        certificate_der = authority.issue_device(
-            name=row.name,
-            role=row.role,
-            public_key_der=row.public_key_der,
-            cert_serial=row.cert_serial,
-            now=now,
-        )
-        certificate = x509.load_der_x509_certificate(certificate_der)
+        certificate_der = authority.issue_device(row, now=now)
+        issued = with_certificate(row, certificate_der, anchors=authority.anchor_ids)
         bundle = bundle_of(row, authority, self._broker, certificate_der, now=now)
-        issued = dataclasses.replace(
-            row,
-            state=State.ISSUED,
-            certificate_der=certificate_der,
-            bundle=bundle,
-            bundle_sha256=hashlib.sha256(bundle).digest(),
-            anchors=authority.anchor_ids,
-            not_before=certificate.not_valid_before_utc,
-            not_after=certificate.not_valid_after_utc,
-        )
+        issued = dataclasses.replace(issued, bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())
         return self._change(row, "issue", issued)
 
     def advance(self, row: Row, state: State) -> Row:

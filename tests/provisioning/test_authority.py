@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.station import PASSPHRASE, Clock, enrolled_row, issue, keyed_row, public_key_der
 
 from birthmark.device.errors import AuthorityError
-from birthmark.provisioning.registry.model import State
+from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.station import Station
 
 
@@ -32,19 +32,32 @@ def test_a_device_gets_what_the_registry_says(station: Station) -> None:
 
 @pytest.mark.parametrize("change", ["serial", "key", "name", "role", "kind"])
 def test_nothing_is_signed_that_is_not_recorded(station: Station, change: str) -> None:
-    row = keyed_row(station, "sensor-1")
-    assert row.public_key_der is not None
-    assert row.cert_serial is not None
-    serial = station.authority.new_cert_serial() if change == "serial" else row.cert_serial
+    changes: dict[str, dict[str, Any]] = {
+        "serial": {"cert_serial": station.authority.new_cert_serial()},
+        "key": {"public_key_der": public_key_der()},
+        "name": {"name": "sensor-2"},
+        "role": {"role": "camera"},
+    }
+    row = replace(keyed_row(station, "sensor-1"), **changes.get(change, {}))
     issuing = station.authority.issue_service if change == "kind" else station.authority.issue_device
     with pytest.raises(AuthorityError, match="not recorded"):
-        issuing(
-            name="sensor-2" if change == "name" else row.name,
-            role="camera" if change == "role" else row.role,
-            public_key_der=public_key_der() if change == "key" else row.public_key_der,
-            cert_serial=serial,
-            now=station.clock(),
+        issuing(row, now=station.clock())
+
+
+def test_a_broker_is_certified_under_the_name_on_record(station: Station) -> None:
+    authority = station.authority
+    with station.registry.transaction() as transaction:
+        row = transaction.insert(
+            kind=Kind.BROKER,
+            name="gateway-1",
+            state=State.KEYED,
+            public_key_der=public_key_der(),
+            cert_serial=authority.new_cert_serial(),
+            issuer=authority.key_id,
         )
+    with pytest.raises(AuthorityError, match="broker gateway-2: its serial number is not recorded"):
+        authority.issue_broker(row, ["gateway-2", "gateway-1"], now=station.clock())
+    assert authority.issue_broker(row, ["gateway-1", "gateway-2"], now=station.clock())
 
 
 @pytest.mark.parametrize("state", [State.ISSUED, State.ATTESTED, State.VOID])

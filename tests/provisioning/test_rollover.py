@@ -162,16 +162,8 @@ def test_a_row_that_was_keyed_before_is_signed_by_the_ca_of_then(station: Statio
     activate(station, force=True)
     old = station.cas.get(row.issuer).certificate
     x509.load_der_x509_certificate(issue(station, row)).verify_directly_issued_by(old)
-    assert row.public_key_der is not None
-    assert row.cert_serial is not None
     with pytest.raises(AuthorityError, match="is not the issuing CA's"):
-        station.authority.issue_device(
-            name=row.name,
-            role=row.role,
-            public_key_der=row.public_key_der,
-            cert_serial=row.cert_serial,
-            now=station.clock(),
-        )
+        station.authority.issue_device(row, now=station.clock())
 
 
 def test_a_lock_opens_to_the_ca_that_its_device_was_flashed_under(station: Station) -> None:

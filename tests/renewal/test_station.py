@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from datetime import datetime, time, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
@@ -270,15 +270,15 @@ def test_two_keys_of_one_device_in_a_group_spoil_nothing_for_the_others(
 def test_what_another_service_has_signed_meanwhile_is_given_and_no_trouble(
     station: Station, device: PaperDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, sign, faster = PaperDevice.made(station, "sensor-18"), Renewals._sign, list[bytes]()
+    other, sign, faster = PaperDevice.made(station, "sensor-18"), Authority.issue_device, list[bytes]()
 
-    def late(renewals: Renewals, row: Row, authority: Authority) -> bytes:
+    def late(authority: Authority, row: Row, *, now: datetime) -> bytes:
         if not faster and row.name == "sensor-17":
             faster.append(b"")
             faster[0] = answer(station, device.renew()).leaf_der
-        return sign(renewals, row, authority)
+        return sign(authority, row, now=now)
 
-    monkeypatch.setattr(Renewals, "_sign", late)
+    monkeypatch.setattr(Authority, "issue_device", late)
     mine, others = Renewals(station).answer([device.renew(), other.renew()])
     assert mine.leaf_der == faster[0] != b""
     assert others.outcome == "issued"
@@ -340,12 +340,12 @@ def test_revoked_while_it_is_being_signed_it_is_not_sent(
 ) -> None:
     sign = Authority.issue_device
 
-    def revoked_meanwhile(authority: Authority, **facts: Any) -> bytes:
-        leaf_der = sign(authority, **facts)
+    def revoked_meanwhile(authority: Authority, row: Row, *, now: datetime) -> bytes:
+        leaf_der = sign(authority, row, now=now)
         with station.registry.transaction() as transaction:
-            row = transaction.row(device.row.number)
-            assert row is not None
-            transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="keyCompromise"))
+            renewed = transaction.row(device.row.number)
+            assert renewed is not None
+            transaction.update(replace(renewed, revoked_at=station.clock(), revocation_reason="keyCompromise"))
         return leaf_der
 
     monkeypatch.setattr(Authority, "issue_device", revoked_meanwhile)

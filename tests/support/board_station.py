@@ -35,9 +35,10 @@ class CountingAuthority(Authority):
 
     signed: list[int]
 
-    def issue_device(self, **of: Any) -> bytes:
-        certificate_der = super().issue_device(**of)
-        self.signed.append(of["cert_serial"])
+    def issue_device(self, row: Row, *, now: datetime) -> bytes:
+        certificate_der = super().issue_device(row, now=now)
+        assert row.cert_serial is not None
+        self.signed.append(row.cert_serial)
         return certificate_der
 
 

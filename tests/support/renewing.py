@@ -20,6 +20,7 @@ from birthmark.device.identity import DeviceId
 from birthmark.device.link.transcript import sign
 from birthmark.device.renewal.messages import RenewalRequest
 from birthmark.device.renewal.proofs import confirm_transcript, request_transcript
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.renewal import Asked
 
@@ -81,33 +82,12 @@ class PaperDevice:
                     issuer=authority.key_id,
                 )
                 rows.append(row)
-        leaves = []
-        for row in rows:
-            assert row.cert_serial is not None
-            assert row.public_key_der is not None
-            leaves.append(
-                authority.issue_device(
-                    name=row.name,
-                    role="sensor",
-                    public_key_der=row.public_key_der,
-                    cert_serial=row.cert_serial,
-                    now=station.clock(),
-                )
-            )
+        leaves = [authority.issue_device(row, now=station.clock()) for row in rows]
         made = []
         with station.registry.transaction() as transaction:
             for key, row, leaf_der in zip(keys, rows, leaves, strict=True):
-                leaf = x509.load_der_x509_certificate(leaf_der)
-                stored = transaction.update(
-                    replace(
-                        row,
-                        state=State.ATTESTED,
-                        certificate_der=leaf_der,
-                        bundle_sha256=sha256(b"bundle"),
-                        not_before=leaf.not_valid_before_utc,
-                        not_after=leaf.not_valid_after_utc,
-                    )
-                )
+                issued = with_certificate(row, leaf_der, anchors="")
+                stored = transaction.update(replace(issued, state=State.ATTESTED, bundle_sha256=sha256(b"bundle")))
                 made.append(cls(row.name, key, leaf_der, stored))
         return made
 

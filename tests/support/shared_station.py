@@ -22,6 +22,7 @@ from cryptography import x509
 from support.station import PASSPHRASE, issue, public_key_der
 
 from birthmark.device.errors import EnrollmentRefusedError, RegistryError
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.fleet_policy import sign_policy
 from birthmark.provisioning.issuing import issue_operator
@@ -56,18 +57,10 @@ def enrol(station: Station, name: str) -> bool:
             )
         )
     der = issue(station, row)
-    leaf = x509.load_der_x509_certificate(der)
+    issued = with_certificate(row, der, anchors=authority.anchor_ids)
     with station.registry.transaction() as transaction:
-        transaction.update(
-            replace(
-                row,
-                state=State.ATTESTED,
-                certificate_der=der,
-                not_before=leaf.not_valid_before_utc,
-                not_after=leaf.not_valid_after_utc,
-            )
-        )
-    say(name=name, number=row.number, cert_serial=leaf.serial_number, certificate=hashlib.sha256(der).hexdigest())
+        transaction.update(replace(issued, state=State.ATTESTED))
+    say(name=name, number=row.number, cert_serial=row.cert_serial, certificate=hashlib.sha256(der).hexdigest())
     return True
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from birthmark.device.console import run
+from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.cli import parser
 from birthmark.provisioning.encrypted_key import KeyDerivation
 from birthmark.provisioning.founding import found_station
@@ -82,15 +82,7 @@ def keyed_row(station: Station, name: str, *, role: str = "sensor", hwid: bytes 
 
 def issue(station: Station, row: Row) -> bytes:
     """Sign the certificate of a device's row in KEYED."""
-    assert row.public_key_der is not None
-    assert row.cert_serial is not None
-    return station.authority_of(row.issuer).issue_device(
-        name=row.name,
-        role=row.role,
-        public_key_der=row.public_key_der,
-        cert_serial=row.cert_serial,
-        now=station.clock(),
-    )
+    return station.authority_of(row.issuer).issue_device(row, now=station.clock())
 
 
 def enrolled_row(
@@ -103,18 +95,9 @@ def enrolled_row(
 ) -> Row:
     """Bring a device to ISSUED or beyond, as an enrollment does."""
     row = keyed_row(station, name, role=role, hwid=hwid)
-    certificate = x509.load_der_x509_certificate(issue(station, row))
+    issued = with_certificate(row, issue(station, row), anchors=station.authority_of(row.issuer).anchor_ids)
     with station.registry.transaction() as transaction:
-        return transaction.update(
-            replace(
-                row,
-                state=state,
-                certificate_der=certificate.public_bytes(Encoding.DER),
-                anchors=station.authority_of(row.issuer).anchor_ids,
-                not_before=certificate.not_valid_before_utc,
-                not_after=certificate.not_valid_after_utc,
-            )
-        )
+        return transaction.update(replace(issued, state=state))
 
 
 @dataclass
