@@ -7,6 +7,7 @@ such a command's processor time would go into looking for garbage there, while i
 from __future__ import annotations
 
 import gc
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Import in the block. What there is at its end is not looked through from then on."""
-    was_enabled = gc.isenabled()
+    """Import in the block. If something was, what there is at its end is not looked through from then on."""
+    was_enabled, loaded = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > loaded:
+            gc.freeze()
         if was_enabled:
             gc.enable()

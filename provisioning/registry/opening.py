@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from functools import cache
 from typing import TYPE_CHECKING
 
 from birthmark.device.errors import ConfigurationError, RegistryError
@@ -74,9 +73,10 @@ def open_registry(
     Raises:
         ConfigurationError: its URL cannot be used, or what is needed for it is not installed.
     """
-    if setting.url:
-        return _sql()(folder, setting.url, clock=clock, actor=actor, log=setting.log, in_force=in_force)
-    return _tiny()(folder, clock=clock, actor=actor, in_force=in_force)
+    with loading():  # the database's driver, too
+        if setting.url:
+            return _sql()(folder, setting.url, clock=clock, actor=actor, log=setting.log, in_force=in_force)
+        return _tiny()(folder, clock=clock, actor=actor, in_force=in_force)
 
 
 @contextmanager
@@ -131,11 +131,9 @@ def has_password(url: str) -> bool:
     return sql_database.has_password(url)
 
 
-@cache
 def _tiny() -> type[TinyRegistry]:
     try:
-        with loading():
-            from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
+        from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
     except ImportError as error:
         raise ConfigurationError(
             f"could not open the registry: the library {error.name} is not installed",
@@ -144,10 +142,8 @@ def _tiny() -> type[TinyRegistry]:
     return TinyRegistry
 
 
-@cache
 def _sql() -> type[SqlRegistry]:
-    with loading():
-        from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
+    from birthmark.provisioning.registry.sql import SqlRegistry  # noqa: PLC0415 - it costs time to import
 
     return SqlRegistry
 

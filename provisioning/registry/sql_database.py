@@ -267,6 +267,7 @@ def _postgresql(url: URL) -> Engine:
             pool_pre_ping=True,
             isolation_level="AUTOCOMMIT",
             hide_parameters=True,
+            use_native_hstore=False,  # the server would be asked for a type that no table has
             connect_args=given,
         )
     except ImportError as error:
@@ -280,8 +281,7 @@ def _postgresql(url: URL) -> Engine:
 
 def _set_up(connection: Any, _record: object) -> None:
     connection.autocommit = True  # what is set within a transaction may end with it
-    for statement in _SESSION:
-        connection.execute(statement)
+    connection.execute("; ".join(_SESSION))  # at once: each alone would wait for the server's answer
 
 
 def _cause(error: SQLAlchemyError) -> str:
