@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.device_command import DeviceCommand, run
 from support.device_folder import enrolled
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials

@@ -13,7 +13,8 @@ import pytest
 from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
-from support.watching import Watching, eventually, impatient
+from support.waiting import eventually
+from support.watching import Watching, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client

@@ -17,7 +17,8 @@ from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.pki import Authority, Issued, Pki, now
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.certificate_facts import CertificateFacts

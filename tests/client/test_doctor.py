@@ -16,7 +16,7 @@ from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE,
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
 from support.pki import Pki, crl_pem, now
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.record import read_record
 

@@ -14,7 +14,7 @@ import pytest
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.repository import ROOT, tracked
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.client import Client
 from birthmark.device.commands import CommandFailedError

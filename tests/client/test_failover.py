@@ -11,7 +11,8 @@ from support.broker_stub import CONNECT, DISCONNECT, PUBLISH, BrokerStub
 from support.device_folder import enrolled
 from support.loopback_proxy import LoopbackProxy
 from support.patience import PATIENCE_S
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client

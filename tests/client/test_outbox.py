@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.broker_stub import CONNECT, PUBLISH, BrokerStub
 from support.patience import PATIENCE_S
-from support.watching import Watching, eventually, impatient
+from support.waiting import eventually
+from support.watching import Watching, impatient
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials

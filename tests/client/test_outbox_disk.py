@@ -12,7 +12,7 @@ from support.device_command import DeviceCommand
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.pki import Pki
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.errors import SystemFailureError
 from birthmark.device.outbox import outbox as module

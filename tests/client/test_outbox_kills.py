@@ -15,7 +15,8 @@ from support.broker_process import BrokerProcess
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.pki import Pki
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client

@@ -12,7 +12,8 @@ import pytest
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.device_folder import enrolled
 from support.pki import Pki, now
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device import record
 from birthmark.device.client import Client

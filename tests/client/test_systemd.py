@@ -18,7 +18,7 @@ from support.broker_stub import BrokerStub
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.repository import ROOT
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device import cli, worker
 from birthmark.device.client import Client

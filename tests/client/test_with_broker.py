@@ -17,7 +17,8 @@ from support.device_folder import enrolled
 from support.patience import PATIENCE_S
 from support.pki import SERVER, Pki, now
 from support.programs import needs
-from support.watching import Watching, eventually, impatient
+from support.waiting import eventually
+from support.watching import Watching, impatient
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from support.board_agent import AgentProcess, AgentThread
 from support.board_cable import Cable
 from support.board_killed import session
 from support.patience import PATIENCE_S
+from support.waiting import eventually
 
 from birthmark.device.console import run
 from birthmark.device.errors import PortError
@@ -33,7 +33,7 @@ from birthmark.provisioning.registry.model import KeyMode, State
 from birthmark.provisioning.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from birthmark.provisioning.station import Station
 
@@ -101,13 +101,6 @@ def commanded(station: Station, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def rows_of(station: Station, name: str) -> list[tuple[State, int | None]]:
     with station.registry.view() as view:
         return [(row.state, row.cert_serial) for row in view.named(name)]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("keys", list(KeyMode))
@@ -300,7 +293,7 @@ def test_ctrl_c_says_how_to_go_on(station: Station, cable: Cable, tmp_path: Path
         process = subprocess.Popen(
             command, env=environment(station), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        wait_until(lambda: quiet[0])
+        eventually(lambda: quiet[0])
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.patience import PATIENCE_S
+from support.waiting import eventually
 
 from birthmark.device.errors import RegistryError
 from birthmark.provisioning import audit_check
@@ -78,10 +78,7 @@ def add(registry: GroupedRegistry, name: str) -> None:
 
 
 def wait_for_waiting(registry: GroupedRegistry, count: int) -> None:
-    deadline_s = time.monotonic() + 30
-    while registry._waiting < count:
-        assert time.monotonic() < deadline_s, "they never came"
-        time.sleep(0.002)
+    eventually(lambda: registry._waiting >= count, "they never came")
 
 
 def sixteen_behind_one(registry: GroupedRegistry, beneath: Slow, pool: ThreadPoolExecutor, work: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import pytest
 from support.patience import PATIENCE_S
 from support.pki import Authority, Pki, now
 from support.renewing_client import Renewing, client, client_started
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device import topics
 from birthmark.device.agent.keys import key_from_der, key_to_der

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from support.device_command import DeviceCommand, needs_faketime, run
 from support.renewing_client import Renewing, client, client_started, device_command
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.client import Client
 from birthmark.device.clock import FLOOR_FILE

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 from support.renewal_stand import Stand
 from support.renewing_client import Renewing, client, client_started
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device import topics
 from birthmark.device.client import Client

@@ -15,7 +15,7 @@ import pytest
 from support.patience import PATIENCE_S
 from support.renewal_stand import Stand
 from support.renewing_client import Renewing, client
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.credentials import Credentials
 from birthmark.provisioning.registry.model import State
@@ -114,7 +114,10 @@ def test_a_device_that_is_killed_at_random_renews_in_the_end(
             command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         assert end.stdout == "renewed\n", end.stderr
-        eventually(lambda name=name: not any(row.is_open_renewal for row in stand.rows(name)), "an open renewal")
+        eventually(
+            lambda name=name: not any(row.is_open_renewal for row in stand.rows(name)),  # type: ignore[misc]
+            "an open renewal",
+        )
     proven(f"{devices} devices killed three times each: at any moment an identity that stands, renewed in the end")
 
 

@@ -15,7 +15,8 @@ from support.renewal_stand import Stand
 from support.renewing import PaperDevice
 from support.renewing_client import Renewing, client, client_started
 from support.station import PASSPHRASE, Command, enrolled_row, new_station
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device import topics
 from birthmark.device.client import Client

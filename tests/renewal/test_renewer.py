@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.backoff import Backoff
 from birthmark.device.clock import Clock

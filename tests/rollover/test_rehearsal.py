@@ -11,7 +11,7 @@ import pytest
 from support.renewal_stand import Stand
 from support.renewing_client import Renewing, client
 from support.station import CHEAP, PASSPHRASE, Command
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import Credentials
@@ -48,7 +48,7 @@ class Fleet:
     def are_online(self) -> None:
         """Every device is connected, and the gateway takes what it says."""
         for one in self.clients:
-            eventually(lambda one=one: one.is_connected, "a device is not online")
+            eventually(lambda one=one: one.is_connected, "a device is not online")  # type: ignore[misc]
             one.publish(one.telemetry("t"), b"1", wait=20)
 
     def renew(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from support.mqtt_client import RawClient, client_context, connect
 from support.patience import PATIENCE_S
+from support.waiting import until
 
 from birthmark.broker.config import BrokerSettings, Limits, OnDenied
 from birthmark.broker.event_loop import run_loop
@@ -124,13 +125,8 @@ class RunningGateway(World):
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until something is true in the broker's thread."""
 
-        async def poll() -> None:
-            async with asyncio.timeout(PATIENCE_S):
-                while not condition():  # noqa: ASYNC110 - the condition belongs to no event
-                    await asyncio.sleep(0.01)
-
         try:
-            asyncio.run_coroutine_threadsafe(poll(), self.loop).result(2 * PATIENCE_S)
+            asyncio.run_coroutine_threadsafe(until(condition), self.loop).result(2 * PATIENCE_S)
         except TimeoutError:
             raise AssertionError(f"not in time: {what}") from None
 

@@ -18,7 +18,7 @@ from support.patience import PATIENCE_S
 from support.renewing import PaperDevice
 from support.repository import ROOT
 from support.station import PASSPHRASE, new_station
-from support.watching import eventually
+from support.waiting import eventually
 
 from birthmark.device import topics
 from birthmark.device.agent.keys import key_to_der

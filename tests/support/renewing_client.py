@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from support.patience import PATIENCE_S
-from support.watching import Watching, eventually
+from support.waiting import eventually
+from support.watching import Watching
 
 from birthmark.device.backoff import Backoff, RetryTimer
 from birthmark.device.client import Client

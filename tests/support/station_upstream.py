@@ -28,7 +28,7 @@ from birthmark.provisioning.settings import read_settings
 from birthmark.provisioning.settings_edit import add_gateway, add_upstream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from birthmark.provisioning.station import Station
@@ -258,11 +258,3 @@ def fleet(folder: Path, station: Station) -> Iterator[Fleet]:
         yield made
     finally:
         upstream.stop()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until something is so that no event tells of."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to be"
-        time.sleep(0.01)

@@ -41,15 +41,6 @@ class Watching:
                 self._changed.wait(left_s)
 
 
-def eventually(condition: object, what: str) -> None:
-    """Wait until `condition()` is true."""
-    assert callable(condition)
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
-
-
 def impatient() -> RetryTimer:
     """Return a timer by which a client tries again at once."""
     at_once = Backoff(0.01, 0.01)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.station import PASSPHRASE, Command, new_station
+from support.waiting import eventually
 
 from bench.fleet_stand import FleetStand, fleet_stand
 from birthmark.provisioning.crl_store import current_crl
@@ -51,9 +51,10 @@ def rows(birthmark: Command) -> dict[str, dict[str, Any]]:
 
 def wait_for(birthmark: Command, state: str, names: list[str]) -> None:
     """Wait until the table says so: a link comes and goes by itself."""
-    deadline = time.monotonic() + 60
-    while {name for name, row in rows(birthmark).items() if row["state"] == state} != set(names):
-        assert time.monotonic() < deadline, rows(birthmark)
+    eventually(
+        lambda: {name for name, row in rows(birthmark).items() if row["state"] == state} == set(names),
+        f"{names} are never {state}",
+    )
 
 
 @pytest.mark.proof

@@ -10,7 +10,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,6 +20,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient
 from support.mqtt_gateway import World
 from support.mqtt_stock import StockProcess, stock_process
 from support.patience import PATIENCE_S
+from support.waiting import eventually
 
 from birthmark.broker.filters import contains
 
@@ -84,10 +84,7 @@ def leave(client: RawClient, client_id: str, connected: Connected) -> None:
     """Say goodbye, and wait until the broker knows."""
     client.send(mqtt.DISCONNECT)
     client.read_end()
-    deadline = time.monotonic() + 10
-    while client_id in connected():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: client_id not in connected())
 
 
 def online(gateway: RunningGateway) -> list[str]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from support.patience import PATIENCE_S
+from support.waiting import until
 
 from birthmark.broker import journal as journal_module
 from birthmark.broker.config import Durability
@@ -93,12 +94,6 @@ def session() -> Session:
 
 def outgoing() -> Outgoing:
     return Outgoing(Message("t", topic_field("t"), b"x", 1), 1)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - the condition belongs to no event
-            await asyncio.sleep(0.005)
 
 
 def run(

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from support.patience import PATIENCE_S
 from support.pki import Authority, Pki, crl_pem, now
+from support.waiting import until
 
 from birthmark.broker.config import BrokerSettings, read_settings
 from birthmark.broker.counters import Counters
@@ -130,12 +130,6 @@ async def running(settings: BrokerSettings, *peers: Peer) -> AsyncIterator[tuple
         yield gateway, recorder
     finally:
         await gateway.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - a file, not an event
-            await asyncio.sleep(0.005)
 
 
 def receipt_in(settings: BrokerSettings) -> Receipt | None:

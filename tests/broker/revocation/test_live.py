@@ -8,7 +8,6 @@ import os
 import secrets
 import signal
 import ssl
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,12 @@ from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
 from support.patience import PATIENCE_S
 from support.pki import Authority, Issued, Pki, crl_pem, now
+from support.waiting import eventually
 
 from birthmark.device.messages import GatewayStatus, Receipt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -182,11 +182,14 @@ def test_killed_while_it_installs_a_large_crl(tmp_path: Path) -> None:
             before = kept()
             replace(tmp_path / "crl.pem", pki().issuing.crl([*filler, number], number=number))
             if number == 3:  # as soon as the copy is there
-                wait_until(lambda before=before: kept() != before)  # type: ignore[misc]
+                eventually(lambda before=before: kept() != before, every_s=0.001)  # type: ignore[misc]
             elif number == 4:  # as soon as the receipt is there
-                wait_until(lambda number=number: number_said() == number)  # type: ignore[misc]
+                eventually(lambda number=number: number_said() == number, every_s=0.001)  # type: ignore[misc]
             elif number == 5:  # as soon as it begins to write
-                wait_until(lambda before=before: kept() != before or any(kept_path.parent.glob("*.part")))  # type: ignore[misc]
+                eventually(
+                    lambda before=before: kept() != before or any(kept_path.parent.glob("*.part")),  # type: ignore[misc]
+                    every_s=0.001,
+                )
             os.kill(broker.process.pid, signal.SIGKILL)
             broker.process.wait(PATIENCE_S)
         said = number_said()
@@ -202,13 +205,6 @@ def test_killed_while_it_installs_a_large_crl(tmp_path: Path) -> None:
     assert in_force >= 4
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_a_rollover_of_the_issuing_ca(tmp_path: Path) -> None:
     second = Authority.create("Second Issuing CA", parent=pki().root)
     with running(tmp_path) as broker:
@@ -220,7 +216,7 @@ def test_a_rollover_of_the_issuing_ca(tmp_path: Path) -> None:
         assert not is_let_in(broker.port, new_context, "new")
         replace(tmp_path / "crl.pem", crl_pem(pki().issuing.crl(number=2)) + crl_pem(second.crl(number=1)))
         replace(tmp_path / "clients-ca.pem", pki().issuing.pem + second.pem)
-        wait_until(lambda: is_let_in(broker.port, new_context, "new"))
+        eventually(lambda: is_let_in(broker.port, new_context, "new"))
         old.ping()
         replace(tmp_path / "clients-ca.pem", second.pem)
         assert old.read_end() == []
