@@ -271,16 +271,15 @@ def _plan(station: Station, transaction: Transaction, cas: list[Ca]) -> list[_Pl
     plans = []
     for ca in cas:
         number, this_update = _next(transaction, ca, now)
-        revoked = tuple(_revocation_of(row) for row in lists[ca.key_id])
+        revoked = tuple(
+            profile.Revoked(row.cert_serial, row.revoked_at, _REASONS[row.revocation_reason])
+            for row in lists[ca.key_id]
+        )
         transaction.record("crl", "issuing-ca", number=number, entries=len(revoked), issuer=ca.key_id)
         # The last CRL of a CA says all that will ever be said of it.
         next_update = ca.certificate.not_valid_after_utc if ca.closed_at else now + profile.CRL_LIFETIME
         plans.append(_Plan(ca.key_id, number, this_update, next_update, revoked))
     return plans
-
-
-def _revocation_of(row: RevokedCertificate) -> profile.Revoked:
-    return profile.Revoked(row.cert_serial, row.revoked_at, _REASONS[row.revocation_reason])
 
 
 def _next(transaction: Transaction, ca: Ca, now: datetime) -> tuple[int, datetime]:

@@ -27,7 +27,7 @@ _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
 _NUMBERS: Final = frozenset({"replaces", "replaced_by", "renews"})
 _NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
 _content = attrgetter(*_NAMES)
-_REVOKED: Final = tuple(field.name for field in fields(RevokedCertificate) if field.name != "number")
+_REVOKED: Final = tuple(name for name in RevokedCertificate._fields if name != "number")
 _QUARANTINED: Final = tuple(field.name for field in fields(Quarantined))
 _T = TypeVar("_T")
 
@@ -72,7 +72,7 @@ def revoked_from(number: int, document: dict[str, Any]) -> RevokedCertificate:
 
     def read() -> RevokedCertificate:
         unset: dict[str, Any] = {"issuer": "", "not_after": None}
-        return RevokedCertificate(number, **unset | _values(document, _REVOKED))
+        return RevokedCertificate(number, **unset | _values(document, _REVOKED)).checked()
 
     return _read(f"row {number}", read)
 

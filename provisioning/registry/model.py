@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from birthmark.device.identity import BrokerName, DeviceId, Role
 
@@ -245,13 +245,8 @@ _SETTERS: Final = tuple(getattr(Row, name).__set__ for name in _FIELDS)
 _content = attrgetter(*_FIELDS)
 
 
-@dataclass(frozen=True, slots=True)
-class RevokedCertificate:
-    """What a CRL needs to know of a row whose certificate is revoked; a fleet has many of these.
-
-    Raises:
-        ValueError: a field has the wrong size, or is no reason.
-    """
+class RevokedCertificate(NamedTuple):
+    """What a CRL needs to know of a row whose certificate is revoked; a fleet has many of these."""
 
     number: int
     """The row's."""
@@ -261,11 +256,13 @@ class RevokedCertificate:
     revoked_at: datetime
     revocation_reason: str
 
-    def __post_init__(self) -> None:
+    def checked(self) -> Self:
+        """Return this, as it was read; raises `ValueError` if a field has the wrong size, or is no reason."""
         if not 0 < self.cert_serial < CERT_SERIAL_MAX:
             raise ValueError("the certificate's serial number is out of range")
         if self.revocation_reason not in REASON_NAMES:
             raise ValueError(f"{self.revocation_reason!r:.30} is no reason of RFC 5280")
+        return self
 
 
 _ONCE_SET: Final = (

@@ -263,9 +263,8 @@ def revoked_from(records: Iterable[Sequence[Any]]) -> list[RevokedCertificate]:
     try:
         for number, cert_serial, issuer, not_after, revoked_at, reason in records:
             ends = None if not_after is None else moment_from(not_after)
-            found.append(
-                RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
-            )
+            read = RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
+            found.append(read.checked())
     except _DAMAGED as error:
         raise _damaged(f"row {number}", error) from error
     return found
