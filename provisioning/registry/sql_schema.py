@@ -130,17 +130,18 @@ OF_REVOKED: Final = ("number", "cert_serial", "issuer", "not_after", "revoked_at
 # command would wait for that.
 INDEXES: Final = (
     f"CREATE UNIQUE INDEX birthmark_live_name ON birthmark_rows (name_folded) WHERE {_IS_LIVE}",
-    f"CREATE UNIQUE INDEX birthmark_live_hwid ON birthmark_rows (hwid) WHERE {_IS_LIVE}",
+    f"CREATE UNIQUE INDEX birthmark_live_hwid ON birthmark_rows (hwid) WHERE hwid IS NOT NULL AND {_IS_LIVE}",
     "CREATE UNIQUE INDEX birthmark_public_key ON birthmark_rows (public_key_der)",
     "CREATE UNIQUE INDEX birthmark_cert_serial ON birthmark_rows (cert_serial)",
     "CREATE INDEX birthmark_name ON birthmark_rows (name_folded, number)",
-    "CREATE INDEX birthmark_hwid ON birthmark_rows (hwid)",
+    "CREATE INDEX birthmark_hwid ON birthmark_rows (hwid) WHERE hwid IS NOT NULL",
     "CREATE INDEX birthmark_unfinished ON birthmark_rows (number) WHERE state NOT IN ('ATTESTED', 'VOID')",
     f"CREATE INDEX birthmark_revoked ON birthmark_rows ({', '.join(OF_REVOKED)}) WHERE revoked_at IS NOT NULL",
     "CREATE INDEX birthmark_batch ON birthmark_rows (batch, number) WHERE batch <> ''",
-    "CREATE INDEX birthmark_not_after ON birthmark_rows (not_after)",
+    "CREATE INDEX birthmark_not_after ON birthmark_rows (not_after) WHERE not_after IS NOT NULL",
 )
-"""Made with the tables, and gone with them."""
+"""Made with the tables, and gone with them. Of what is often unset there is only what is set: nobody looks for the
+rest, which would be written with each row."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
