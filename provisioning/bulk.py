@@ -80,7 +80,7 @@ def issue_all(
     """
     authority = station.authority  # unlocked before anybody has to wait
     output = output_at(out)
-    with station.issue_lock():
+    with station.issue_lock(), station.registry.held_open():
         run = _Run(station, output, _station_keys(station, source, wanted, output), broker)
         rows = run.record(source, wanted, authority)
         finished = run.deliver([row for row in rows if row.state is not State.KEYED])
@@ -200,8 +200,9 @@ class _Run:
 
     def _issued(self, row: Row, authority: Authority, certificate_der: bytes, first: x509.Certificate) -> Row:
         is_ours = row.name_folded in self._keys
-        now = self._station.clock()
-        bundle = bundle_of(row, authority, self._broker, certificate_der, now=now) if is_ours else None
+        bundle = None
+        if is_ours:
+            bundle = bundle_of(row, authority, self._broker, certificate_der, now=self._station.clock())
         return replace(
             row,
             state=State.ISSUED if is_ours else State.ATTESTED,
