@@ -44,6 +44,7 @@ def read_blocks(text: bytes) -> list[tuple[str, bytes]]:
     """
     blocks: list[tuple[str, bytes]] = []
     label: bytes | None = None
+    end = b""
     content: list[bytes] = []
     for line in text.splitlines():
         stripped = line.strip()
@@ -51,8 +52,9 @@ def read_blocks(text: bytes) -> list[tuple[str, bytes]]:
             begin = _BEGIN.fullmatch(stripped)
             if begin is not None:
                 label = _label(begin[1])
+                end = b"-----END %b-----" % label
                 content = []
-        elif stripped == b"-----END %b-----" % label:
+        elif stripped == end:
             blocks.append((label.decode("ascii"), _decoded(b"".join(content))))
             label = None
         else:

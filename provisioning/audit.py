@@ -93,7 +93,7 @@ def append_missing(path: Path, lines: Sequence[str]) -> int:
         tail = os.pread(descriptor, size - start, start)
         *whole, torn = tail.split(b"\n")
         present = set(whole)
-        missing = [line.encode() for line in lines if line.encode() not in present]
+        missing = [line for line in map(str.encode, lines) if line not in present]
         count = len(missing)
         if torn and any(line.startswith(torn) for line in missing):
             size -= len(torn)

@@ -148,7 +148,7 @@ def _jsonl_records(path: Path, file: IO[str], columns: Columns) -> Iterator[Reco
             if name not in columns.known:
                 hint = f"there are: {', '.join(columns.known)}"
                 raise line_error(path, where, f"there is no field {quoted(name, 40)}", hint)
-            if not isinstance(value, str | None):
+            if value is not None and not isinstance(value, str):
                 raise line_error(path, where, f"its {name} is no text")
         yield _record(path, where, {name: value or "" for name, value in fields.items()}, columns)
 
