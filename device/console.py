@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from importlib import import_module
+from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
 
 from birthmark.device.errors import BirthmarkError, SystemFailureError
@@ -26,8 +27,10 @@ from birthmark.device.escape import escaped
 from birthmark.device.loading import loading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+PAGE_ROWS = 1000
+"""Of a table: so many are held to find how wide its columns are."""
 INTERRUPTED = 130
 UNHEARD = 141
 """The reader of our output went away: 128 and SIGPIPE, as a shell has it. The command did not get to its end."""
@@ -75,29 +78,27 @@ class Console:
             return
         print(f"{self._paint('warning:', 'yellow', sys.stderr)} {text}", file=sys.stderr, flush=True)
 
-    def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
-        """Print rows under headings; with `--json` one whole record a line; `empty` where there is no row."""
-        self.long_table(lambda: rows, columns, empty=empty)
+    def table(self, rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, empty: str) -> None:
+        """Print rows under headings; with `--json` one whole record a line; `empty` where there is no row.
 
-    def long_table(
-        self, rows: Callable[[], Iterable[Mapping[str, Any]]], columns: Sequence[str], *, empty: str
-    ) -> None:
-        """Do as `table` with rows that are gone through twice, instead of being held: first for their widths."""
+        Rows are gone through once, and a page of them is held: where a later page has a wider cell, its column is
+        wider from there on.
+        """
         if self.as_json:
-            for row in rows():
+            for row in rows:
                 self.emit(row, "")
             return
         headings = [column.replace("_", " ").upper() for column in columns]
-        widths, is_empty = [len(heading) for heading in headings], True
-        for row in rows():
-            widths = [max(width, len(_cell(row.get(each)))) for width, each in zip(widths, columns, strict=True)]
-            is_empty = False
-        if is_empty:
+        widths, page_count = [len(heading) for heading in headings], 0
+        for page_count, page in enumerate(_pages(rows), 1):
+            lines = [[_cell(row.get(column)) for column in columns] for row in page]
+            for line in lines:
+                widths = [max(width, len(cell)) for width, cell in zip(widths, line, strict=True)]
+            if page_count == 1:
+                self.say(self.paint(_line(headings, widths), "bold"))
+            self.say("\n".join(_line(line, widths) for line in lines))
+        if not page_count:
             self.say(empty)
-            return
-        self.say(self.paint(_line(headings, widths), "bold"))
-        for row in rows():
-            self.say(_line([_cell(row.get(column)) for column in columns], widths))
 
     def facts(self, record: Mapping[str, Any]) -> None:
         """Print one record as `name  value` lines, or as one JSON object."""
@@ -148,7 +149,14 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value) or "-"
     # Names are checked where they come in; should one get past that, it is still no escape sequence here.
-    return "".join(c if c.isprintable() else escaped(c) for c in str(value))
+    text = str(value)
+    return text if text.isprintable() else "".join(c if c.isprintable() else escaped(c) for c in text)
+
+
+def _pages(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    following = iter(rows)
+    while page := list(islice(following, PAGE_ROWS)):
+        yield page
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

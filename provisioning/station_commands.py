@@ -224,9 +224,7 @@ def _list(arguments: argparse.Namespace, console: Console) -> None:
     columns = ["name", "kind", "role", "state", "revoked", "not_after", "hwid"]
     with station.registry.view() as view:
         filters = picked(view, arguments, station.clock())
-        console.long_table(
-            lambda: map(_summary, view.stream(**filters)), columns, empty="nothing is enrolled that fits"
-        )
+        console.table(map(_summary, view.stream(**filters)), columns, empty="nothing is enrolled that fits")
 
 
 def _summary(row: Row) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_a_table_for_people_and_for_machines(capsys: pytest.CaptureFixture[str])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
     console.Console().table([], ["id"], empty="none yet")
     assert capsys.readouterr().out == "none yet\n"
+
+
+def test_a_long_table_is_gone_through_once_a_page_at_a_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PAGE_ROWS", 2)
+    printed: list[str] = []
+
+    def rows() -> Iterator[dict[str, str]]:
+        for name in ("a", "bb", "c", "long", "d"):
+            yield {"id": name, "state": "LIVE"}
+            printed.append(capsys.readouterr().out)
+
+    console.Console().table(rows(), ["id", "state"], empty="none")
+    assert printed == ["", "ID  STATE\na   LIVE\nbb  LIVE\n", "", "c     LIVE\nlong  LIVE\n", ""]
+    assert capsys.readouterr().out == "d     LIVE\n", "no narrower than before"
 
 
 def test_untrusted_text_is_escaped() -> None:
