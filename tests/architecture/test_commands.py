@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -83,6 +84,17 @@ def test_commands_and_actions_stand_under_a_heading_of_their_own(cli: argparse.A
 def test_every_argument_of_a_command_is_explained(name: str) -> None:
     for action in COMMANDS[name]._actions:
         assert action.help, f"{name}: {action.option_strings or action.dest} has no help"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_option_is_documented(name: str) -> None:
+    """At its command, at another one that has it, or in what a part's commands have in common."""
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    part = next(part for part in page.split("\n## ") if f"\n### `{name}`\n" in part)
+    for action in COMMANDS[name]._actions:
+        options = [option for option in action.option_strings if option.startswith("--")]
+        if options and action.dest not in ("help", "json"):
+            assert any(re.search(rf"{option}(?![a-z-])", part) for option in options), f"{name} {options}"
 
 
 def test_no_command_documented_is_missing() -> None:
