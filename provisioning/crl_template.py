@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 
 from birthmark.provisioning.der import INTEGER, SEQUENCE, integer_octets, time, tlv
+from birthmark.provisioning.registry.model import REVOKED_AT_HAND
 from birthmark.provisioning.signed_der import ECDSA_WITH_SHA256, extension
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def crl_to_be_signed(
         entries: serial number, time of the revocation (aware) and reason of each certificate.
     """
     key_id = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
-    listed = b"".join([_entry(*entry) for entry in entries])
+    listed = b"".join([entry(*each) for each in entries])
     extensions = extension(x509.AuthorityKeyIdentifier(key_id, None, None), critical=False) + extension(
         x509.CRLNumber(number), critical=False
     )
@@ -60,7 +61,12 @@ def crl_to_be_signed(
     )
 
 
-def _entry(cert_serial: int, revoked_at: datetime, reason: x509.ReasonFlags) -> bytes:
+@lru_cache(REVOKED_AT_HAND)
+def entry(cert_serial: int, revoked_at: datetime, reason: x509.ReasonFlags) -> bytes:
+    """Return a certificate's entry of a CRL; the arguments are as in `crl_to_be_signed`.
+
+    It is kept for the next time: entries are made ahead, and the next CRL has them again.
+    """
     # Not by `tlv`: a serial number has 20 octets at most (RFC 5280 section 5.1.2.6), so every length is one octet.
     serial = integer_octets(cert_serial)
     at = revoked_at if revoked_at.tzinfo is UTC else revoked_at.astimezone(UTC)

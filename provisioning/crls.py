@@ -39,6 +39,8 @@ from birthmark.provisioning.crl_store import (
     whole,
     write_crl_file,
 )
+from birthmark.provisioning.crl_template import entry
+from birthmark.provisioning.key_derivation import is_under_way
 from birthmark.provisioning.registry.interface import moment
 from birthmark.provisioning.station import ROOT_CRL_FILE
 
@@ -100,6 +102,7 @@ def sign_and_store_crl(station: Station) -> CrlSet:
         AuthorityError: a CA cannot be unlocked.
     """
     with station.crl_lock():
+        read_ahead(station)
         return _sign(station, station.cas.signing)
 
 
@@ -237,6 +240,17 @@ def crl_this_update_counter(key_id: str) -> str:
     return f"crl_this_update {key_id}"
 
 
+def read_ahead(station: Station) -> None:
+    """Read what is revoked, and make the CRL's entries of it, while a key is being derived.
+
+    What is signed is read in the transaction that takes the CRL's number; most of it is at hand then.
+    """
+    if is_under_way():
+        with station.registry.view() as view:
+            for row in view.revocations():
+                entry(*_revocation_of(row))
+
+
 def unlock_all(station: Station, key_ids: Iterable[str]) -> None:
     """Unlock those of the trusted issuing CAs; raises `AuthorityError` if one cannot be, or its token is away."""
     standing = {ca.key_id for ca in station.cas.issuing}
@@ -271,15 +285,16 @@ def _plan(station: Station, transaction: Transaction, cas: list[Ca]) -> list[_Pl
     plans = []
     for ca in cas:
         number, this_update = _next(transaction, ca, now)
-        revoked = tuple(
-            profile.Revoked(row.cert_serial, row.revoked_at, _REASONS[row.revocation_reason])
-            for row in lists[ca.key_id]
-        )
+        revoked = tuple(_revocation_of(row) for row in lists[ca.key_id])
         transaction.record("crl", "issuing-ca", number=number, entries=len(revoked), issuer=ca.key_id)
         # The last CRL of a CA says all that will ever be said of it.
         next_update = ca.certificate.not_valid_after_utc if ca.closed_at else now + profile.CRL_LIFETIME
         plans.append(_Plan(ca.key_id, number, this_update, next_update, revoked))
     return plans
+
+
+def _revocation_of(row: RevokedCertificate) -> profile.Revoked:
+    return profile.Revoked(row.cert_serial, row.revoked_at, _REASONS[row.revocation_reason])
 
 
 def _next(transaction: Transaction, ca: Ca, now: datetime) -> tuple[int, datetime]:

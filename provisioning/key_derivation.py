@@ -87,6 +87,11 @@ def derived(key: EncryptedKey, passphrase: bytes) -> bytes:
     return key.derivation.derive(passphrase, key.salt)
 
 
+def is_under_way() -> bool:
+    """Whether what was begun ahead is not done yet: who is about to wait for it may do something else first."""
+    return any(ahead.is_alive() for ahead in _under_way.values())
+
+
 def _early_line(descriptor: int) -> Callable[[], bytes]:
     from birthmark.provisioning.passphrase import EarlyPassphrase  # noqa: PLC0415 - it takes time to import
 

@@ -21,7 +21,7 @@ from birthmark.device.escape import escaped
 from birthmark.provisioning import profile
 from birthmark.provisioning.cas import read_cas
 from birthmark.provisioning.crl_store import put_in_file
-from birthmark.provisioning.crls import listing, sign_stale_crls, stale_crls, unlock_all
+from birthmark.provisioning.crls import listing, read_ahead, sign_stale_crls, stale_crls, unlock_all
 from birthmark.provisioning.registry.model import CERT_SERIAL_MAX, Kind, Row, State
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         # A wrong passphrase must stop this before anything is changed; so must it if none can be listed.
         issuers = {row.issuer for row in rows}
         lost = {ca.key_id for ca in station.cas.issuing if ca.lost_at is not None}
+        read_ahead(station)
         unlock_all(station, {*(ca.key_id for ca in stale), *(issuers - lost or issuers)})
         now = station.clock()
         with station.signing() as transaction:

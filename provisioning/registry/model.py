@@ -245,6 +245,10 @@ _SETTERS: Final = tuple(getattr(Row, name).__set__ for name in _FIELDS)
 _content = attrgetter(*_FIELDS)
 
 
+REVOKED_AT_HAND: Final = 1 << 14
+"""Of so many revoked certificates, what was read and made of them is kept: a CRL has the same ones again."""
+
+
 class RevokedCertificate(NamedTuple):
     """What a CRL needs to know of a row whose certificate is revoked; a fleet has many of these."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from itertools import compress
 from operator import attrgetter, ne
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -22,7 +23,7 @@ from sqlalchemy import BigInteger, Column, LargeBinary, MetaData, Table, Text, U
 
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.registry.line import Batch, Quarantined
-from birthmark.provisioning.registry.model import KeyMode, Kind, RevokedCertificate, Row, State
+from birthmark.provisioning.registry.model import REVOKED_AT_HAND, KeyMode, Kind, RevokedCertificate, Row, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -257,18 +258,25 @@ def row_from(record: Sequence[Any]) -> Row:
     return _read(f"row {record[0]}", read)
 
 
-def revoked_from(records: Iterable[Sequence[Any]]) -> list[RevokedCertificate]:
+def revoked_from(records: Iterable[Any]) -> list[RevokedCertificate]:
     """Return what a CRL needs to know, from the columns `OF_REVOKED`; `RegistryError` if a record is damaged."""
     found: list[RevokedCertificate] = []
     number = None
     try:
-        for number, cert_serial, issuer, not_after, revoked_at, reason in records:
-            ends = None if not_after is None else moment_from(not_after)
-            read = RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
-            found.append(read.checked())
+        for record in records:
+            number = record[0]
+            found.append(_revoked(record))
     except _DAMAGED as error:
         raise _damaged(f"row {number}", error) from error
     return found
+
+
+@lru_cache(REVOKED_AT_HAND)
+def _revoked(record: tuple[Any, ...]) -> RevokedCertificate:
+    number, cert_serial, issuer, not_after, revoked_at, reason = record
+    ends = None if not_after is None else moment_from(not_after)
+    read = RevokedCertificate(number, int(cert_serial, 16), issuer, ends, moment_from(revoked_at), reason)
+    return read.checked()
 
 
 def batch_record(batch: Batch) -> dict[str, Any]:

@@ -7,22 +7,27 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
-from support.station import CHEAP, PASSPHRASE
+from support.patience import PATIENCE_S
+from support.station import CHEAP, PASSPHRASE, enrolled_row
 
 from birthmark.device.errors import AuthorityError
 from birthmark.device.pem import block
-from birthmark.provisioning import entry, key_derivation, passphrase
+from birthmark.provisioning import crl_template, entry, key_derivation, passphrase
+from birthmark.provisioning.crls import read_ahead, sign_and_store_crl
 from birthmark.provisioning.encrypted_key import LABEL, EncryptedKey, KeyDerivation
 from birthmark.provisioning.founding import found_station
 from birthmark.provisioning.keyfile import encrypted_pem, read_key, replace_key
 from birthmark.provisioning.passphrase import PassphraseSource
+from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover.phases import activate
 from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.settings import Settings
@@ -71,6 +76,33 @@ def test_what_is_derived_ahead_is_taken_and_not_derived_again(station: Station, 
     assert derivations.threads[0] is not threading.main_thread()
     read_key(key_path(station), PASSPHRASE, whose="the CA")
     assert derivations.count == 2, "it was kept beyond its one use"
+
+
+def test_what_a_crl_lists_is_made_ready_while_a_key_is_derived_and_not_without(
+    station: Station, derivations: Derivations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del derivations
+    rows = [enrolled_row(station, name) for name in ("sensor-1", "sensor-2")]
+    revoke(station, "sensor-1", x509.ReasonFlags.superseded)
+    crl_template.entry.cache_clear()
+    read_ahead(station)
+    assert crl_template.entry.cache_info().currsize == 0
+    derive, go_on = KeyDerivation.derive, threading.Event()
+
+    def waiting(derivation: KeyDerivation, passphrase: bytes, salt: bytes) -> bytes:
+        assert go_on.wait(PATIENCE_S)
+        return derive(derivation, passphrase, salt)
+
+    monkeypatch.setattr(KeyDerivation, "derive", waiting)
+    key_derivation.derive_ahead(station.folder)
+    read_ahead(station)
+    assert crl_template.entry.cache_info().currsize == 1
+    with station.registry.transaction() as transaction:  # by somebody else, meanwhile
+        transaction.update(replace(rows[1], revoked_at=station.clock(), revocation_reason="superseded"))
+    go_on.set()
+    opened = Station.open(station.folder, passphrase=PASSPHRASE, clock=station.clock)
+    assert sign_and_store_crl(opened).cert_serials == {row.cert_serial for row in rows}
+    assert crl_template.entry.cache_info().misses == 2
 
 
 def test_a_file_that_was_replaced_meanwhile_is_read_as_it_is_now(
