@@ -32,7 +32,7 @@ from birthmark.provisioning.checkup_census import STUCK_AFTER, Census, Seen
 from birthmark.provisioning.crls import crl_this_update_counter, kept_crls
 from birthmark.provisioning.fleet_policy import current_policy
 from birthmark.provisioning.gateway_look import Look, look_at
-from birthmark.provisioning.gateway_receipts import completed, look_by_path, standing_of
+from birthmark.provisioning.gateway_receipts import completed, look_by_receipts, standing_of
 from birthmark.provisioning.places import KEYS_FOLDER
 from birthmark.provisioning.registry.interface import LAST_ISSUED_AT, moment
 from birthmark.provisioning.registry.opening import has_password
@@ -223,7 +223,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
             "quarantined": tuple(view.quarantined()),
             "overdue_retirements": len(due_retirements(view, now - STUCK_AFTER)),
         }
-        looks = _looks(station, view)
+        looks = _looks(station, view, every=timeout_s is None)
         policy = current_policy(view)
         standings = {gateway.name: standing_of(view, gateway.name) for gateway in station.settings.gateways}
     looks += [completed(look, standings[look.name]) for look in found]
@@ -295,12 +295,12 @@ def _token(station: Station, ca: Ca) -> TokenLook:
     return TokenLook(label, last_try=facts.last_try, failed_before=facts.failed_before)
 
 
-def _looks(station: Station, view: View) -> list[Look]:
-    """Return what is known of the gateways that are reached by a path: what their receipts said last."""
+def _looks(station: Station, view: View, *, every: bool) -> list[Look]:
+    """Return what receipts said last of the gateways that are reached by a path, or of every one."""
     return [
-        look_by_path(gateway, standing_of(view, gateway.name))
+        look_by_receipts(gateway, standing_of(view, gateway.name))
         for gateway in station.settings.gateways
-        if gateway.crl_path is not None
+        if every or gateway.crl_path is not None
     ]
 
 

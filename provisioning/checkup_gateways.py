@@ -95,8 +95,6 @@ def check_policy(facts: Facts) -> Iterator[Remark]:
 def check_gateway_crls(facts: Facts) -> Iterator[Remark]:
     """A gateway that goes by an older CRL than the station's: what was revoked since gets in there."""
     for look in facts.gateways:
-        if look.cause:
-            continue
         held = dict(look.crl_numbers)
         for ca in facts.cas:
             if ca.is_root or ca.crl is None:
@@ -108,7 +106,8 @@ def check_gateway_crls(facts: Facts) -> Iterator[Remark]:
                 text = f"{look.name} has no CRL of {ca.name}: it does not trust that CA"
                 yield Remark("gateway-crls", Level.SOON, text, "bring it the CA's certificate", (look.name,))
             elif number < ca.crl.number:
-                text = f"{look.name} goes by CRL {number} of {ca.name}, and {ca.crl.number} is current"
+                how = "confirmed CRL {} of {} last" if look.status is None else "goes by CRL {} of {}"
+                text = f"{look.name} {how.format(number, ca.name)}, and {ca.crl.number} is current"
                 yield Remark("gateway-crls", Level.BROKEN, text, "birthmark crl brings it", (look.name,))
             else:
                 text = f"{look.name} goes by CRL {number} of {ca.name}, and {ca.crl.number} is ours"

@@ -79,7 +79,7 @@ def records(facts: Facts, remarks: Sequence[Remark]) -> Iterator[dict[str, Any]]
             "services": census.in_use[Kind.SERVICE],
             "brokers": census.in_use[Kind.BROKER],
             "devices_ending_by_week": {str(week): census.weeks[week] for week in sorted(census.weeks)},
-            "gateways_looked_at": sum(not look.cause for look in facts.gateways),
+            "gateways_looked_at": sum(facts.looked_at_gateways and not look.cause for look in facts.gateways),
         }
     }
     worst = max((remark.level for remark in remarks), default=Level.WELL)

@@ -149,8 +149,8 @@ def note_heard(station: Station, looks: Iterable[Look]) -> None:
                 _put(transaction, name, replace(known, heard_at=now, policy_version=version))
 
 
-def look_by_path(gateway: Gateway, standing: Standing) -> Look:
-    """Return what is known of a gateway that is reached by a path: what its receipts said last."""
+def look_by_receipts(gateway: Gateway, standing: Standing) -> Look:
+    """Return what is known of a gateway that is not asked: what its receipts said last."""
     numbers = tuple(sorted((key_id, one.number) for key_id, one in standing.confirmed.items()))
     cause = standing.trouble or ("" if numbers else "it never gave a receipt for a CRL")
     return Look(gateway.name, gateway.reached_by, cause, numbers)

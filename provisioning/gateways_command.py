@@ -13,7 +13,7 @@ from birthmark.provisioning.fleet_policy import current_policy
 from birthmark.provisioning.fleet_table import COLUMNS, Aims, GatewayRow
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S, look_at
 from birthmark.provisioning.gateway_policies import note_policies
-from birthmark.provisioning.gateway_receipts import completed, look_by_path, note_heard, standing_of
+from birthmark.provisioning.gateway_receipts import completed, look_by_receipts, note_heard, standing_of
 from birthmark.provisioning.options import add_station_option, add_timeout_option, open_station
 from birthmark.provisioning.settings import read_settings
 
@@ -102,6 +102,6 @@ def fleet_rows(station: Station, timeout_s: float) -> list[GatewayRow]:
     rows = []
     for gateway in settings.gateways:
         standing = standings[gateway.name]
-        look = found.get(gateway.name) or look_by_path(gateway, standing)
+        look = found.get(gateway.name) or look_by_receipts(gateway, standing)
         rows.append(GatewayRow(completed(look, standing), standing, aims))
     return rows

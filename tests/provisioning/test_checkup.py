@@ -245,6 +245,23 @@ def test_a_key_that_a_killed_rollover_left_is_found(quiet: Station) -> None:
     assert text == f"{left} is the key of no CA that the registry knows"
 
 
+def test_a_gateway_that_is_away_or_not_asked_is_known_to_be_behind(quiet: Station, tmp_path: Path) -> None:
+    operator = issue_operator(quiet, "alice", tmp_path)
+    with station_broker(tmp_path / "gateway", quiet) as broker:
+        add_gateway(
+            quiet.settings_path,
+            Gateway("localhost", host="127.0.0.1", port=broker.port, operator_path=operator.key_path),
+        )
+        deliver_crl(reopened(quiet), sign_and_store_crl(quiet), 30)
+        assert "gateway-crls" not in said(quiet)
+    enrolled_row(quiet, "sensor-1")
+    revoke(quiet, "sensor-1", LOST)
+    behind = (Level.BROKEN, "localhost confirmed CRL 2 of the issuing CA last, and 3 is current")
+    assert said(quiet)["gateway-crls"] == behind
+    away = said(quiet, timeout_s=5)
+    assert (away["gateway-crls"], away["gateways"][0]) == (behind, Level.SOON)
+
+
 def test_a_gateway_by_path_is_judged_by_its_receipt(quiet: Station, tmp_path: Path) -> None:
     with station_broker(tmp_path / "gateway", quiet) as broker:
         gateway = Gateway("localhost", crl_path=broker.folder / "crl.pem")

@@ -184,6 +184,8 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("upstreams", Level.SOON, "gw-1 has no link to far: refused\\x1b; 9 messages wait", status(upstreams=(DOWN,))),
     ("gateway-crls", Level.BROKEN, "CRL 6 of the issuing CA, and 7 is current", look(crl_numbers=(("ab12", 6),))),
     ("gateway-crls", Level.BROKEN, "CRL 9 of the issuing CA, and 7 is ours", look(crl_numbers=(("ab12", 9),))),
+    ("gateway-crls", Level.BROKEN, "confirmed CRL 6 of the issuing CA last, and 7 is current", look(
+        cause="away", crl_numbers=(("ab12", 6),), status=None, sightings=None)),
     ("gateway-crls", Level.SOON, "has no CRL of the issuing CA", look(crl_numbers=(("ee", 7),))),
     (
         "let-in", Level.BROKEN, "let sensor-1 in after its revocation",
