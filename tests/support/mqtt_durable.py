@@ -10,7 +10,6 @@ import contextlib
 import ssl
 import struct
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient
 from support.patience import PATIENCE_S
+from support.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -193,12 +193,42 @@ class DurableSubscriber(DurableClient):
         self.delivered.setdefault(message.topic, []).append(int(message.payload))
 
 
-def eventually(condition: Callable[[], bool], what: str, clients: Sequence[DurableClient]) -> None:
-    """Wait until something is true of clients, none of which may fail meanwhile."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        for client in clients:
-            if client.failures:
-                raise client.failures[0]
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.01)
+class DurableLoad:
+    """Publishers and subscribers at work, while what is between them is killed."""
+
+    publishers: Sequence[DurablePublisher]
+    subscribers: Sequence[DurableSubscriber]
+
+    @property
+    def clients(self) -> list[DurableClient]:
+        return [*self.subscribers, *self.publishers]
+
+    def everybody_subscribes(self) -> None:
+        for subscriber in self.subscribers:
+            subscriber.start()
+        self.eventually(lambda: all(s.subscribed.is_set() for s in self.subscribers), "they subscribe")
+
+    def everybody_publishes(self) -> None:
+        """Wait until of each publisher some more is acknowledged."""
+        before = [publisher.acknowledged for publisher in self.publishers]
+        self.eventually(
+            lambda: all(p.acknowledged > b for p, b in zip(self.publishers, before, strict=True)),
+            "everybody's messages are acknowledged",
+        )
+
+    def finish_publishing(self) -> None:
+        """Publish nothing new, and wait until all that was sent is acknowledged."""
+        for publisher in self.publishers:
+            publisher.is_ending = True
+        self.eventually(lambda: all(p.is_done for p in self.publishers), "all is acknowledged")
+
+    def eventually(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until something is true of the clients, none of which may fail meanwhile."""
+
+        def holds() -> bool:
+            for client in self.clients:
+                if client.failures:
+                    raise client.failures[0]
+            return condition()
+
+        eventually(holds, f"not in time: {what}")

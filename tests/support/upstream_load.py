@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Self
 from support import mqtt_client as mqtt
 from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import RawClient, client_context
-from support.mqtt_durable import DurablePublisher, DurableSubscriber, eventually
+from support.mqtt_durable import DurableLoad, DurablePublisher, DurableSubscriber
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
 from support.patience import PATIENCE_S
 from support.upstreams import ROLE, upstream_toml, write_credentials
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from support.pki import Pki
@@ -40,7 +40,7 @@ LIMITS = "\n[limits]\nmax_queued_messages = 1000000\nmax_queued_bytes = 10000000
 """A device that is away must miss nothing: how much waits for it at most is not what is tested here."""
 
 
-class Loaded:
+class Loaded(DurableLoad):
     """A gateway as a process, its link through a network that can be cut, and the clients at both ends.
 
     Args:
@@ -84,17 +84,14 @@ class Loaded:
         )
         self.up.has_room = lambda: self.up.sent < _last(self.taken_above) + MAX_AHEAD
         self.down.has_room = lambda: self.down.sent < _last(self.taken_below) + MAX_AHEAD
-        self.clients = [self.up, self.taken_below, self.down, self.taken_above]
+        self.publishers = [self.up, self.down]
+        self.subscribers = [self.taken_above, self.taken_below]
 
     def __enter__(self) -> Self:
         self.start_gateway()
-        for subscriber in (self.taken_above, self.taken_below):
-            subscriber.start()
-        self.eventually(
-            lambda: self.taken_above.subscribed.is_set() and self.taken_below.subscribed.is_set(), "they subscribe"
-        )
+        self.everybody_subscribes()
         self._wait_for_the_way_down()
-        for publisher in (self.up, self.down):
+        for publisher in self.publishers:
             publisher.start()
         return self
 
@@ -173,9 +170,7 @@ class Loaded:
             in_order_above: whether the broker above keeps the order for its own clients.
             in_order_below: whether it does for the gateway.
         """
-        for publisher in (self.up, self.down):
-            publisher.is_ending = True
-        self.eventually(lambda: self.up.is_done and self.down.is_done, "all is acknowledged")
+        self.finish_publishing()
         self.eventually(lambda: has_all(self.taken_above, self.up), "everything arrives above")
         self.eventually(lambda: has_all(self.taken_below, self.down), "everything arrives below")
         for client in self.clients:
@@ -186,9 +181,6 @@ class Loaded:
             check_order(self.taken_above.delivered[PREFIX + UP_TOPIC])
         if in_order_below:
             check_order(self.taken_below.delivered[DOWN_TOPIC])
-
-    def eventually(self, condition: Callable[[], bool], what: str) -> None:
-        eventually(condition, what, self.clients)
 
     @staticmethod
     def _count(subscriber: DurableSubscriber) -> int:

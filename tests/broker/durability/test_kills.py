@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import RawClient, client_context
-from support.mqtt_durable import DurablePublisher, DurableSubscriber, eventually
+from support.mqtt_durable import DurableLoad, DurablePublisher, DurableSubscriber
 from support.mqtt_process import BROKER_TOML, broker_process, write_files
 from support.patience import PATIENCE_S
 
@@ -33,7 +33,7 @@ KILLS = 50 if WHOLE else 4
 LIMITS = "\n[limits]\nmax_queued_messages = 1000000\nmax_queued_bytes = 1000000000\n"
 
 
-class Bench:
+class Bench(DurableLoad):
     """A broker that is killed and started again, and its clients."""
 
     def __init__(self, folder: Path, pki: Pki) -> None:
@@ -56,36 +56,22 @@ class Bench:
         return client_context(path, self.folder / "root.pem")
 
     def begin(self) -> None:
-        for subscriber in self.subscribers:
-            subscriber.start()
-        self.eventually(lambda: all(s.subscribed.is_set() for s in self.subscribers), "they subscribe")
+        self.everybody_subscribes()
         self.away.stop()
         for publisher in self.publishers:
             publisher.start()
 
-    def everybody_publishes(self) -> None:
-        before = [publisher.acknowledged for publisher in self.publishers]
-        self.eventually(
-            lambda: all(p.acknowledged > b for p, b in zip(self.publishers, before, strict=True)),
-            "everybody's messages are acknowledged",
-        )
-
     def see_through(self) -> None:
         """Publish nothing new, and wait until all that was sent has arrived."""
         self.away.start()
-        for publisher in self.publishers:
-            publisher.is_ending = True
-        self.eventually(lambda: all(p.is_done for p in self.publishers), "all is acknowledged")
+        self.finish_publishing()
         self.eventually(lambda: all(self._has_all(s) for s in self.subscribers), "everything arrives")
-        for client in (*self.subscribers, *self.publishers):
+        for client in self.clients:
             client.stop()
 
     def stop(self) -> None:
-        for client in (*self.subscribers, *self.publishers):
+        for client in self.clients:
             client.is_stopped.set()
-
-    def eventually(self, condition: Callable[[], bool], what: str) -> None:
-        eventually(condition, what, [*self.subscribers, *self.publishers])
 
     def _has_all(self, subscriber: DurableSubscriber) -> bool:
         q1, q2 = subscriber.delivered.get("q1", [0]), subscriber.delivered.get("q2", [])

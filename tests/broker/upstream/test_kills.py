@@ -18,7 +18,7 @@ import pytest
 from support import mqtt_client as mqtt
 from support.loopback_proxy import LoopbackProxy
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
-from support.mqtt_durable import WINDOW, DurablePublisher, DurableSubscriber, eventually
+from support.mqtt_durable import WINDOW, DurableLoad, DurablePublisher, DurableSubscriber
 from support.mqtt_process import BROKER_TOML, BrokerProcess, broker_process, write_files
 from support.patience import PATIENCE_S
 from support.upstreams import POLICY, publish, said, upstream_toml, write_credentials
@@ -64,7 +64,7 @@ class Side:
             self._context = None
 
 
-class Bench:
+class Bench(DurableLoad):
     """Two brokers, the link between them by way of a proxy, and a publisher and a subscriber each way."""
 
     def __init__(self, folder: Path, pki: Pki, proxy: LoopbackProxy) -> None:
@@ -94,9 +94,7 @@ class Bench:
     def begin(self) -> None:
         self.start_above()
         self.below.start()
-        for subscriber in self.subscribers:
-            subscriber.start()
-        self.eventually(lambda: all(s.subscribed.is_set() for s in self.subscribers), "they subscribe")
+        self.everybody_subscribes()
         for publisher in self.publishers:
             publisher.start()
         # What is published above before the gateway has subscribed is nobody's.
@@ -106,17 +104,8 @@ class Bench:
         self.above.start()
         self.proxy.target_port = self.above.port
 
-    def everybody_publishes(self) -> None:
-        before = [publisher.acknowledged for publisher in self.publishers]
-        self.eventually(
-            lambda: all(p.acknowledged > b for p, b in zip(self.publishers, before, strict=True)),
-            "everybody's messages are acknowledged",
-        )
-
     def see_through(self) -> None:
-        for publisher in self.publishers:
-            publisher.is_ending = True
-        self.eventually(lambda: all(p.is_done for p in self.publishers), "all is acknowledged")
+        self.finish_publishing()
         for publisher, subscriber in zip(self.publishers, self.subscribers, strict=True):
             self.eventually(
                 lambda p=publisher, s=subscriber: s.delivered[p.topic][-1] == p.sent,  # type: ignore[misc]
@@ -124,13 +113,10 @@ class Bench:
             )
 
     def stop(self) -> None:
-        for client in (*self.subscribers, *self.publishers):
+        for client in self.clients:
             client.is_stopped.set()
         self.below.end()
         self.above.end()
-
-    def eventually(self, condition: Callable[[], bool], what: str) -> None:
-        eventually(condition, what, [*self.subscribers, *self.publishers])
 
 
 def check(numbers: list[int], first: int, publisher: DurablePublisher, kills: int) -> None:
