@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 SQLITE = "sqlite:///registry.db"
+OTHER_SQLITE = "sqlite:///moved.db"
 CURRENT_CA = "CURRENT-CA"
 """Stands for what people call the CA that issues now."""
 POLICY = b"[roles.device]\n[[assignments]]\nou = 'device'\nrole = 'device'\n"
@@ -609,6 +610,13 @@ SCENARIOS: dict[str, Scenario] = {
         done_already=["that is where it is"],
         registry=SQLITE,
     ),
+    "registry migrate, to another database": Scenario(
+        ["registry", "migrate", OTHER_SQLITE],
+        prepare=with_devices,
+        finished=lambda root: is_moved(root, OTHER_SQLITE),
+        done_already=["that is where it is"],
+        registry=SQLITE,
+    ),
     "init --registry": Scenario(
         ["init", "--registry", SQLITE], founds=False, done_already=["there is something already"]
     ),
@@ -619,7 +627,11 @@ OFTEN = ("issue-operator", "revoke", "batch close", "restore")
 
 def chosen(kills: int) -> dict[str, Scenario]:
     """Return the scenarios for so many kills each."""
-    on_sqlite = [name for name, scenario in SCENARIOS.items() if scenario.founds and not scenario.registry]
+    on_sqlite = [
+        name
+        for name, scenario in SCENARIOS.items()
+        if scenario.founds and not scenario.registry and SQLITE not in scenario.words
+    ]
     names = OFTEN if kills else on_sqlite
     return SCENARIOS | {f"{name}, on SQLite": replace(SCENARIOS[name], registry=SQLITE) for name in names}
 
