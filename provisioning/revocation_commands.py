@@ -20,7 +20,7 @@ from birthmark.provisioning.options import (
     revocation_reason,
     root_passphrase,
 )
-from birthmark.provisioning.revocation import REASONS, parse_reason, revoke, revoke_certificate
+from birthmark.provisioning.revocation import REASONS, Revocation, parse_reason, revoke, revoke_certificate
 
 if TYPE_CHECKING:
     import argparse
@@ -86,9 +86,8 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
         "gateways": [delivery.record() for delivery in deliveries],
         "unlisted": [f"{row.cert_serial:x}" for row in revocation.unlisted],
     }
-    count = "1 certificate" if len(revocation.rows) == 1 else f"{len(revocation.rows)} certificates"
     again = "" if revocation.newly else " (it was before)"
-    head = f"{name} is revoked{again}: {count} on {crls.shown()}, {crls.path}"
+    head = f"{name} is revoked{again}: {_counted(revocation)} on {crls.shown()}, {crls.path}"
     _warn_of_clock(console, station)
     for row in revocation.unlisted:
         console.warn(
@@ -96,6 +95,14 @@ def _revoke(arguments: argparse.Namespace, console: Console) -> int:
             f"{row.issuer[:SHORT]} is lost; `birthmark ca rollover retire issuing` ends that"
         )
     return max(_answer(console, record, head, deliveries), 1 if revocation.unlisted else 0)
+
+
+def _counted(revocation: Revocation) -> str:
+    """Say how many certificates are on the CRLs: those of a retired CA, or that ended long ago, are not."""
+    rows, listed = revocation.rows, revocation.crls.cert_serials
+    count = sum(row.cert_serial in listed for row in rows)
+    of_all = "" if count == len(rows) else f" of {len(rows)}"
+    return f"{count}{of_all} certificate{'' if len(rows) == 1 else 's'}"
 
 
 def _add_crl(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
-from support.station import Command, enrolled_row
+from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
 from support.station_gateways import CLOSED, PathGateway, receipt_for
 
 from birthmark.provisioning import audit
+from birthmark.provisioning.rollover.phases import activate
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 
 if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
@@ -22,6 +24,16 @@ def test_revoke_without_a_gateway_says_so(birthmark: Command, living: Station) -
     assert answer.exit_code == 0
     assert answer.stdout == f"sensor-17 is revoked: 1 certificate on CRL 2, {living.crl_path}\n"
     assert answer.stderr.startswith("warning: no gateway is configured")
+
+
+def test_what_a_retired_ca_issued_is_not_said_to_be_on_the_crl(birthmark: Command, living: Station) -> None:
+    enrolled_row(living, "sensor-17")
+    start_issuing(living, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    activate(living, force=True)
+    enrolled_row(living, "sensor-18")
+    assert birthmark("ca", "rollover", "retire", "issuing", "--force").exit_code == 0
+    for name, count in (("sensor-17", "0 of 1 certificate on CRL 2"), ("sensor-18", "1 certificate on CRL 3")):
+        assert f"{count}, {living.crl_path}" in birthmark("revoke", name, "--reason", "lost").stdout
 
 
 def test_revoke_waits_for_the_gateways_word(birthmark: Command, living: Station) -> None:
