@@ -42,6 +42,7 @@ from birthmark.provisioning.crl_store import (
 from birthmark.provisioning.crl_template import entry
 from birthmark.provisioning.key_derivation import is_under_way
 from birthmark.provisioning.registry.interface import moment
+from birthmark.provisioning.registry.model import REVOKED_AT_HAND
 from birthmark.provisioning.station import ROOT_CRL_FILE
 
 if TYPE_CHECKING:
@@ -245,8 +246,10 @@ def read_ahead(station: Station) -> None:
 
     What is signed is read in the transaction that takes the CRL's number; most of it is at hand then.
     """
-    if is_under_way():
-        with station.registry.view() as view:
+    if not is_under_way():
+        return
+    with station.registry.view() as view:
+        if view.count(revoked=True) <= REVOKED_AT_HAND:
             for row in view.revocations():
                 entry(*_revocation_of(row))
 

@@ -21,7 +21,7 @@ from support.station import CHEAP, PASSPHRASE, enrolled_row
 
 from birthmark.device.errors import AuthorityError
 from birthmark.device.pem import block
-from birthmark.provisioning import crl_template, entry, key_derivation, passphrase
+from birthmark.provisioning import crl_template, crls, entry, key_derivation, passphrase
 from birthmark.provisioning.crls import read_ahead, sign_and_store_crl
 from birthmark.provisioning.encrypted_key import LABEL, EncryptedKey, KeyDerivation
 from birthmark.provisioning.founding import found_station
@@ -95,6 +95,10 @@ def test_what_a_crl_lists_is_made_ready_while_a_key_is_derived_and_not_without(
 
     monkeypatch.setattr(KeyDerivation, "derive", waiting)
     key_derivation.derive_ahead(station.folder)
+    with monkeypatch.context() as small:
+        small.setattr(crls, "REVOKED_AT_HAND", 0)
+        read_ahead(station)
+    assert crl_template.entry.cache_info().currsize == 0, "they would not be at hand any more when they are needed"
     read_ahead(station)
     assert crl_template.entry.cache_info().currsize == 1
     with station.registry.transaction() as transaction:  # by somebody else, meanwhile
