@@ -162,7 +162,7 @@ def _check_keys(facts: Facts) -> Iterator[Remark]:
         hint = "revoke both, and find out how it came to that"
         yield _about("keys", Level.BROKEN, text, hint, census.duplicate_keys)
     for trouble, rows in sorted(census.foreign.items()):
-        text = f"{counted(rows.count, 'certificate')} in the registry: {trouble}"
+        text = f"{counted(rows.count, 'row')} in the registry with a certificate that {trouble}"
         hint = "the registry was changed by hand, or is damaged: restore it from a backup"
         yield _about("keys", Level.BROKEN, text, hint, rows)
 

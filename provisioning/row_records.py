@@ -167,7 +167,18 @@ def _value_of(field: str, text: str) -> Any:
             return b64decode(text, validate=True)
         return _ENUMS[field](text)
     except ValueError:
-        raise ValueError(f"its {_NAMES.get(field, field)} is not written as it should be") from None
+        raise ValueError(f"its {_NAMES.get(field, field)} is not {_wanted(field)}") from None
+
+
+def _wanted(field: str) -> str:
+    """Say how a field is written: a spreadsheet may have written it in its own way."""
+    if field in _NUMBERS:
+        return "a whole number"
+    if field in _TIMES:
+        return "a time like 2026-11-27T08:30:00+00:00"
+    if field in _ENUMS:
+        return f"one of {', '.join(one.value for one in _ENUMS[field])}"
+    return "base64" if field in _BASE64 else "small hex digits" if field == "cert_serial" else "hex digits"
 
 
 def _whole(text: str, base: int) -> int:
