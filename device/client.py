@@ -125,6 +125,7 @@ class Client:
     Raises:
         CredentialError: key and certificate cannot be used.
         IdentityError: a suffix on a device's client id.
+        ConfigurationError: the renewal port is none, or there is no place for an outbox.
     """
 
     def __init__(
@@ -532,6 +533,8 @@ class Client:
         from birthmark.device.renewal.renewer import Renewer  # noqa: PLC0415
         from birthmark.device.renewal.store import RenewalStore  # noqa: PLC0415
 
+        if port is not None:
+            self._credentials.broker.changed(port=port)  # refused now, and not when the certificate has expired
         store = RenewalStore(self._credentials.pem_path.parent, broker=self._credentials.broker)
         connection = RenewalConnection(
             self.device_id,

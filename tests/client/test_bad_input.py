@@ -16,7 +16,7 @@ from support.watching import Watching
 
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.device.errors import LocalProtocolError
+from birthmark.device.errors import ConfigurationError, LocalProtocolError
 from birthmark.device.events import Disconnected, HandlerFailed
 from birthmark.device.publication import HEAD_BYTES
 from birthmark.device.settings import MAX_PACKET_BYTES
@@ -65,6 +65,12 @@ def test_how_many_messages_is_a_number_from_1(tmp_path: Path) -> None:
     done = run("watch", "#", "--count", "0", *where)
     assert done.returncode == 2
     assert "argument --count: '0' is no number from 1" in done.stderr
+
+
+def test_a_renewal_port_that_is_none_is_refused_before_it_is_needed(tmp_path: Path, pki: Pki) -> None:
+    state = enrolled(tmp_path / "s", pki)
+    with pytest.raises(ConfigurationError, match="70000"):
+        Client.from_folder(state, renewal_port=70_000)
 
 
 # --- the slot ---------------------------------------------------------------------------------------------
