@@ -29,6 +29,7 @@ from birthmark.provisioning.registry.model import TXN_OCTETS, KeyMode, Kind, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
     from pathlib import Path
 
     from birthmark.provisioning.authority import Authority
@@ -145,8 +146,9 @@ class _Run:
         now = self._station.clock()
         certificates = authority.issue_devices(rows, now=now)
         first = x509.load_der_x509_certificate(certificates[0])  # all of a group are valid as long
+        validity = first.not_valid_before_utc, first.not_valid_after_utc
         issued = [
-            self._issued(row, authority, certificate_der, first)
+            self._issued(row, authority, certificate_der, validity)
             for row, certificate_der in zip(rows, certificates, strict=True)
         ]
         with self._station.registry.transaction() as transaction:
@@ -198,7 +200,9 @@ class _Run:
             batch="" if batch is None else batch.name,
         )
 
-    def _issued(self, row: Row, authority: Authority, certificate_der: bytes, first: x509.Certificate) -> Row:
+    def _issued(
+        self, row: Row, authority: Authority, certificate_der: bytes, validity: tuple[datetime, datetime]
+    ) -> Row:
         is_ours = row.name_folded in self._keys
         bundle = None
         if is_ours:
@@ -210,8 +214,8 @@ class _Run:
             anchors=authority.anchor_ids,
             bundle=bundle,
             bundle_sha256=None if bundle is None else hashlib.sha256(bundle).digest(),
-            not_before=first.not_valid_before_utc,
-            not_after=first.not_valid_after_utc,
+            not_before=validity[0],
+            not_after=validity[1],
         )
 
 

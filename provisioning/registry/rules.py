@@ -227,9 +227,9 @@ class RuledTransaction(ABC):
 
     def _note_issuances(self, rows: Iterable[Row]) -> None:
         """Let the counter follow those that have got their certificate."""
-        issued = [int(row.changed_at.timestamp()) for row in rows if row.certificate_der is not None]
+        issued = {row.changed_at for row in rows if row.certificate_der is not None}
         if issued:
-            self.set_counter(LAST_ISSUED_AT, max(*issued, self.counter(LAST_ISSUED_AT)))
+            self.set_counter(LAST_ISSUED_AT, max(int(max(issued).timestamp()), self.counter(LAST_ISSUED_AT)))
 
     def _existing(self, number: int) -> Row:
         return _known(self.numbered([number]).get(number), number)
