@@ -63,7 +63,6 @@ class Wire:
         port: where the broker listens.
         client_id: its CN.
         clean: the flag of its CONNECT.
-        session: a TLS session to resume.
 
     Raises:
         BenchError: the broker refused.
@@ -77,12 +76,11 @@ class Wire:
         client_id: str,
         *,
         clean: bool = True,
-        session: ssl.SSLSession | None = None,
     ) -> None:
         self.client_id = client_id
         raw = socket.create_connection((HOST, port), timeout=CONNECT_TIMEOUT_S)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = context.wrap_socket(raw, server_hostname=HOST, session=session)
+        self.sock = context.wrap_socket(raw, server_hostname=HOST)
         variable = b"\0\4MQTT\4" + bytes([2 * clean]) + KEEPALIVE_S.to_bytes(2, "big") + topic_field(client_id)
         self.sock.sendall(b"\x10" + remaining_length(len(variable)) + variable)
         answer = self._exactly(4)

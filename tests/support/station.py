@@ -90,11 +90,10 @@ def enrolled_row(
     name: str,
     *,
     state: State = State.ATTESTED,
-    role: str = "sensor",
     hwid: bytes | None = None,
 ) -> Row:
     """Bring a device to ISSUED or beyond, as an enrollment does."""
-    row = keyed_row(station, name, role=role, hwid=hwid)
+    row = keyed_row(station, name, hwid=hwid)
     issued = with_certificate(row, issue(station, row), anchors=station.authority_of(row.issuer).anchor_ids)
     with station.registry.transaction() as transaction:
         return transaction.update(replace(issued, state=state))
