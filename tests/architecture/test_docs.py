@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -71,3 +72,29 @@ def test_the_architecture_names_every_folder_of_code() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `([\w/]+)/` \|", page, re.MULTILINE))
     assert {path.removesuffix("/__init__.py") for path in tracked() if path.endswith("/__init__.py")} <= named
+
+
+def actions_in(path: str) -> set[str]:
+    """The words that a module gives as the action of an audit entry: the first argument of `….record(…)`."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "record"
+        and len(node.args) >= 2
+    ]
+    return {
+        word.value
+        for call in calls
+        for word in ast.walk(call.args[0])
+        if isinstance(word, ast.Constant) and isinstance(word.value, str)
+    }
+
+
+def test_every_action_of_the_audit_log_is_explained() -> None:
+    table = (ROOT / "docs/audit.md").read_text(encoding="utf-8").split("## Reading")[0]
+    explained = set(re.findall(r"`([a-z-]+)`", table))
+    used = {path: actions_in(path) for path in tracked() if re.fullmatch(r"provisioning/.*\.py", path)}
+    assert len(set().union(*used.values())) > 25
+    assert {path: actions - explained for path, actions in used.items() if not actions <= explained} == {}
