@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.broker_stub import CONNECT, PUBLISH, BrokerStub
+from support.outbox_alone import outbox_at
 from support.patience import PATIENCE_S
 from support.waiting import eventually
 from support.watching import Watching, impatient
@@ -43,25 +44,6 @@ TOPIC = "devices/sensor-1/telemetry/t"
 def client_of(state: Path, **options: Any) -> Client:
     options.setdefault("outbox", OutboxSettings(drain_per_s=0))
     return Client.from_folder(state, retry=impatient(), renewal=False, **options)
-
-
-@contextlib.contextmanager
-def outbox_at(path: Path, **settings: Any) -> Iterator[tuple[Outbox, list[OutboxChanged]]]:
-    """An outbox of its own, with nobody who sends."""
-    told: list[OutboxChanged] = []
-    outbox = Outbox(
-        OutboxSettings(**settings),
-        path,
-        "sensor-1",
-        tell=told.append,
-        wake=lambda: None,
-        send_from_memory=lambda _outgoing, _acknowledgement: None,
-        now_s=lambda: 1_800_000_000.0,
-    )
-    try:
-        yield outbox, told
-    finally:
-        outbox.close(PATIENCE_S)
 
 
 def put(outbox: Outbox, text: str, topic: str = TOPIC) -> str:

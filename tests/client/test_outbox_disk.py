@@ -10,20 +10,20 @@ import pytest
 from support.broker_stub import PUBLISH, BrokerStub
 from support.device_command import DeviceCommand
 from support.device_folder import enrolled
+from support.outbox_alone import outbox_at
 from support.patience import PATIENCE_S
 from support.pki import Pki
 from support.waiting import eventually
 
 from birthmark.device.errors import SystemFailureError
 from birthmark.device.outbox import outbox as module
-from birthmark.device.outbox.outbox import Outbox
-from birthmark.device.outbox.settings import OutboxSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from birthmark.device.events import OutboxChanged
+    from birthmark.device.outbox.outbox import Outbox
+
 
 TOPIC = "devices/sensor-1/telemetry/t"
 
@@ -44,24 +44,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def mount(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["mount", *words], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-
-
-@contextlib.contextmanager
-def outbox_at(path: Path) -> Iterator[tuple[Outbox, list[OutboxChanged]]]:
-    told: list[OutboxChanged] = []
-    outbox = Outbox(
-        OutboxSettings(),
-        path,
-        "sensor-1",
-        tell=told.append,
-        wake=lambda: None,
-        send_from_memory=lambda _outgoing, _acknowledgement: None,
-        now_s=lambda: 0.0,
-    )
-    try:
-        yield outbox, told
-    finally:
-        outbox.close(PATIENCE_S)
 
 
 def fill(outbox: Outbox) -> int:
