@@ -15,7 +15,7 @@ from birthmark.provisioning.options import (
     add_root_passphrase_option,
     add_station_option,
     open_station,
-    root_passphrase,
+    passphrase_for_root,
 )
 from birthmark.provisioning.passphrase import NEW_VARIABLE, PassphraseSource
 from birthmark.provisioning.passphrase_change import change_passphrase
@@ -129,7 +129,7 @@ birthmark ca detach-root --to /media/safe --root-passphrase-fd 3 3< root-passphr
 
 def _detach_root(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
-    passphrase = root_passphrase(arguments) or station.read_passphrase()
+    passphrase = passphrase_for_root(arguments, station)
     for done in detach_roots(station, arguments.to, passphrase, same_disk=arguments.same_disk):
         record = {"root": done.root.key_id, "root_key": str(done.path), "newly": done.newly}
         again = "" if done.newly else " (it was moved before)"
@@ -166,7 +166,6 @@ def _passphrase(arguments: argparse.Namespace, console: Console) -> None:
     kind = CaKind(arguments.kind)
     if kind is CaKind.ISSUING and arguments.root_key is not None:
         raise UsageError("could not use --root-key: it is for the root", hint="birthmark ca passphrase root")
-    own = root_passphrase(arguments) if kind is CaKind.ROOT else None
     new = PassphraseSource(
         descriptor=arguments.new_passphrase_fd,
         variable=NEW_VARIABLE,
@@ -174,7 +173,7 @@ def _passphrase(arguments: argparse.Namespace, console: Console) -> None:
         confirm=True,
         option="--new-passphrase-fd",
     )
-    old = own or station.read_passphrase()
+    old = passphrase_for_root(arguments, station) if kind is CaKind.ROOT else station.read_passphrase()
     for done in change_passphrase(station, kind, old, new.read(), path=arguments.root_key):
         record = {"ca": done.ca.key_id, "kind": kind.value, "path": str(done.path), "newly": done.newly}
         again = "" if done.newly else " (it did before)"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ROOT_VARIABLE: Final = "BIRTHMARK_ROOT_PASSPHRASE"
+ROOT_PROMPT: Final = "Passphrase of the root CA: "
 NEW_VARIABLE: Final = "BIRTHMARK_NEW_PASSPHRASE"
 PIN_VARIABLE: Final = "BIRTHMARK_TOKEN_PIN"
 _WHAT, _OPTION = "passphrase", "--passphrase-fd"

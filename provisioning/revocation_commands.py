@@ -17,8 +17,8 @@ from birthmark.provisioning.options import (
     add_timeout_option,
     cert_serial,
     open_station,
+    passphrase_for_root,
     revocation_reason,
-    root_passphrase,
 )
 from birthmark.provisioning.revocation import REASONS, Revocation, parse_reason, revoke, revoke_certificate
 
@@ -133,7 +133,7 @@ birthmark crl --root --root-key /media/safe/root-1a2b3c4d.key.pem""",
 def _crl(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
     if arguments.root:
-        passphrase = root_passphrase(arguments) or station.read_passphrase()
+        passphrase = passphrase_for_root(arguments, station)
         path = sign_root_crl(station, station.root_issuer(passphrase, arguments.root_key))
         console.emit({"root_crl_path": str(path)}, f"the root's CRL is at {path}")
         return 0

@@ -290,15 +290,17 @@ class Station:
             path=elsewhere or ca.key_uri or None,
         )
 
-    def read_passphrase(self, *, confirm: bool = False) -> bytes:
+    def read_passphrase(self, *, confirm: bool = False, prompt: str = "") -> bytes:
         """Return the passphrase of the issuing CAs' key files, asking for it if need be, but once.
 
         Args:
             confirm: ask a person twice, because there is no key to try it on.
+            prompt: what a person is asked for, where it is not the issuing CAs' key that it is to open.
         """
         with self._unlocking:
             if not isinstance(self._passphrase, bytes):
-                self._passphrase = replace(self._passphrase, confirm=confirm).read()
+                source = replace(self._passphrase, confirm=confirm)
+                self._passphrase = (replace(source, prompt=prompt) if prompt else source).read()
             return self._passphrase
 
     def key_maker(self, place: TokenPlace | None, derivation: KeyDerivation) -> KeyMaker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from birthmark.provisioning.options import (
     token_place,
     token_settings,
 )
+from birthmark.provisioning.passphrase import ROOT_PROMPT
 from birthmark.provisioning.registry.opening import TINYDB, setting_from
 from birthmark.provisioning.row_filters import add_filter_options, picked
 from birthmark.provisioning.settings import BrokerDefaults, Settings, TokenSettings
@@ -105,10 +107,11 @@ def _init(arguments: argparse.Namespace, console: Console) -> None:
     )
     folder = station_folder(arguments)
     refuse_occupied(folder)  # before anybody types a passphrase twice
+    source = passphrase_source(arguments, confirm=True)
     station = found_station(
         folder,
         settings,
-        passphrase=passphrase_source(arguments, confirm=True).read(),
+        passphrase=(replace(source, prompt=ROOT_PROMPT) if place else source).read(),
         root_passphrase=root_passphrase(arguments),
         place=place,
         pin=pin_source(arguments),

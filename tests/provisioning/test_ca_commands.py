@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +11,6 @@ from support.station import PASSPHRASE, enrolled_row
 from birthmark.provisioning import audit
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from support.station import Command
 
     from birthmark.provisioning.station import Station
@@ -64,6 +63,26 @@ def test_a_station_without_its_roots_key_issues_and_revokes(
     without = birthmark("crl", "--root")
     assert (without.exit_code, "--root-key FILE" in without.stderr) == (6, True)
     assert birthmark("crl", "--root", "--root-key", copy).exit_code == 0
+
+
+@pytest.mark.parametrize("words", [["ca", "detach-root", "--to", "medium", "--same-disk"], ["crl", "--root"]])
+def test_it_is_the_roots_passphrase_that_is_asked_for(
+    birthmark: Command, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    asked: list[str] = []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return PASSPHRASE.decode()
+
+    monkeypatch.delenv("BIRTHMARK_PASSPHRASE")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("getpass.getpass", answer)
+    Path("medium").mkdir()
+
+    assert birthmark(*words).exit_code == 0
+
+    assert asked == ["Passphrase of the root CA: "]
 
 
 def test_detaching_again_says_where_it_is(birthmark: Command, tmp_path: Path) -> None:
