@@ -35,10 +35,10 @@ def integer_octets(value: int) -> bytes:
 def time(moment: datetime) -> bytes:
     """Return a date of X.509: `moment` in UTC, to the second."""
     year = moment.year
-    day = (moment.month, moment.day, moment.hour, moment.minute, moment.second)
+    rest = (moment.month, moment.day, moment.hour, moment.minute, moment.second)
     if year < _FIRST_GENERALIZED_YEAR:
-        return b"%c%c%02d%02d%02d%02d%02d%02dZ" % (_UTC_TIME, 13, year % 100, *day)
-    return b"%c%c%04d%02d%02d%02d%02d%02dZ" % (_GENERALIZED_TIME, 15, year, *day)
+        return b"%c%c%02d%02d%02d%02d%02d%02dZ" % (_UTC_TIME, 13, year % 100, *rest)
+    return b"%c%c%04d%02d%02d%02d%02d%02dZ" % (_GENERALIZED_TIME, 15, year, *rest)
 
 
 def content(der: bytes) -> bytes:
