@@ -110,9 +110,14 @@ def _overwrite(old: int) -> None:
 
 
 def read_key(
-    path: Path, passphrase: bytes, *, whose: str, if_missing: str = "bring it back, or restore it from a backup"
+    path: Path,
+    passphrase: bytes,
+    *,
+    whose: str,
+    if_missing: str = "bring it back, or restore it from a backup",
+    if_wrong: str = "try the passphrase again",
 ) -> EllipticCurvePrivateKey:
-    """Read and decrypt a CA's key; `whose` names the CA in errors ("the issuing CA"), `if_missing` is a hint.
+    """Read and decrypt a CA's key; `whose` names the CA in errors ("the issuing CA"), the other two are hints.
 
     Raises:
         AuthorityError: the file is missing, unreadable, open to others or no such key, or the passphrase is
@@ -137,9 +142,7 @@ def read_key(
     except TypeError as error:
         raise AuthorityError(f"{what}: no passphrase was given", hint="set BIRTHMARK_PASSPHRASE") from error
     except ValueError as error:
-        raise AuthorityError(
-            f"{what}: the passphrase is wrong, or the file is damaged", hint="try the passphrase again"
-        ) from error
+        raise AuthorityError(f"{what}: the passphrase is wrong, or the file is damaged", hint=if_wrong) from error
     if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP256R1):
         raise AuthorityError(f"{what}: it is no P-256 key", hint="restore it from a backup")
     return key

@@ -38,7 +38,7 @@ from birthmark.provisioning.actor import actor
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
-from birthmark.provisioning.passphrase import PassphraseSource
+from birthmark.provisioning.passphrase import ROOT_VARIABLE, PassphraseSource
 from birthmark.provisioning.places import ISSUING_FILE, KEYS_FOLDER, default_folder
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
@@ -265,7 +265,8 @@ class Station:
         root = root or cas.get(cas.for_clients.root)
         path = key_path or self.key_path(root)
         if_missing = "is its medium mounted? A root's key that was moved away is named by --root-key FILE"
-        key = keyfile.read_key(path, passphrase, whose="the root CA", if_missing=if_missing)
+        if_wrong = f"try again; a root's passphrase that is its own: {ROOT_VARIABLE}, or --root-passphrase-fd N"
+        key = keyfile.read_key(path, passphrase, whose="the root CA", if_missing=if_missing, if_wrong=if_wrong)
         issuer = profile.Issuer(root.certificate, key)
         self.note_unlock(root, path)
         return issuer

@@ -129,7 +129,11 @@ def test_the_roots_crl(birthmark: Command, living: Station, monkeypatch: pytest.
     assert "root CA's key" in answer.stderr
     assert birthmark("crl", "--root", "--root-key", "safe.pem").exit_code == 0
     monkeypatch.setenv("BIRTHMARK_ROOT_PASSPHRASE", "another")
-    assert birthmark("crl", "--root", "--root-key", "safe.pem").exit_code == 6
+    answer = birthmark("crl", "--root", "--root-key", "safe.pem")
+    assert (answer.exit_code, "passphrase that is its own: BIRTHMARK_ROOT_PASSPHRASE" in answer.stderr) == (
+        6,
+        True,
+    )
 
 
 def test_gateways_come_and_go(birthmark: Command, living: Station) -> None:
