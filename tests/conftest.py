@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 from support.postgres import running
+from support.proof_report import PROVEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,8 +30,18 @@ def interruptible() -> None:
 
 @pytest.fixture
 def proven(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Say what a proof counted, for the page that `make proof` leaves."""
-    return functools.partial(record_property, "proven")
+    """Say what a proof counted: for the page that `make proof` leaves, and for whoever runs it with `-s`."""
+    return functools.partial(record_property, PROVEN)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With `-s`, say what proofs counted."""
+    if terminalreporter.config.getoption("capture") != "no":
+        return
+    for report in terminalreporter.getreports("passed"):
+        for key, value in report.user_properties:
+            if key == PROVEN and report.when == "call":
+                terminalreporter.write_line(f"proven: {value}")
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "proof.md").read_text()
 
 
+def test_whoever_runs_a_proof_by_hand_is_told_what_it_counted() -> None:
+    command = [sys.executable, "-m", "pytest", "-s", "-q", "-p", "no:xdist", "tests/provisioning/test_crl_size.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "proven: " in done.stdout
+    assert "MB" in done.stdout.partition("proven: ")[2].splitlines()[0]
+
+
 def row(page: str, title: str) -> list[str]:
     (found,) = [line for line in page.splitlines() if line.startswith("|") and title in line]
     return [cell.strip() for cell in found.replace("\\|", "/").split("|")[1:-1]]
