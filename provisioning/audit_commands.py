@@ -201,8 +201,12 @@ def _show(arguments: argparse.Namespace, console: Console) -> None:
     entries: Any = audit_view.chosen(station.registry.audit_path, choice, left_out=strange.append)
     if arguments.last is not None:
         entries = deque(entries, maxlen=arguments.last)
+    found = False
     for entry in entries:
         console.emit(entry, audit.described(entry))
+        found = True
+    if not found:
+        console.say("there is no entry that fits")
     _warn_of(strange, console)
 
 

@@ -113,6 +113,11 @@ def test_an_edit_of_the_last_line_is_named_though_it_was_put_back(birthmark: Com
     assert f"line {count} (entry {count}) was edited: it stands as it was in line {count + 1}" in answer.stdout
 
 
+def test_that_nothing_fits_is_said(birthmark: Command, logged: Station) -> None:
+    assert birthmark("audit", "show", "--action", "none").stdout == "there is no entry that fits\n"
+    assert birthmark("audit", "show", "--action", "none", "--json").stdout == ""
+
+
 def test_lines_that_are_no_entry_are_not_left_out_in_silence(
     birthmark: Command, logged: Station, tmp_path: Path
 ) -> None:
