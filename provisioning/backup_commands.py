@@ -10,6 +10,7 @@ from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import UsageError
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.backup import back_up, check_target, read_backup
+from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.founding import refuse_occupied
 from birthmark.provisioning.gateway_look import DEFAULT_TIMEOUT_S
 from birthmark.provisioning.options import (
@@ -237,4 +238,4 @@ def _line(merged: Merged) -> str:
     if merged.cause:
         return f"{merged.source}: not known"
     revocations = "1 revocation that was" if merged.newly == 1 else f"{merged.newly} revocations that were"
-    return f"{merged.source}: CRL {merged.number}, {revocations} not known here"
+    return f"{merged.source}: CRL {merged.number} of {merged.issuer[:SHORT]}, {revocations} not known here"

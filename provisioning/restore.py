@@ -82,10 +82,18 @@ class Merged:
     """Revocations that the registry did not know."""
     cause: str = ""
     """Why it could not be used; empty if it could."""
+    issuer: str = ""
+    """The key identifier of the CA that signed it."""
 
     def record(self) -> dict[str, Any]:
         """Return this as a JSON object."""
-        return {"source": self.source, "crl_number": self.number, "newly_revoked": self.newly, "cause": self.cause}
+        return {
+            "source": self.source,
+            "issuer": self.issuer,
+            "crl_number": self.number,
+            "newly_revoked": self.newly,
+            "cause": self.cause,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +331,7 @@ def _merge(transaction: Transaction, source: str, crl: KnownCrl) -> Merged:
         source=source,
         issuer=crl.issuer,
     )
-    return Merged(source, crl.number, newly)
+    return Merged(source, crl.number, newly, issuer=crl.issuer)
 
 
 def read_crls(path: Path, cas: Iterable[Ca]) -> list[KnownCrl]:
