@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device import topics
 from birthmark.device.connection_checks import Check
-from birthmark.device.errors import RefusedError
+from birthmark.device.errors import RefusedError, UnreachableError
 from birthmark.device.renewal.messages import RenewalAnswer
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class RenewalConnection:
                 client.publish(self._request_topic, payload, wait=timeout_s)
                 with contextlib.suppress(queue.Empty):
                     return RenewalAnswer.from_bytes(answers.get(timeout=timeout_s))
+        except UnreachableError as error:
+            if error.check != Check.NETWORK:
+                raise
+            hint = "has the gateway's broker.toml a [renewal_listener] (by default there is none), on this port?"
+            raise UnreachableError(error.message, hint, error.check) from error
         except RefusedError as error:
             if error.check not in (Check.EXPIRED, Check.NOT_AUTHORISED):
                 raise

@@ -26,7 +26,7 @@ def renewd(stand: Stand) -> Iterator[Renewd]:
         yield renewd
 
 
-EARLY = ("late", "late-and-lost")
+EARLY = ("late", "late-and-lost", "nowhere")
 
 RENEWAL_LISTENER = """
 [renewal_listener]

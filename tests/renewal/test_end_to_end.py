@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import stat
 import time
 from typing import TYPE_CHECKING
@@ -144,6 +145,18 @@ def test_an_expired_device_that_is_revoked_is_told_so_on_the_listener_for_that(s
     assert f"localhost:{stand.renewal_port}" in failed.detail
     assert "revoked, or expired for too long" in failed.detail
     assert "reflash" in failed.detail
+
+
+def test_where_there_is_no_listener_for_what_has_expired_that_is_said(stand: Stand) -> None:
+    watching, state = Renewing(), stand.early_device("nowhere")
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+    with client_started(state, watching, renewal_port=port):
+        watching.wait_for_state("failed")
+    changes = [event for event in watching.events if isinstance(event, RenewalChanged)]
+    why = next(change.detail for change in changes if change.state == "failed")
+    assert f"localhost:{port}" in why
+    assert "[renewal_listener]" in why
 
 
 def test_a_revoked_device_gets_nowhere_and_keeps_what_it_has(stand: Stand, renewd: Renewd) -> None:
