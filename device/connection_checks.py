@@ -55,7 +55,7 @@ ALERTS: dict[str, tuple[Check, str, str]] = {
     "UNKNOWN_CA": (
         Check.UNKNOWN_CA,
         "the broker does not know the CA of our certificate",
-        "was the device enrolled at the station that this broker belongs to?",
+        "was the device enrolled at this broker's station? If the CA was retired there, `birthmark reflash` helps",
     ),
     "BAD_CERTIFICATE": (
         Check.CERTIFICATE,

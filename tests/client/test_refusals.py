@@ -181,7 +181,8 @@ def test_our_certificate_has_expired(tmp_path: Path, pki: Pki, version: ssl.TLSV
 @pytest.mark.parametrize("version", VERSIONS)
 def test_our_ca_is_unknown(tmp_path: Path, pki: Pki, version: ssl.TLSVersion) -> None:
     with BrokerStub(pki, clients_ca=Pki.create().root, highest_tls=version) as broker:
-        failure(enrolled(tmp_path / "s", pki, port=broker.port), REFUSED, Check.UNKNOWN_CA)
+        error = failure(enrolled(tmp_path / "s", pki, port=broker.port), REFUSED, Check.UNKNOWN_CA)
+    assert "reflash" in error.hint, "its CA may have been retired"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
