@@ -42,6 +42,9 @@ def read_blocks(text: bytes) -> list[tuple[str, bytes]]:
     Raises:
         CredentialError: a block is not closed, is closed by another label, or holds more than base64.
     """
+    only = _only_block(text)
+    if only is not None:
+        return [only]
     blocks: list[tuple[str, bytes]] = []
     label: bytes | None = None
     end = b""
@@ -62,6 +65,23 @@ def read_blocks(text: bytes) -> list[tuple[str, bytes]]:
     if label is not None:
         raise CredentialError("could not read PEM text: a block is not closed", hint="is the file cut short?")
     return blocks
+
+
+def _only_block(text: bytes) -> tuple[str, bytes] | None:
+    """Return the block of a text that is one and as most are written; None if it has to be read line by line."""
+    parts = text.split(b"-----")
+    if len(parts) != 5 or parts[0] or parts[4] not in (b"\n", b""):
+        return None
+    _, begin, content, end, _ = parts
+    label = begin.removeprefix(b"BEGIN ")
+    if begin == label or end != b"END " + label or not _LABEL.fullmatch(label):
+        return None
+    if not content.startswith(b"\n") or not content.endswith(b"\n"):
+        return None
+    try:
+        return label.decode("ascii"), binascii.a2b_base64(content.replace(b"\n", b""), strict_mode=True)
+    except binascii.Error:
+        return None
 
 
 def _label(found: bytes) -> bytes:

@@ -51,10 +51,9 @@ def with_certificate(row: Row, certificate_der: bytes, *, anchors: str) -> Row:
         anchors: the roots that its holder is known to trust, as a row has them.
     """
     certificate = x509.load_der_x509_certificate(certificate_der)
-    return replace(
-        row,
-        state=State.ISSUED,
-        certificate_der=certificate_der,
+    return row.certified(
+        certificate_der,
+        State.ISSUED,
         anchors=anchors,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,

@@ -204,19 +204,17 @@ class _Run:
         self, row: Row, authority: Authority, certificate_der: bytes, validity: tuple[datetime, datetime]
     ) -> Row:
         is_ours = row.name_folded in self._keys
-        bundle = None
-        if is_ours:
-            bundle = bundle_of(row, authority, self._broker, certificate_der, now=self._station.clock())
-        return replace(
-            row,
-            state=State.ISSUED if is_ours else State.ATTESTED,
-            certificate_der=certificate_der,
+        issued = row.certified(
+            certificate_der,
+            State.ISSUED if is_ours else State.ATTESTED,
             anchors=authority.anchor_ids,
-            bundle=bundle,
-            bundle_sha256=None if bundle is None else hashlib.sha256(bundle).digest(),
             not_before=validity[0],
             not_after=validity[1],
         )
+        if not is_ours:
+            return issued
+        bundle = bundle_of(row, authority, self._broker, certificate_der, now=self._station.clock())
+        return replace(issued, bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())
 
 
 def _difference(row: Row, fresh: Row) -> str:

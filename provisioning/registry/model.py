@@ -180,19 +180,57 @@ class Row:
         """Whether its certificate is, or is to be, on the CRL."""
         return self.revoked_at is not None
 
+    def certified(
+        self,
+        certificate_der: bytes,
+        state: State,
+        *,
+        anchors: str,
+        not_before: datetime,
+        not_after: datetime,
+    ) -> Row:
+        """Return this row with its certificate, in the state that it is in with it.
+
+        Args:
+            certificate_der: what was signed for it.
+            state: ISSUED, or ATTESTED for one that has to prove nothing more.
+            anchors: the roots that its holder is known to trust, as a row has them.
+            not_before: when the certificate begins.
+            not_after: when it ends.
+
+        Raises:
+            ValueError: a field contradicts another one.
+        """
+        certified = self._with(
+            state=state,
+            certificate_der=certificate_der,
+            anchors=anchors,
+            not_before=not_before,
+            not_after=not_after,
+        )
+        certified._check_sizes()
+        certified._check_state()
+        return certified
+
     def stamped(self, *, number: int, created_at: datetime, changed_at: datetime, bundle: bytes | None) -> Row:
         """Return this row as the registry stores it: with what is the registry's to give, and nothing else new.
 
-        Nothing of that contradicts another field, so nothing is checked again: to make a row takes ten times as
-        long as to copy one, and thousands are stored at once.
+        Nothing of that contradicts another field, so nothing is checked again.
+        """
+        return self._with(number=number, created_at=created_at, changed_at=changed_at, bundle=bundle)
+
+    def _with(self, **fields: object) -> Row:
+        """Return this row with other content in some fields, unchecked: thousands are changed at once.
+
+        To make a row and to check all of it takes five times as long.
         """
         content = list(_content(self))
-        content[_NUMBER], content[_CREATED_AT], content[_CHANGED_AT] = number, created_at, changed_at
-        content[_BUNDLE] = bundle
-        stored = object.__new__(Row)
+        for name, value in fields.items():
+            content[_PLACES[name]] = value
+        changed = object.__new__(Row)
         for set_field, value in zip(_SETTERS, content, strict=True):
-            set_field(stored, value)
-        return stored
+            set_field(changed, value)
+        return changed
 
     def _check_identity(self) -> None:
         if self.number < 1:
@@ -237,9 +275,7 @@ class Row:
 
 
 _FIELDS: Final = tuple(field.name for field in fields(Row))
-_NUMBER, _CREATED_AT, _CHANGED_AT, _BUNDLE = (
-    _FIELDS.index(name) for name in ("number", "created_at", "changed_at", "bundle")
-)
+_PLACES: Final = {name: place for place, name in enumerate(_FIELDS)}
 _SETTERS: Final = tuple(getattr(Row, name).__set__ for name in _FIELDS)
 """Those of the slots, past the class, which lets nobody change a row."""
 _content = attrgetter(*_FIELDS)

@@ -103,9 +103,9 @@ class SqlView:
 
     def differing(self, rows: Sequence[Row]) -> set[int]:
         """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`)."""
-        stored: dict[int, tuple[Any, ...]] = {}
+        stored: dict[int, Sequence[Any]] = {}
         for which in _numbered({row.number for row in rows}):
-            stored.update((record[0], tuple(record)) for record in self.run(select(ROWS).where(which)).all())
+            stored.update((record[0], record) for record in self.run(select(ROWS).where(which)).all())
         return {values[0] for values in row_values(rows) if stored.get(values[0]) != values}
 
     def named(self, name: str) -> list[Row]:

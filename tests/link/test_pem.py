@@ -6,7 +6,7 @@ import contextlib
 import ssl
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.agent_vectors import vectors
 
@@ -54,6 +54,35 @@ def test_what_is_no_block_is_refused_and_never_quoted(text: bytes) -> None:
         read_blocks(text)
     assert "c2Vj" not in refusal.value.message
     assert refusal.value.__cause__ is None
+
+
+def _read(text: bytes) -> list[tuple[str, bytes]] | str:
+    try:
+        return read_blocks(text)
+    except CredentialError as error:
+        return error.message
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"-----BEGIN A-----", b"-----END A-----", b"-----BEGIN B-----", b"-----BEGIN A -----",
+             b"-----END A -----", b"-----", b"AAAA", b"AAA=", b"AA=A", b"AAAAA", b" ",
+             b"\n", b"\n", b"\n", b"\r\n", b"\xff"]
+        ),
+        max_size=9,
+    ).map(b"".join)
+)  # fmt: skip
+@example(b"-----BEGIN A-----\nAAAA\n-----END A-----")
+@example(b"-----BEGIN A-----\nAA AA\n-----END A-----\n")
+@example(b"-----BEGIN A-----AAAA\n-----END A-----\n")
+@example(b"-----BEGIN A-----\nAAAA-----END A-----\n")
+@example(b"-----BEGIN A-----\nAAAAA\n-----END A-----\n")
+@example(b"-----BEGIN A -----\nAAAA\n-----END A -----\n")
+@example(b"-----BEGIN A-----\n-----END A-----\n")
+def test_a_block_by_itself_is_read_as_it_is_among_others(text: bytes) -> None:
+    alone, behind_text = _read(text), _read(b"text\n" + text)
+    assert alone == behind_text
 
 
 @given(st.binary(max_size=200) | st.lists(
