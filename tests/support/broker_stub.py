@@ -211,12 +211,13 @@ class BrokerStub:
                 body = _exactly(connection, _length(connection))
                 packet = Packet(kind_and_flags >> 4, kind_and_flags & 15, body, number)
                 with self._changed:
+                    acknowledges = self.acknowledges  # as when it came, whatever who waits for it sets
                     self.packets.append(packet)
                     self._changed.notify_all()
-                if not self._react(connection, packet):
+                if not self._react(connection, packet, acknowledges=acknowledges):
                     return
 
-    def _react(self, connection: ssl.SSLSocket, packet: Packet) -> bool:
+    def _react(self, connection: ssl.SSLSocket, packet: Packet, *, acknowledges: bool) -> bool:
         match packet.kind:
             case 1 if self.answer is not None:
                 connection.sendall(self.answer)
@@ -224,7 +225,7 @@ class BrokerStub:
             case 1 if self.connack is not None:
                 self._send(connection, CONNACK, bytes((0, self.connack)))
                 return self.connack == 0
-            case 3 if packet.qos and self.acknowledges:
+            case 3 if packet.qos and acknowledges:
                 self._send(connection, PUBACK, packet.packet_id)
             case 8:
                 self._send(connection, SUBACK, packet.packet_id + bytes([self.suback] * len(packet.filters)))
