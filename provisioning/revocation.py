@@ -102,8 +102,8 @@ def revoke(station: Station, name: str, reason: x509.ReasonFlags, *, word: str =
         lost = {ca.key_id for ca in station.cas.issuing if ca.lost_at is not None}
         read_ahead(station)
         unlock_all(station, {*(ca.key_id for ca in stale), *(issuers - lost or issuers)})
-        now = station.clock()
         with station.signing() as transaction:
+            now = station.clock()  # not before: others may have been waited for
             found = transaction.named(name)
             marked = [row for row in found if mark_revoked(transaction, row, reason, word=word, now=now)]
             changing |= listing(read_cas(transaction), marked)  # there may be another one by now

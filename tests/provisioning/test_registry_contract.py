@@ -620,6 +620,22 @@ def test_names_outside_the_grammar_are_never_stored(registry: StoredRegistry, na
         assert view.rows() == []
 
 
+def test_a_certificate_is_given_to_a_row_that_is_ready_for_it_alone(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        reserved = device(transaction)
+        ready = keyed(transaction, reserved)
+    dates: dict[str, Any] = {"not_before": NOON, "not_after": NOON + timedelta(days=1)}
+    given = ready.certified(b"certificate", State.ISSUED, anchors="", **dates)
+    expected = {"state": State.ISSUED, "certificate_der": b"certificate", **dates}
+    assert given == replace(ready, **expected)
+    with pytest.raises(ValueError, match="needs a public key"):
+        reserved.certified(b"certificate", State.ISSUED, anchors="", **dates)
+    with pytest.raises(ValueError, match="time zone"):
+        ready.certified(
+            b"certificate", State.ISSUED, anchors="", **dates | {"not_after": NOON.replace(tzinfo=None)}
+        )
+
+
 @pytest.mark.parametrize(
     "fields",
     [
