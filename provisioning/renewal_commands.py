@@ -5,9 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import secrets
-import threading
 from contextlib import ExitStack
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,13 +20,12 @@ from birthmark.device.identity import DeviceId
 from birthmark.device.renewal.messages import MAX_WAIT_S, RenewalAnswer
 from birthmark.device.stopping import stopping_on_signals
 from birthmark.device.systemd import notify, watchdog_interval_s
-from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
 from birthmark.provisioning.registry.model import Kind, State
 from birthmark.provisioning.renewal import Renewals
 from birthmark.provisioning.renewal_seal import Seals
 from birthmark.provisioning.renewd import RenewalService
-from birthmark.provisioning.retirement import next_retirement_at, retire_due
+from birthmark.provisioning.retirement import Retiring
 from birthmark.provisioning.rollover.anchors import StationAnchors
 
 if TYPE_CHECKING:
@@ -44,8 +41,6 @@ ROLE: Final = "service-renewal"
 SENT_WITHIN_S: Final = 10.0
 DEFAULT_SPREAD_S: Final = 60
 METRICS_INTERVAL_S: Final = 60.0
-_LONGEST_NAP_S: Final = 60.0
-_TROUBLE_NAP_S: Final = 300.0
 
 _IDENTITY: Final = "--broker gateway-1.example.com:8883 --identity renewd.pem"
 _RENEWD_EXAMPLES: Final = f"""
@@ -92,7 +87,7 @@ def _renewd(arguments: argparse.Namespace, console: Console) -> int:
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     say = partial(event_lines.say, console)
     watchdog_s = watchdog_interval_s()
-    retiring = _Retiring(station, console)
+    retiring = Retiring(station, console)
     service = RenewalService(
         Renewals(station, anchors=StationAnchors(station)),
         say=say,
@@ -148,53 +143,6 @@ def _tell_counts(service: RenewalService, say: Callable[..., None]) -> None:
     counts = dict(sorted(service.counts.items()))
     text = ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing was asked"
     say("metrics", f"since the start: {text}", **counts)
-
-
-class _Retiring:
-    """Revokes what renewals have replaced, when its time has come, on a thread of its own."""
-
-    def __init__(self, station: Station, console: Console) -> None:
-        self._station = station
-        self._console = console
-        self._look = threading.Event()
-        self._is_over = False
-        self._thread = threading.Thread(target=self._run, name="birthmark-retiring", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def look(self) -> None:
-        """Look again when the next one is due."""
-        self._look.set()
-
-    def stop(self) -> None:
-        self._is_over = True
-        self._look.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        nap_s = 0.0
-        while True:
-            self._look.wait(nap_s)
-            self._look.clear()
-            if self._is_over:
-                return
-            try:
-                retired = retire_due(self._station)
-                if retired:
-                    bring_new_crl(self._station, self._console)
-                nap_s = self._nap_s()
-            except BirthmarkError as error:
-                self._console.warn(f"{error.message} ({error.hint})")
-                nap_s = _TROUBLE_NAP_S
-
-    def _nap_s(self) -> float:
-        with self._station.registry.view() as view:
-            due_at = next_retirement_at(view)
-        if due_at is None:
-            return _LONGEST_NAP_S
-        left = due_at - self._station.clock() + timedelta(seconds=1)
-        return min(_LONGEST_NAP_S, max(1.0, left.total_seconds()))
 
 
 def _renew(arguments: argparse.Namespace, console: Console) -> int:

@@ -6,21 +6,26 @@ Rules:
   the one that revokes: it is neither lost nor done twice.
 - What is replaced within an hour is revoked together: a CRL goes to every gateway whole, so one for each renewal
   of a large fleet would be more than all its messages.
-- A revocation becomes effective with the next CRL: whoever retires has one signed and brought to the gateways.
+- A revocation becomes effective with the next CRL: whoever retires has one signed and brought to the gateways. A
+  full disk, or a registry or a token that is away, puts that off, and no more.
 - A row that is retired stays ATTESTED: its unit was made, and its batch counts it. Its certificate is revoked.
 """
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 
-from birthmark.device.errors import RegistryError
+from birthmark.device.errors import BirthmarkError, RegistryError
+from birthmark.provisioning.crl_delivery import bring_new_crl
+from birthmark.provisioning.crls import stale_crls
 from birthmark.provisioning.revocation import mark_revoked
 
 if TYPE_CHECKING:
+    from birthmark.device.console import Console
     from birthmark.provisioning.registry.interface import Transaction, View
     from birthmark.provisioning.registry.model import Row
     from birthmark.provisioning.station import Station
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 RETIREMENTS: Final = "retirement"
 """The topic of the notes: row number to `{"due": seconds since 1970}`."""
 _WORD: Final = "renewed"
+_LONGEST_NAP_S: Final = 60.0
+_TROUBLE_NAP_S: Final = 300.0
 
 
 def retirement_at(now: datetime, after_hours: int) -> datetime:
@@ -76,6 +83,75 @@ def retire_due(station: Station) -> int:
                 retired += mark_revoked(transaction, row, x509.ReasonFlags.superseded, word=_WORD, now=now)
             transaction.put_note(RETIREMENTS, str(number), None)
     return retired
+
+
+class Retiring:
+    """Revokes what is due, when its time has come, and has the gateways know, on a thread of its own.
+
+    Args:
+        station: unlocked at the first CRL.
+        console: where it is told.
+    """
+
+    def __init__(self, station: Station, console: Console) -> None:
+        self._station = station
+        self._console = console
+        self._look = threading.Event()
+        self._is_over = False
+        self._is_owed = False
+        """Whether a CRL is still to be signed, or to be brought to the gateways."""
+        self._thread = threading.Thread(target=self._run, name="birthmark-retiring", daemon=True)
+
+    def start(self) -> None:
+        """Begin, with what a run that was killed has left.
+
+        Raises:
+            RegistryError: the registry cannot be read.
+        """
+        self._is_owed = bool(stale_crls(self._station)[0])
+        self._thread.start()
+
+    def look(self) -> None:
+        """Look again when the next one is due."""
+        self._look.set()
+
+    def stop(self) -> None:
+        """End, once what is under way is done."""
+        self._is_over = True
+        self._look.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        nap_s = 0.0
+        while True:
+            self._look.wait(nap_s)
+            self._look.clear()
+            if self._is_over:
+                return
+            try:
+                self._turn()
+                nap_s = self._nap_s()
+            except BirthmarkError as error:
+                self._console.warn(f"{error.message} ({error.hint})")
+                nap_s = _TROUBLE_NAP_S
+            except OSError as error:
+                self._console.warn(f"could not bring what is retired to the gateways: {error.strerror or error}")
+                nap_s = _TROUBLE_NAP_S
+
+    def _turn(self) -> None:
+        if retire_due(self._station):
+            self._is_owed = True
+        if self._is_owed:
+            bring_new_crl(self._station, self._console)
+            self._is_owed = False
+
+    def _nap_s(self) -> float:
+        with self._station.registry.view() as view:
+            due_at = next_retirement_at(view)
+        if due_at is None:
+            return _LONGEST_NAP_S
+        left = due_at - self._station.clock() + timedelta(seconds=1)
+        return min(_LONGEST_NAP_S, max(1.0, left.total_seconds()))
 
 
 def _noted(view: View) -> list[tuple[int, datetime]]:
