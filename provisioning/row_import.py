@@ -9,12 +9,16 @@ Rules:
 - Rows that refer to each other (replaced, renewed) come together. They are numbered and dated anew.
 - A certificate that is there already is left as it is; the same file again does nothing. One that is revoked in
   the file and not here is refused: to revoke is a decision of its own.
+- What no station could have written is refused: a revocation that is yet to come, which would be on the CRL
+  while `birthmark doctor` waits for its day to name a gateway that lets it in; a batch or a label outside
+  their grammars, which reports and printed labels rely on.
 - All of it is one transaction: a record that cannot be taken is named, and nothing of the file is applied.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import UTC
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography import x509
@@ -26,11 +30,13 @@ from birthmark.device.errors import BirthmarkError
 from birthmark.provisioning.cas import CaKind, read_cas
 from birthmark.provisioning.record_files import CSV, line_error, naming, read_records
 from birthmark.provisioning.registry.interface import LAST_ROW, DuplicateError
+from birthmark.provisioning.registry.line import Batch
 from birthmark.provisioning.registry.model import Row, State
 from birthmark.provisioning.row_records import COLUMNS, from_cell, from_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import datetime
     from pathlib import Path
 
     from birthmark.provisioning.cas import Ca
@@ -68,7 +74,7 @@ def import_rows(station: Station, path: Path) -> Imported:
     """
     with station.registry.view() as view:
         cas = {ca.key_id: ca for ca in read_cas(view) if ca.kind is CaKind.ISSUING}
-    found = _read(path, cas)
+    found = _read(path, cas, station.clock())
     with station.registry.transaction() as transaction:
         taken = [one for one in found if one.row.cert_serial is not None]
         here = transaction.by_cert_serials([one.row.cert_serial or 0 for one in taken])
@@ -88,7 +94,7 @@ def import_rows(station: Station, path: Path) -> Imported:
     return Imported(tuple(added), known=len(taken) - len(fresh), empty=len(found) - len(taken))
 
 
-def _read(path: Path, cas: Mapping[str, Ca]) -> list[_Found]:
+def _read(path: Path, cas: Mapping[str, Ca], now: datetime) -> list[_Found]:
     found: dict[int, _Found] = {}
     is_csv = path.suffix.lower() == CSV
     for record in read_records(path, COLUMNS):
@@ -98,7 +104,9 @@ def _read(path: Path, cas: Mapping[str, Ca]) -> list[_Found]:
                 row = from_record(fields)
             except ValueError as error:
                 raise line_error(path, record.where, str(error)) from error
-            cause, hint = _objection(row, cas)
+            if row.batch:
+                Batch(row.batch, opened_at=now)
+            cause, hint = _objection(row, cas, now)
             if cause:
                 raise line_error(path, record.where, f"{row.name}: {cause}", hint)
         before = found.setdefault(row.number, _Found(record.where, row))
@@ -115,10 +123,15 @@ def _read(path: Path, cas: Mapping[str, Ca]) -> list[_Found]:
     return list(found.values())
 
 
-def _objection(row: Row, cas: Mapping[str, Ca]) -> tuple[str, str]:
+def _objection(row: Row, cas: Mapping[str, Ca], now: datetime) -> tuple[str, str]:
     """Return why a row cannot be taken, and what to do; nothing if it can."""
     if row.state not in (State.ATTESTED, State.VOID):
         return f"it is {row.state}, under way at another station", "finish it there; or export what is made alone"
+    if row.revoked_at is not None and row.revoked_at > now:
+        cause = f"it is revoked on {row.revoked_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC, which is yet to come"
+        return cause, "this station's clock is behind, that of the file's was ahead, or the file was changed"
+    if not all(line.isprintable() for line in row.label.split("\n")):
+        return "its label is not printable", ""
     if row.cert_serial is None:
         return "", ""
     ca = cas.get(row.issuer)

@@ -263,6 +263,12 @@ ROW = Row(
         (lambda record: record.update(replaced_by="99"), "replaced by row 99, which is not in the file"),
         (lambda record: record.update(label="\ud800"), "half a character"),
         (lambda record: record.update(revoked_at="2026-01-01T00:00:00+00:00"), "a time and a reason"),
+        (
+            lambda record: record.update(revoked_at="2999-01-01T00:00:00+00:00", revocation_reason="superseded"),
+            "revoked on 2999-01-01 00:00 UTC, which is yet to come",
+        ),
+        (lambda record: record.update(batch="of last week"), "'of last week' as a batch's name"),
+        (lambda record: record.update(label="lot: \x1b[31m7"), "label is not printable"),
         (lambda record: record.update(private_key="x"), "no field 'private_key'"),
         (lambda record: record.update(kind="broker"), "holds no role"),
         (lambda record: record.update(kind="service"), "may not hold the role"),
