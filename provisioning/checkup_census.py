@@ -33,6 +33,9 @@ P256_SPKI_OCTETS: Final = len(P256_SPKI_PREFIX) + 65
 STUCK_AFTER: Final = timedelta(hours=24)
 WEEK: Final = timedelta(days=7)
 ENDING_WITHIN: Final = timedelta(days=30)
+ENDING_PART: Final = 4
+"""Of a certificate that lives for less than `ENDING_WITHIN` times this, the last part counts: a device begins to
+renew when a third of the life is left, and one that does so in time is nothing to tell of."""
 NEVER_AFTER: Final = timedelta(days=7)
 """How long a device that was made may take until it is online for the first time."""
 
@@ -91,9 +94,9 @@ class Census:
     ended_devices: Few = field(default_factory=Few)
     """In use, but for their certificates, which have ended."""
     ending_devices: Few = field(default_factory=Few)
-    """In use, and ending within `ENDING_WITHIN`."""
+    """In use, and ending soon."""
     ending_services: list[tuple[Kind, str, datetime]] = field(default_factory=list)
-    """Services and brokers in use, by name, and when they end or have ended, if that is within `ENDING_WITHIN`."""
+    """Services and brokers in use, by name, and when they end or have ended, if that is soon."""
     stuck: Few = field(default_factory=Few)
     renewing: Few = field(default_factory=Few)
     """Renewals that their devices have not confirmed for a day."""
@@ -126,12 +129,12 @@ class Census:
         left = row.not_after - self.now
         if row.kind is Kind.DEVICE:
             self._add_device(row, left)
-        elif left < ENDING_WITHIN:
+        elif left < _soon(row):
             self.ending_services.append((row.kind, row.name, row.not_after))
 
     def _add_device(self, row: Row, left: timedelta) -> None:
         self.weeks[max(-1, left // WEEK)] += 1
-        if left < ENDING_WITHIN:
+        if left < _soon(row):
             (self.ended_devices if left < timedelta() else self.ending_devices).add(row)
         if self.now - row.changed_at > NEVER_AFTER and row.name_folded not in self.seen.names:
             self.never_connected.add(row)
@@ -149,6 +152,13 @@ class Census:
             trouble = certificate_trouble(row, row.certificate_der, self.issuers)
             if trouble:
                 self.foreign[trouble].add(row)
+
+
+def _soon(row: Row) -> timedelta:
+    """Return how long before the end of a row's certificate somebody should know."""
+    if row.not_before is None or row.not_after is None:
+        return ENDING_WITHIN
+    return min(ENDING_WITHIN, (row.not_after - row.not_before) / ENDING_PART)
 
 
 def certificate_trouble(row: Row, certificate_der: bytes, issuers: frozenset[str]) -> str:

@@ -145,6 +145,7 @@ def among(*rows: Row) -> Facts:
 
 
 SAME_KEY = public_key_der()
+ENDING = row(not_before=NOON - 30 * DAY, not_after=NOON + DAY)
 BROKER = row("gw-1", kind=Kind.BROKER, not_after=NOON - DAY)
 SERVICE = row("alice", kind=Kind.SERVICE, role="operator", not_after=NOON + DAY)
 TWINS = (row(public_key_der=SAME_KEY), row("b", 1, public_key_der=SAME_KEY))
@@ -154,6 +155,7 @@ UNREACHABLE = look(cause="could not reach it", status=None, sightings=None)
 BAD: list[tuple[str, Level, str, Facts]] = [
     ("devices", Level.SOON, "1 device cannot connect", among(row(not_after=NOON - DAY))),
     ("devices", Level.SOON, "1 device certificate to end", among(row(not_after=NOON + 29 * DAY))),
+    ("devices", Level.SOON, "device certificate to end", among(ENDING)),
     ("services", Level.BROKEN, "broker gw-1 has ended", among(BROKER)),
     ("services", Level.SOON, "service alice ends", among(SERVICE)),
     ("cas", Level.BROKEN, "the issuing CA has ended", issuing(not_after=NOON - DAY)),
@@ -237,6 +239,7 @@ WELL: dict[str, Facts] = {
         *((f"2001:db8::{number}", 6, 0) for number in range(1, 9)), ("2001:db8::ffff:1", 3, 1)
     ),
     "a device made last week": among(row("new", changed_at=NOON - 3 * DAY), row()),
+    "a short life that is half over": among(row(not_before=NOON - 30 * DAY, not_after=NOON + 29 * DAY)),
     "an enrollment under way": among(row(), row("late", 1, state=State.ISSUED, changed_at=NOON - DAY / 2)),
     "revoked, and cut off at once": among(row(revoked_at=NOON, revocation_reason="keyCompromise")),
     "a gateway by path": look(status=None, sightings=None),
