@@ -57,6 +57,14 @@ _USAGE_BITS: Final = (
     "crl_sign",
 )
 _REISSUE: Final = "have it issued anew"
+NEW_ONE: Final = {
+    Claim.DEVICE: "renew it; after its end, where a gateway has a renewal listener (docs/renewal.md)",
+    Claim.SERVICE: "birthmark issue-operator NAME --renew",
+    Claim.BROKER: "birthmark issue-broker NAME --renew",
+    Claim.ISSUING: "birthmark ca rollover start issuing",
+    Claim.ROOT: "birthmark ca rollover start root",
+}
+"""How the holder of a certificate comes by its next one."""
 _ATTRIBUTES: Final = {
     Claim.DEVICE: (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME),
     Claim.SERVICE: (NameOID.ORGANIZATION_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME, NameOID.COMMON_NAME),
@@ -230,14 +238,14 @@ def _validity(it: InspectedCertificate) -> Iterator[Finding]:
             "validity",
             f"it ended on {ends:%Y-%m-%d %H:%M} UTC",
             "nobody takes it any more",
-            "renew it; a gateway may let a device in to do that (docs/renewal.md)",
+            NEW_ONE[it.claim],
         )
     elif it.now < begins:
         why = "either it is meant for later, or a clock is wrong: this one, or the station's"
         yield warning("validity", f"it begins on {begins:%Y-%m-%d %H:%M} UTC", why, "check the clocks")
     elif ends - it.now < min(_SOON, (ends - begins) / 3):
         why = "the last part of its life has begun"
-        yield notice("validity", f"it ends on {ends:%Y-%m-%d %H:%M} UTC", why, "renew it")
+        yield notice("validity", f"it ends on {ends:%Y-%m-%d %H:%M} UTC", why, NEW_ONE[it.claim])
     longest = ROOT_LIFETIME if it.claim is Claim.ROOT else ISSUING_LIFETIME
     if ends - begins > longest:
         why = f"the profile has {longest.days // 365} years at most: what is stolen stays good for as long"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from birthmark.provisioning.inspection.certificate_rules import claim_of, extension_of, is_signed_by
-from birthmark.provisioning.inspection.model import UNREADABLE, Finding, error, shown, warning
+from birthmark.provisioning.inspection.certificate_rules import NEW_ONE, claim_of, extension_of, is_signed_by
+from birthmark.provisioning.inspection.model import UNREADABLE, Claim, Finding, error, shown, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,7 +100,9 @@ def recorded(certificate: x509.Certificate, view: View, cas: Cas) -> Iterator[Fi
     if row.is_revoked:
         since = f" on {row.revoked_at:%Y-%m-%d %H:%M} UTC" if row.revoked_at else ""
         text = f"it was revoked{since}: {shown(row.revocation_reason)}"
-        yield error("revoked", text, "gateways refuse it", "make the unit again if it is to go on")
+        claim = claim_of(certificate)
+        again = "make the unit again" if claim is Claim.DEVICE else NEW_ONE[claim]
+        yield error("revoked", text, "nobody should take it any more", f"{again}, if it is to go on")
     elif row.replaced_by is not None:
         why = "it is good for a while only"
         yield warning("revoked", f"it was replaced by row {row.replaced_by}", why, "use the newer certificate")

@@ -6,6 +6,7 @@ import io
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from support.pki import ECDSA_SHA1_DER, Pki, pem_of
@@ -17,7 +18,6 @@ from birthmark.provisioning.cli import parser
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
     from support.station import Command
 
     from birthmark.provisioning.station import Station
@@ -59,6 +59,24 @@ def test_a_revoked_one_is_found(birthmark: Command, living: Station, tmp_path: P
     (finding,) = answer.records[0]["findings"]
     assert (finding["rule"], finding["severity"]) == ("revoked", "ERROR")
     assert "ERROR revoked: it was revoked" in birthmark("inspect", path).stdout
+    assert finding["remedy"] == "make the unit again, if it is to go on"
+
+
+@pytest.mark.parametrize(
+    ("issued", "file"),
+    [(("issue-broker", "gw.example.com"), "server.pem"), (("issue-operator", "alice"), "alice.pem")],
+)
+def test_who_is_no_device_is_told_the_command_that_replaces_what_was_revoked(
+    birthmark: Command, living: Station, issued: tuple[str, str], file: str
+) -> None:
+    command, name = issued
+    birthmark(command, name, "--out", "out")
+    birthmark("revoke", name, "--reason", "lost")
+
+    answer = birthmark("inspect", f"out/{file}", "--json")
+
+    (finding,) = answer.records[0]["findings"]
+    assert finding["remedy"] == f"birthmark {command} NAME --renew, if it is to go on"
 
 
 def test_a_strangers_certificate_is_found(birthmark: Command, living: Station, tmp_path: Path) -> None:
