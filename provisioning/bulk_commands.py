@@ -14,6 +14,7 @@ from birthmark.provisioning.broker_choice import broker_address, warn_of_loopbac
 from birthmark.provisioning.bulk import issue_all
 from birthmark.provisioning.bulk_requests import read_wanted
 from birthmark.provisioning.options import add_passphrase_option, add_station_option, open_station
+from birthmark.provisioning.record_files import CSV, JSONL
 
 if TYPE_CHECKING:
     import argparse
@@ -79,6 +80,7 @@ def _issue_from(arguments: argparse.Namespace, console: Console) -> None:
             "could not use --broker: it is for devices whose key is made here",
             hint="leave it out, or give --keys station",
         )
+    _check_out(arguments.source, arguments.out)
     station = open_station(arguments)
     role = device_role(arguments.role or station.settings.default_role)
     broker = broker_address(arguments.broker, station.settings.broker)
@@ -95,3 +97,18 @@ def _issue_from(arguments: argparse.Namespace, console: Console) -> None:
     record = {"event": "result", "issued": made.issued, "known": made.known, "out": str(arguments.out)}
     known = f", and {made.known} were there before" if made.known else ""
     console.emit(record, f"certificates issued: {made.issued}{known}; all are in {arguments.out}")
+
+
+def _check_out(source: Path, out: Path) -> None:
+    """Refuse an output that would be written over the requests or among them, and an unknown form of it."""
+    if out.exists() and source.exists() and out.samefile(source):
+        raise UsageError(
+            f"could not use {out} for --out: the requests are there",
+            hint="name another one: the same command, given again, reads them again",
+        )
+    suffix = out.suffix.lower()
+    if not out.is_dir() and suffix != JSONL and (suffix == CSV or out.exists()):
+        raise UsageError(
+            f"could not use {out} for --out: it is neither a folder nor named {JSONL}",
+            hint=f"name a folder, for a file a device; or a file named {JSONL}, for a line a device",
+        )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.identity import DeviceId, Role, device_role
 from birthmark.device.pem import CERTIFICATE_REQUEST, read_blocks
-from birthmark.provisioning.enrollment.signing_request import requested_key
+from birthmark.provisioning.enrollment.signing_request import RequestRefusedError, requested_key
 from birthmark.provisioning.record_files import Columns, Record, line_error, naming, read_records
 from birthmark.provisioning.registry.model import HWID_OCTETS
 
@@ -150,4 +150,8 @@ def _requested(source: Path, where: str, text: bytes, device_id: DeviceId) -> by
         raise line_error(source, where, f"the request of {device_id} cannot be read: {error.message}") from error
     if [label for label, _ in blocks] != [CERTIFICATE_REQUEST]:
         raise line_error(source, where, f"the request of {device_id} is none, or more than one", hint)
-    return requested_key(blocks[0][1], device_id.text)
+    try:
+        return requested_key(blocks[0][1], device_id.text)
+    except RequestRefusedError as error:
+        hint = f"openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -subj /CN={device_id} makes one"
+        raise line_error(source, where, f"the request of {device_id} is refused: {error.cause}", hint) from error

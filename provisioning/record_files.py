@@ -56,7 +56,7 @@ def read_records(path: Path, columns: Columns) -> Iterator[Record]:
         ConfigurationError: it cannot be read, or a line of it breaks a rule of this module.
     """
     suffix = path.suffix.lower()
-    if suffix not in (CSV, JSONL):
+    if suffix not in (CSV, JSONL) and path.exists():
         raise ConfigurationError(
             f"could not read {path}: its name ends neither in {CSV} nor in {JSONL}",
             hint="name the file by what is in it",

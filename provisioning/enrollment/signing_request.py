@@ -34,6 +34,7 @@ class RequestRefusedError(EnrollmentRefusedError):
     """A certification request that nothing is signed for."""
 
     def __init__(self, cause: str) -> None:
+        self.cause = cause
         super().__init__(
             f"could not accept the device's certification request: {cause}",
             hint="nothing was signed; the firmware's enrollment agent is at fault, or the device is hostile",

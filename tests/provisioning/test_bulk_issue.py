@@ -299,7 +299,9 @@ def test_a_request_that_cannot_be_signed_is_named(
     Path("in").mkdir()
     Path("in/a.csr.pem").write_text(request("a"))
     Path("in/pump-1.csr.pem").write_text(make())
-    refused(birthmark("issue", "--from", "in", "--out", "out"), "in, pump-1.csr.pem: ", cause)
+    answer = birthmark("issue", "--from", "in", "--out", "out")
+    refused(answer, "in, pump-1.csr.pem: ", cause)
+    assert "device is hostile" not in answer.stderr, "it is no board on a cable that is at fault"
     assert rows_of(living) == []
     assert not Path("out").exists()
 
@@ -325,6 +327,35 @@ def test_a_folder_with_something_else_in_it_is_refused(birthmark: Command) -> No
     refused(birthmark("issue", "--from", "in", "--out", "out"), "in, -x.csr.pem: ", "as a device id")
     answer = birthmark("issue", "--from", "in/-x.csr.pem", "--out", "out")
     assert "its name ends neither in .csv nor in .jsonl" in answer.stderr
+    answer = birthmark("issue", "--from", "nowhere", "--out", "out")
+    assert "could not read nowhere: No such file or directory" in answer.stderr
+
+
+def test_the_output_is_never_written_over_the_requests_nor_among_them(birthmark: Command, living: Station) -> None:
+    Path("in").mkdir()
+    Path("in/x.csr.pem").write_text(request("x"))
+    line = json.dumps({"id": "x", "csr": request("x")})
+    Path("in.jsonl").write_text(line)
+    for source in ("in", "in.jsonl"):
+        answer = birthmark("issue", "--from", source, "--out", f"./{source}")
+        assert answer.exit_code == 2
+        assert f"could not use {source} for --out: the requests are there" in answer.stderr
+    assert Path("in.jsonl").read_text() == line
+    assert [path.name for path in Path("in").iterdir()] == ["x.csr.pem"]
+    assert rows_of(living) == []
+
+
+@pytest.mark.parametrize("name", ["out.csv", "devices.txt"])
+def test_an_output_that_is_neither_a_folder_nor_jsonl_is_refused(
+    birthmark: Command, living: Station, name: str
+) -> None:
+    Path("devices.txt").write_text("mine")
+    Path("in.jsonl").write_text(json.dumps({"id": "x", "csr": request("x")}))
+    answer = birthmark("issue", "--from", "in.jsonl", "--out", name)
+    assert answer.exit_code == 2
+    assert f"could not use {name} for --out: it is neither a folder nor named .jsonl" in answer.stderr
+    assert (Path("devices.txt").read_text(), Path("out.csv").exists()) == ("mine", False)
+    assert rows_of(living) == []
 
 
 def test_twice_the_same_in_one_file_is_refused(birthmark: Command, living: Station) -> None:
