@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from birthmark.device.console import Console, Parser, command
+from birthmark.device.console import INTERRUPTED, Console, Parser, command
 from birthmark.device.errors import UsageError
 from birthmark.device.identity import device_role
 from birthmark.provisioning.broker_choice import broker_address, warn_of_loopback
@@ -59,9 +59,16 @@ birthmark issue --from devices.csv --keys station --broker gateway-1.example.com
     add_passphrase_option(parser)
 
 
-def _issue(arguments: argparse.Namespace, console: Console) -> None:
-    with _uncollected():
-        _issue_from(arguments, console)
+def _issue(arguments: argparse.Namespace, console: Console) -> int:
+    try:
+        with _uncollected():
+            _issue_from(arguments, console)
+    except KeyboardInterrupt:
+        console.emit(
+            {"event": "interrupted"}, "interrupted; nothing is lost: the same command again goes on from here"
+        )
+        return INTERRUPTED
+    return 0
 
 
 @contextmanager

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
+from support.patience import PATIENCE_S
 from support.station import Command, enrolled_row, keyed_row
 
 from birthmark.device.credentials import Credentials
@@ -384,6 +388,28 @@ def test_more_devices_than_fit_into_one_go_are_refused(
     assert rows_of(living) == []
     Path("two.jsonl").write_text("\n".join(lines[:2]))
     assert birthmark("issue", "--from", "two.jsonl", "--out", "out").exit_code == 0
+
+
+def test_who_interrupts_it_is_told_that_nothing_is_lost(birthmark: Command, living: Station) -> None:
+    Path("in.jsonl").write_text(json.dumps({"id": "x", "csr": request("x")}))
+    words = ["issue", "--from", "in.jsonl", "--out", "out.jsonl"]
+    reading, writing = os.pipe()
+    environment = {key: value for key, value in os.environ.items() if key != "BIRTHMARK_PASSPHRASE"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "birthmark.provisioning", *words, "--passphrase-fd", str(reading)],
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=[reading],
+        env=environment | {"BIRTHMARK_STATION": str(living.folder)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "devices read and checked: 1\n"
+        process.send_signal(signal.SIGINT)  # while it waits for a passphrase, which does not come
+        told, code = process.stdout.read(), process.wait(PATIENCE_S)
+    os.close(reading)
+    os.close(writing)
+    assert (told.startswith("interrupted; nothing is lost"), code) == (True, 130)
+    assert birthmark(*words).exit_code == 0
 
 
 def test_what_belongs_to_another_device_is_refused_and_nothing_applied(
