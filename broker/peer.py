@@ -177,7 +177,7 @@ def _read(leaf_der: bytes, trust: Trust) -> Peer:
     extensions = {extension.oid: extension for extension in certificate.extensions}
     issuer = _issuer(certificate, extensions, trust)
     device_id, role = _names(certificate)
-    _check_signature(certificate, issuer, device_id)
+    _check_signature(certificate, issuer, device_id, leaf_der)
     public_key = certificate.public_key()
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(public_key.curve, ec.SECP256R1):
         raise PeerRefusedError("key", f"the key of {device_id} is not on P-256", _REISSUE)
@@ -240,10 +240,14 @@ def _text(value: str | bytes) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _check_signature(certificate: x509.Certificate, issuer: Issuer, device_id: DeviceId) -> None:
+def _check_signature(certificate: x509.Certificate, issuer: Issuer, device_id: DeviceId, leaf_der: bytes) -> None:
     if certificate.signature_algorithm_oid != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
         message = f"the certificate of {device_id} is not signed with ecdsa-with-SHA256"
         raise PeerRefusedError("algorithm", message, _REISSUE)
+    # The BIT STRING's count of unused bits is not signed, and the parser lets a wrong one pass.
+    if not leaf_der.endswith(b"\0" + certificate.signature):
+        message = f"the signature of the certificate of {device_id} is damaged"
+        raise PeerRefusedError("malformed", message, _REISSUE)
     try:
         issuer.public_key.verify(certificate.signature, certificate.tbs_certificate_bytes, _SIGNATURE)
     except InvalidSignature as error:

@@ -65,6 +65,9 @@ def _checked(request_der: bytes, common_name: str) -> bytes:
         raise RequestRefusedError("its key is not on P-256")
     if request.signature_algorithm_oid != SignatureAlgorithmOID.ECDSA_WITH_SHA256:
         raise RequestRefusedError("it is not signed with ECDSA and SHA-256")
+    # The BIT STRING's count of unused bits is not signed, and the parser lets a wrong one pass.
+    if not request_der.endswith(b"\0" + request.signature):
+        raise RequestRefusedError("its signature is damaged")
     try:
         key.verify(request.signature, to_be_signed, _SIGNATURE)
     except InvalidSignature:

@@ -89,6 +89,16 @@ def test_another_key_or_signature_is_refused() -> None:
         requested_key(request(named(cn("pump-1")), algorithm=SHA384()), "pump-1")
 
 
+def test_a_signature_with_unused_bits_is_refused() -> None:
+    # One whose last bit is 0 could be said to be one bit shorter, which changes nothing that is signed.
+    der = next(der for _ in range(100) if not (der := request(named(cn("pump-1"))))[-1] & 1)
+    signature = x509.load_der_x509_csr(der).signature
+    shorter = der[: -len(signature) - 1] + b"\1" + signature
+    assert x509.load_der_x509_csr(shorter).signature == signature
+    with pytest.raises(RequestRefusedError, match="its signature is damaged"):
+        requested_key(shorter, "pump-1")
+
+
 @given(place=st.integers(0, 1000), bit=st.integers(0, 7))
 def test_a_request_with_a_bit_turned_is_refused(place: int, bit: int) -> None:
     der = bytearray(request(named(cn("pump-1"))))

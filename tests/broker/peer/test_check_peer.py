@@ -270,6 +270,15 @@ def test_a_certificate_cut_short_anywhere() -> None:
     assert refusal(whole + b"\0").reason == "malformed"
 
 
+def test_a_signature_with_unused_bits_is_refused() -> None:
+    # One whose last bit is 0 could be said to be one bit shorter, which changes nothing that is signed.
+    leaf = next(der for _ in range(100) if not (der := pki().device().der)[-1] & 1)
+    signature = x509.load_der_x509_certificate(leaf).signature
+    shorter = leaf[: -len(signature) - 1] + b"\1" + signature
+    assert x509.load_der_x509_certificate(shorter).signature == signature
+    assert refusal(shorter).reason == "malformed"
+
+
 @given(st.integers(0, 400), st.integers(1, 255), st.booleans())
 def test_a_damaged_certificate_is_refused_and_nothing_else_happens(at: int, flip: int, signed: bool) -> None:
     """Damage within the signed part, with the old signature and with a new one that fits."""
