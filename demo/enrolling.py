@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import stat
 
@@ -84,7 +85,7 @@ def boards(play: Play) -> Observed:
         (BYSTANDERS[1], "boards", 2),
         (CULPRIT, "board", 1),
     ):
-        ready = play.hears(name, event="ready", board=number, timeout_s=10)
+        ready = play.hears(name, event="ready", board=number, timeout_s=15)
         expect(ready.record["id"] is None, "a blank board")
         play.ports[device] = ready.record["path"]
     return Observed(f"the device's own agent answers on {', '.join(play.ports.values())}", {"ports": play.ports})
@@ -116,16 +117,21 @@ def online(play: Play) -> Observed:
     """Freshly flashed boards come online and report."""
     since = {}
     for number, device in enumerate(BYSTANDERS, 1):
-        flashed = play.hears("boards", event="flashed", board=number, id=device, timeout_s=5)
+        flashed = play.hears("boards", event="flashed", board=number, id=device, timeout_s=15)
         play.operator_sees(f"devices/{device}/status", '"online":true', timeout_s=15)
-        reading = play.operator_sees(f"devices/{device}/telemetry", "celsius", timeout_s=10)
+        reading = play.operator_sees(f"devices/{device}/telemetry", "celsius", timeout_s=15)
         since[device] = milliseconds(reading.at_s - flashed.at_s)
     text = ", ".join(f"{device} {ms:.0f} ms" for device, ms in since.items())
     return Observed(f"from locked board to first reading at the operator: {text}", {"first_reading_ms": since})
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that stays free until the broker takes it: a kernel gives those above to whoever asks for any."""
+    while True:
+        with socket.socket() as probe:
+            port = random.randrange(20_000, 32_000)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port

@@ -29,9 +29,9 @@ def foreign_topic(play: Play) -> Observed:
     ask(prober, f"publish {forged} FORGED")
     ask(prober, f"publish devices/{CULPRIT}/telemetry/marker MARKER")
     # One connection, one order: when the operator has the second message, the first will not come any more.
-    play.operator_sees(f"devices/{CULPRIT}/telemetry/marker", "MARKER", timeout_s=10)
+    play.operator_sees(f"devices/{CULPRIT}/telemetry/marker", "MARKER", timeout_s=15)
     expect(not play.messages(forged, since_s=0), "no forged reading at the operator")
-    denial = play.hears("broker", event="denied", id=CULPRIT, topic=forged, timeout_s=5).record["message"]
+    denial = play.hears("broker", event="denied", id=CULPRIT, topic=forged, timeout_s=15).record["message"]
     ask(prober, "leave")
     return Observed(
         f"SUBACK 0x80 for {victim}'s commands and for #; a forged reading reached nobody. "
@@ -61,7 +61,7 @@ def stranger(play: Play) -> Observed:
         records = [heard.record for heard in broker.heard()]
         return {record["reason"] for record in records if record.get("event") == "handshake_failed"}
 
-    broker.until(lambda: len(logged()) == 2, "both reasons in the broker's log", timeout_s=5)
+    broker.until(lambda: len(logged()) == 2, "both reasons in the broker's log", timeout_s=15)
     return Observed(
         "another CA's certificate with the operator's name, and no certificate, each over TLS 1.2 and 1.3. "
         f"The broker's log: {', '.join(sorted(logged()))}",
