@@ -13,6 +13,7 @@ import pytest
 from support.broker_stub import CONNECT, DISCONNECT, PUBACK, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, BrokerStub
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 from support.waiting import eventually
 from support.watching import Watching, impatient
 
@@ -420,8 +421,7 @@ def test_a_device_has_one_session(state: Path) -> None:
 
 
 def test_the_first_attempt_decides_unless_there_is_time(tmp_path: Path, pki: Pki) -> None:
-    with BrokerStub(pki) as gone:
-        port = gone.port
+    port = steady_port()
     state = enrolled(tmp_path / "state", pki, port=port)
     with pytest.raises(UnreachableError):
         Client.from_folder(state, retry=impatient()).connect()
@@ -443,12 +443,10 @@ def test_a_refusal_is_not_waited_out(state: Path, broker: BrokerStub) -> None:
 
 
 def test_stop_is_quick_while_waiting_and_may_be_repeated(tmp_path: Path, pki: Pki) -> None:
-    with BrokerStub(pki) as gone:
-        port = gone.port
     watching = Watching()
     hour = Backoff(3600, 3600)
     client = Client.from_folder(
-        enrolled(tmp_path / "s", pki, port=port), observe=watching, retry=RetryTimer(unreachable=hour)
+        enrolled(tmp_path / "s", pki, port=steady_port()), observe=watching, retry=RetryTimer(unreachable=hour)
     )
     waiting = client.publish("a", b"")
     client.start()

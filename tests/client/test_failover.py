@@ -11,6 +11,7 @@ from support.broker_stub import CONNECT, DISCONNECT, PUBLISH, BrokerStub
 from support.device_folder import enrolled
 from support.loopback_proxy import LoopbackProxy
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 from support.waiting import eventually
 from support.watching import Watching
 
@@ -51,8 +52,8 @@ def test_the_next_broker_is_taken_and_the_first_again_when_it_is_back(
     tmp_path: Path, pki: Pki, second: BrokerStub
 ) -> None:
     watching = Watching()
-    with BrokerStub(pki) as first:
-        port = first.port
+    port = steady_port()
+    with BrokerStub(pki, port=port):
         state = enrolled(tmp_path / "state", pki, port=port)
         (state / "device.toml").write_text(
             f'[broker]\nfurther_addresses = ["127.0.0.1:{second.port}"]\nreturn_after_s = 1\n'
@@ -183,8 +184,7 @@ def test_after_a_connection_that_held_the_first_comes_first_again(
 ) -> None:
     watching = Watching()
     further = [BrokerAddress("127.0.0.1", second.port)]
-    with BrokerStub(pki) as first:
-        port = first.port
+    port = steady_port()
     state = enrolled(tmp_path / "state", pki, port=port)
     options: dict[str, Any] = {"renewal": False, "further_addresses": further, "return_after_s": 3600}
     with Client.from_folder(state, observe=watching, retry=impatient(), **options):

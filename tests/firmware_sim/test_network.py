@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 
 from birthmark.device.errors import ConfigurationError
 from birthmark.firmware_sim.network import NetworkFaults, Proxy
@@ -160,9 +161,7 @@ def test_who_waits_for_the_broker_is_reset_too(echo: Echo, monkeypatch: pytest.M
 
 
 def test_a_broker_that_is_not_there(echo: Echo) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with Proxy("127.0.0.1", port, NetworkFaults()) as proxy:
+    with Proxy("127.0.0.1", steady_port(), NetworkFaults()) as proxy:
         assert not gets_through(proxy)
         assert proxy.resets == 1
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import stat
 import time
 from typing import TYPE_CHECKING
 
 from cryptography import x509
 from support.device_command import DeviceCommand, needs_faketime, run
+from support.ports import steady_port
 from support.renewing_client import Renewing, client, client_started, device_command
 from support.waiting import eventually
 
@@ -149,8 +149,7 @@ def test_an_expired_device_that_is_revoked_is_told_so_on_the_listener_for_that(s
 
 def test_where_there_is_no_listener_for_what_has_expired_that_is_said(stand: Stand) -> None:
     watching, state = Renewing(), stand.early_device("nowhere")
-    with socket.create_server(("localhost", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = steady_port()
     with client_started(state, watching, renewal_port=port):
         watching.wait_for_state("failed")
     changes = [event for event in watching.events if isinstance(event, RenewalChanged)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from support.patience import PATIENCE_S
 from support.pki import crl_pem, now
+from support.ports import steady_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +30,7 @@ class BrokerProcess:
     def __init__(self, folder: Path, pki: Pki, *, name: str = "gw-1") -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         self.folder = folder
-        self.port = 0
+        self.port = steady_port()
         self._pki = pki
         self._crl_number = 1
         pki.write_broker_files(folder, "localhost", "127.0.0.1")

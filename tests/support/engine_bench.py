@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient, client_context
+from support.ports import steady_port
 from support.station import PASSPHRASE
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class Bench:
         self.folder = folder
         self.station, self.gateway = folder / "station", folder / "gateway"
         self.boards, self.exported = folder / "boards", folder / "mosquitto"
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            self.port: int = listening.getsockname()[1]
+        self.port = steady_port()
 
     def run(self, *words: object, code: int = 0) -> list[dict[str, Any]]:
         """Run a command of the station or of the gateway; return what it printed."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from support import mqtt_client as mqtt
 from support.engine_bench import NOT_THERE
+from support.ports import steady_port
 from support.programs import program
 from support.repository import ROOT
 
@@ -83,8 +84,7 @@ def measured(policy: Policy, count: int, folder: Path) -> dict[str, float]:
     content = acl(policy, devices(count))
     found = {"ACL, made, s": time.process_time() - began_s, "ACL, MB": len(content) / 1e6}
     (folder / "acl").write_text(content)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
+    port = steady_port()
     conf = f"user root\nlog_dest stderr\nlistener {port} 127.0.0.1\nallow_anonymous true\nacl_file {folder}/acl\n"
     (folder / "mosquitto.conf").write_text(conf)
     process = subprocess.Popen(

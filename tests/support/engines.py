@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient, client_context
 from support.mqtt_process import BrokerProcess, broker_process
 from support.mqtt_world import RECEIPTS, replace
 from support.pki import Authority, Pki, crl_pem, now
+from support.ports import steady_port
 from support.programs import program
 
 from birthmark.device.messages import Receipt
@@ -270,8 +270,7 @@ def write_gateway(folder: Path, identities: Identities, port: int = 0) -> Path:
 @contextmanager
 def exported_mosquitto(folder: Path, identities: Identities) -> Iterator[Engine]:
     """Export a gateway to Mosquitto, and run it."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
+    port = steady_port()
     write_gateway(folder, identities, port)
     done = export(folder, *ACCEPTED)
     assert done.returncode == 0, done.stdout + done.stderr

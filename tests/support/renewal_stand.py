@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from cryptography import x509
 from support.mqtt_process import broker_process
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 from support.renewing import PaperDevice
 from support.repository import ROOT
 from support.station import PASSPHRASE, new_station
@@ -157,8 +158,8 @@ class Stand:
         (self._broker_folder / "policy.toml").write_bytes((ROOT / "broker" / "policy.default.toml").read_bytes())
         self._broker_toml = broker_toml
         self._running = ExitStack()
-        self.port = 0
-        self.renewal_port = 0
+        self.port = steady_port()
+        self.renewal_port = steady_port()
         self.broker: BrokerProcess
 
     def __enter__(self) -> Self:

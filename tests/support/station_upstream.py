@@ -16,6 +16,7 @@ from cryptography import x509
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 from support.programs import program
 from support.station_gateways import receipt_for
 
@@ -55,8 +56,7 @@ class Mosquitto:
         (folder / "all-ca.pem").write_bytes(
             (folder / "clients-ca.pem").read_bytes() + station.root_path.read_bytes()
         )
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            self.port: int = listening.getsockname()[1]
+        self.port = steady_port()
         self._configuration = folder / "mosquitto.conf"
         self._configuration.write_text(
             CONFIGURATION.format(
