@@ -230,7 +230,7 @@ def test_requests_of_the_vectors_are_understood_however_they_are_cut(bench: Benc
     assert [answer[:3] for answer in answers_in(cut)] == whole
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.binary(max_size=50) | st.tuples(st.integers(0, 255), st.binary(max_size=60)), max_size=6))
 def test_any_bytes_are_survived(bench: Bench, parts: list[bytes | tuple[int, bytes]]) -> None:
     data = b"".join(

@@ -58,16 +58,16 @@ def start(script: Path, *words: str | Path) -> subprocess.Popen[str]:
     )
 
 
-def said_online(heard: list[Message], *, online: bool) -> bool:
-    return any(m.topic.endswith("/status") and m.json()["online"] is online for m in heard)
+def said_online(heard: list[Message], name: str, *, online: bool) -> bool:
+    return any(m.topic == f"devices/{name}/status" and m.json()["online"] is online for m in heard)
 
 
-def stopped_in_order(process: subprocess.Popen[str], heard: list[Message]) -> None:
+def stopped_in_order(process: subprocess.Popen[str], heard: list[Message], name: str) -> None:
     for _ in range(2):  # timeout(1) says it twice, and so do people
         process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (0, "", "")
-    eventually(lambda: said_online(heard, online=False), "goodbye")
+    eventually(lambda: said_online(heard, name, online=False), "goodbye")
     assert heard[-1].json()["reason"] == "goodbye"
 
 
@@ -76,6 +76,7 @@ def test_counter(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[M
     process = start(ROOT / "examples/counter.py", state, "10")
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (0, "the broker has all 10\n", "")
+    eventually(lambda: said_online(heard, "counter-1", online=False), "goodbye, after all that it counted")
     counts = [m.json()["count"] for m in heard if m.topic.endswith("/count")]
     assert counts == list(range(1, 11))
     missing = start(ROOT / "examples/counter.py", tmp_path / "nothing", "10")
@@ -87,7 +88,7 @@ def test_counter(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[M
 def test_valve(tmp_path: Path, pki: Pki, gateway: BrokerProcess, alice: Client, heard: list[Message]) -> None:
     state = enrolled(tmp_path / "state", pki, port=gateway.port, name="valve-1")
     process = start(ROOT / "examples/valve.py", state)
-    eventually(lambda: said_online(heard, online=True), "presence")
+    eventually(lambda: said_online(heard, "valve-1", online=True), "presence")
     assert alice.request("valve-1", "open", {"percent": 40}, timeout_s=PATIENCE_S).json() == {"percent": 40}
     assert alice.request("valve-1", "close", timeout_s=PATIENCE_S).json() == {"percent": 0}
     with pytest.raises(CommandFailedError, match="a whole number from 0 to 100"):
@@ -96,7 +97,7 @@ def test_valve(tmp_path: Path, pki: Pki, gateway: BrokerProcess, alice: Client, 
         alice.request("valve-1", "open", "percent=40", timeout_s=PATIENCE_S)
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 0
-    eventually(lambda: said_online(heard, online=False), "goodbye")
+    eventually(lambda: said_online(heard, "valve-1", online=False), "goodbye")
     assert process.stderr is not None
     assert process.stderr.read().startswith("the command open failed")
     process.communicate()
@@ -120,7 +121,7 @@ def test_cpu_temperature(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard
     readings = [m for m in heard if m.topic.endswith("/cpu-temperature")]
     assert readings[0].topic == "devices/pi-1/telemetry/cpu-temperature"
     assert readings[0].json() == {"celsius": 48.312}
-    stopped_in_order(process, heard)
+    stopped_in_order(process, heard, "pi-1")
 
 
 def test_the_readme(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: list[Message]) -> None:
@@ -132,7 +133,7 @@ def test_the_readme(tmp_path: Path, pki: Pki, gateway: BrokerProcess, heard: lis
     script.write_text(blocks[0].replace("/var/lib/birthmark", str(state)))
     out, err = start(script).communicate(timeout=PATIENCE_S)
     assert (out, err) == ("", "")
-    eventually(lambda: said_online(heard, online=False), "goodbye")
+    eventually(lambda: said_online(heard, "readme-1", online=False), "goodbye")
     payloads = {m.topic.rpartition("/")[2]: m.payload for m in heard if "/telemetry/" in m.topic}
     assert payloads, "it published nothing"
     assert all(json.loads(payload) for payload in payloads.values())

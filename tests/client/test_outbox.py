@@ -331,7 +331,7 @@ def test_a_batch_is_one_sync_and_nothing_is_acknowledged_before_it(
         syncs.append(1)
 
     monkeypatch.setattr(Database, "writing", watched)
-    with outbox_at(tmp_path / "o.db", durability="batch:100ms") as (outbox, _):
+    with outbox_at(tmp_path / "o.db", durability="batch:2000ms") as (outbox, _):
         acknowledgements = [outbox.put(TOPIC, str(number), retain=False) for number in range(20)]
         assert held.wait(PATIENCE_S)
         assert not any(one.is_stored for one in acknowledgements)

@@ -17,6 +17,7 @@ import pytest
 from support.broker_stub import BrokerStub
 from support.device_folder import enrolled
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 from support.repository import ROOT
 from support.waiting import eventually
 
@@ -80,9 +81,7 @@ def test_ready_alive_connected_and_stopping(tmp_path: Path, pki: Pki, systemd: S
 
 
 def test_alive_without_a_network_and_without_an_identity(tmp_path: Path, pki: Pki, systemd: Systemd) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    state = enrolled(tmp_path / "state", pki, port=port)
+    state = enrolled(tmp_path / "state", pki, port=steady_port())
     for folder, status in ((state, "could not connect to"), (tmp_path / "blank", "could not find credentials")):
         process = run(folder, systemd, "--wait", stdout=subprocess.DEVNULL)
         try:
@@ -95,7 +94,6 @@ def test_alive_without_a_network_and_without_an_identity(tmp_path: Path, pki: Pk
 
 
 def test_what_hangs_does_not_look_alive(tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "STALE_S", 0.3)
     monkeypatch.setattr(worker, "BEAT_S", 0.05)
     release, hangs = threading.Event(), threading.Event()
     with (
@@ -116,14 +114,14 @@ def test_what_hangs_does_not_look_alive(tmp_path: Path, pki: Pki, monkeypatch: p
 
         monkeypatch.setattr(client._worker._link, "turn", hang)
         assert hangs.wait(PATIENCE_S)
+        monkeypatch.setattr(worker, "STALE_S", 0.3)  # only now: a busy machine may hold up what does not hang
         eventually(lambda: not client.is_alive, "it looks alive")
         monkeypatch.undo()
         release.set()
 
 
 def test_lines_for_the_journal(tmp_path: Path, pki: Pki, systemd: Systemd) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = steady_port()
     state = enrolled(tmp_path / "state", pki, port=port)
     for is_journal in (True, False):
         journal = tmp_path / f"journal-{is_journal}"

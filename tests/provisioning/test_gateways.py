@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 from cryptography import x509
 from support.patience import PATIENCE_S
+from support.ports import steady_port
 from support.station import CHEAP, PASSPHRASE
 from support.station_gateways import CLOSED, MqttGateway, PathGateway, receipt_for
 
@@ -292,8 +293,7 @@ def test_by_mqtt_what_goes_wrong_is_pending(
 
 
 def test_by_mqtt_nobody_there_is_pending(living: Station, by_mqtt: Callable[[int], Gateway]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
+    port = steady_port()
     (delivery,) = deliver_all(living, by_mqtt(port), timeout_s=SHORT_S)
     assert delivery.outcome is Outcome.PENDING
     assert str(port) in delivery.cause
@@ -309,12 +309,26 @@ def test_by_mqtt_without_usable_files_is_pending(living: Station, tmp_path: Path
 def test_one_silent_gateway_delays_no_other(living: Station, tmp_path: Path) -> None:
     paths = [tmp_path / f"crl-{number}.pem" for number in range(3)]
     gateways = [Gateway(f"g-{number}", crl_path=path) for number, path in enumerate(paths)]
+    others = threading.Semaphore(0)
+
+    def answering(name: str) -> Callable[[bytes], bytes]:
+        def answer(crl: bytes) -> bytes:
+            others.release()
+            return receipt_for(crl, gateway=name).to_bytes()
+
+        return answer
+
+    def silent_until_the_others_have_answered(crl: bytes) -> bytes:
+        assert all(others.acquire(timeout=PATIENCE_S) for _ in range(2))
+        return receipt_for(crl, gateway="g-1").to_bytes()
+
     with (
-        PathGateway(paths[0], lambda crl: receipt_for(crl, gateway="g-0").to_bytes()),
-        PathGateway(paths[2], lambda crl: receipt_for(crl, gateway="G-2").to_bytes()),
+        PathGateway(paths[0], answering("g-0")),
+        PathGateway(paths[1], silent_until_the_others_have_answered),
+        PathGateway(paths[2], answering("G-2")),
     ):
-        deliveries = deliver_all(living, *gateways, timeout_s=2.0)
-    assert [delivery.outcome for delivery in deliveries] == [Outcome.DONE, Outcome.PENDING, Outcome.DONE]
+        deliveries = deliver_all(living, *gateways)
+    assert [delivery.outcome for delivery in deliveries] == [Outcome.DONE] * 3
 
 
 def test_no_gateway_is_no_delivery(living: Station) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 from cryptography import x509
+from support.patience import PATIENCE_S
 from support.renewal_stand import Stand
 from support.renewing import PaperDevice
 from support.renewing_client import Renewing, client, client_started
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 def test_systemd_is_told(stand: Stand, tmp_path: Path) -> None:
     path = tmp_path / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-        told.settimeout(30)
+        told.settimeout(PATIENCE_S)
         told.bind(str(path))
         service = stand.renewd(NOTIFY_SOCKET=str(path), WATCHDOG_USEC="200000")
         try:

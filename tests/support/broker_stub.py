@@ -140,8 +140,10 @@ class BrokerStub:
         body = struct.pack(">H", len(name)) + name + (struct.pack(">H", packet_id) if qos else b"") + payload
         with self._changed:
             receivers = [connection for connection in self._open if connection.fileno() >= 0]
+        data = _encoded(PUBLISH, body, flags=qos << 1 | retain)
         for connection in receivers:
-            self._send(connection, PUBLISH, body, flags=qos << 1 | retain)
+            with self._writing:
+                connection.sendall(data)
 
     def send_raw(self, data: bytes) -> None:
         """Send bytes to every client, whatever they are."""
@@ -211,41 +213,40 @@ class BrokerStub:
                 body = _exactly(connection, _length(connection))
                 packet = Packet(kind_and_flags >> 4, kind_and_flags & 15, body, number)
                 with self._changed:
-                    acknowledges = self.acknowledges  # as when it came, whatever who waits for it sets
+                    answer, goes_on = self._reaction(packet)  # as when it came, whatever who waits for it sets
                     self.packets.append(packet)
                     self._changed.notify_all()
-                if not self._react(connection, packet, acknowledges=acknowledges):
+                with self._writing:
+                    connection.sendall(answer)
+                if not goes_on:
                     return
 
-    def _react(self, connection: ssl.SSLSocket, packet: Packet, *, acknowledges: bool) -> bool:
+    def _reaction(self, packet: Packet) -> tuple[bytes, bool]:
+        """What a packet is answered with, and whether the connection goes on."""
         match packet.kind:
             case 1 if self.answer is not None:
-                connection.sendall(self.answer)
-                return False
+                return self.answer, False
             case 1 if self.connack is not None:
-                self._send(connection, CONNACK, bytes((0, self.connack)))
-                return self.connack == 0
-            case 3 if packet.qos and acknowledges:
-                self._send(connection, PUBACK, packet.packet_id)
+                return _encoded(CONNACK, bytes((0, self.connack))), self.connack == 0
+            case 3 if packet.qos and self.acknowledges:
+                return _encoded(PUBACK, packet.packet_id), True
             case 8:
-                self._send(connection, SUBACK, packet.packet_id + bytes([self.suback] * len(packet.filters)))
+                codes = bytes([self.suback] * len(packet.filters))
+                return _encoded(SUBACK, packet.packet_id + codes), True
             case 10:
-                self._send(connection, UNSUBACK, packet.packet_id)
+                return _encoded(UNSUBACK, packet.packet_id), True
             case 12 if self.answers_pings:
-                self._send(connection, PINGRESP, b"")
-            case 14:
-                return False
-        return True
+                return _encoded(PINGRESP, b""), True
+        return b"", packet.kind != 14
 
-    def _send(self, connection: ssl.SSLSocket, kind: int, body: bytes, *, flags: int = 0) -> None:
-        length, encoded = len(body), bytearray()
-        while True:
-            length, low = divmod(length, 128)
-            encoded.append(low | (128 if length else 0))
-            if not length:
-                break
-        with self._writing:
-            connection.sendall(bytes((kind << 4 | flags,)) + bytes(encoded) + body)
+
+def _encoded(kind: int, body: bytes, *, flags: int = 0) -> bytes:
+    length, encoded = len(body), bytearray((kind << 4 | flags,))
+    while True:
+        length, low = divmod(length, 128)
+        encoded.append(low | (128 if length else 0))
+        if not length:
+            return bytes(encoded) + body
 
 
 def _exactly(connection: ssl.SSLSocket, count: int) -> bytes:

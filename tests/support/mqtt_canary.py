@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from support import mqtt_client as mqtt
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,10 +30,11 @@ class Canary:
 
 
 @contextmanager
-def singing(client: RawClient, name: str, deadline_s: float) -> Iterator[Canary]:
+def singing(client: RawClient, name: str) -> Iterator[Canary]:
     """Have a connected client publish to itself at QoS 1 again and again, until the block ends.
 
-    Each message must be acknowledged and come back within `deadline_s`, and nothing else may come.
+    Each message must be acknowledged and come back, and nothing else may come. How long it took is told: many
+    other tests share the machine.
     """
     canary, stop = Canary(), threading.Event()
     topic = f"devices/{name}/telemetry/song"
@@ -44,7 +46,7 @@ def singing(client: RawClient, name: str, deadline_s: float) -> Iterator[Canary]
                 payload = b"%d" % canary.count
                 began_s = time.monotonic()
                 client.send(mqtt.publish(topic, payload, qos=1, pid=1))
-                answers = [client.read(deadline_s), client.read(deadline_s)]
+                answers = [client.read(), client.read()]
                 canary.latest_s = max(canary.latest_s, time.monotonic() - began_s)
                 (acknowledgement,) = [answer for answer in answers if answer.first == 0x40]
                 (found,) = [mqtt.delivery(answer) for answer in answers if answer.first >> 4 == 3]
@@ -61,9 +63,8 @@ def singing(client: RawClient, name: str, deadline_s: float) -> Iterator[Canary]
         yield canary
     finally:
         stop.set()
-        thread.join(deadline_s * 3)
+        thread.join(2 * PATIENCE_S)
     assert not thread.is_alive()
     if canary.failures:
         raise AssertionError("the canary fell silent") from canary.failures[0]
     assert canary.count, "it sang"
-    assert canary.latest_s <= deadline_s

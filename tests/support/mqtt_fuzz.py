@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 from support import mqtt_client as mqtt
 from support.mqtt_client import packet, text
+from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-STALL_S = 20.0
-"""A broker that neither reads nor closes for this long hangs."""
 ANSWER_S = 0.05
 _BROKEN_TEXT = (b"a\0b", b"\xc0\x80", b"\xed\xa0\x80", b"\xff", b"a/\xe2\x82", b"\xf8\x88\x80\x80\x80")
 
@@ -159,7 +158,7 @@ def say(sock: ssl.SSLSocket, data: bytes) -> bool:
     """
     view = memoryview(data + mqtt.PINGREQ)
     sock.setblocking(False)  # noqa: FBT003
-    deadline = time.monotonic() + STALL_S
+    deadline = time.monotonic() + PATIENCE_S
     while view:
         try:
             view = view[sock.send(view) :]

@@ -143,7 +143,7 @@ class MqttGateway:
                 accepted, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            accepted.settimeout(10)
+            accepted.settimeout(PATIENCE_S)
             with (
                 contextlib.suppress(OSError, EOFError),
                 accepted,

@@ -146,7 +146,7 @@ def speaking(folder: Path, pki: Pki, talk: Callable[[ssl.SSLSocket], Any], *host
                 except OSError:
                     return
                 with plain, suppress(OSError):
-                    plain.settimeout(10)
+                    plain.settimeout(PATIENCE_S)
                     with context.wrap_socket(plain, server_side=True) as secured:
                         talk(secured)
 

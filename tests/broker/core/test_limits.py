@@ -27,7 +27,9 @@ def waiting_bytes(gateway: RunningGateway) -> int:
 def test_a_client_that_does_not_read_holds_a_bounded_buffer(tmp_path: Path, pki: Pki) -> None:
     """Stock amqtt: 78 to 290 MB in ten seconds. QoS 0 is dropped, and said once; others go on."""
     with running_gateway(tmp_path, pki, limits=Limits(max_queued_bytes=200_000)) as gateway:
-        deaf = gateway.client("free-1").subscribed(("load", 0))
+        # What the kernel takes for it is bounded as well, whatever the machine is set to.
+        deaf = gateway.open(gateway.context("free-1"), receive_bytes=65_536)
+        deaf.handshake(mqtt.connect("free-1")).subscribed(("load", 0))
         hearing = gateway.client("free-2").subscribed(("load", 1))
         publisher = gateway.client("free-3")
         for number in range(1, 301):
@@ -73,7 +75,8 @@ def test_a_client_that_asks_and_never_reads_is_cut_off(tmp_path: Path, pki: Pki)
 
 def test_a_socket_that_takes_nothing_is_cut_off(tmp_path: Path, pki: Pki) -> None:
     with running_gateway(tmp_path, pki, limits=Limits(stall_timeout_s=0.5)) as gateway:
-        gateway.client("free-1").subscribed(("load", 0))
+        deaf = gateway.open(gateway.context("free-1"), receive_bytes=65_536)
+        deaf.handshake(mqtt.connect("free-1")).subscribed(("load", 0))
         publisher = gateway.client("free-2")
         for _ in range(100):
             publisher.send(mqtt.publish("load", bytes(100_000)))

@@ -38,12 +38,12 @@ def test_it_says_when_it_is_ready_and_stops_in_good_order(
 ) -> None:
     config = write_files(tmp_path, pki)
     notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    notified.settimeout(10)
+    notified.settimeout(PATIENCE_S)
+    notified.bind(str(tmp_path / "notify"))
     with (
         notified,
         broker_process(config, environment={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}) as broker,
     ):
-        notified.bind(str(tmp_path / "notify"))
         with RawClient.connect(broker.port, context(tmp_path, pki)) as client:
             client.handshake(mqtt.connect("sensor-1")).ping()
             assert broker.wait_for_log("sensor-1 connected")["event"] == "connected"
@@ -64,7 +64,7 @@ def test_its_keys_stay_out_of_core_files(tmp_path: Path, pki: Pki) -> None:
 def test_the_watchdog_of_systemd_is_fed_from_the_loop(tmp_path: Path, pki: Pki) -> None:
     environment = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        notified.settimeout(10)
+        notified.settimeout(PATIENCE_S)
         notified.bind(str(tmp_path / "notify"))
         with broker_process(write_files(tmp_path, pki), environment=environment) as broker:
             told = [notified.recv(100) for _ in range(6)]

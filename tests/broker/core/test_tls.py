@@ -114,7 +114,6 @@ def test_no_certificate_is_refused(
 
 def test_the_client_reads_the_alert_that_says_why(gateway: RunningGateway) -> None:
     client = gateway.open(gateway.context_of(_expired(gateway.pki), version=TLS13))
-    client.sock.settimeout(5)
     with pytest.raises(ssl.SSLError, match="CERTIFICATE_EXPIRED"):
         client.sock.recv(1)
 
@@ -257,7 +256,7 @@ def test_ipv6_and_ipv4_on_one_port(tmp_path: Path, pki: Pki) -> None:
 def test_a_connection_has_the_options_of_the_socket_that_accepted_it() -> None:
     (listening,) = bind("127.0.0.1", 0)
     with listening, socket.create_connection(listening.getsockname(), timeout=PATIENCE_S):
-        listening.settimeout(5)
+        listening.settimeout(PATIENCE_S)
         connection, _ = listening.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -227,7 +227,9 @@ def test_publishers_wait_while_the_writer_is_behind(monkeypatch: pytest.MonkeyPa
     run(test)
 
 
-def test_periodic_promises_nothing_and_writes_at_a_stop() -> None:
+def test_periodic_promises_nothing_and_writes_at_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "PERIOD_S", 1e9)
+
     async def test(journal: Journal, sink: Sink, counters: Counters) -> None:
         stream = Stream()
         journal.open_session(session())

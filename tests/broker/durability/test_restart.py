@@ -249,12 +249,12 @@ def test_publishers_that_outrun_the_disk_are_paused_and_lose_nothing(
     with running_gateway(tmp_path, pki) as gateway:
         away(gateway)
         publisher = gateway.client("free-2")
-        for number in range(500):
-            publisher.send(mqtt.publish("t", b"%d" % number + bytes(200), qos=1, pid=number + 1))
+        # In one, so that each record has many, however slow this side is.
+        publisher.send(b"".join(mqtt.publish("t", b"%d" % n + bytes(200), qos=1, pid=n + 1) for n in range(500)))
         for number in range(500):
             assert publisher.read() == Packet(0x40, (number + 1).to_bytes(2, "big"))
-        assert gateway.broker.counters.publishers_paused > 10
-        assert gateway.broker.counters.commits < 500
+        assert gateway.broker.counters.publishers_paused > 5
+        assert gateway.broker.counters.commits < 50
         back = gateway.client("free-1", clean=False, present=True)
         for number in range(500):
             message = back.read_delivery()

@@ -169,7 +169,7 @@ def test_an_upstream_without_the_crl_of_a_ca_is_an_alarm_and_no_obstacle(
     first = (cloud.folder / "crl.pem").read_bytes()
     (config.parent / "crl.pem").write_bytes(first + crl_pem(second.crl([], number=1)))
     with running_member(config, pki) as member:
-        assert member.call(told_by, member).alarms == ("fleet-unheard",)
+        member.wait_for(lambda: told_by(member).alarms == ("fleet-unheard",), "the alarm, and no other")
         clients_ca = cloud.folder / "clients-ca.new"
         clients_ca.write_bytes(pki.issuing.pem + second.pem)
         clients_ca.replace(cloud.folder / "clients-ca.pem")
@@ -195,8 +195,10 @@ def test_an_upstream_without_the_policy_that_there_was_before_is_an_alarm_and_no
         toml = configs[0].read_text().replace(f":{cloud.port}", f":{new.port}") + "catch_up_s = 0.3\n"
         configs[0].write_text(toml)
         with running_member(configs[0], pki) as member:
-            status = member.call(told_by, member)
-            assert (status.policy_version, status.alarms) == (1, ("fleet-unheard",))
+            member.wait_for(
+                lambda: (told_by(member).policy_version, told_by(member).alarms) == (1, ("fleet-unheard",)),
+                "the alarm, and no other",
+            )
             bring(new, "fleet/policy", signed_policy(pki.issuing, 2, NARROW))
             member.wait_for(lambda: told_by(member).alarms == (), "the end of the alarm")
 

@@ -19,6 +19,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient
 from support.mqtt_gateway import running_gateway
 from support.mqtt_process import BROKER_TOML
 from support.mqtt_world import process_world
+from support.patience import PATIENCE_S
 from support.pki import Pki
 from support.vitals import Vitals, wait_for_descriptors
 
@@ -37,7 +38,8 @@ WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
 HALF_OPEN, SILENT, RAPID, REFUSED = (200, 50, 1_000, 300) if WHOLE else (200, 50, 200, 100)
 MAX_GROWTH_BYTES = 20 * 1_048_576
 CLAIMED_256_MB = b"\x30\xff\xff\xff\x7f" + mqtt.text("devices/sensor-1/telemetry/t")
-TIMEOUT_S = 1.0
+TIMEOUT_S = 5.0
+"""Short of what a good client needs on no machine: that one is cut off would be the fault of neither."""
 
 LIMITS_TOML = f"""{BROKER_TOML}
 [limits]
@@ -60,7 +62,7 @@ def half_open(world: World) -> list[RawClient]:
     hello = client_hello()
     opened = []
     for number in range(HALF_OPEN):
-        client = RawClient(socket.create_connection(("127.0.0.1", world.port), timeout=10))
+        client = RawClient(socket.create_connection(("127.0.0.1", world.port), timeout=PATIENCE_S))
         client.send((b"", hello[:20], hello)[number % 3])
         opened.append(client)
     return opened
@@ -114,10 +116,12 @@ def refused(world: World) -> list[RawClient]:
     for number in range(REFUSED):
         will = ("devices/other/status", b"x", 0, False)
         hello = (mqtt.connect(f"other-{number}"), mqtt.connect("sensor-1", will=will))[number % 2]
-        with RawClient.connect(world.port, evil if number % 3 == 0 else good) as client:
+        with (
+            RawClient.connect(world.port, evil if number % 3 == 0 else good) as client,
+            contextlib.suppress(ConnectionEndedError, OSError),
+        ):
             client.send(hello)
-            with contextlib.suppress(ConnectionEndedError):
-                assert client.read().body[1] in (2, 5)
+            assert client.read().body[1] in (2, 5)
     return []
 
 
@@ -174,6 +178,6 @@ def test_no_task_and_no_session_is_left_behind(tmp_path: Path) -> None:
             client.close()
         gateway.wait_for(lambda: len(gateway.broker._connections) == 0, "every connection is over")
         gateway.wait_for(lambda: len(gateway.broker.exchange.sessions) == 0, "no session is left")
-        assert gateway.call(tasks) == before
+        gateway.wait_for(lambda: tasks() == before, "no task is left")
         assert gateway.broker.exchange.router.count == 0
         assert gateway.broker.counters.defects == 0

@@ -86,9 +86,10 @@ def test_a_will_into_anothers_topics_never_gets_that_far(world: ProcessWorld) ->
 
 
 def test_a_certificate_that_expires_ends_its_session(world: ProcessWorld) -> None:
-    short = world.pki.issuing.issue(cns=["short"], not_after=now() + dt.timedelta(seconds=3))
-    context = world.context_of(short)
     watcher = world.operator("alice", ("devices/short/status", 0))
+    # Time enough for two handshakes on a busy machine.
+    short = world.pki.issuing.issue(cns=["short"], not_after=now() + dt.timedelta(seconds=6))
+    context = world.context_of(short)
     will = ("devices/short/status", b"expired", 0, False)
     client = world.open(context).handshake(mqtt.connect("short", will=will))
     client.ping()  # so that there is a ticket
@@ -170,7 +171,7 @@ def test_a_crl_too_old_to_go_by_ends_live_sessions(tmp_path: Path, pki: Pki, rul
         will = ("devices/sensor-1/status", b"out", 1, True)
         device = world.client("sensor-1", clean=False, will=will).subscribed(("devices/sensor-1/commands/#", 1))
         operator = world.operator("alice", (STATUS, 1))
-        soon = pki.issuing.crl(number=2, next_update=now() + dt.timedelta(seconds=3))
+        soon = pki.issuing.crl(number=2, next_update=now() + dt.timedelta(seconds=8))
         replace(tmp_path / "crl.pem", crl_pem(soon))
         world.broker.wait_for_log("CRL 2 from")
         device.ping()

@@ -360,13 +360,17 @@ def test_messages_beyond_what_can_wait_are_refused_with_a_receipt(
 
 @pytest.mark.parametrize("fail_closed", [False, True])
 def test_a_crl_too_old_to_go_by_ends_what_it_let_in(
-    settings: BrokerSettings, caplog: pytest.LogCaptureFixture, fail_closed: bool
+    settings: BrokerSettings,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fail_closed: bool,
 ) -> None:
     """The grace over, or none granted: live connections fare like new ones, and the status says so first."""
     second = Authority.create("Second CA", parent=PKI.root)
     settings.clients_ca_path.write_bytes(PKI.issuing.pem + second.pem)
-    soon = now() + dt.timedelta(seconds=4)  # time enough to start on a busy machine
-    expiring = PKI.issuing.crl(number=4, next_update=soon)
+    in_an_hour = now() + dt.timedelta(hours=1)
+    expiring = PKI.issuing.crl(number=4, next_update=in_an_hour)
     settings.crl_path.write_bytes(crl_pem(expiring) + crl_pem(second.crl(number=1)))
     rules = dataclasses.replace(settings.revocation, fail_closed=fail_closed, grace_days=0)
     settings = dataclasses.replace(settings, revocation=rules)
@@ -376,6 +380,7 @@ def test_a_crl_too_old_to_go_by_ends_what_it_let_in(
         async with running(settings, mine, other) as (gateway, recorder):
             assert gateway.admit(PKI.device().der)
             assert "crl-refusing" not in recorder.statuses()[-1].alarms
+            monkeypatch.setattr("birthmark.broker.gateway.now", lambda: in_an_hour + dt.timedelta(seconds=1))
             await until(lambda: mine not in recorder.peers)
             assert recorder.peers == [other], "the other CA's CRL is good"
             last = recorder.statuses()[-1]
@@ -521,14 +526,15 @@ def test_new_credentials_that_others_may_read_change_nothing(
 
 
 def test_its_own_certificate_is_an_alarm_as_it_expires_and_no_obstacle(
-    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began, ends = now() - dt.timedelta(days=200), now() + dt.timedelta(seconds=2)
+    began, ends = now() - dt.timedelta(days=200), now() + dt.timedelta(hours=1)
     PKI.issuing.server("gw-1", not_before=began, not_after=ends).write(settings.credentials_path)
 
     async def main() -> None:
         async with running(settings, peer_of()) as (gateway, recorder):
             assert recorder.statuses()[-1].alarms == ("certificate-due",)
+            monkeypatch.setattr("birthmark.broker.gateway.now", lambda: ends + dt.timedelta(seconds=1))
             await until(lambda: recorder.statuses()[-1].alarms == ("certificate-expired",))
             assert recorder.statuses()[-1].counters["alarms"] == 2
             gateway.admit(PKI.device().der)
