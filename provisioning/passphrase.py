@@ -78,15 +78,28 @@ class PassphraseSource:
         return passphrase
 
     def _prompted(self) -> bytes:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():  # None: it was closed, as a daemon's may be
             raise AuthorityError(
                 f"could not ask for the {self.what}: there is no terminal",
                 hint=f"set {self.variable}, or give {self.option} N",
             )
-        first = getpass.getpass(self.prompt)
-        if self.confirm and getpass.getpass("The same again: ") != first:
+        first = self._typed(self.prompt)
+        if self.confirm and self._typed("The same again: ") != first:
             raise AuthorityError(f"could not use the {self.what}: the two entries differ", hint="try again")
-        return first.encode()
+        return first
+
+    def _typed(self, prompt: str) -> bytes:
+        """Ask a person. Of what cannot be read nothing is said: the system's word for it quotes octets of it."""
+        try:
+            return getpass.getpass(prompt).encode()
+        except EOFError:
+            cause, hint = "the prompt was left without an answer", "type it"
+        except UnicodeError:
+            cause, hint = "it was typed in another encoding than this locale's", "set the terminal to UTF-8"
+        raise AuthorityError(
+            f"could not read the {self.what}: {cause}",
+            hint=f"{hint}; or set {self.variable}, or give {self.option} N",
+        )
 
     def _from_file(self, path: Path) -> bytes:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import subprocess
@@ -64,41 +65,67 @@ def test_a_descriptor_that_is_not_open(pipe: tuple[int, int]) -> None:
         PassphraseSource(descriptor=1 << 64).read()
 
 
-@pytest.mark.parametrize(
-    ("typed", "ends"),
-    [(b"horse\nhorse\n", "read: horse"), (b"horse\nhouse\n", "entries differ"), (b"\n\n", "empty")],
+SCRIPT = (
+    "from birthmark.provisioning.passphrase import PassphraseSource\n"
+    "from birthmark.device.errors import AuthorityError\n"
+    "try: print('read:', PassphraseSource(confirm=True).read().decode())\n"
+    "except AuthorityError as error: print(error.message)\n"
 )
-def test_a_terminal_is_asked_twice_and_echoes_nothing(typed: bytes, ends: str) -> None:
-    script = (
-        "from birthmark.provisioning.passphrase import PassphraseSource\n"
-        "from birthmark.device.errors import AuthorityError\n"
-        "try: print('read:', PassphraseSource(confirm=True).read().decode())\n"
-        "except AuthorityError as error: print(error.message)\n"
-    )
+
+
+def asked(*answers: bytes) -> tuple[str, bytes]:
+    """Answer at a terminal's prompts; return what came of it, and what the terminal has shown."""
     leader, follower = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name != "BIRTHMARK_PASSPHRASE"}
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", SCRIPT],
         stdin=follower,
         stdout=subprocess.PIPE,
         stderr=follower,
-        env=environment,
+        env=environment | {"PYTHONUTF8": "1"},
         start_new_session=True,
     )
     os.close(follower)
     shown = b""
-    first, second = typed.split(b"\n")[:2]
-    for prompt, answer in ((b"Passphrase of the CA: ", first), (b"The same again: ", second)):
-        while prompt not in shown:
-            shown += os.read(leader, 1024)
-        os.write(leader, answer + b"\n")
+    with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
+        for prompt, answer in zip((b"Passphrase of the CA: ", b"The same again: "), answers, strict=True):
+            while prompt not in shown:
+                shown += os.read(leader, 1024)
+            os.write(leader, answer)
+        while chunk := os.read(leader, 1024):
+            shown += chunk
     assert process.stdout is not None
     told = process.stdout.read().decode()
-    assert process.wait(timeout=PATIENCE_S) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0, shown
     process.stdout.close()
     os.close(leader)
+    return told, shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "ends"),
+    [((b"horse\n", b"horse\n"), "read: horse"), ((b"horse\n", b"house\n"), "differ"), ((b"\n", b"\n"), "empty")],
+)
+def test_a_terminal_is_asked_twice_and_echoes_nothing(typed: tuple[bytes, bytes], ends: str) -> None:
+    told, shown = asked(*typed)
     assert ends in told
     assert b"horse" not in shown
+
+
+def test_a_prompt_that_is_left() -> None:
+    assert "without an answer" in asked(b"\x04", b"\x04")[0]
+
+
+def test_what_is_typed_in_another_encoding_is_quoted_nowhere() -> None:
+    told, shown = asked(*["café\n".encode("latin-1")] * 2)
+    assert "another encoding" in told
+    assert b"0xe9" not in told.encode() + shown
+
+
+def test_nobody_is_asked_without_an_input() -> None:
+    command = ["/bin/sh", "-c", 'exec "$0" -c "$1" <&-', sys.executable, SCRIPT]
+    environment = {name: value for name, value in os.environ.items() if name != "BIRTHMARK_PASSPHRASE"}
+    assert b"there is no terminal" in subprocess.check_output(command, env=environment, timeout=PATIENCE_S)
 
 
 def test_no_command_takes_it_as_an_argument() -> None:
