@@ -37,6 +37,7 @@ BATCH_OPEN: Final = timedelta(days=7)
 BACKUP_AGE: Final = timedelta(days=7)
 CHECKPOINT_AGE: Final = timedelta(days=30)
 CLOCK_STEP: Final = timedelta(minutes=2)
+_CENTURY_S: Final = timedelta(days=36_525).total_seconds()
 LITTLE_SPACE_BYTES: Final = 200_000_000
 NO_SPACE_BYTES: Final = 20_000_000
 _OTHERS: Final = 0o7077
@@ -180,7 +181,9 @@ def _check_clock(facts: Facts) -> Iterator[Remark]:
     for look in facts.gateways:
         if look.status is None or not look.status.online:
             continue
-        apart = timedelta(seconds=look.looked_at_s - look.status.clock)
+        # A gateway may say any number: beyond a century it is wrong, and how wrong does not matter.
+        apart_s = max(-_CENTURY_S, min(look.looked_at_s - look.status.clock, _CENTURY_S))
+        apart = timedelta(seconds=apart_s)
         # What is retained was said half a minute ago at most: a clock that is right is no further behind.
         if not -CLOCK_STEP < apart < CLOCK_STEP:
             where = "behind" if apart > timedelta() else "ahead of"

@@ -209,6 +209,8 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("clock", Level.BROKEN, "it signed a CRL dated", replace(GOOD, last_crl_at=NOON + DAY)),
     ("clock", Level.SOON, "gw-1 is 10 minutes behind", status(clock=NOON.timestamp() - 620)),
     ("clock", Level.SOON, "gw-1 is 3 hours ahead of", status(clock=NOON.timestamp() + 4 * 3600 - 10)),
+    ("clock", Level.SOON, "gw-1 is 36525 days behind", status(clock=-1e308)),
+    ("clock", Level.SOON, "gw-1 is 36525 days ahead of", status(clock=1e308)),
     ("files", Level.BROKEN, "has mode 0440", file(mode=0o440)),
     ("files", Level.SOON, "has mode 0664", file(mode=0o664, allowed=0o644, is_secret=False)),
     ("files", Level.SOON, "belongs to another user", file(owner=0)),
