@@ -67,7 +67,7 @@ def _fault(text: bytes) -> str:
         tables = tomllib.loads(text.decode("utf-8"))
     except UnicodeDecodeError:
         return "it is not UTF-8 text"
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return f"it is no TOML: {escaped(str(error))}"
     roles, assignments = tables.get("roles"), tables.get("assignments")
     if not isinstance(roles, dict) or not roles:

@@ -12,7 +12,13 @@ from birthmark.provisioning.gateway_policies import forget_policy
 from birthmark.provisioning.gateway_receipts import forget_gateway, standing_of
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
 from birthmark.provisioning.options import add_station_option, open_station
-from birthmark.provisioning.settings_edit import add_gateway, add_upstream, remove_gateway, remove_upstream
+from birthmark.provisioning.settings_edit import (
+    add_gateway,
+    add_upstream,
+    check_new,
+    remove_gateway,
+    remove_upstream,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -72,9 +78,13 @@ def _gateway_add(arguments: argparse.Namespace, console: Console) -> None:
     if gateway.operator_path is not None:
         # Now is better than at the first revocation.
         Credentials.from_files(gateway.operator_path, station.root_path, BrokerAddress(gateway.host, gateway.port))
-    add_gateway(station.settings_path, gateway)
+    check_new(gateway, station.settings)
     with station.registry.transaction() as transaction:
+        # What one of that name has confirmed, which a person took out or a killed command, this one has not.
+        forget_gateway(transaction, gateway.name)
+        forget_policy(transaction, gateway.name)
         transaction.record("gateway-add", gateway.name, reached_by=gateway.reached_by)
+    add_gateway(station.settings_path, gateway)
     console.emit(_gateway_record(gateway), f"{gateway.name} is sent every CRL: {gateway.reached_by}")
 
 

@@ -18,6 +18,7 @@ from birthmark.device.identity import BrokerName
 from birthmark.provisioning.settings_table import toml_text
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 PORTS: Final = range(1, 65536)
@@ -142,17 +143,30 @@ class Upstream:
 
 
 def check_routes(gateways: tuple[Gateway, ...], upstreams: tuple[Upstream, ...]) -> None:
-    """Refuse (`ConfigurationError`) two upstreams of one name, and a gateway behind one that there is not."""
-    names = [upstream.name.lower() for upstream in upstreams]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigurationError(f"could not use the upstream {name}: there are two of that name")
+    """Refuse (`ConfigurationError`) two gateways or upstreams of one name, and an upstream that there is not.
+
+    What is known of a gateway goes by its name: of two, one would count as reached when the other is.
+    """
+    names = _distinct("upstream", upstreams)
+    _distinct("gateway", gateways)
     for gateway in gateways:
         if gateway.via and gateway.via.lower() not in names:
             raise ConfigurationError(
                 f"could not use the gateway {gateway.name}: there is no upstream {quoted(gateway.via, 80)}",
                 hint="name it first: birthmark upstream add NAME --host HOST --operator FILE",
             )
+
+
+def _distinct(kind: str, named: Iterable[Gateway | Upstream]) -> set[str]:
+    names: set[str] = set()
+    for each in named:
+        if each.name.lower() in names:
+            raise ConfigurationError(
+                f"could not use the {kind} {each.name}: there are two of that name",
+                hint=f"give each [[{kind}]] a name of its own, without regard to case",
+            )
+        names.add(each.name.lower())
+    return names
 
 
 def _check_address(host: str, port: int, whose: str) -> None:

@@ -292,7 +292,7 @@ def parsed(path: Path, text: str) -> Settings:
     """Return the settings that a text says; errors, which name the file, as in `read_settings`."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside its own error: a number of 5,000 digits, a deep table
         raise ConfigurationError(f"could not read {path}: {error}", hint="it must be TOML") from error
     try:
         top = Table("", tables)

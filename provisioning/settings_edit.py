@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _GATEWAY: Final = re.compile(r"(?m)^[ \t]*\[\[[ \t]*gateway[ \t]*\]\]")
 _UPSTREAM: Final = re.compile(r"(?m)^[ \t]*\[\[[ \t]*upstream[ \t]*\]\]")
 _REGISTRY: Final = re.compile(r"(?m)^[ \t]*\[[ \t]*registry[ \t]*\]")
-_TABLE: Final = re.compile(r"(?m)^[ \t]*\[")
+_TABLE: Final = re.compile(r"(?m)(?:^[ \t]*(?:#.*)?\n)*^[ \t]*\[")
+"""Where another table begins: with the comments that stand before it."""
 
 
 def add_gateway(path: Path, gateway: Gateway) -> None:
@@ -34,14 +35,19 @@ def add_gateway(path: Path, gateway: Gateway) -> None:
     """
 
     def added(text: str, settings: Settings) -> str:
-        if any(other.name.lower() == gateway.name.lower() for other in settings.gateways):
-            raise ConfigurationError(
-                f"could not add the gateway {gateway.name}: there is one of that name",
-                hint=f"remove it first: birthmark gateway remove {gateway.name}",
-            )
+        check_new(gateway, settings)
         return text.rstrip("\n") + "\n\n" + gateway.to_toml()
 
     _edit(path, added)
+
+
+def check_new(gateway: Gateway, settings: Settings) -> None:
+    """Refuse a gateway whose name another one has; `ConfigurationError`."""
+    if any(other.name.lower() == gateway.name.lower() for other in settings.gateways):
+        raise ConfigurationError(
+            f"could not add the gateway {gateway.name}: there is one of that name",
+            hint=f"remove it first: birthmark gateway remove {gateway.name}",
+        )
 
 
 def remove_gateway(path: Path, name: str) -> None:
@@ -124,7 +130,7 @@ def put_registry(path: Path, registry: RegistrySetting) -> None:
     def put(text: str, _settings: Settings) -> str:
         for match in reversed(list(_REGISTRY.finditer(text))):
             after = _TABLE.search(text, match.end())
-            rest = text[after.start() :] if after else ""
+            rest = text[after.start() :].lstrip("\n") if after else ""
             text = text[: match.start()].rstrip("\n") + "\n" + ("\n" + rest if rest else "")
         changed = "\n\n".join(filter(None, (text.rstrip("\n"), registry.to_toml().rstrip("\n")))) + "\n"
         if parsed(path, changed).registry != registry:
@@ -165,4 +171,4 @@ def _without(text: str, path: Path, kind: str, name: str, names: Sequence[str]) 
     start = starts[folded.index(name.lower())]
     after = _TABLE.search(text, text.index("]]", start))
     end = after.start() if after else len(text)
-    return text[:start].rstrip("\n") + "\n\n" * bool(after) + text[end:] + "\n" * (not after)
+    return text[:start].rstrip("\n") + "\n\n" * bool(after) + text[end:].lstrip("\n") + "\n" * (not after)

@@ -83,7 +83,7 @@ def read_fixture(path: Path, baud: int) -> list[SlotPort]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"could not read the fixture {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"could not read the fixture {path}: {escaped(str(error))}", hint="it must be TOML"
         ) from error
@@ -113,8 +113,8 @@ def _slot(table: Any, number: int, baud: int) -> SlotPort:
         raise ConfigurationError(
             f"slot {number} has a name that cannot be used", hint="1 to 16 letters, digits, '.', '-' and '_'"
         )
-    if not isinstance(port, str) or not port:
-        raise ConfigurationError(f"slot {name} has no port")
+    if not isinstance(port, str) or not port.isprintable() or not port:
+        raise ConfigurationError(f"slot {name} has no port, or one that cannot be shown")
     if isinstance(speed, bool) or not isinstance(speed, int) or speed not in _BAUDS:
         raise ConfigurationError(f"the baud of slot {name} is out of range", hint="50 to 4000000")
     return SlotPort(name, port, choose(port), speed)

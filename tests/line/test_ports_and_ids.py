@@ -76,6 +76,8 @@ def test_a_place_is_a_name_in_the_folder_of_places(adapters: list[Adapter]) -> N
         ("slot = 3", "not made of 1 to 64 tables"),
         ("[[slot]]\nport='/a'\n[other]", "not made of 1 to 64 tables"),
         ("[[slot]]\nname='A'", "slot A has no port"),
+        ('[[slot]]\nname="A"\nport="\\u0000"', "slot A has no port, or one that cannot be shown"),
+        ("[[slot]]\nport=" + "1" * 5000, "5000 digits"),
         ("[[slot]]\nport='/a'\nspeed=1", "slot 1 has a key that is unknown"),
         ("[[slot]]\nport='/a'\nbaud=true", "the baud of slot 1 is out of range"),
         ("[[slot]]\nport='/a'\nbaud=1", "the baud of slot 1 is out of range"),

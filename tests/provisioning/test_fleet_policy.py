@@ -152,6 +152,7 @@ def test_one_that_cannot_be_signed_takes_no_version(living: Station, monkeypatch
         (b"", "no roles"),
         (b"\xff", "UTF-8"),
         (b"= 1", "no TOML"),
+        (b"a = " + b"1" * 5000, "5000 digits"),
         (b"[roles.a]\n", "no assignments"),
         (b"[[assignments]]\nou='a'\n", "no roles"),
         (b"roles = 3\nassignments = 4", "no roles"),

@@ -11,8 +11,10 @@ from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
 from support.station_gateways import CLOSED, PathGateway, receipt_for
 
 from birthmark.provisioning import audit
+from birthmark.provisioning.gateway_receipts import Standing, note_policy_version, standing_of
 from birthmark.provisioning.rollover.phases import activate
 from birthmark.provisioning.rollover.starting import RootKey, start_issuing
+from birthmark.provisioning.settings_edit import remove_gateway
 
 if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
@@ -163,6 +165,16 @@ def test_gateways_come_and_go(birthmark: Command, living: Station) -> None:
         "gateway-add",
         "gateway-remove",
     ]
+
+
+def test_a_gateway_that_is_added_has_confirmed_nothing(birthmark: Command, living: Station) -> None:
+    birthmark("gateway", "add", "one", "--path", "crl.pem")
+    with living.registry.transaction() as transaction:
+        note_policy_version(transaction, "one", 7)
+    remove_gateway(living.settings_path, "one")  # as a person does, or a command that is killed after it
+    assert birthmark("gateway", "add", "ONE", "--path", "other.pem").exit_code == 0
+    with living.registry.view() as view:
+        assert standing_of(view, "one") == Standing({})
 
 
 @pytest.mark.parametrize(

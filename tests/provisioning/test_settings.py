@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,21 @@ from hypothesis import strategies as st
 from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import ConfigurationError
 from birthmark.provisioning.gateway_settings import Gateway, Upstream
-from birthmark.provisioning.settings import BrokerDefaults, Lifetimes, RenewalSettings, Settings, read_settings
-from birthmark.provisioning.settings_edit import add_gateway, add_upstream, remove_gateway, remove_upstream
+from birthmark.provisioning.settings import (
+    BrokerDefaults,
+    Lifetimes,
+    RegistrySetting,
+    RenewalSettings,
+    Settings,
+    read_settings,
+)
+from birthmark.provisioning.settings_edit import (
+    add_gateway,
+    add_upstream,
+    put_registry,
+    remove_gateway,
+    remove_upstream,
+)
 
 BY_PATH = Gateway("gateway-1", crl_path=Path("/etc/broker/crl.pem"))
 SERVERS = (BrokerAddress("mq1.example", 8884), BrokerAddress("mq2.example"))
@@ -67,7 +81,7 @@ def test_gateways_come_and_go_and_comments_stay(path: Path) -> None:
     assert "a person's remark" in path.read_text()
     remove_gateway(path, BY_MQTT.name)
     assert read_settings(path).gateways == ()
-    assert path.read_text() == before
+    assert path.read_text() == f"{before}\n# beside the second\n"
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -100,6 +114,16 @@ def test_a_gateway_in_the_middle_of_the_file_can_be_removed(path: Path) -> None:
     remove_gateway(path, BY_PATH.name)
     assert read_settings(path).gateways == (BY_MQTT,)
     assert read_settings(path).organization == "Acme"
+
+
+def test_the_comments_before_the_next_table_stay(path: Path) -> None:
+    remark = "# The one in the attic;\n\n# the porter has the key.\n"
+    for edit in (partial(remove_gateway, name=BY_PATH.name), partial(put_registry, registry=RegistrySetting())):
+        path.write_text(Settings("Acme", registry=RegistrySetting("sqlite:///registry.db")).to_toml())
+        path.write_text(f"{path.read_text()}\n{remark}{BY_PATH.to_toml()}\n{remark}{BY_MQTT.to_toml()}")
+        edit(path)
+        assert f"\n\n{remark}{BY_MQTT.to_toml()}" in path.read_text()
+        assert path.read_text().count(remark) == 2
 
 
 @pytest.mark.parametrize(
@@ -191,6 +215,12 @@ def test_names_of_gateways_are_unique(path: Path) -> None:
             "[station]\norganization='A'\n[[upstream]]\nname='c'\nservers=['h']\noperator='o'\nkey='k'",
             "'key' in",
         ),
+        (
+            "[station]\norganization='A'\n[[gateway]]\nname='g'\ncrl_path='/x'\n[[gateway]]\nname='G'\ncrl_path='/y'",
+            "two of that name",
+        ),
+        ("x = " + "1" * 5000, "5000 digits"),
+        ("x = " + "[" * 5000 + "]" * 5000, "recursion"),
         (
             "[station]\norganization='A'\n" + "[[upstream]]\nname='c'\nservers=['h']\noperator='o'\n" * 2,
             "two of that name",
