@@ -129,7 +129,7 @@ async def serve(settings: BrokerSettings, console: Console) -> None:
 
 
 def _say_ready(settings: BrokerSettings, broker: GatewayBroker, console: Console) -> None:
-    shown = [shown_address((host, port)) for host, port in broker.addresses]
+    shown = f"{', '.join(map(shown_address, broker.addresses))}, mutual TLS only"
     record: dict[str, Any] = {
         "event": "ready",
         "gateway": str(settings.name),
@@ -138,5 +138,7 @@ def _say_ready(settings: BrokerSettings, broker: GatewayBroker, console: Console
     }
     if broker.renewal_addresses:
         record["renewal_listen"] = [{"host": host, "port": port} for host, port in broker.renewal_addresses]
-    console.emit(record, f"ready: gateway {settings.name} listens on {', '.join(shown)}, mutual TLS only")
+        late = ", ".join(map(shown_address, broker.renewal_addresses))
+        shown += f"; on {late} for the renewal of what has expired"
+    console.emit(record, f"ready: gateway {settings.name} listens on {shown}")
     notify("READY=1")

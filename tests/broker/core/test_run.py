@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import socket
@@ -179,6 +180,8 @@ main()
 def test_the_interpreter_ends_without_a_look_through_all_that_was_kept(tmp_path: Path, pki: Pki) -> None:
     """With two million messages in queues, looking for cycles among them kept the process for eight seconds."""
     config = write_files(tmp_path, pki)
+    with config.open("a") as file:
+        file.write('\n[renewal_listener]\nlisten = "127.0.0.1:0"\n')
     process = subprocess.Popen(
         [sys.executable, "-c", FROZEN, "run", "--config", str(config)],
         stdout=subprocess.PIPE,
@@ -187,10 +190,14 @@ def test_the_interpreter_ends_without_a_look_through_all_that_was_kept(tmp_path:
     )
     with process:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("ready: ")
+        ready = process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         said = process.stdout.read().split()
     assert process.returncode == 0
+    address = r"127\.0\.0\.1:[0-9]+"
+    assert re.fullmatch(
+        f"ready: gateway .+ listens on {address}, mutual TLS only; on {address} for the renewal of .+\n", ready
+    )
     assert said[-2] == "frozen"
     assert int(said[-1]) > 10_000, "all that there is, the modules' own objects among it"
 
