@@ -79,11 +79,16 @@ def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
             yield file
         temporary.replace(path)
     except BaseException as error:
-        if isinstance(error, OSError) and (error.filename == str(temporary) or error.errno in _FULL):
-            error.filename, error.filename2 = str(path), None  # the file that is meant; a full disk names none
+        if isinstance(error, OSError) and (error.filename == str(temporary) or _names_none_and_is_full(error)):
+            error.filename, error.filename2 = str(path), None  # the file that is meant
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _names_none_and_is_full(error: OSError) -> bool:
+    """Whether a write to a descriptor met a full disk; one that names a file is about another one than ours."""
+    return error.filename is None and error.errno in _FULL
 
 
 def rename_durably(source: Path, target: Path) -> None:

@@ -89,7 +89,7 @@ def derived(key: EncryptedKey, passphrase: bytes) -> bytes:
 
 def is_under_way() -> bool:
     """Whether what was begun ahead is not done yet: who is about to wait for it may do something else first."""
-    return any(ahead.is_alive() for ahead in _under_way.values())
+    return any(ahead.is_alive() for ahead in list(_under_way.values()))  # others take theirs out meanwhile
 
 
 def _early_line(descriptor: int) -> Callable[[], bytes]:

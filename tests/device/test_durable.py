@@ -3,11 +3,24 @@
 import os
 import resource
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from birthmark.device import durable
+
+
+@contextmanager
+def a_full_disk() -> Iterator[None]:
+    """Have a write of more than 1 MiB fail as on a full disk: the error names no file."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 def test_replaces_whole_and_sets_the_mode(tmp_path: Path) -> None:
@@ -36,16 +49,17 @@ def test_an_error_names_the_file_that_is_meant(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing:
         durable.write_durably(tmp_path / "none" / "record", b"new")
     assert missing.value.filename == str(tmp_path / "none" / "record")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1 << 20, limit[1])
-    )  # as a full disk: a write fails, and names no file
-    try:
-        with pytest.raises(OSError, match="File too large") as full:
-            durable.write_durably(tmp_path / "record", bytes(2 << 20))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with a_full_disk(), pytest.raises(OSError, match="File too large") as full:
+        durable.write_durably(tmp_path / "record", bytes(2 << 20))
     assert full.value.filename == str(tmp_path / "record")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_over_a_file_that_is_written_for_another_names_that_one(tmp_path: Path) -> None:
+    matched = pytest.raises(OSError, match="File too large")
+    with a_full_disk(), matched as full, durable.durable_file(tmp_path / "archive"):
+        durable.write_durably(tmp_path / "part", bytes(2 << 20))
+    assert full.value.filename == str(tmp_path / "part")
     assert list(tmp_path.iterdir()) == []
 
 

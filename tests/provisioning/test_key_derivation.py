@@ -228,6 +228,27 @@ def test_what_is_wrong_with_a_descriptor_is_said_when_the_key_is_needed(
         os.close(reader)
 
 
+def test_it_is_told_whether_one_is_under_way_while_another_thread_takes_one(
+    station: Station, derivations: Derivations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del derivations
+    start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    station.publish_certificates()
+    key_derivation.derive_ahead(station.folder, every=True)
+    first, second = key_derivation._under_way
+    for ahead in key_derivation._under_way.values():
+        ahead.join()
+
+    def taken_meanwhile(ahead: threading.Thread) -> bool:
+        del ahead
+        key_derivation._under_way.pop(first, None)
+        return False
+
+    monkeypatch.setattr(key_derivation._Derivation, "is_alive", taken_meanwhile)
+    assert not key_derivation.is_under_way()
+    assert list(key_derivation._under_way) == [second]
+
+
 def test_of_several_keys_those_of_trusted_cas_are_derived(station: Station, derivations: Derivations) -> None:
     old = station.cas.for_clients
     start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
