@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from birthmark.broker.toml_file import Table, read_toml
 from birthmark.broker.upstream.settings import UpstreamSettings, read_upstreams
-from birthmark.device.errors import ConfigurationError, IdentityError
+from birthmark.device.errors import ConfigurationError, IdentityError, UsageError
 from birthmark.device.escape import quoted
 from birthmark.device.identity import BrokerName
 from birthmark.device.renewal.messages import MAX_GRACE_DAYS
@@ -316,9 +316,9 @@ def override_listen(text: str) -> tuple[str, int]:
     """Parse `--listen` of the command line.
 
     Raises:
-        ConfigurationError: it is no `host:port`.
+        UsageError: it is no `host:port`.
     """
     try:
         return parse_listen(text)
     except ValueError as error:
-        raise ConfigurationError(f"could not use --listen {quoted(text, 80)}: {error}") from error
+        raise UsageError(f"could not use --listen {quoted(text, 80)}: {error}") from error

@@ -16,7 +16,7 @@
       RegistryError                exit 6   the registry or the audit log
       PolicyError                  exit 1   a policy file
       ConfigurationError           exit 1   any other configuration
-        UsageError                 exit 2   options that say nothing together, or too little
+        UsageError                 exit 2   options that say nothing together, or too little; a value of no use
       SystemFailureError           exit 5   disk, permissions, an occupied port
 
 A message reads `could not <do what> <to what>: <cause>`; the hint says what to do next. Anything else that
@@ -130,7 +130,7 @@ class ConfigurationError(BirthmarkError):
 
 
 class UsageError(ConfigurationError):
-    """Options that say nothing together, or too little; what argparse finds by itself ends with the same code."""
+    """Options that say nothing together, or too little, or a value of no use; argparse ends with the same code."""
 
     exit_code = 2
 

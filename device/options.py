@@ -6,13 +6,16 @@ A type refuses what no command can use, with words that argparse puts behind the
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.errors import ConfigurationError, UsageError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from birthmark.device.console import Parser
 
@@ -21,6 +24,19 @@ MAX_PORT: Final = 65535
 MAX_NUMBER: Final = 10**9
 SHORTEST_S: Final = 0.001
 LONGEST_S: Final = 1e9
+
+
+@contextmanager
+def taken_from_options() -> Iterator[None]:
+    """Make what is wrong with a value, or with several together, wrong usage: it came with the command's options.
+
+    Raises:
+        UsageError: in the place of a `ConfigurationError` in the block, which a file would end with.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        raise UsageError(error.message, hint=error.hint) from error
 
 
 def add_state_option(parser: Parser) -> None:
@@ -47,9 +63,15 @@ def given_broker(arguments: argparse.Namespace) -> BrokerAddress | None:
     """Return the broker that the command was given; None for the one that the device belongs to.
 
     Raises:
-        ConfigurationError: it is no address.
+        UsageError: it is no address.
     """
-    return BrokerAddress.parse(arguments.broker) if arguments.broker else None
+    return broker_address(arguments.broker) if arguments.broker else None
+
+
+def broker_address(text: str) -> BrokerAddress:
+    """Return a broker's address that an option has; raises `UsageError` if it is none."""
+    with taken_from_options():
+        return BrokerAddress.parse(text)
 
 
 def credentials_of(arguments: argparse.Namespace) -> Credentials:
@@ -57,7 +79,7 @@ def credentials_of(arguments: argparse.Namespace) -> Credentials:
 
     Raises:
         CredentialError: there is none that can be used.
-        ConfigurationError: what was given is no broker's address.
+        UsageError: what was given is no broker's address.
     """
     return Credentials.from_folder(arguments.state, broker=given_broker(arguments))
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from birthmark.device import topics
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.credentials import Credentials
 from birthmark.device.escape import escaped
 from birthmark.device.events import Disconnected
 from birthmark.device.identity import DeviceId
-from birthmark.device.options import number, seconds
+from birthmark.device.options import broker_address, number, seconds
 from birthmark.device.publication import Outgoing
 from birthmark.device.stopping import Stopping, stopping_on_signals
 
@@ -123,7 +123,7 @@ def _send(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _client(arguments: argparse.Namespace, console: Console) -> Client:
-    credentials = Credentials.from_files(arguments.identity, arguments.ca, BrokerAddress.parse(arguments.broker))
+    credentials = Credentials.from_files(arguments.identity, arguments.ca, broker_address(arguments.broker))
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
 
     def observe(event: Event) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.options import taken_from_options
 from birthmark.firmware_sim import fleet_command
 from birthmark.firmware_sim.board import Behaviour
 from birthmark.firmware_sim.boards import run_boards
@@ -106,21 +107,25 @@ def _add_common(parser: Parser, folder: str, fault: str, meaning: str) -> None:
 
 
 def _board(arguments: argparse.Namespace, console: Console) -> None:
-    _run(arguments, [parse(arguments.faults)] * arguments.count, console)
+    with taken_from_options():
+        faults = parse(arguments.faults)
+    _run(arguments, [faults] * arguments.count, console)
 
 
 def _fixture(arguments: argparse.Namespace, console: Console) -> None:
-    faults = faults_of_slots(arguments.faults, arguments.slots)
+    with taken_from_options():
+        faults = faults_of_slots(arguments.faults, arguments.slots)
     path = write_fixture(arguments.state, faults)
     console.emit({"event": "fixture", "path": str(path), "slots": arguments.slots}, f"fixture     {path}")
     _run(arguments, faults, console)
 
 
 def _run(arguments: argparse.Namespace, faults: Sequence[Faults], console: Console) -> None:
-    behaviours = [
-        Behaviour(online=arguments.online, interval_s=arguments.interval, faults=each, seed=arguments.seed)
-        for each in faults
-    ]
+    with taken_from_options():
+        behaviours = [
+            Behaviour(online=arguments.online, interval_s=arguments.interval, faults=each, seed=arguments.seed)
+            for each in faults
+        ]
     with stop_on_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stop:
         run_boards(arguments.state, behaviours, lambda record: console.emit(record, _in_words(record)), stop)
 

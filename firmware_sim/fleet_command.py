@@ -13,6 +13,7 @@ from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import command
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import UnreachableError
+from birthmark.device.options import given_broker, taken_from_options
 from birthmark.firmware_sim.fleet import default_processes, device_folders, run_fleet
 from birthmark.firmware_sim.fleet_worker import Task
 from birthmark.firmware_sim.network import MEANING, NetworkFaults, Proxy
@@ -68,18 +69,19 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _fleet(arguments: argparse.Namespace, console: Console) -> None:
+    with taken_from_options():
+        faults = NetworkFaults.parse(arguments.faults)
+    broker = given_broker(arguments)
     folders = device_folders(arguments.state, arguments.devices)
-    faults = NetworkFaults.parse(arguments.faults)
-    broker: str | None = arguments.broker
     resets = 0
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         proxy = None
         if faults.are_there:
-            address = BrokerAddress.parse(broker) if broker else Credentials.from_folder(folders[0]).broker
+            address = broker or Credentials.from_folder(folders[0]).broker
             proxy = stack.enter_context(Proxy(address.host, address.port, faults, seed=arguments.seed))
-            broker = str(BrokerAddress(address.host, proxy.port))
-        task = Task([], broker, arguments.interval, arguments.payload, arguments.ramp)
+            broker = BrokerAddress(address.host, proxy.port)
+        task = Task([], str(broker) if broker else None, arguments.interval, arguments.payload, arguments.ramp)
         totals = run_fleet(
             folders,
             task,

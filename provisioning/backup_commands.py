@@ -217,7 +217,8 @@ def _say_what_is_open(restored: Restored, console: Console) -> int:
 
 
 def _merge(arguments: argparse.Namespace, console: Console) -> int:
-    if not arguments.crl or arguments.to is not None:
+    for_a_backup = (arguments.to, arguments.registry, arguments.lost_key or None)
+    if not arguments.crl or for_a_backup != (None, None, None):
         raise UsageError(
             "could not restore: no backup is named", hint="name its file, or only CRLs of gateways with --crl"
         )

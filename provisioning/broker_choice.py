@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import UsageError
 from birthmark.device.escape import quoted
+from birthmark.device.options import taken_from_options
 from birthmark.provisioning.enrollment.bundles import BrokerAddress
 from birthmark.provisioning.settings import BrokerDefaults
 
@@ -17,17 +18,18 @@ def broker_address(text: str | None, default: BrokerDefaults) -> BrokerAddress:
     """Read `HOST:PORT`; without a text it is the default.
 
     Raises:
-        ConfigurationError: it is no such thing.
+        UsageError: it is no such thing.
     """
     if text is None:
         return BrokerAddress(default.host, default.port, default.keepalive_s)
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or len(port) > 5:
-        raise ConfigurationError(
+        raise UsageError(
             f"could not use {quoted(text)} as a broker's address: it is not HOST:PORT",
             hint="for example: --broker gateway-1.example.com:8883, or --broker [fd00::1]:8883",
         )
-    checked = BrokerDefaults(host.removeprefix("[").removesuffix("]"), int(port), default.keepalive_s)
+    with taken_from_options():
+        checked = BrokerDefaults(host.removeprefix("[").removesuffix("]"), int(port), default.keepalive_s)
     return BrokerAddress(checked.host, checked.port, checked.keepalive_s)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.options import port, taken_from_options
 from birthmark.provisioning import crl_commands
 from birthmark.provisioning.gateway_policies import forget_policy
 from birthmark.provisioning.gateway_receipts import forget_gateway, standing_of
@@ -54,7 +55,7 @@ birthmark gateway add berlin --via cloud""",
     add.add_argument("--path", type=Path, metavar="FILE", help="the CRL file that the gateway watches")
     add.add_argument("--clients-ca", type=Path, metavar="FILE", help="its clients-ca.pem, to be written as well")
     add.add_argument("--host", default="", metavar="HOST", help="where its broker listens")
-    add.add_argument("--port", type=int, default=8883, metavar="PORT", help="default: %(default)s")
+    add.add_argument("--port", type=port, default=8883, metavar="PORT", help="default: %(default)s")
     add.add_argument("--operator", type=Path, metavar="FILE", help="NAME.pem of an operator")
     add.add_argument("--via", default="", metavar="UPSTREAM", help="the upstream that it has a link to")
     listing = command(actions, "list", _gateway_list, "list the gateways", "birthmark gateway list --json")
@@ -66,15 +67,16 @@ birthmark gateway add berlin --via cloud""",
 
 def _gateway_add(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
-    gateway = Gateway(
-        name=arguments.name,
-        crl_path=arguments.path.absolute() if arguments.path else None,
-        host=arguments.host,
-        port=arguments.port,
-        operator_path=arguments.operator.absolute() if arguments.operator else None,
-        clients_ca_path=arguments.clients_ca.absolute() if arguments.clients_ca else None,
-        via=arguments.via,
-    )
+    with taken_from_options():
+        gateway = Gateway(
+            name=arguments.name,
+            crl_path=arguments.path.absolute() if arguments.path else None,
+            host=arguments.host,
+            port=arguments.port,
+            operator_path=arguments.operator.absolute() if arguments.operator else None,
+            clients_ca_path=arguments.clients_ca.absolute() if arguments.clients_ca else None,
+            via=arguments.via,
+        )
     if gateway.operator_path is not None:
         # Now is better than at the first revocation.
         Credentials.from_files(gateway.operator_path, station.root_path, BrokerAddress(gateway.host, gateway.port))
@@ -142,7 +144,9 @@ birthmark upstream add cloud --host mq.example.com:8884 --operator station.pem -
         metavar="HOST[:PORT]",
         help="where it listens; once for each node of a cluster",
     )
-    add.add_argument("--port", type=int, default=8883, metavar="PORT", help="of hosts without one (default: 8883)")
+    add.add_argument(
+        "--port", type=port, default=8883, metavar="PORT", help="of hosts without one (default: 8883)"
+    )
     add.add_argument(
         "--operator",
         type=Path,
@@ -165,12 +169,13 @@ birthmark upstream add cloud --host mq.example.com:8884 --operator station.pem -
 
 def _upstream_add(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
-    upstream = Upstream(
-        name=arguments.name,
-        servers=tuple(BrokerAddress.parse(text, arguments.port) for text in arguments.host),
-        operator_path=arguments.operator.absolute(),
-        ca_path=arguments.ca.absolute() if arguments.ca else None,
-    )
+    with taken_from_options():
+        upstream = Upstream(
+            name=arguments.name,
+            servers=tuple(BrokerAddress.parse(text, arguments.port) for text in arguments.host),
+            operator_path=arguments.operator.absolute(),
+            ca_path=arguments.ca.absolute() if arguments.ca else None,
+        )
     # Now is better than at the first revocation.
     anchors_path = upstream.ca_path or station.root_path
     Credentials.from_files(upstream.operator_path, anchors_path, upstream.servers[0])

@@ -19,6 +19,7 @@ from birthmark.device.errors import BirthmarkError, EnrollmentRefusedError, Port
 from birthmark.device.escape import escaped
 from birthmark.device.identity import Role
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.device.options import number
 from birthmark.provisioning.crl_delivery import bring_missing
 from birthmark.provisioning.enrollment.outcomes import Outcome
 from birthmark.provisioning.enrollment.transitions import Transitions
@@ -52,7 +53,7 @@ def add_unit_options(parser: Parser) -> None:
 def add_baud_option(parser: Parser) -> None:
     """Let a command say how fast its ports are."""
     parser.add_argument(
-        "--baud", type=int, default=DEFAULT_BAUD, metavar="N", help="the port's speed (default: %(default)s)"
+        "--baud", type=number, default=DEFAULT_BAUD, metavar="N", help="the port's speed (default: %(default)s)"
     )
 
 

@@ -6,11 +6,12 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from string import hexdigits
 from typing import TYPE_CHECKING
 
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import UsageError
-from birthmark.device.options import timeout
+from birthmark.device.options import taken_from_options, timeout
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
 from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_PROMPT, ROOT_VARIABLE, PassphraseSource
 from birthmark.provisioning.places import FOLDER_VARIABLE, PASSPHRASE_VARIABLE, default_folder
@@ -21,6 +22,8 @@ from birthmark.provisioning.tokens.uri import TokenUri
 
 if TYPE_CHECKING:
     from birthmark.device.console import Parser
+
+_HEX = frozenset(hexdigits)
 
 
 def add_station_option(parser: Parser) -> None:
@@ -94,10 +97,10 @@ def revocation_reason(word: str) -> str:
 
 def cert_serial(text: str) -> int:
     """Read a certificate's serial number, as an argument's type: hex, with or without colons."""
-    try:
-        return int(text.replace(":", ""), 16)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no serial number in hex") from None
+    digits = text.replace(":", "")
+    if not digits or set(digits) - _HEX:  # `int` takes signs, _ and 0x too
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no serial number in hex")
+    return int(digits, 16)
 
 
 def station_folder(arguments: argparse.Namespace) -> Path:
@@ -132,14 +135,14 @@ def token_place(arguments: argparse.Namespace) -> TokenPlace | None:
     """Return where in a token a key is to be; None if it is to be in a file.
 
     Raises:
-        ConfigurationError: the URI cannot be used.
-        UsageError: an existing key is to be taken, but none is named.
+        UsageError: the URI cannot be used, or an existing key is to be taken and none is named.
     """
     if arguments.key is None:
         if arguments.existing_key:
             raise UsageError("could not take an existing key: none is named", hint="name it by its URI")
         return None
-    return TokenPlace(TokenUri.parse(arguments.key), arguments.existing_key)
+    with taken_from_options():
+        return TokenPlace(TokenUri.parse(arguments.key), arguments.existing_key)
 
 
 def token_settings(uri: TokenUri) -> TokenSettings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
-from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.device.errors import RegistryError, UsageError
 from birthmark.device.escape import escaped
 from birthmark.provisioning.options import add_station_option, open_station
 
@@ -66,7 +66,7 @@ def _list(arguments: argparse.Namespace, console: Console) -> None:
 def _clear(arguments: argparse.Namespace, console: Console) -> None:
     reason = arguments.reason.strip()
     if not reason or len(reason) > _MAX_REASON_CHARACTERS or not reason.isprintable():
-        raise ConfigurationError(
+        raise UsageError(
             "could not use the reason: it is empty, not printable or too long",
             hint=f"say in up to {_MAX_REASON_CHARACTERS} characters why the unit may be used",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import logging
 import secrets
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Final
 from birthmark.device import event_lines, topics
 from birthmark.device.client import Client
 from birthmark.device.console import command
-from birthmark.device.credentials import BrokerAddress, Credentials
+from birthmark.device.credentials import Credentials
 from birthmark.device.errors import BirthmarkError, ConfigurationError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import DeviceId
+from birthmark.device.options import broker_address
 from birthmark.device.renewal.messages import MAX_WAIT_S, RenewalAnswer
 from birthmark.device.stopping import stopping_on_signals
 from birthmark.device.systemd import notify, watchdog_interval_s
@@ -29,7 +31,6 @@ from birthmark.provisioning.retirement import Retiring
 from birthmark.provisioning.rollover.anchors import StationAnchors
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
 
     from birthmark.device.console import Console, Parser
@@ -54,6 +55,12 @@ birthmark renew 'camera-*' --spread 3600 {_IDENTITY} --json
 """
 
 
+def _spread(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) > MAX_WAIT_S:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number of seconds from 0 to {MAX_WAIT_S}")
+    return int(text)
+
+
 def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add these commands."""
     renewd = command(commands, "renewd", _renewd, "renew devices' certificates over the network", _RENEWD_EXAMPLES)
@@ -61,7 +68,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     renew.add_argument("id", metavar="ID|GLOB", help="a device, or a pattern such as 'camera-*'")
     renew.add_argument(
         "--spread",
-        type=int,
+        type=_spread,
         default=DEFAULT_SPREAD_S,
         metavar="S",
         help="each device draws its moment within so many seconds (default: %(default)s)",
@@ -147,8 +154,6 @@ def _tell_counts(service: RenewalService, say: Callable[..., None]) -> None:
 
 def _renew(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
-    if not 0 <= arguments.spread <= MAX_WAIT_S:
-        raise RegistryError(f"could not spread renewals over {arguments.spread} s: it is not 0 to {MAX_WAIT_S}")
     identities = [_credentials(arguments, station, address) for address in arguments.broker]
     rows = _wanted(station, arguments.id)
     seals, word = Seals(station), RenewalAnswer("renew-now", retry_after_s=arguments.spread)
@@ -191,7 +196,7 @@ def _wanted(station: Station, pattern: str) -> list[Row]:
 
 def _credentials(arguments: argparse.Namespace, station: Station, address: str) -> Credentials:
     """Read the identity; one of another role is refused here, since no broker says which PUBLISH it has denied."""
-    credentials = Credentials.from_files(arguments.identity, station.root_path, BrokerAddress.parse(address))
+    credentials = Credentials.from_files(arguments.identity, station.root_path, broker_address(address))
     if credentials.role.name != ROLE:
         raise ConfigurationError(
             f"could not renew as {credentials.device_id}: its role is {credentials.role}, and gateways let "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.errors import UsageError
 from birthmark.provisioning import crl_commands
 from birthmark.provisioning.cas import SHORT
 from birthmark.provisioning.crl_delivery import deliver_crl, warn_of_pending
@@ -131,6 +132,13 @@ birthmark crl --root --root-key /media/safe/root-1a2b3c4d.key.pem""",
 
 
 def _crl(arguments: argparse.Namespace, console: Console) -> int:
+    if not arguments.root:
+        for option, value in (
+            ("--root-key", arguments.root_key),
+            ("--root-passphrase-fd", arguments.root_passphrase_fd),
+        ):
+            if value is not None:
+                raise UsageError(f"could not use {option}: it is for the root's own CRL", hint="give --root, too")
     station = open_station(arguments)
     if arguments.root:
         passphrase = passphrase_for_root(arguments, station)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.durable import remove_leftovers, write_durably
+from birthmark.device.errors import UsageError
 from birthmark.provisioning.cas import CaKind, read_cas
 from birthmark.provisioning.crl_delivery import warn_of_pending
 from birthmark.provisioning.crls import sign_and_store_crl
@@ -112,6 +113,8 @@ birthmark ca rollover start root""",
 
 
 def _start(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.kind == CaKind.ROOT and arguments.root_key is not None:
+        raise UsageError("could not use --root-key: the next root gets a key of its own", hint="leave it out")
     place = token_place(arguments)
     station = open_station(arguments)
     if place is not None and token_settings(place.uri).module is not None:

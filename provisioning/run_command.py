@@ -87,7 +87,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     resume.add_argument(
         "--broker", metavar="HOST:PORT", help="where devices find their broker (default: the station's)"
     )
-    resume.add_argument("--baud", type=int, default=DEFAULT_BAUD, metavar="N", help="default: %(default)s")
+    resume.add_argument("--baud", type=number, default=DEFAULT_BAUD, metavar="N", help="default: %(default)s")
     for each in (run, resume):
         each.add_argument(
             "--tries", type=number, default=DEFAULT_TRIES, metavar="N", help="at a unit (default: %(default)s)"

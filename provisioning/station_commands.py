@@ -15,6 +15,7 @@ from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import RegistryError
 from birthmark.device.escape import escaped
+from birthmark.device.options import number, port, taken_from_options
 from birthmark.provisioning.founding import found_station, refuse_occupied
 from birthmark.provisioning.issuing import OPERATOR, Issued, issue_broker, issue_operator
 from birthmark.provisioning.options import (
@@ -78,12 +79,12 @@ birthmark init --issuing-key 'pkcs11:token=birthmark;object=issuing?module-path=
         "--broker-host", default=defaults.host, metavar="HOST", help="where devices connect (default: %(default)s)"
     )
     parser.add_argument(
-        "--broker-port", default=defaults.port, type=int, metavar="PORT", help="default: %(default)s"
+        "--broker-port", default=defaults.port, type=port, metavar="PORT", help="default: %(default)s"
     )
     parser.add_argument(
         "--keepalive-s",
         default=defaults.keepalive_s,
-        type=int,
+        type=number,
         metavar="S",
         help="of devices (default: %(default)s)",
     )
@@ -98,13 +99,15 @@ birthmark init --issuing-key 'pkcs11:token=birthmark;object=issuing?module-path=
 def _init(arguments: argparse.Namespace, console: Console) -> None:
     forbid_core_dumps()
     place = token_place(arguments)
-    settings = Settings(
-        organization=arguments.organization,
-        default_role=arguments.default_role,
-        broker=BrokerDefaults(arguments.broker_host, arguments.broker_port, arguments.keepalive_s),
-        registry=setting_from(arguments.registry),
-        token=token_settings(place.uri) if place else TokenSettings(),
-    )
+    registry = setting_from(arguments.registry)
+    with taken_from_options():
+        settings = Settings(
+            organization=arguments.organization,
+            default_role=arguments.default_role,
+            broker=BrokerDefaults(arguments.broker_host, arguments.broker_port, arguments.keepalive_s),
+            registry=registry,
+            token=token_settings(place.uri) if place else TokenSettings(),
+        )
     folder = station_folder(arguments)
     refuse_occupied(folder)  # before anybody types a passphrase twice
     source = passphrase_source(arguments, confirm=True)

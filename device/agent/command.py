@@ -18,10 +18,11 @@ from birthmark.device.agent.slots import Slots
 from birthmark.device.agent.stop import stop_on_signals
 from birthmark.device.console import INTERRUPTED, Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
-from birthmark.device.errors import ConfigurationError
+from birthmark.device.errors import UsageError
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.link.messages import MAX_HWID_BYTES, MAX_TEXT_CHARACTERS, MIN_HWID_BYTES, KeyMode
 from birthmark.device.link.timers import DEFAULT_BAUD
+from birthmark.device.options import number
 
 if TYPE_CHECKING:
     import argparse
@@ -46,7 +47,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         "--state", required=True, metavar="DIR", type=Path, help="the folder of the device's records"
     )
     parser.add_argument(
-        "--baud", type=int, default=DEFAULT_BAUD, metavar="N", help="the line's rate (%(default)s)"
+        "--baud", type=number, default=DEFAULT_BAUD, metavar="N", help="the line's rate (%(default)s)"
     )
     parser.add_argument(
         "--hwid",
@@ -120,7 +121,7 @@ def _hwid(wanted: str, slots: Slots) -> bytes:
         hwid = bytes.fromhex(wanted)
         if MIN_HWID_BYTES <= len(hwid) <= MAX_HWID_BYTES:
             return hwid
-    raise ConfigurationError(
+    raise UsageError(
         f"could not use {quoted(wanted)} as a hardware id: it is not 8 to 64 hex digits",
         hint="leave --hwid out to take the board's own",
     )
@@ -129,7 +130,7 @@ def _hwid(wanted: str, slots: Slots) -> bytes:
 def _text(text: str, option: str) -> str:
     if 1 <= len(text) <= MAX_TEXT_CHARACTERS and all(" " <= character <= "~" for character in text):
         return text
-    raise ConfigurationError(
+    raise UsageError(
         f"could not use {quoted(text)} for {option}: it is not 1 to {MAX_TEXT_CHARACTERS} printable characters"
     )
 

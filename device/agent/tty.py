@@ -19,7 +19,7 @@ import tty
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Final, Protocol
 
-from birthmark.device.errors import ConfigurationError, PortError
+from birthmark.device.errors import PortError, UsageError
 from birthmark.device.link.timers import BUSY_EVERY_S, DEFAULT_BAUD
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ def open_port(path: str, baud: int = DEFAULT_BAUD) -> int:
     """Open a tty in raw mode at `baud` and return its descriptor.
 
     Raises:
-        ConfigurationError: the system knows no such baud rate.
+        UsageError: the system knows no such baud rate.
         PortError: the tty is missing, not permitted, or no tty.
     """
     speed: int | None = getattr(termios, f"B{baud}", None)
     if speed is None or baud <= 0:
-        raise ConfigurationError(f"could not use {baud} baud: no such rate", hint="try --baud 115200")
+        raise UsageError(f"could not use {baud} baud: no such rate", hint="try --baud 115200")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -89,7 +89,7 @@ def run(
         notice: told `port_open` and `port_lost`.
 
     Raises:
-        ConfigurationError: the system knows no such baud rate.
+        UsageError: the system knows no such baud rate.
         PortError: the tty could not be opened the first time.
     """
     tell = notice or (lambda _event: None)

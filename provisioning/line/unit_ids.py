@@ -17,7 +17,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
-from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError
+from birthmark.device.errors import BirthmarkError, ConfigurationError, EnrollmentRefusedError, UsageError
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.identity import DeviceId, device_role
 from birthmark.provisioning.enrollment.journal import Wish
@@ -220,11 +220,11 @@ def from_template(template: str, registry: Registry, role: Role | None, *, start
     """Yield ids such as `sensor-{n:05}`, from `start`, without those that ever were in the registry.
 
     Raises:
-        ConfigurationError: the template has not exactly one `{n}`, or makes no device id.
+        UsageError: the template has not exactly one `{n}`, or makes no device id.
     """
     found = _NUMBERED.fullmatch(template)
     if found is None:
-        raise ConfigurationError(
+        raise UsageError(
             f"could not use the template {quoted(template, 80)}: it needs {{n}} once",
             hint="as in sensor-{n:05}",
         )

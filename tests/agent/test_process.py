@@ -123,11 +123,11 @@ def test_one_agent_a_state_folder(tmp_path: Path, pty: Pty) -> None:
     [
         ("missing", (), (5, "could not open the port")),
         ("file", (), (5, "it is no terminal")),
-        ("pty", ("--baud", "12345"), (1, "could not use 12345 baud")),
-        ("pty", ("--hwid", "abc"), (1, "'abc' as a hardware id")),
-        ("pty", ("--hwid", "abcdef"), (1, "'abcdef' as a hardware id")),
-        ("pty", ("--model", "\x1b[2J"), (1, r"use '\x1b[2J' for")),
-        ("pty", ("--model", ""), (1, "--model")),
+        ("pty", ("--baud", "12345"), (2, "could not use 12345 baud")),
+        ("pty", ("--hwid", "abc"), (2, "'abc' as a hardware id")),
+        ("pty", ("--hwid", "abcdef"), (2, "'abcdef' as a hardware id")),
+        ("pty", ("--model", "\x1b[2J"), (2, r"use '\x1b[2J' for")),
+        ("pty", ("--model", ""), (2, "--model")),
     ],
 )
 def test_what_cannot_be_used(

@@ -13,9 +13,11 @@ import birthmark.broker.cli as broker_cli
 import birthmark.device.cli as device_cli
 import birthmark.firmware_sim.cli as sim_cli
 import birthmark.provisioning.cli as station_cli
+from birthmark.device.console import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 def walk(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -37,16 +39,13 @@ def groups(parser: argparse.ArgumentParser, title: str) -> Iterator[tuple[argpar
             yield from groups(command, "actions")
 
 
-COMMANDS = {
-    name: parser
-    for command, cli in {
-        "birthmark": station_cli,
-        "birthmark-broker": broker_cli,
-        "birthmark-device": device_cli,
-        "birthmark-sim": sim_cli,
-    }.items()
-    for name, parser in walk(cli.parser(), command)
+CLIS = {
+    "birthmark": station_cli,
+    "birthmark-broker": broker_cli,
+    "birthmark-device": device_cli,
+    "birthmark-sim": sim_cli,
 }
+COMMANDS = {name: parser for command, cli in CLIS.items() for name, parser in walk(cli.parser(), command)}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -65,11 +64,7 @@ def test_a_command_s_help_ends_in_examples(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("cli", "title"),
-    [
-        (cli, title)
-        for top in (station_cli, broker_cli, device_cli, sim_cli)
-        for cli, title in groups(top.parser(), "commands")
-    ],
+    [(cli, title) for top in CLIS.values() for cli, title in groups(top.parser(), "commands")],
     ids=lambda value: value.prog if isinstance(value, argparse.ArgumentParser) else value,
 )
 def test_commands_and_actions_stand_under_a_heading_of_their_own(cli: argparse.ArgumentParser, title: str) -> None:
@@ -95,6 +90,32 @@ def test_an_option_is_documented(name: str) -> None:
         options = [option for option in action.option_strings if option.startswith("--")]
         if options and action.dest not in ("help", "json"):
             assert any(re.search(rf"{option}(?![a-z-])", part) for option in options), f"{name} {options}"
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("birthmark-device doctor --state none --broker g:0", "broker's port"),
+        ("birthmark-device watch a --identity none --ca none --broker g:0", "broker's port"),
+        ("birthmark-sim board --state none --fault nonsense", "no such fault"),
+        ("birthmark-sim board --state none --interval -1", "out of range"),
+        ("birthmark-sim fixture --state none --slots 2 --faults 9:login", "no slot 9"),
+        ("birthmark-sim fleet --state none --fault nonsense", "no such fault"),
+        ("birthmark-sim fleet --state none --broker g:0", "broker's port"),
+    ],
+)
+def test_a_value_that_no_command_could_use_is_wrong_usage(
+    line: str,
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, *words = line.split()
+    assert run(CLIS[command].parser(), words) == 2
+    assert what in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_command_documented_is_missing() -> None:

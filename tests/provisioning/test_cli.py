@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +74,34 @@ print(*(each for each in {UNWANTED[name]!r} if each in sys.modules))
         ("ca rollover start issuing --existing-key", "none is named"),
         ("audit show --since yesterday", "'yesterday' is no time"),
         ("audit show --last -1", "-1"),
+        ("restore --crl crl.pem --lost-key 1a2b3c4d", "no backup is named"),
+        ("ca rollover start root --root-key key.pem", "a key of its own"),
+        ("ca rollover start issuing --key rubbish", "no PKCS#11 URI"),
+        ("crl --root-key key.pem", "it is for the root's own CRL"),
+        ("crl --root-passphrase-fd 3", "it is for the root's own CRL"),
+        ("gateway add g", "needs either a path or a broker"),
+        ("gateway add g --host h", "needs either a path or a broker"),
+        ("gateway add g --path /crl.pem --via cloud", "needs either a path or a broker"),
+        ("gateway add g --via cloud --clients-ca /ca.pem", "cannot be brought over MQTT"),
+        ("gateway add g --host h --operator o.pem --port 0", "'0' is no number"),
+        ("upstream add cloud --host h:70000 --operator o.pem", "70000"),
+        ("renew s --broker g:70000 --identity o.pem", "70000"),
+        ("renew s --broker g --identity o.pem --spread 86401", "0 to 86400"),
+        ("quarantine clear 0123456789abcdef --reason ''", "could not use the reason"),
+        ("run --port p --template s", "it needs {n} once"),
+        ("flash --port p --id s --broker h:70000", "70000"),
+        ("flash --port p --id s --baud 0", "'0' is no number"),
+        ("revoke --cert-serial -5 --reason lost", "no serial number"),
+        ("init --keepalive-s 70000", "70000"),
+        ("init --broker-port 0", "'0' is no number"),
+        ("init --organization ''", "organization"),
+        ("init --issuing-key rubbish", "no PKCS#11 URI"),
     ],
 )
-def test_options_that_say_nothing_together_are_wrong_usage(line: str, what: str, birthmark: Command) -> None:
-    answer = birthmark(*line.split())
+def test_options_that_say_nothing_together_and_values_of_no_use_are_wrong_usage(
+    line: str, what: str, birthmark: Command
+) -> None:
+    answer = birthmark(*shlex.split(line))
 
     assert (answer.exit_code, answer.stdout) == (2, "")
     assert what in answer.stderr

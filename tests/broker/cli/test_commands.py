@@ -152,19 +152,21 @@ def test_init_overwrites_nothing(broker: Callable[..., Result], there: str) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("code", "arguments"),
     [
-        ("--name", "a/b"),
-        ("--name", "+"),
-        ("--name", "gw", "--listen", "nowhere"),
-        ("--name", "gw", "--listen", "::1:8883"),
-        ("--name", "gw", "--listen", "a:65536"),
-        ("--name", "gw", "--crl", "\udcff"),
+        (1, ("--name", "a/b")),
+        (1, ("--name", "+")),
+        (2, ("--name", "gw", "--listen", "nowhere")),
+        (2, ("--name", "gw", "--listen", "::1:8883")),
+        (2, ("--name", "gw", "--listen", "a:65536")),
+        (1, ("--name", "gw", "--crl", "\udcff")),
     ],
 )
-def test_init_refuses_and_leaves_nothing(broker: Callable[..., Result], arguments: tuple[str, ...]) -> None:
+def test_init_refuses_and_leaves_nothing(
+    broker: Callable[..., Result], code: int, arguments: tuple[str, ...]
+) -> None:
     result = broker("init", *arguments)
-    assert result.code == 1
+    assert result.code == code
     assert "error: could not" in result.err
     assert list(Path().iterdir()) == []
 
