@@ -103,6 +103,7 @@ class Authority:
 
         Raises:
             IdentityError: the role is reserved for services.
+            ConfigurationError: the lifetime in the settings is none; nothing was signed.
             AuthorityError: the key is no P-256 key, the clock is wrong, or the registry does not hold the row
                 like this, in KEYED; nothing was signed.
             ValueError: the row has no key to certify.
@@ -125,7 +126,7 @@ class Authority:
         ]
 
     def _device_signer(self, now: datetime) -> profile.ClientSigner:
-        lifetime = timedelta(days=self._lifetimes.device_days)
+        lifetime = self._lifetimes.of(Kind.DEVICE)
         return profile.ClientSigner(self._issuer, organization=self._organization, lifetime=lifetime, now=now)
 
     def issue_service(self, row: Row, *, now: datetime) -> bytes:
@@ -138,7 +139,7 @@ class Authority:
             role=Role(row.role),
             public_key=profile.parse_public_key(public_key_der),
             cert_serial=cert_serial,
-            lifetime=timedelta(days=self._lifetimes.service_days),
+            lifetime=self._lifetimes.of(Kind.SERVICE),
             now=now,
         )
         return certificate.public_bytes(Encoding.DER)
@@ -156,7 +157,7 @@ class Authority:
             hosts=hosts,
             public_key=profile.parse_public_key(public_key_der),
             cert_serial=cert_serial,
-            lifetime=timedelta(days=self._lifetimes.broker_days),
+            lifetime=self._lifetimes.of(Kind.BROKER),
             now=now,
         )
         return certificate.public_bytes(Encoding.DER)

@@ -74,11 +74,13 @@ def issue_all(
 
     Raises:
         EnrollmentRefusedError: an id, a key or a hwid belongs to another device; nothing was recorded.
-        ConfigurationError: keys are to be made, and `out` has no place for them.
+        ConfigurationError: keys are to be made, and `out` has no place for them; or the lifetime in the settings
+            is none.
         AuthorityError: the CA cannot be unlocked, or its clock is wrong. What was recorded is resumed by the same
             call.
         OSError: something could not be written; the same call resumes.
     """
+    station.settings.lifetimes.of(Kind.DEVICE)
     authority = station.authority  # unlocked before anybody has to wait
     output = output_at(out)
     with station.issue_lock(), station.registry.held_open():

@@ -75,9 +75,16 @@ def _check_services(facts: Facts) -> Iterator[Remark]:
             yield Remark("services", Level.SOON, text, hint, (name,))
 
 
+def _check_lifetimes(facts: Facts) -> Iterator[Remark]:
+    for kind, days in facts.lifetimes.out_of_range().items():
+        text = f"{kind} = {days} of [lifetimes_days] is out of range: nothing can be issued for a {kind}"
+        yield Remark("lifetimes", Level.BROKEN, text, "set it right in station.toml", (kind,))
+
+
 def _check_cas(facts: Facts) -> Iterator[Remark]:
+    can_issue = Kind.DEVICE not in facts.lifetimes.out_of_range()
     for ca in facts.cas:
-        signs = timedelta(days=facts.lifetimes.device_days if ca.is_issuing and not ca.is_root else 0)
+        signs = facts.lifetimes.of(Kind.DEVICE) if ca.is_issuing and not ca.is_root and can_issue else timedelta()
         hint = f"replace it: birthmark ca rollover start {'root' if ca.is_root else 'issuing'}"
         if ca.not_after < facts.now:
             text = f"{ca.name} has ended on {ca.not_after:%Y-%m-%d}: nothing under it is accepted any more"
@@ -302,6 +309,7 @@ def _span(span: timedelta) -> str:
 CHECKS: Final[tuple[tuple[str, Callable[[Facts], Iterable[Remark]]], ...]] = (
     ("devices", _check_devices),
     ("services", _check_services),
+    ("lifetimes", _check_lifetimes),
     ("cas", _check_cas),
     ("root-key", _check_root_key),
     ("crls", _check_crls),

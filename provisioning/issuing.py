@@ -92,7 +92,8 @@ def issue_broker(station: Station, hosts: Sequence[str], out: Path, *, renew: bo
     Raises:
         IdentityError: a host is neither a DNS name nor an address.
         EnrollmentRefusedError: the name is taken, and `renew` is false.
-        ConfigurationError: `server.pem` is there already, and `renew` is false.
+        ConfigurationError: `server.pem` is there already, and `renew` is false; or the lifetime in the settings is
+            none.
         AuthorityError: the CA cannot be unlocked, or its clock is wrong.
     """
     for host in hosts:
@@ -202,6 +203,7 @@ def _write_beside(station: Station, request: _Request, out: Path) -> list[Path]:
 
 
 def _authority(station: Station, request: _Request) -> Authority:
+    station.settings.lifetimes.of(request.kind)  # before anything is on record for a certificate that cannot be
     cas = station.cas
     return station.authority_of((cas.for_brokers if request.kind is Kind.BROKER else cas.for_clients).key_id)
 

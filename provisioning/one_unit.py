@@ -24,7 +24,7 @@ from birthmark.provisioning.crl_delivery import bring_missing
 from birthmark.provisioning.enrollment.outcomes import Outcome
 from birthmark.provisioning.enrollment.transitions import Transitions
 from birthmark.provisioning.line.port_choice import choose
-from birthmark.provisioning.registry.model import KeyMode, State
+from birthmark.provisioning.registry.model import KeyMode, Kind, State
 
 if TYPE_CHECKING:
     from birthmark.device.console import Console, Parser
@@ -67,7 +67,9 @@ def journal_of(station: Station, broker: BrokerAddress, registry: Registry | Non
 
     Raises:
         AuthorityError: the CA cannot be unlocked.
+        ConfigurationError: the lifetime in the settings is none.
     """
+    station.settings.lifetimes.of(Kind.DEVICE)
     _ = station.authority
     return Transitions(
         registry or station.registry,

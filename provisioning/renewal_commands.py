@@ -90,7 +90,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def _renewd(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
-    _ = station.authority  # a wrong passphrase is said now, and not to the first device
+    # What ends every renewal is said now, and not to the first device.
+    station.settings.lifetimes.of(Kind.DEVICE)
+    _ = station.authority
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
     say = partial(event_lines.say, console)
     watchdog_s = watchdog_interval_s()

@@ -1,7 +1,11 @@
 """`station.toml`: what this station puts into certificates and bundles, and which gateways it feeds.
 
-Rules: unknown keys, wrong types and values out of range are refused with the file, the table and the key. What
-commands change there: `settings_edit`.
+Rules:
+
+- Unknown keys, wrong types and values out of range are refused with the file, the table and the key.
+- A lifetime is judged where a certificate is about to be issued, and not before: whatever it says, a lost device
+  can be revoked. `birthmark doctor` tells of one that is out of range.
+- What commands change there: `settings_edit`.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
@@ -81,23 +86,35 @@ pin_file = {pin_file}
 
 @dataclass(frozen=True, slots=True)
 class Lifetimes:
-    """How long certificates are valid, in days."""
+    """How long certificates are valid, in days; any number, until one is issued."""
 
     device_days: int = 730
     service_days: int = 730
     broker_days: int = 365
 
-    def __post_init__(self) -> None:
-        for key, days in (
-            ("device", self.device_days),
-            ("service", self.service_days),
-            ("broker", self.broker_days),
-        ):
-            if days not in _DAYS:
-                raise ConfigurationError(
-                    f"could not use {key} = {days} of [lifetimes_days]: it is out of range",
-                    hint=f"from {_DAYS[0]} to {_DAYS[-1]}; the first day is over when a certificate is issued",
-                )
+    def of(self, kind: str) -> timedelta:
+        """Return how long a new certificate is valid.
+
+        Args:
+            kind: whose: `device`, `service` or `broker`.
+
+        Raises:
+            ConfigurationError: no certificate can be issued for so long.
+        """
+        days = self._days()[kind]
+        if days not in _DAYS:
+            raise ConfigurationError(
+                f"could not issue for a {kind}: {kind} = {days} of [lifetimes_days] is out of range",
+                hint=f"from {_DAYS[0]} to {_DAYS[-1]} in {SETTINGS_FILE}; the first day is over when it is issued",
+            )
+        return timedelta(days=days)
+
+    def out_of_range(self) -> dict[str, int]:
+        """Return the lifetimes, by kind, that nothing can be issued for."""
+        return {kind: days for kind, days in self._days().items() if days not in _DAYS}
+
+    def _days(self) -> dict[str, int]:
+        return {"device": self.device_days, "service": self.service_days, "broker": self.broker_days}
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,7 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("devices", Level.SOON, "device certificate to end", among(ENDING)),
     ("services", Level.BROKEN, "broker gw-1 has ended", among(BROKER)),
     ("services", Level.SOON, "service alice ends", among(SERVICE)),
+    ("lifetimes", Level.BROKEN, "device = 1 of", replace(GOOD, lifetimes=Lifetimes(device_days=1))),
     ("cas", Level.BROKEN, "the issuing CA has ended", issuing(not_after=NOON - DAY)),
     ("cas", Level.SOON, "lives less long than it should", issuing(not_after=NOON + 800 * DAY)),
     ("cas", Level.SOON, "the root ends", root(not_after=NOON + 100 * DAY)),

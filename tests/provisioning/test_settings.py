@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -175,7 +176,6 @@ def test_names_of_gateways_are_unique(path: Path) -> None:
         ("[station]\norganization = 'A'\n[other]\nx = 1", "'other' is unknown"),
         ("[station]\norganization = 'A'\ndefault_role = 'operator'", "reserved"),
         ("[station]\norganization = 'A'\ndefault_role = 'a b'", "role"),
-        ("[station]\norganization = 'A'\n[lifetimes_days]\ndevice = 0", "lifetimes"),
         ("[station]\norganization = 'A'\n[lifetimes_days]\ndevice = true", "whole number"),
         ("[station]\norganization = 'A'\n[broker]\nport = 65536", "65536"),
         ("[station]\norganization = 'A'\n[broker]\nkeepalive_s = 0", "keepalive"),
@@ -240,14 +240,17 @@ def test_what_cannot_be_used_is_refused_with_its_place(path: Path, text: str, ca
 
 
 @pytest.mark.parametrize("key", ["device", "service", "broker"])
-def test_a_lifetime_that_would_be_over_when_a_certificate_is_issued_is_refused(path: Path, key: str) -> None:
+def test_a_lifetime_is_judged_where_a_certificate_is_issued(path: Path, key: str) -> None:
     text = path.read_text()
-    for days in (1, 3651):
+    for days in (-1, 1, 3651, 10**30):
         path.write_text(re.sub(f"^{key} = .*$", f"{key} = {days}", text, flags=re.MULTILINE))
+        lifetimes = read_settings(path).lifetimes
+        assert lifetimes.out_of_range() == {key: days}
         with pytest.raises(ConfigurationError, match=rf"{key} = {days} of \[lifetimes_days\]"):
-            read_settings(path)
-    path.write_text(re.sub(f"^{key} = .*$", f"{key} = 2", text, flags=re.MULTILINE))
-    assert getattr(read_settings(path).lifetimes, f"{key}_days") == 2
+            lifetimes.of(key)
+    for days in (2, 3650):
+        path.write_text(re.sub(f"^{key} = .*$", f"{key} = {days}", text, flags=re.MULTILINE))
+        assert read_settings(path).lifetimes.of(key) == timedelta(days=days)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
