@@ -137,16 +137,31 @@ def private_folder(path: Path, known: Collection[str] = ()) -> Path:
     return path
 
 
+def is_on_read_only_disk(path: Path) -> bool:
+    """Whether the file system that `path` is on is mounted read-only; `OSError` if there is no such path."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 @contextlib.contextmanager
-def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
+def exclusive_lock(path: Path, *, wait: bool = True, as_it_is: bool = False) -> Iterator[None]:
     """Hold the lock file at `path`, between processes and between threads of one process, for the block.
 
     The file is made if needed and stays behind, empty: removing it would let two holders in.
 
+    Args:
+        path: the lock's.
+        wait: whether to wait for who holds it.
+        as_it_is: for who reads on a disk that cannot be written. The file is locked as it is, since somebody may
+            have the same file system mounted to write; one that is not there is held by nobody.
+
     Raises:
         BlockingIOError: `wait` is false and somebody else holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if as_it_is and not path.exists():
+        yield
+        return
+    flags = os.O_RDONLY if as_it_is else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

@@ -184,6 +184,8 @@ class Facts:
     user: int = 0
     audit: AuditFacts = field(default_factory=lambda: AuditFacts(Head(), Head()))
     free_bytes: int = 1 << 40
+    is_read_only: bool = False
+    """Whether the station's disk is mounted read-only."""
     gateways: tuple[Look, ...] = ()
     looked_at_gateways: bool = True
     last_heard: Mapping[str, datetime | None] = field(default_factory=dict)
@@ -236,6 +238,7 @@ def gather(station: Station, *, timeout_s: float | None) -> Facts:
         user=os.geteuid(),
         audit=AuditFacts(_last_entry(log), expected, lacks, not log.exists() or end_is_sound(log)),
         free_bytes=shutil.disk_usage(station.folder).free,
+        is_read_only=station.is_read_only,
         gateways=tuple(looks),
         last_heard={name: standing.heard_at for name, standing in standings.items()},
         policy=None if policy is None else PolicyFacts(policy.version, policy.issuer),

@@ -289,7 +289,10 @@ def _check_backup(facts: Facts) -> Iterator[Remark]:
 
 
 def _check_disk(facts: Facts) -> Iterator[Remark]:
-    if facts.free_bytes < LITTLE_SPACE_BYTES:
+    if facts.is_read_only:
+        text = "the station's disk is mounted read-only: nothing can be issued or revoked"
+        yield Remark("disk", Level.BROKEN, text, "mount it to write; a backup is restored: birthmark restore")
+    elif facts.free_bytes < LITTLE_SPACE_BYTES:
         level = Level.BROKEN if facts.free_bytes < NO_SPACE_BYTES else Level.SOON
         text = f"there is room for {facts.free_bytes // 1_000_000} MB more on the station's disk"
         yield Remark("disk", level, text, "make room: a station that cannot write stops")

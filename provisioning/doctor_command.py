@@ -63,8 +63,9 @@ birthmark doctor ports --ports fixture.toml --json""",
 def _station(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
     facts = gather(station, timeout_s=None if arguments.offline else arguments.timeout)
-    note_heard(station, facts.gateways)
-    note_policies(station, facts.gateways)
+    if not facts.is_read_only:
+        note_heard(station, facts.gateways)
+        note_policies(station, facts.gateways)
     remarks = examine_station(facts)
     show(console, facts, remarks)
     return exit_code(remarks)

@@ -89,8 +89,9 @@ def fleet_rows(station: Station, timeout_s: float) -> list[GatewayRow]:
         upstreams=settings.upstreams,
         sightings=False,
     )
-    note_heard(station, looks)
-    note_policies(station, looks)
+    if not station.is_read_only:
+        note_heard(station, looks)
+        note_policies(station, looks)
     found = {look.name: look for look in looks}
     kept = current_crl(station)
     issued = {ca.key_id for ca in station.cas.issuing if ca.activated_at is not None}

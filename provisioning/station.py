@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-from birthmark.device.durable import exclusive_lock, remove_leftovers, write_durably
+from birthmark.device.durable import exclusive_lock, is_on_read_only_disk, remove_leftovers, write_durably
 from birthmark.device.errors import AuthorityError, ConfigurationError
 from birthmark.provisioning import keyfile, profile
 from birthmark.provisioning.actor import actor
@@ -140,6 +140,11 @@ class Station:
         return cls(
             folder, settings, registry, passphrase=source, pin=pin or PIN_SOURCE, clock=clock, purpose=purpose
         )
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether its disk is mounted read-only: it can be looked at, and neither issue nor revoke."""
+        return is_on_read_only_disk(self.folder)
 
     @property
     def settings_path(self) -> Path:

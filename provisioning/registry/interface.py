@@ -286,6 +286,8 @@ class Registry(Protocol):
     def audit_head(self) -> Head:
         """Bring the audit log up to date, and return the number and hash that its last entry must have.
 
+        On a disk that is mounted read-only the log stays as it is.
+
         Raises:
             RegistryError: registry or log cannot be used.
         """

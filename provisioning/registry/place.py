@@ -14,7 +14,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.durable import exclusive_lock
+from birthmark.device.durable import exclusive_lock, is_on_read_only_disk
 from birthmark.device.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -45,9 +45,17 @@ class Place:
         self._lock_path = folder / LOCK_FILE
         self._held = threading.local()
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing here can be written, and what is to be put right stays as it is."""
+        return self.folder.is_dir() and is_on_read_only_disk(self.folder)
+
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, to_read: bool = False) -> Iterator[None]:
         """Hold the lock, between processes and threads.
+
+        Args:
+            to_read: nothing is written where nothing can be: the lock is held as it is there.
 
         Raises:
             RegistryError: another registry has taken over, or there is no such folder.
@@ -59,7 +67,7 @@ class Place:
                 f"could not read the registry in {self.folder}: it is not there",
                 hint="make a station with `birthmark init`, or name its folder with --station",
             )
-        with exclusive_lock(self._lock_path):
+        with exclusive_lock(self._lock_path, as_it_is=to_read and self.is_read_only):
             self.check_in_force()
             self._held.held = True
             try:

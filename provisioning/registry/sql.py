@@ -175,7 +175,8 @@ class SqlRegistry:
 
     def audit_head(self) -> Head:
         """Bring the audit log up to date (`interface.Registry.audit_head`)."""
-        with self._place.locked(), self._changing() as work:
+        reading = self.view if self._place.is_read_only else self._changing
+        with self._place.locked(to_read=True), reading() as work:
             return work.head(self._log)
 
     @contextmanager
@@ -275,6 +276,7 @@ class SqlRegistry:
             connection.exec_driver_sql(statement)
 
     def _viewing(self, connection: Connection) -> Iterator[SqlView]:
+        before = self._database.state_if_unguarded()
         self._begin(connection, self._database.dialect.begin_view)
         view = SqlView(self._database, connection)
         view.check_format()
@@ -284,6 +286,11 @@ class SqlRegistry:
             view.end()
         with suppress(SQLAlchemyError):  # there is nothing to lose, and no connection if it broke
             connection.exec_driver_sql("ROLLBACK")
+        if self._database.state_if_unguarded() != before:
+            raise RegistryError(
+                f"could not read the registry {self.shown}: it was written to meanwhile, from where it can be",
+                hint="try again",
+            )
 
     def _be_patient(self, view: SqlView) -> None:
         """Let a transaction wait for something else than the database."""

@@ -6,6 +6,8 @@ Rules:
 - Every transaction is begun by a statement of ours, never by the driver. One that changes something holds the
   registry's write lock from its first moment: SQLite's `BEGIN IMMEDIATE`, PostgreSQL's lock on a table. A view is
   one snapshot, and waits for nobody.
+- SQLite's file on a disk that is mounted read-only is read without SQLite's locks, which are files. The same disk
+  may be mounted to write elsewhere: a view during which the file changed ends with an error.
 - What is acknowledged is on disk, whatever the server's defaults say (`synchronous`, `synchronous_commit`).
 - A password is shown to nobody: no error and no log has the URL but through `shown_url`.
 """
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from birthmark.device.durable import sync_folder
+from birthmark.device.durable import is_on_read_only_disk, sync_folder
 from birthmark.device.errors import ConfigurationError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning.registry.interface import RegistryAwayError
@@ -138,6 +140,13 @@ class Database:
             ) from error
         return True
 
+    def state_if_unguarded(self) -> tuple[int, ...]:
+        """Return what changes with SQLite's file where no lock keeps others from that; nothing elsewhere."""
+        if self.path is None or not is_on_read_only_disk(self.path):
+            return ()
+        facts = self.path.stat()
+        return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
     def remove_file(self) -> None:
         """Remove SQLite's file and what belongs to it."""
         for path in self.files():
@@ -234,8 +243,12 @@ def _checked(text: str) -> URL:
 def _sqlite(url: URL, path: Path) -> Engine:
     def connect() -> sqlite3.Connection:
         # mode=rw: a file that is not there is not made by looking for it.
+        mode = "rw"
+        if is_on_read_only_disk(path):
+            # What a killed station left in its log beside the file is only seen by SQLite's own ways.
+            mode = "ro" if path.with_name(f"{path.name}-wal").exists() else "ro&immutable=1"
         connection = sqlite3.connect(
-            f"file:{quote(str(path))}?mode=rw",
+            f"file:{quote(str(path))}?mode={mode}",
             uri=True,
             timeout=BUSY_TIMEOUT_S,
             isolation_level=None,

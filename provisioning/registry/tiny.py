@@ -158,13 +158,9 @@ class TinyRegistry:
         yield TinyView(TransactionStorage(self._file.load(), writable=False))
 
     def audit_head(self) -> Head:
-        """Bring the audit log up to date and return the number and hash that its last entry must have.
-
-        Raises:
-            RegistryError: registry or log cannot be used.
-        """
-        with self._place.locked():
-            tables = self._settle(self._file.load())
+        """Bring the audit log up to date (`interface.Registry.audit_head`)."""
+        with self._place.locked(to_read=True):
+            tables = self._file.load() if self._place.is_read_only else self._settle(self._file.load())
             return audit_head_of(tables[META][str(META_ID)])
 
     @contextmanager

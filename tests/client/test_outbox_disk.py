@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from support.broker_stub import PUBLISH, BrokerStub
 from support.device_command import DeviceCommand
 from support.device_folder import enrolled
+from support.mounts import mount, mounted
 from support.outbox_alone import outbox_at
 from support.patience import PATIENCE_S
 from support.pki import Pki
@@ -31,19 +31,8 @@ TOPIC = "devices/sensor-1/telemetry/t"
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of half a megabyte; skipped where nobody may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = mount("-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", str(folder))
-    if mounted.returncode:
-        pytest.skip(f"no file system may be mounted here: {mounted.stderr.strip()}")
-    try:
+    with mounted("-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", at=tmp_path / "disk") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True, timeout=PATIENCE_S)
-
-
-def mount(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *words], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 def fill(outbox: Outbox) -> int:
