@@ -25,7 +25,7 @@ from birthmark.provisioning.checkup import (
 )
 from birthmark.provisioning.checkup_census import Census, Seen
 from birthmark.provisioning.checkup_rules import CHECKS, examine
-from birthmark.provisioning.checkup_view import chart, exit_code, records, show
+from birthmark.provisioning.checkup_view import chart, exit_code, hanging, records, show
 from birthmark.provisioning.gateway_look import Look
 from birthmark.provisioning.registry.line import Batch, Quarantined
 from birthmark.provisioning.registry.model import Kind, Row, State
@@ -324,6 +324,15 @@ def test_the_chart_has_a_bar_a_week(capsys: pytest.CaptureFixture[str]) -> None:
     assert "█" not in page, "bars go to terminals only"
     assert "SOON    devices: 1 device cannot connect" in page
     assert "        b\n" in page
+
+
+@pytest.mark.parametrize("columns", [1, 40, 80, 200])
+def test_a_sentence_goes_on_below_its_beginning_on_a_terminal(columns: int) -> None:
+    text = "crls: the CRL of the-issuing-CA-1a2b3c4d is past half of its life: it ends on 2026-12-27 05:25"
+    lines = hanging(text, columns).split("\n        ")
+    assert " ".join(lines) == text
+    assert len(lines) == 1 or max(map(len, lines)) <= max(columns - 8, 32)
+    assert hanging(text, None) == text
 
 
 def test_machines_get_every_check_the_figures_and_the_verdict() -> None:
