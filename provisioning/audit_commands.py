@@ -244,6 +244,7 @@ def _export(arguments: argparse.Namespace, console: Console) -> None:
     lines = audit_view.exported(entries, arguments.format)
     if arguments.out is None:
         sys.stdout.writelines(lines)
+        sys.stdout.flush()  # a reader that has gone away is told of here, and not when Python ends
         _warn_of(strange, console)
         return
     count = -1 if arguments.format == "csv" else 0  # the headings

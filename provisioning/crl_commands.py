@@ -55,7 +55,10 @@ def add_to(actions: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _hours(text: str) -> float:
-    hours = float(text)
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = 0.0
     if not 0 < hours <= 15 * 24:
         raise argparse.ArgumentTypeError("more than 0 and at most 360 hours: half of a CRL's life")
     return hours

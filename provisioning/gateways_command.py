@@ -43,7 +43,10 @@ birthmark gateways --json | jq 'select(.well | not)'""",
 
 
 def _interval(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0.1 <= seconds <= 86400:
         raise argparse.ArgumentTypeError("0.1 to 86400 seconds")
     return seconds

@@ -76,6 +76,7 @@ _ORDER: Final = (
 )
 _REQUIRED: Final = ("number", "id", "kind", "state", "created_at", "changed_at")
 _DIGITS: Final = {10: re.compile("[0-9]{1,18}"), 16: re.compile("[0-9a-f]{1,40}")}
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 _APOSTROPHE: Final = "'"
 
@@ -160,7 +161,7 @@ def _value_of(field: str, text: str) -> Any:
         if field == "cert_serial":
             return _whole(text, 16)
         if field in _TIMES:
-            return datetime.fromisoformat(text)
+            return _moment(text)
         if field in _HEX:
             return bytes.fromhex(text)
         if field in _BASE64:
@@ -168,6 +169,17 @@ def _value_of(field: str, text: str) -> Any:
         return _ENUMS[field](text)
     except ValueError:
         raise ValueError(f"its {_NAMES.get(field, field)} is not {_wanted(field)}") from None
+
+
+def _moment(text: str) -> datetime:
+    """Read a time; `ValueError` for one before 1970, or that is none in UTC: no CRL can say it."""
+    at = datetime.fromisoformat(text)
+    try:
+        if at.tzinfo is None or at.astimezone(UTC) >= _EPOCH:
+            return at
+    except OverflowError:
+        pass
+    raise ValueError(text)
 
 
 def _wanted(field: str) -> str:

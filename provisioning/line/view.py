@@ -297,7 +297,7 @@ class _Row:
 
     def text(self, now_s: float, id_width: int) -> str:
         seconds = "" if self.begun_s is None else f"{(self.ended_s or now_s) - self.begun_s:.1f}"
-        name = self.name if len(self.name) <= id_width else self.name[: id_width - 1] + "…"
+        name = self.name if len(self.name) <= id_width else f"{self.name[: id_width - 2]}.."
         columns = (self.slot, name, self.step, self.percent, seconds, self.retries)
         return _COLUMNS.format(*columns, id_width=id_width) + self.note
 

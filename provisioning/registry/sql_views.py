@@ -226,6 +226,9 @@ class SqlView:
             return self._connection.execute(statement, parameters)
         except SQLAlchemyError as error:
             raise self._failed(self._database.failure(error)) from error
+        except UnicodeEncodeError:  # no stored text has half a character in it; an argument of a command's may
+            cause = "could not ask the registry: what it was asked for is no text"
+            raise self._failed(RegistryError(cause, hint="check how the name, role or batch is written")) from None
 
     def run_text(self, statement: str, parameters: Any = None) -> CursorResult[Any]:
         """Run a statement in the driver's own words; `RegistryError` if the database cannot."""

@@ -16,6 +16,7 @@ Pure.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ class TokenUri:
             ConfigurationError: it is none, or has what is not taken here.
         """
         # Wherever it stands and however it is written, before anything could repeat it.
-        if b"pin-value" in unquote_to_bytes(text).lower():
+        if b"pin-value" in unquote_to_bytes(os.fsencode(text)).lower():
             raise ConfigurationError(
                 "could not use the PKCS#11 URI: it has a PIN in it",
                 hint="take it out and change that PIN; a prompt, a descriptor, the environment or a file gives it",

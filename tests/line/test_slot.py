@@ -214,6 +214,13 @@ def test_80_columns_cut_neither_a_code_nor_a_figure_nor_a_prompt() -> None:
     assert lines[-1] not in screen.lines()
 
 
+def test_a_long_name_is_cut_in_characters_that_every_terminal_has() -> None:
+    screen = Screen(80, is_coloured=False)
+    screen.table.show(Stepped("A", "sensor-" + "1" * 56, HWID, Step.DATA, 0.5))
+    assert re.match(r"A +sensor-1+\.\.  data ", screen.lines()[1])
+    assert "".join(screen.lines()).isascii()
+
+
 def test_an_id_that_was_given_back_is_not_shown_as_the_units() -> None:
     screen = Screen(80, is_coloured=False)
     screen.table.show(Stepped("A", "sensor-1", HWID, Step.HELLO, 0.5))

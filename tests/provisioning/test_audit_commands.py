@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.station import NOON, PASSPHRASE, Clock, Command
 
+from birthmark.device.console import UNHEARD
 from birthmark.provisioning import audit_view
 
 if TYPE_CHECKING:
@@ -53,6 +57,16 @@ def test_a_time_that_is_none_is_said(birthmark: Command, logged: Station, text: 
     assert answer.exit_code == 2
     assert "is no time" in answer.stderr
     assert "hint:" in answer.stderr
+
+
+def test_an_export_that_nobody_takes_ends_like_any_other_output(living: Station) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "birthmark.provisioning", "audit", "export", "--station", str(living.folder)]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=kept, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (UNHEARD, b"")
 
 
 def test_times_are_read() -> None:

@@ -308,7 +308,9 @@ def test_a_certificate_that_is_not_known_is_revoked_by_its_serial_number(
         refused = birthmark("revoke", "--cert-serial", wrong, "--reason", "lost")
         assert refused.exit_code == 6
         assert "no serial number of a station's" in refused.stderr
-    assert birthmark("revoke", "--cert-serial", "rubbish", "--reason", "lost").exit_code == 2
+    for wrong in ("rubbish", f"-{unknown:x}", f"{unknown:x}_5a", " 5a", "0x", ""):
+        refused = birthmark("revoke", f"--cert-serial={wrong}", "--reason", "lost")
+        assert (refused.exit_code, "no serial number in hex" in refused.stderr) == (2, True)
     assert birthmark("revoke", "--reason", "lost").exit_code == 2
     assert len(rows(living)) == 2
 

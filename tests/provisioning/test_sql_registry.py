@@ -357,6 +357,13 @@ def test_rows_come_as_they_are_asked_for(registry: SqlRegistry, url: str, monkey
         assert [row.name for row in rows] == ["sensor-1", "sensor-2"]
 
 
+def test_what_is_no_text_is_a_clear_error(registry: SqlRegistry) -> None:
+    with registry.view() as view:
+        for ask in (lambda: view.named("sensor-\udcff"), lambda: view.count(role="\udcff")):
+            with pytest.raises(RegistryError, match="it was asked for is no text"):
+                ask()
+
+
 def test_a_newer_format_is_refused_and_left_alone(registry: SqlRegistry) -> None:
     add(registry)
     outside(registry, update(META).where(META.c.name == "format").values(value="2"))

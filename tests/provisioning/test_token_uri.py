@@ -75,6 +75,7 @@ def test_what_does_not_is_refused(text: str, cause: str) -> None:
         "pkcs11:pin-value=135790",
         "pkcs11:token=a?module-path=/x&pin-value=135790&",
         "pin-value=135790",
+        "pkcs11:token=\udcff?pin-value=135790",
     ],
 )
 def test_a_pin_in_it_is_refused_and_not_repeated(text: str) -> None:
