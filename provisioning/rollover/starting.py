@@ -1,12 +1,13 @@
 """Making a CA that is to take another one's place: an issuing CA, or a root and an issuing CA under it.
 
-A key is on disk, or in its token, before the record of its CA; what a killed attempt left is removed by the next.
+A key is on disk, or in its token, before the record of its CA. A key file that a kill has left without a record
+stays, for the registry may be older than it; `birthmark doctor` names it.
 """
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from birthmark.device.durable import remove_leftovers
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class RootKey:
     """Where a root's key is, and what opens it."""
 
-    passphrase: bytes
+    passphrase: bytes = field(repr=False)
     path: Path | None = None
     """None: at the station."""
 
@@ -67,9 +68,8 @@ def start_issuing(
                 raise refused("start the next issuing CA", "a root is being replaced", "finish that first")
             return new
         _check_room(cas, CaKind.ISSUING)
-        remove_leftovers(station.folder / KEYS_FOLDER)  # of a killed attempt
+        remove_leftovers(station.folder / KEYS_FOLDER)
         keys = station.key_maker(place, derivation)
-        _clear_keys(station)
         held = root_key()
         root = station.root_issuer(held.passphrase, held.path)
         with undone(keys) as made:
@@ -113,7 +113,6 @@ def start_root(
         _check_room(cas, CaKind.ISSUING)
         remove_leftovers(station.folder / KEYS_FOLDER)
         keys = station.key_maker(place, derivation)
-        _clear_keys(station)
         now = station.clock()
         own_keys = FileKeys(lambda: passphrase or station.passphrase_of_new_keys(), derivation)
         root_key, certificate = _distinct(
@@ -174,12 +173,6 @@ def _issuing_under(
         ),
     )
     return key, Ca.made(CaKind.ISSUING, certificate, root_id.hex(), now, key_uri=keys.uri_of(key))
-
-
-def _clear_keys(station: Station) -> None:
-    """Remove what a kill in the middle of writing a key left."""
-    for kind in CaKind:
-        remove_leftovers(station.folder / KEYS_FOLDER, f"{kind}-*.key.pem")
 
 
 def _distinct(

@@ -91,7 +91,7 @@ class Login:
     """An open session, logged in."""
 
     session: Any
-    pin: bytes
+    pin: bytes = field(repr=False)
     keys: dict[TokenUri, tuple[Any, bool]] = field(default_factory=dict)
     """Private keys that were found, and whether each wants the PIN with every signature."""
 

@@ -19,8 +19,9 @@ from support.pki import Pki
 from support.softhsm import LABEL, PIN, WRONG_PIN, SoftHsm, running, with_a_token
 
 from birthmark.device.errors import AuthorityError, ConfigurationError
+from birthmark.provisioning.rollover.starting import RootKey
 from birthmark.provisioning.tokens import pkcs11
-from birthmark.provisioning.tokens.modules import PROCESS, TokenFacts, key_facts, token_facts, tokens_in
+from birthmark.provisioning.tokens.modules import PROCESS, Login, TokenFacts, key_facts, token_facts, tokens_in
 from birthmark.provisioning.tokens.pkcs11 import Pin, Token
 from birthmark.provisioning.tokens.uri import TokenUri
 
@@ -431,6 +432,10 @@ def test_a_locked_token_is_not_tried(softhsm: SoftHsm, uri: TokenUri, monkeypatc
 def test_a_pin_that_is_no_text_is_refused(softhsm: SoftHsm, uri: TokenUri) -> None:
     with pytest.raises(AuthorityError, match="the PIN is not UTF-8 text"):
         softhsm.token(uri, b"\xff\xfe12").private_keys()
+
+
+def test_what_holds_a_pin_or_a_passphrase_does_not_show_it() -> None:
+    assert "135790" not in repr(Login(None, b"135790")) + repr(RootKey(b"135790"))
 
 
 def test_the_state_of_a_pin_in_a_word() -> None:
