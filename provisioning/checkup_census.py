@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Self
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from birthmark.provisioning.p256 import KEY_HEAD, POINT_OCTETS
 from birthmark.provisioning.registry.model import Kind, Row, State
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
 NAMED: Final = 5
 """How many of those that a remark is about it names."""
-P256_SPKI_PREFIX: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
-"""What the SubjectPublicKeyInfo of every P-256 key begins with (RFC 5480); the point follows."""
-P256_SPKI_OCTETS: Final = len(P256_SPKI_PREFIX) + 65
 STUCK_AFTER: Final = timedelta(hours=24)
 WEEK: Final = timedelta(days=7)
 ENDING_WITHIN: Final = timedelta(days=30)
@@ -143,7 +141,7 @@ class Census:
         key = row.public_key_der
         if key is None:
             return
-        if len(key) != P256_SPKI_OCTETS or not key.startswith(P256_SPKI_PREFIX):
+        if len(key) != len(KEY_HEAD) + POINT_OCTETS or not key.startswith(KEY_HEAD):
             self.odd_keys.add(row)
         elif hash(key) in self._keys:
             self.duplicate_keys.add(row)

@@ -11,7 +11,8 @@ from typing import Final
 KEY_HEAD: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d030107034200")
 """A SubjectPublicKeyInfo (DER) up to its point, which is uncompressed."""
 POINT_OCTETS: Final = 65
-_UNCOMPRESSED: Final = 0x04
+UNCOMPRESSED: Final = b"\x04"
+"""What an uncompressed point begins with, before its two coordinates."""
 _COORDINATE_OCTETS: Final = 32
 # The curve y^2 = x^3 - 3x + b over the integers modulo p: NIST SP 800-186 section 3.2.1.3.
 _P: Final = 2**256 - 2**224 + 2**192 + 2**96 - 1
@@ -24,7 +25,7 @@ def point_of(public_key_der: bytes) -> bytes | None:
     None is not a refusal: there are other ways to write a key, which a library reads.
     """
     point = public_key_der[len(KEY_HEAD) :]
-    if not public_key_der.startswith(KEY_HEAD) or len(point) != POINT_OCTETS or point[0] != _UNCOMPRESSED:
+    if not public_key_der.startswith(KEY_HEAD) or len(point) != POINT_OCTETS or point[:1] != UNCOMPRESSED:
         return None
     x = int.from_bytes(point[1 : 1 + _COORDINATE_OCTETS], "big")
     y = int.from_bytes(point[1 + _COORDINATE_OCTETS :], "big")

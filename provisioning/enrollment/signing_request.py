@@ -19,15 +19,16 @@ from cryptography.x509.oid import NameOID, SignatureAlgorithmOID
 
 from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.device.escape import escaped
+from birthmark.provisioning.p256 import KEY_HEAD, POINT_OCTETS, UNCOMPRESSED
 
 MAX_REQUEST_BYTES: Final = 512
 _SIGNATURE: Final = ec.ECDSA(SHA256())
 _SEQUENCE, _SET, _UTF8_STRING = 0x30, 0x31, 0x0C
 _VERSION_1: Final = bytes.fromhex("020100")
 _COMMON_NAME: Final = bytes.fromhex("0603550403")
-_P256_KEY: Final = bytes.fromhex("3059301306072a8648ce3d020106082a8648ce3d03010703420004")
-"""A SubjectPublicKeyInfo up to the coordinates of its point, which is uncompressed."""
-_POINT_OCTETS: Final = 64
+_P256_KEY: Final = KEY_HEAD + UNCOMPRESSED
+"""A SubjectPublicKeyInfo up to the coordinates of its point."""
+_COORDINATES_OCTETS: Final = POINT_OCTETS - len(UNCOMPRESSED)
 
 
 class RequestRefusedError(EnrollmentRefusedError):
@@ -94,5 +95,5 @@ def _usual_key(to_be_signed: bytes, common_name: str) -> bytes:
     header = 2 if to_be_signed[1] < 0x80 else 2 + (to_be_signed[1] & 0x7F)
     if not to_be_signed.startswith(beginning, header):
         return b""
-    end = header + len(beginning) + _POINT_OCTETS
-    return to_be_signed[end - _POINT_OCTETS - len(_P256_KEY) : end]
+    end = header + len(beginning) + _COORDINATES_OCTETS
+    return to_be_signed[end - _COORDINATES_OCTETS - len(_P256_KEY) : end]

@@ -35,11 +35,11 @@ class Scanner:
     Args:
         descriptor: where they come from.
         stopped: whether a person stopped the line; asked a few times a second.
-        show: is given what has been typed so far, while keys come one by one (`key_by_key`).
     """
 
     def __init__(self, descriptor: int, stopped: Callable[[], bool]) -> None:
         self.show: Callable[[str], None] | None = None
+        """Is given what has been typed so far, while keys come one by one (`key_by_key`)."""
         self._descriptor = descriptor
         self._stopped = stopped
 

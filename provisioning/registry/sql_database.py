@@ -67,9 +67,9 @@ _CONNECTING: Final = {
 }
 """What libpq is told, unless the URL says otherwise."""
 _NOT_THERE: Final = frozenset({"42P01", "3F000"})
+"""SQLSTATE of a table, or a schema, that is not there."""
 _AWAY: Final = ("08", "57P")
 """Classes of SQLSTATE: the connection failed; an operator intervened (the server stops, starts or recovers)."""
-"""SQLSTATE of a table, or a schema, that is not there."""
 
 
 @dataclass(frozen=True, slots=True)
