@@ -111,7 +111,10 @@ def check_gateway_crls(facts: Facts) -> Iterator[Remark]:
                 yield Remark("gateway-crls", Level.BROKEN, text, "birthmark crl brings it", (look.name,))
             else:
                 text = f"{look.name} goes by CRL {number} of {ca.name}, and {ca.crl.number} is ours"
-                hint = "was this station restored? take it over: birthmark restore --crl FILE"
+                hint = (
+                    "was this station restored? take it over: birthmark restore --crl FILE. "
+                    "Or was another restored from its backup? then stop using this one"
+                )
                 yield Remark("gateway-crls", Level.BROKEN, text, hint, (look.name,))
 
 
