@@ -12,7 +12,6 @@ import secrets
 import shutil
 import subprocess
 import time
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -141,8 +140,8 @@ class _Work:
         certificates = self._authority.issue_devices(rows, now=self._station.clock())
         with self._station.registry.transaction() as transaction:
             for row, certificate_der in zip(rows, certificates, strict=True):
-                issued = replace(row, state=State.ISSUED, certificate_der=certificate_der)
-                transaction.update(replace(issued, anchors=self._authority.anchor_ids))
+                issued = row.changed(state=State.ISSUED, certificate_der=certificate_der)
+                transaction.update(issued.changed(anchors=self._authority.anchor_ids))
         return ROWS
 
     def _key_rows(self) -> list[Row]:

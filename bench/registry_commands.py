@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -142,7 +141,7 @@ def enrolled(station: Station) -> Row:
         )
     issued = with_certificate(row, authority.issue_device(row, now=station.clock()), anchors=authority.anchor_ids)
     with station.registry.transaction() as transaction:
-        return transaction.update(replace(issued, state=State.ATTESTED))
+        return transaction.update(issued.changed(state=State.ATTESTED))
 
 
 def timed(folder: Path, words: Sequence[str]) -> tuple[float, float]:

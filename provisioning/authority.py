@@ -14,7 +14,6 @@ Rules:
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -149,7 +148,7 @@ class Authority:
 
         The first host is the broker's name.
         """
-        named = replace(row, name=str(BrokerName(hosts[0])))
+        named = row.changed(name=str(BrokerName(hosts[0])))
         public_key_der, cert_serial = self._recorded(Kind.BROKER, named, now=now)
         certificate = profile.broker_certificate(
             self._issuer,

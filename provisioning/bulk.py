@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Final
 
@@ -176,7 +176,7 @@ class _Run:
         if not waiting:
             return list(rows)
         with self._station.registry.transaction() as transaction:
-            attested = transaction.update_all([replace(row, state=State.ATTESTED) for row in waiting])
+            attested = transaction.update_all([row.changed(state=State.ATTESTED) for row in waiting])
             for row in attested:
                 transaction.record("release", row.name, row=row.number)
         return [row for row in rows if row.state is State.ATTESTED] + attested
@@ -216,7 +216,7 @@ class _Run:
         if not is_ours:
             return issued
         bundle = bundle_of(row, authority, self._broker, certificate_der, now=self._station.clock())
-        return replace(issued, bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())
+        return issued.changed(bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())
 
 
 def _difference(row: Row, fresh: Row) -> str:

@@ -12,7 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -223,7 +223,7 @@ def _interrupted_at_its_end(station: Station, request: _Request, key_path: Path)
 
 def _attest(station: Station, row: Row) -> Row:
     with station.registry.transaction() as transaction:
-        row = transaction.update(replace(row, state=State.ATTESTED))
+        row = transaction.update(row.changed(state=State.ATTESTED))
         transaction.record("release", row.name, row=row.number)
         return row
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -287,8 +287,8 @@ class Renewals:
         old = transaction.row(row.renews)
         if old is None or not old.is_live or old.is_revoked:
             raise _RefusedError("the certificate that it renews was revoked or replaced meanwhile")
-        transaction.update(replace(old, replaced_by=row.number))
-        made = transaction.update(replace(row, state=State.ATTESTED))
+        transaction.update(old.changed(replaced_by=row.number))
+        made = transaction.update(row.changed(state=State.ATTESTED))
         made = self._anchors.confirmed_anchors(transaction, made, one.request.anchors_sha256)
         due_at = retirement_at(self._station.clock(), self._station.settings.renewal.retire_after_hours)
         note_retirement(transaction, old, due_at)

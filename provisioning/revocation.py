@@ -11,7 +11,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -191,9 +191,9 @@ def mark_revoked(transaction: Transaction, row: Row, reason: x509.ReasonFlags, *
     row = transaction.row(row.number) or row  # marking one row may have changed the next
     if row.cert_serial is None or row.is_revoked:
         return 0
-    revoked = replace(row, revoked_at=now, revocation_reason=reason.value)
+    revoked = row.changed(revoked_at=now, revocation_reason=reason.value)
     if row.state is not State.VOID and not (row.kind is Kind.DEVICE and row.state is State.ATTESTED):
-        revoked = replace(revoked, state=State.VOID, void_reason=f"revoked: {word or reason.value}")
+        revoked = revoked.changed(state=State.VOID, void_reason=f"revoked: {word or reason.value}")
     transaction.update(revoked)
     transaction.record(
         "revoke",

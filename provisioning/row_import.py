@@ -17,7 +17,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, Final
 
@@ -205,12 +205,12 @@ def _add(
     wanted = []
     for one in fresh:
         links: dict[str, Any] = {link: numbers.get(getattr(one.row, link)) for link in _LINKS}
-        wanted.append(replace(one.row, number=numbers[one.row.number], **links))
+        wanted.append(one.row.changed(number=numbers[one.row.number], **links))
     try:
         # Whom a row replaces is written in a second step: `insert` would begin the replacement anew.
-        added = transaction.insert_all([replace(row, replaces=None) for row in wanted])
+        added = transaction.insert_all([row.changed(replaces=None) for row in wanted])
         linked = [
-            replace(row, replaces=one.replaces) for row, one in zip(added, wanted, strict=True) if one.replaces
+            row.changed(replaces=one.replaces) for row, one in zip(added, wanted, strict=True) if one.replaces
         ]
         by_number = {row.number: row for row in [*added, *transaction.update_all(linked)]}
     except DuplicateError as error:

@@ -13,7 +13,6 @@ Rules (docs/serial-protocol.md section 8):
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Final
 
@@ -154,8 +153,7 @@ class Transitions:
     def key(self, row: Row, public_key_der: bytes) -> Row:
         """Move a row to KEYED; see `journal.Journal`."""
         authority = self._authority("")
-        keyed = dataclasses.replace(
-            row,
+        keyed = row.changed(
             state=State.KEYED,
             public_key_der=public_key_der,
             cert_serial=authority.new_cert_serial(),
@@ -170,14 +168,14 @@ class Transitions:
         certificate_der = authority.issue_device(row, now=now)
         issued = with_certificate(row, certificate_der, anchors=authority.anchor_ids)
         bundle = bundle_of(row, authority, self._broker, certificate_der, now=now)
-        issued = dataclasses.replace(issued, bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())
+        issued = issued.changed(bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())
         return self._change(row, "issue", issued)
 
     def advance(self, row: Row, state: State) -> Row:
         """Move a row forward to PREPARED, COMMITTED or ATTESTED; see `journal.Journal`."""
         with self._registry.transaction() as transaction:
             _check_unchanged(transaction, row)
-            stored = transaction.update(dataclasses.replace(row, state=state))
+            stored = transaction.update(row.changed(state=state))
             _record(transaction, _ADVANCES[state], stored)
             if state is State.ATTESTED and stored.replaces is not None:
                 self._void(
@@ -256,7 +254,7 @@ class Transitions:
             self.revoked[row.cert_serial] = row.issuer
         row = transaction.row(number) or row
         if row.state is not State.VOID:
-            row = transaction.update(dataclasses.replace(row, state=State.VOID, void_reason=reason))
+            row = transaction.update(row.changed(state=State.VOID, void_reason=reason))
         _record(transaction, "void", row, reason=reason)
 
     def _change(self, row: Row, action: str, changed: Row) -> Row:

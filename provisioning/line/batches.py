@@ -138,7 +138,7 @@ def close_batch(station: Station) -> Closing:
             revoked += mark_revoked(transaction, row, x509.ReasonFlags.cessation_of_operation, word=word, now=now)
             current = transaction.row(row.number) or row
             if current.state is not State.VOID:
-                current = transaction.update(replace(current, state=State.VOID, void_reason=word))
+                current = transaction.update(current.changed(state=State.VOID, void_reason=word))
             if row.state is not State.VOID:
                 transaction.record("void", row.name, row=row.number, reason=word)
                 voided.append(current)

@@ -25,8 +25,7 @@ _ROW_TIMES: Final = ("created_at", "changed_at", "not_before", "not_after", "rev
 _TIMES: Final = (*_ROW_TIMES, "opened_at", "closed_at", "since")
 _ENUMS: Final = {"kind": Kind, "state": State, "key_mode": KeyMode}
 _NUMBERS: Final = frozenset({"replaces", "replaced_by", "renews"})
-_NAMES: Final = tuple(field.name for field in fields(Row) if field.name != "number")
-_content = attrgetter(*_NAMES)
+_NAMES: Final = tuple(name for name in Row._fields if name != "number")
 _REVOKED: Final = tuple(name for name in RevokedCertificate._fields if name != "number")
 _QUARANTINED: Final = tuple(field.name for field in fields(Quarantined))
 _T = TypeVar("_T")
@@ -39,7 +38,8 @@ def binary(value: bytes) -> str:
 
 def to_document(row: Row) -> dict[str, Any]:
     """Return the row's document. An unset field is None there: an update has to overwrite what was set."""
-    document: dict[str, Any] = dict(zip(_NAMES, _content(row), strict=True))
+    document = row._asdict()
+    del document["number"]
     for name, write in _ROW_WRITERS:
         if document[name] is not None:
             document[name] = write(document[name])

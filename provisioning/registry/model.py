@@ -9,20 +9,23 @@ Rules (docs/serial-protocol.md section 8):
 - A renewal is a row of its own, with the hwid, txn and bundle hash of the row that it renews. It holds neither
   name nor hwid until it is ATTESTED: a unit with a renewal under way is the made unit that it was before.
 - A row never holds a private key.
+
+A row is a tuple: registries make, change and compare them by the ten thousand, and an object with as many fields
+takes several times as long for each of these.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from birthmark.device.identity import BrokerName, DeviceId, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
 HWID_OCTETS: Final = range(4, 33)
@@ -102,15 +105,7 @@ def _check_key_ids(issuer: str, anchors: str) -> None:
             raise ValueError("the key identifier of a CA is not lower-case hex")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One enrollment, with everything that the station remembers of it.
-
-    Raises:
-        ValueError: a field contradicts another one or has the wrong size.
-        IdentityError: the name or the role is outside its grammar.
-    """
-
+class _Fields(NamedTuple):
     number: int
     """The row's own number, from 1, never used again."""
     kind: Kind
@@ -155,10 +150,29 @@ class Row:
     revocation_reason: str = ""
     """The RFC 5280 reason's name, such as `keyCompromise`; empty while not revoked."""
 
-    def __post_init__(self) -> None:
-        self._check_identity()
-        self._check_sizes()
-        self._check_state()
+
+_PLACES: Final = {name: place for place, name in enumerate(_Fields._fields)}
+
+
+class Row(_Fields):
+    """One enrollment, with everything that the station remembers of it.
+
+    Raises:
+        ValueError: a field contradicts another one or has the wrong size.
+        IdentityError: the name or the role is outside its grammar.
+    """
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # type checkers know the signature: that of the fields
+
+        def __new__(cls, *values: Any, **named: Any) -> Self:
+            """Make a row, and check it."""
+            row = super().__new__(cls, *values, **named)
+            row._check_identity()
+            row._check_sizes()
+            row._check_state()
+            return row
 
     @property
     def name_folded(self) -> str:
@@ -179,6 +193,10 @@ class Row:
     def is_revoked(self) -> bool:
         """Whether its certificate is, or is to be, on the CRL."""
         return self.revoked_at is not None
+
+    def changed(self, **fields: Any) -> Row:
+        """Return this row with other content in some fields; it is checked as a new one."""
+        return Row(*self._content_with(fields))
 
     def certified(
         self,
@@ -220,17 +238,14 @@ class Row:
         return self._with(number=number, created_at=created_at, changed_at=changed_at, bundle=bundle)
 
     def _with(self, **fields: object) -> Row:
-        """Return this row with other content in some fields, unchecked: thousands are changed at once.
+        """Return this row with other content in some fields, unchecked: thousands are changed at once."""
+        return tuple.__new__(Row, self._content_with(fields))
 
-        To make a row and to check all of it takes five times as long.
-        """
-        content = list(_content(self))
+    def _content_with(self, fields: Mapping[str, object]) -> list[Any]:
+        content: list[Any] = list(self)
         for name, value in fields.items():
             content[_PLACES[name]] = value
-        changed = object.__new__(Row)
-        for set_field, value in zip(_SETTERS, content, strict=True):
-            set_field(changed, value)
-        return changed
+        return content
 
     def _check_identity(self) -> None:
         if self.number < 1:
@@ -272,13 +287,6 @@ class Row:
                 raise ValueError(f"{reason!r:.30} is no reason of RFC 5280")
         if self.is_revoked and self.cert_serial is None:
             raise ValueError("only a certificate with a serial number can be revoked")
-
-
-_FIELDS: Final = tuple(field.name for field in fields(Row))
-_PLACES: Final = {name: place for place, name in enumerate(_FIELDS)}
-_SETTERS: Final = tuple(getattr(Row, name).__set__ for name in _FIELDS)
-"""Those of the slots, past the class, which lets nobody change a row."""
-_content = attrgetter(*_FIELDS)
 
 
 REVOKED_AT_HAND: Final = 1 << 14

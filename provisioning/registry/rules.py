@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from birthmark.device.errors import RegistryError
@@ -216,12 +215,12 @@ class RuledTransaction(ABC):
                 f"could not replace row {old.number}: it is VOID or being replaced already",
                 hint=f"look at it with `birthmark show {old.name}`",
             )
-        self._change_rows([(old, replace(old, replaced_by=to))])
+        self._change_rows([(old, old.changed(replaced_by=to))])
 
     def _reinstate(self, number: int, voided: int) -> None:
         old = self._existing(number)
         if old.state is not State.VOID and old.replaced_by == voided:
-            again = replace(old, replaced_by=None)
+            again = old.changed(replaced_by=None)
             self._check_unique([again])
             self._change_rows([(old, again)])
 

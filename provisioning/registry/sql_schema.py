@@ -12,7 +12,6 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import compress
@@ -150,16 +149,13 @@ _TIMES: Final = frozenset({"created_at", "changed_at", "not_before", "not_after"
     "closed_at",
     "since",
 }
-_ROW_FIELDS: Final = tuple(field.name for field in fields(Row))
 ROW_COLUMNS: Final = tuple(column.name for column in ROWS.c)
 _NAME_FOLDED: Final = ROW_COLUMNS.index("name_folded")
 """The one column that is no field: without it, columns and fields are the same and in the same order."""
 _KIND, _STATE, _KEY_MODE, _CERT_SERIAL = (
-    _ROW_FIELDS.index(name) for name in ("kind", "state", "key_mode", "cert_serial")
+    Row._fields.index(name) for name in ("kind", "state", "key_mode", "cert_serial")
 )
-_ROW_TIMES: Final = tuple(place for place, name in enumerate(_ROW_FIELDS) if name in _TIMES)
-_content = attrgetter(*_ROW_FIELDS)
-_stored_content = attrgetter(*ROW_COLUMNS)
+_ROW_TIMES: Final = tuple(place for place, name in enumerate(Row._fields) if name in _TIMES)
 _OF_BATCH: Final = ("name", "opened_at", "closed_at")
 _OF_QUARANTINED: Final = ("hwid", "since", "name", "reason", "active_txn")
 _DAMAGED: Final = (TypeError, ValueError, AttributeError, BirthmarkError)
@@ -178,18 +174,19 @@ _WRITERS: Final[dict[str, Callable[[Any], Any]]] = {
     "cert_serial": "{:x}".format,
 }
 """How a value is stored that the databases have no form for in common."""
-_ROW_WRITERS: Final = tuple((name, write) for name, write in _WRITERS.items() if name in _ROW_FIELDS)
+_ROW_WRITERS: Final = tuple((name, write) for name, write in _WRITERS.items() if name in Row._fields)
 
 
-def row_values(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
+def row_values(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     """Return what is stored of each row, in the order of the columns of `ROWS`."""
-    by_column = zip(*map(_stored_content, rows), strict=True)
-    return list(zip(*_stored(zip(ROW_COLUMNS, by_column, strict=False)), strict=True))  # no rows have no columns
+    columns = _stored(zip(Row._fields, zip(*rows, strict=True), strict=False))  # no rows have no columns
+    columns.insert(_NAME_FOLDED, [row.name_folded for row in rows])
+    return list(zip(*columns, strict=True))
 
 
 def row_record(row: Row) -> dict[str, Any]:
     """Return the row as a record of `ROWS`."""
-    record = dict(zip(ROW_COLUMNS, _stored_content(row), strict=True))
+    record = {**row._asdict(), "name_folded": row.name_folded}
     for name, write in _ROW_WRITERS:
         if record[name] is not None:
             record[name] = write(record[name])
@@ -204,13 +201,12 @@ def changed_values(changes: Iterable[tuple[Row, Row]]) -> dict[tuple[str, ...], 
     """
     alike: dict[tuple[bool, ...], list[Sequence[Any]]] = {}
     for old, new in changes:
-        content = _content(new)
-        differs = tuple(map(ne, _content(old), content))
+        differs = tuple(map(ne, old, new))
         if any(differs):
-            alike.setdefault(differs, []).append((*compress(content, differs), new.number))
+            alike.setdefault(differs, []).append((*compress(new, differs), new.number))
     found = {}
     for differs, records in alike.items():
-        names = tuple(compress(_ROW_FIELDS, differs))
+        names = tuple(compress(Row._fields, differs))
         columns = _stored(zip((*names, "number"), zip(*records, strict=True), strict=True))
         found[names] = list(zip(*columns, strict=True))
     return found

@@ -6,7 +6,6 @@ Document ids are row numbers of ours; TinyDB's query cache is off: it outlives c
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, cast
 
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     _Test: TypeAlias = Callable[[dict[str, Any]], bool]
 
 _HEX = re.compile("[0-9a-f]{1,64}")
-_UNSET = dict.fromkeys(field.name for field in fields(Row))
+_UNSET = dict.fromkeys(Row._fields)
 """A document of nothing: a field that is unset may be left out of one."""
 
 

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from birthmark.provisioning.cas import CaKind
@@ -86,7 +86,7 @@ class StationAnchors:
         """Remember which of our roots the device holds, in the transaction that made `row` ATTESTED."""
         held = set(held_sha256)
         roots = [ca.key_id for ca in self._station.cas if ca.kind is CaKind.ROOT and _sha256(ca) in held]
-        return transaction.update(replace(row, anchors=" ".join(roots)))
+        return transaction.update(row.changed(anchors=" ".join(roots)))
 
 
 def _sha256(ca: Ca) -> bytes:

@@ -210,7 +210,7 @@ class TestRefusals:
         board = Board()
         row = desk.enrol(VirtualLine(board))
         with desk.registry.transaction() as transaction:
-            transaction.update(replace(row, revoked_at=datetime.now(UTC), revocation_reason="keyCompromise"))
+            transaction.update(row.changed(revoked_at=datetime.now(UTC), revocation_reason="keyCompromise"))
         with pytest.raises(UnitRefusedError, match="which is revoked") as caught:
             desk.enrol(VirtualLine(board))
         assert caught.value.action is Action.DUPLICATE
@@ -616,7 +616,7 @@ def test_a_row_that_another_station_changed_stops_this_one(desk: Desk) -> None:
         if isinstance(effect, Reached) and effect.step is Step.KEYGEN:
             with desk.registry.transaction() as transaction:
                 row = transaction.rows()[-1]
-                transaction.update(replace(row, state=State.VOID, void_reason="a person decided"))
+                transaction.update(row.changed(state=State.VOID, void_reason="a person decided"))
 
     with pytest.raises(EnrollmentRefusedError, match="another station"):
         desk.enrol(VirtualLine(board), watch=meddle)

@@ -105,7 +105,7 @@ class _Shares:
                 hwid = bytes([which]) * 8
                 transaction.insert(kind=Kind.DEVICE, name=f"n-{which}", role="sensor", hwid=hwid, txn=bytes(16))
             case 1 if (row := transaction.row(which)) is not None:
-                transaction.update(replace(row, state=State.VOID, void_reason="test"))
+                transaction.update(row.changed(state=State.VOID, void_reason="test"))
             case 2:
                 transaction.set_counter("c", transaction.counter("c") + which)
             case 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ def test_nothing_is_signed_that_is_not_recorded(station: Station, change: str) -
         "name": {"name": "sensor-2"},
         "role": {"role": "camera"},
     }
-    row = replace(keyed_row(station, "sensor-1"), **changes.get(change, {}))
+    row = keyed_row(station, "sensor-1").changed(**changes.get(change, {}))
     issuing = station.authority.issue_service if change == "kind" else station.authority.issue_device
     with pytest.raises(AuthorityError, match="not recorded"):
         issuing(row, now=station.clock())
@@ -65,8 +64,7 @@ def test_a_row_beyond_keyed_gets_no_second_certificate(station: Station, state: 
     row = keyed_row(station, "sensor-1")
     with station.registry.transaction() as transaction:
         transaction.update(
-            replace(
-                row,
+            row.changed(
                 state=state,
                 certificate_der=b"certificate",
                 void_reason="test" if state is State.VOID else "",
@@ -79,7 +77,7 @@ def test_a_row_beyond_keyed_gets_no_second_certificate(station: Station, state: 
 def test_a_revoked_row_gets_no_certificate(station: Station) -> None:
     row = keyed_row(station, "sensor-1")
     with station.registry.transaction() as transaction:
-        transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="superseded"))
+        transaction.update(row.changed(revoked_at=station.clock(), revocation_reason="superseded"))
     with pytest.raises(AuthorityError, match="revoked"):
         issue(station, row)
 
@@ -153,7 +151,7 @@ def test_one_of_many_that_is_not_recorded_so_stops_all(
     good, bad = keyed_row(station, "sensor-1"), keyed_row(station, "sensor-2")
     if wrong == "state":
         with station.registry.transaction() as transaction:
-            bad = transaction.update(replace(bad, state=State.VOID, void_reason="test"))
+            bad = transaction.update(bad.changed(state=State.VOID, void_reason="test"))
     elif wrong == "foreign CA":
         monkeypatch.setattr(authority, "key_id", "00" * 20)
     else:
@@ -164,7 +162,7 @@ def test_one_of_many_that_is_not_recorded_so_stops_all(
             "key": {"public_key_der": public_key_der()},
             "serial": {"cert_serial": station.authority.new_cert_serial()},
         }
-        bad = replace(bad, **changes[wrong])
+        bad = bad.changed(**changes[wrong])
     with pytest.raises(AuthorityError, match="could not issue"):
         authority.issue_devices([good, bad], now=station.clock())
     assert not signed

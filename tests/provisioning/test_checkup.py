@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +114,7 @@ def test_what_went_wrong_at_a_station_is_found(station: Station, clock: Clock, t
 def test_a_revocation_that_no_crl_carries_is_found(station: Station) -> None:
     row = enrolled_row(station, "sensor-1")
     with station.registry.transaction() as transaction:
-        transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="keyCompromise"))
+        transaction.update(row.changed(revoked_at=station.clock(), revocation_reason="keyCompromise"))
     assert said(station)["crls"] == (
         Level.BROKEN,
         "1 revoked certificate not on the CRL of the issuing CA: still let in",
@@ -131,9 +130,9 @@ def test_certificates_that_are_not_ours_or_not_their_rows_are_found(station: Sta
     cases: dict[str, tuple[str, Row]] = {
         "": (key_id, row),
         "was issued by another CA": ("ab12", row),
-        "has another serial number than its row": (key_id, replace(row, cert_serial=1)),
-        "is for another key than its row's": (key_id, replace(row, public_key_der=public_key_der())),
-        "cannot be read": (key_id, replace(row, certificate_der=b"rubbish")),
+        "has another serial number than its row": (key_id, row.changed(cert_serial=1)),
+        "is for another key than its row's": (key_id, row.changed(public_key_der=public_key_der())),
+        "cannot be read": (key_id, row.changed(certificate_der=b"rubbish")),
     }
     for trouble, (issued_by, changed) in cases.items():
         census = Census(clock(), frozenset({issued_by}))
@@ -177,9 +176,7 @@ def test_a_gateway_is_looked_at_in_its_operators_name(
             (flood,) = look_at([gateway], anchors_path=quiet.folder / "root.pem", timeout_s=30)
         assert (flood.status, flood.sightings) == (None, None)
         assert "it is more than 100 bytes" in flood.cause
-        revoked = replace(
-            device.row, revoked_at=quiet.clock() - timedelta(hours=1), revocation_reason="superseded"
-        )
+        revoked = device.row.changed(revoked_at=quiet.clock() - timedelta(hours=1), revocation_reason="superseded")
         with quiet.registry.transaction() as transaction:
             transaction.update(revoked)
         found = said(quiet, timeout_s=30)

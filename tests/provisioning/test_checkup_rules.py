@@ -220,7 +220,7 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("quarantine", Level.SOON, "1 unit in quarantine", replace(GOOD, quarantined=(ODD,))),
     ("stuck", Level.SOON, "1 identity begun", among(row(), LATE)),
     ("renewals", Level.SOON, "3 renewed certificates not revoked", replace(GOOD, overdue_retirements=3)),
-    ("renewals", Level.NOTE, "1 renewal not confirmed", among(row(), replace(LATE, renews=0x5A))),
+    ("renewals", Level.NOTE, "1 renewal not confirmed", among(row(), LATE.changed(renews=0x5A))),
     ("audit", Level.BROKEN, "no entry", replace(GOOD, audit=AuditFacts(None, Head(7, "aa")))),
     ("audit", Level.BROKEN, "ends with an entry 6", replace(GOOD, audit=AuditFacts(Head(6, "aa"), Head(7, "aa")))),
     ("audit", Level.BROKEN, "not continue", replace(GOOD, audit=replace(GOOD.audit, lacks=True, is_sound=False))),

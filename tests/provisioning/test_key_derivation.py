@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -102,7 +101,7 @@ def test_what_a_crl_lists_is_made_ready_while_a_key_is_derived_and_not_without(
     read_ahead(station)
     assert crl_template.entry.cache_info().currsize == 1
     with station.registry.transaction() as transaction:  # by somebody else, meanwhile
-        transaction.update(replace(rows[1], revoked_at=station.clock(), revocation_reason="superseded"))
+        transaction.update(rows[1].changed(revoked_at=station.clock(), revocation_reason="superseded"))
     go_on.set()
     opened = Station.open(station.folder, passphrase=PASSPHRASE, clock=station.clock)
     assert sign_and_store_crl(opened).cert_serials == {row.cert_serial for row in rows}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -58,8 +57,8 @@ def furnish(station: Station) -> None:
             batch="W47",
             label="colour: blue",
         )
-        transaction.update(replace(begun, state=State.VOID, void_reason="given up"))
-        made = transaction.update(replace(made, revoked_at=station.clock(), revocation_reason="superseded"))
+        transaction.update(begun.changed(state=State.VOID, void_reason="given up"))
+        made = transaction.update(made.changed(revoked_at=station.clock(), revocation_reason="superseded"))
         transaction.insert(
             kind=Kind.DEVICE,
             name="made",

@@ -7,7 +7,6 @@ import io
 import json
 import secrets
 import shutil
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +98,7 @@ def test_no_cell_of_a_csv_is_a_formula() -> None:
         hwid=b"unit",
         txn=bytes(16),
     )
-    several = [replace(row, label=text, void_reason="") for text in NASTY]
+    several = [row.changed(label=text, void_reason="") for text in NASTY]
     cells = [cell for line in csv.reader(io.StringIO("".join(csv_lines(several)), newline="")) for cell in line]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
 
@@ -112,13 +111,13 @@ def filled(founded: Path, tmp_path_factory: pytest.TempPathFactory) -> Station:
     one = enrolled_row(station, "sensor-1")
     with station.registry.transaction() as transaction:
         transaction.put_batch(Batch("W47", station.clock()))
-        transaction.update(replace(one, label="=HYPERLINK: x\nlot: 7"))
+        transaction.update(one.changed(label="=HYPERLINK: x\nlot: 7"))
     revoke(station, enrolled_row(station, "sensor-2").name, x509.ReasonFlags.key_compromise)
     keyed_row(station, "sensor-3")
     revoke(station, "sensor-3", x509.ReasonFlags.superseded)
     with station.registry.transaction() as transaction:
         never = transaction.insert(kind=Kind.DEVICE, name="never", role="x", hwid=b"none", txn=bytes(16))
-        transaction.update(replace(never, state=State.VOID, void_reason="given up"))
+        transaction.update(never.changed(state=State.VOID, void_reason="given up"))
     issue_operator(station, "alice", tmp_path / "alice")
     issue_operator(station, "alice", tmp_path / "alice", renew=True)
     issue_broker(station, ["localhost", "127.0.0.1"], tmp_path / "broker")
@@ -145,7 +144,7 @@ def undated(several: list[Row]) -> list[Row]:
         links: dict[str, Any] = {
             link: numbers.get(getattr(row, link)) for link in ("replaces", "replaced_by", "renews")
         }
-        fresh.append(replace(row, number=numbers[row.number], created_at=at, changed_at=at, **links))
+        fresh.append(row.changed(number=numbers[row.number], created_at=at, changed_at=at, **links))
     return fresh
 
 
@@ -225,7 +224,7 @@ def _der(record: dict[str, str]) -> bytes:
 
 
 def _text(der: bytes) -> str:
-    return to_record(replace(ROW, certificate_der=der))["certificate"]
+    return to_record(ROW.changed(certificate_der=der))["certificate"]
 
 
 ROW = Row(
@@ -344,7 +343,7 @@ def test_a_line_that_shares_a_name_and_is_void_does_not_clash(
         with other.registry.transaction() as transaction:
             row = transaction.live_by_name("sensor-1")
             assert row is not None
-            transaction.update(replace(row, state=State.VOID, void_reason="made again"))
+            transaction.update(row.changed(state=State.VOID, void_reason="made again"))
     enrolled_row(other, "sensor-1")
     enrolled_row(living, "SENSOR-1")
     first, second, live = (json.dumps(to_record(row)) for row in rows_of(other))

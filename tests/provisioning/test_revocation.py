@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -162,8 +161,8 @@ def test_every_certificate_of_a_name_is_revoked(station: Station) -> None:
             kind=Kind.DEVICE, name="sensor-1", role="sensor", hwid=old.hwid, txn=bytes(16), replaces=old.number
         )
         new = transaction.update(
-            replace(
-                new, state=State.KEYED, public_key_der=b"other", cert_serial=station.authority.new_cert_serial()
+            new.changed(
+                state=State.KEYED, public_key_der=b"other", cert_serial=station.authority.new_cert_serial()
             )
         )
     done = revoke(station, "sensor-1", LOST)
@@ -214,14 +213,14 @@ def test_a_gateway_is_given_a_crl_with_half_of_its_life_left(station: Station, c
     assert given.next_update_utc == clock.now + timedelta(days=30)
     row = enrolled_row(station, "sensor-1")
     with station.registry.transaction() as transaction:
-        transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="superseded"))
+        transaction.update(row.changed(revoked_at=station.clock(), revocation_reason="superseded"))
     assert up_to_date_crl(station).cert_serials == {row.cert_serial}
 
 
 def test_a_revocation_that_was_not_signed_is_on_the_next_crl(station: Station) -> None:
     row = enrolled_row(station, "sensor-1")
     with station.registry.transaction() as transaction:
-        transaction.update(replace(row, revoked_at=station.clock(), revocation_reason="superseded"))
+        transaction.update(row.changed(revoked_at=station.clock(), revocation_reason="superseded"))
     assert sign_and_store_crl(station).cert_serials == {row.cert_serial}
 
 

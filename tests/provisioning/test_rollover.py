@@ -95,7 +95,7 @@ def test_a_revocation_brings_the_other_ca_s_crl_up_to_date_as_well(station: Stat
     activate(station, force=True)
     new = enrolled_row(station, "new")
     with station.registry.transaction() as transaction:  # whoever did this was killed before the CRL
-        transaction.update(replace(old, revoked_at=station.clock(), revocation_reason="superseded"))
+        transaction.update(old.changed(revoked_at=station.clock(), revocation_reason="superseded"))
     crls = revoke(station, "new", LOST).crls
     assert [crl.cert_serials for crl in crls.crls] == [{new.cert_serial}, {old.cert_serial}]
 
@@ -252,7 +252,7 @@ def test_brokers_change_to_a_new_root_last(station: Station, tmp_path: Path) -> 
     issue_operator(station, "alice", tmp_path, renew=True)
     assert len(x509.load_pem_x509_certificates((tmp_path / "ca.pem").read_bytes())) == 2
     with station.registry.transaction() as transaction:
-        transaction.update(replace(device, anchors=f"{new.root} {old_root}"))
+        transaction.update(device.changed(anchors=f"{new.root} {old_root}"))
     assert activate_for_brokers(station).phase == "current"
     renewed = issue_broker(station, ["gateway-1"], tmp_path / "gateway-1", renew=True)
     assert renewed.row.issuer == new.key_id
@@ -313,8 +313,8 @@ def test_what_was_done_is_in_the_audit_log(station: Station) -> None:
 def test_what_a_revoked_certificate_has_replaced_is_not_in_use(station: Station) -> None:
     old, new, alone = (enrolled_row(station, f"sensor-{number}") for number in (1, 2, 3))
     with station.registry.transaction() as transaction:
-        old = transaction.update(replace(old, replaced_by=new.number))
-        transaction.update(replace(new, revoked_at=station.clock(), revocation_reason="superseded"))
+        old = transaction.update(old.changed(replaced_by=new.number))
+        transaction.update(new.changed(revoked_at=station.clock(), revocation_reason="superseded"))
     with station.registry.view() as view:
         census = take_census(station, view)
     assert census.in_use == {alone.issuer: [alone]}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -246,7 +245,7 @@ def test_a_share_that_the_database_refuses_is_undone_alone(registry: SqlRegistry
         with grouped.transaction() as transaction:
             row = insert_device(transaction, "member")
             assert isinstance(transaction, SqlView)
-            transaction.run(insert(ROWS), row_record(replace(row, number=99)))
+            transaction.run(insert(ROWS), row_record(row.changed(number=99)))
 
     failures: list[BaseException] = []
 
@@ -274,7 +273,7 @@ def test_what_failed_outside_of_a_share_is_not_committed(registry: SqlRegistry) 
         with registry.transaction() as transaction:
             insert_device(transaction, "other")
             with pytest.raises(RegistryError, match="the database refuses it"):
-                transaction.run(insert(ROWS), row_record(replace(row, number=99)))
+                transaction.run(insert(ROWS), row_record(row.changed(number=99)))
 
     with pytest.raises(RegistryError, match="the database refuses it"):
         goes_on_all_the_same()
@@ -294,14 +293,14 @@ def test_what_failed_outside_of_a_share_is_not_committed(registry: SqlRegistry) 
 def test_uniqueness_holds_in_the_database_too(registry: SqlRegistry, clash: dict[str, Any]) -> None:
     with registry.transaction() as transaction:
         row = insert_device(transaction, "sensor-1")
-        row = transaction.update(replace(row, state=State.KEYED, public_key_der=b"key", cert_serial=1 << 158))
+        row = transaction.update(row.changed(state=State.KEYED, public_key_der=b"key", cert_serial=1 << 158))
     apart: dict[str, Any] = {"name": "b", "hwid": b"bbbb", "public_key_der": b"b", "cert_serial": 2, "number": 2}
-    free = replace(row, **{**apart, "state": State.RESERVED, **clash})
+    free = row.changed(**{**apart, "state": State.RESERVED, **clash})
     with pytest.raises(Exception, match=r"(?i)unique"):
         outside(registry, insert(ROWS).values(row_record(free)))
     gone = {"name": "sensor-1", "hwid": b"sensor-1", "state": State.VOID, "void_reason": "x"}
     outside(
-        registry, insert(ROWS).values(row_record(replace(row, **{**apart, **gone})))
+        registry, insert(ROWS).values(row_record(row.changed(**{**apart, **gone})))
     )  # what is VOID holds nothing
     assert names(registry) == ["sensor-1", "sensor-1"]
 
@@ -324,7 +323,7 @@ def test_questions_at_size_are_answered_by_an_index(opened: Callable[..., SqlReg
         work.rows(name_glob="pump-*")
         work.rows(batch="W47")
         work.rows(expires_before=NOON)
-        work.update(replace(row, state=State.KEYED, public_key_der=b"key", cert_serial=7))
+        work.update(row.changed(state=State.KEYED, public_key_der=b"key", cert_serial=7))
         insert_device(work, "sensor-2")
         work._connection.connection.dbapi_connection.set_trace_callback(None)  # type: ignore[union-attr]
     assert len(asked) > 12

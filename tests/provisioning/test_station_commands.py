@@ -8,7 +8,6 @@ import ssl
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -335,7 +334,7 @@ def test_list_by_batch_and_end(birthmark: Command, living: Station) -> None:
         row = transaction.insert(
             kind=Kind.DEVICE, name="sensor-1", role="sensor", hwid=b"unit", txn=bytes(16), batch="2026-W47"
         )
-        transaction.update(replace(row, not_after=living.clock() + timedelta(days=10)))
+        transaction.update(row.changed(not_after=living.clock() + timedelta(days=10)))
 
     def names(*filters: str) -> list[str]:
         return [record["name"] for record in birthmark("list", "--json", *filters).records]
@@ -377,7 +376,7 @@ def test_show(birthmark: Command, living: Station) -> None:
 def test_show_tells_of_other_rows(birthmark: Command, living: Station) -> None:
     row = keyed_row(living, "sensor-1")
     with living.registry.transaction() as transaction:
-        transaction.update(replace(row, state=State.VOID, void_reason="test"))
+        transaction.update(row.changed(state=State.VOID, void_reason="test"))
     enrolled_row(living, "sensor-1")
     (record,) = birthmark("show", "sensor-1", "--json").records
     assert (record["number"], record["state"], record["other_rows"]) == (2, "ATTESTED", ["1 VOID"])

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from base64 import b64encode
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +133,7 @@ def test_what_another_process_wrote_is_seen(registry: TinyRegistry, tmp_path: Pa
     with registry.view() as view:
         assert view.rows() == [row]
     with other.transaction() as transaction:
-        void = transaction.update(replace(row, state=State.VOID, void_reason="test"))
+        void = transaction.update(row.changed(state=State.VOID, void_reason="test"))
     with registry.view() as view:
         assert view.rows() == [void]
 
@@ -276,7 +275,7 @@ def test_what_a_newer_birthmark_adds_survives_an_update(
     path.write_text(json.dumps(tables))
     newer = TinyRegistry(tmp_path, clock=clock, actor="test@host")
     with newer.transaction() as transaction:
-        transaction.update(replace(row, state=State.VOID, void_reason="test"))
+        transaction.update(row.changed(state=State.VOID, void_reason="test"))
     tables = json.loads(path.read_text())
     assert tables["rows"]["1"]["colour"] == "blue"
     assert tables["rows"]["1"]["state"] == "VOID"
@@ -310,4 +309,4 @@ def test_temporary_files_of_a_crash_are_removed(registry: TinyRegistry, tmp_path
 
 
 def test_no_row_has_room_for_a_private_key() -> None:
-    assert not [name for name in Row.__slots__ if "private" in name or "scalar" in name or "secret" in name]
+    assert not [name for name in Row._fields if "private" in name or "scalar" in name or "secret" in name]

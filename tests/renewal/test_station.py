@@ -349,7 +349,7 @@ def test_revoked_while_it_is_being_signed_it_is_not_sent(
         with station.registry.transaction() as transaction:
             renewed = transaction.row(device.row.number)
             assert renewed is not None
-            transaction.update(replace(renewed, revoked_at=station.clock(), revocation_reason="keyCompromise"))
+            transaction.update(renewed.changed(revoked_at=station.clock(), revocation_reason="keyCompromise"))
         return leaf_der
 
     monkeypatch.setattr(Authority, "issue_device", revoked_meanwhile)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from cryptography import x509
@@ -87,7 +87,7 @@ class PaperDevice:
         with station.registry.transaction() as transaction:
             for key, row, leaf_der in zip(keys, rows, leaves, strict=True):
                 issued = with_certificate(row, leaf_der, anchors="")
-                stored = transaction.update(replace(issued, state=State.ATTESTED, bundle_sha256=sha256(b"bundle")))
+                stored = transaction.update(issued.changed(state=State.ATTESTED, bundle_sha256=sha256(b"bundle")))
                 made.append(cls(row.name, key, leaf_der, stored))
         return made
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +47,7 @@ def enrol(station: Station, name: str) -> bool:
         return False
     with station.registry.transaction() as transaction:
         row = transaction.update(
-            replace(
-                row,
+            row.changed(
                 state=State.KEYED,
                 public_key_der=public_key_der(),
                 cert_serial=authority.new_cert_serial(),
@@ -59,7 +57,7 @@ def enrol(station: Station, name: str) -> bool:
     der = issue(station, row)
     issued = with_certificate(row, der, anchors=authority.anchor_ids)
     with station.registry.transaction() as transaction:
-        transaction.update(replace(issued, state=State.ATTESTED))
+        transaction.update(issued.changed(state=State.ATTESTED))
     say(name=name, number=row.number, cert_serial=row.cert_serial, certificate=hashlib.sha256(der).hexdigest())
     return True
 

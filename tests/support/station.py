@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +70,7 @@ def keyed_row(station: Station, name: str, *, role: str = "sensor", hwid: bytes 
             txn=secrets.token_bytes(16),
         )
         return transaction.update(
-            replace(
-                row,
+            row.changed(
                 state=State.KEYED,
                 public_key_der=public_key_der(),
                 cert_serial=authority.new_cert_serial(),
@@ -96,7 +95,7 @@ def enrolled_row(
     row = keyed_row(station, name, hwid=hwid)
     issued = with_certificate(row, issue(station, row), anchors=station.authority_of(row.issuer).anchor_ids)
     with station.registry.transaction() as transaction:
-        return transaction.update(replace(issued, state=state))
+        return transaction.update(issued.changed(state=state))
 
 
 @dataclass
