@@ -360,6 +360,24 @@ def test_what_openssl_has_encrypted_is_opened_too(form: list[str], tmp_path: Pat
         read_key(path, b"wrong", whose="the CA")
 
 
+@pytest.mark.parametrize(
+    "derivation",
+    [
+        KeyDerivation(cost=3),
+        KeyDerivation(cost=1 << 17, block_size=1),
+        KeyDerivation(cost=1 << 24),
+        KeyDerivation(cost=2, block_size=1, parallelism=1 << 40),
+    ],
+    ids=["no power of two", "too large for its blocks", "too much memory", "too many lanes"],
+)
+def test_a_derivation_that_there_is_none_of_is_refused(derivation: KeyDerivation, tmp_path: Path) -> None:
+    path = tmp_path / "ca.key.pem"
+    path.write_bytes(EncryptedKey(derivation, bytes(16), bytes(16), bytes(144)).pem)
+    path.chmod(0o400)
+    with pytest.raises(AuthorityError, match="passphrase is wrong, or the file is damaged"):
+        read_key(path, PASSPHRASE, whose="the CA")
+
+
 def test_the_reader_agrees_with_cryptography() -> None:
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
