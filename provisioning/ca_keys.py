@@ -29,12 +29,12 @@ from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, KeyDerivati
 from birthmark.provisioning.keyfile import write_key
 from birthmark.provisioning.passphrase import PIN_VARIABLE, PassphraseSource
 from birthmark.provisioning.tokens.key import TokenKey
-from birthmark.provisioning.tokens.pkcs11 import Pin, Token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from birthmark.provisioning.settings import TokenSettings
+    from birthmark.provisioning.tokens.pkcs11 import Pin, Token
     from birthmark.provisioning.tokens.uri import TokenUri
 
 MODULE_VARIABLE: Final = "BIRTHMARK_TOKEN_MODULE"
@@ -78,9 +78,13 @@ class TokenAccess:
         Raises:
             ConfigurationError: its module is not known.
         """
+        from birthmark.provisioning.tokens.pkcs11 import Token  # noqa: PLC0415 - it costs time to import
+
         return Token(uri.key, self.module(uri), self._pin_of(uri))
 
     def _pin_of(self, uri: TokenUri) -> Pin:
+        from birthmark.provisioning.tokens.pkcs11 import Pin  # noqa: PLC0415 - it costs time to import
+
         given = self._pin
         if isinstance(given, bytes):
             return Pin(lambda: given, by_person=False)

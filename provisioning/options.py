@@ -15,7 +15,6 @@ from birthmark.device.options import taken_from_options, timeout
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
 from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_PROMPT, ROOT_VARIABLE, PassphraseSource
 from birthmark.provisioning.places import FOLDER_VARIABLE, PASSPHRASE_VARIABLE, default_folder
-from birthmark.provisioning.revocation import REASONS, parse_reason
 from birthmark.provisioning.settings import TokenSettings
 from birthmark.provisioning.station import Station
 from birthmark.provisioning.tokens.uri import TokenUri
@@ -90,6 +89,8 @@ def add_timeout_option(
 
 def revocation_reason(word: str) -> str:
     """Check a reason for a revocation, as an argument's type."""
+    from birthmark.provisioning.revocation import REASONS, parse_reason  # noqa: PLC0415 - it costs time to import
+
     if parse_reason(word) is None:
         raise argparse.ArgumentTypeError(f"unknown reason {word!r}; choose from {', '.join(REASONS)}")
     return word
