@@ -19,7 +19,8 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from functools import lru_cache
-from operator import attrgetter
+from itertools import compress
+from operator import ne
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from birthmark.device.identity import BrokerName, DeviceId, Role
@@ -313,21 +314,22 @@ class RevokedCertificate(NamedTuple):
         return self
 
 
-_ONCE_SET: Final = (
-    "public_key_der",
-    "cert_serial",
-    "issuer",
-    "certificate_der",
-    "bundle_sha256",
-    "not_before",
-    "not_after",
-    "revoked_at",
-    "hwid",
-    "txn",
-    "replaces",
+_ONCE_SET: Final = frozenset(
+    {
+        "public_key_der",
+        "cert_serial",
+        "issuer",
+        "certificate_der",
+        "bundle_sha256",
+        "not_before",
+        "not_after",
+        "revoked_at",
+        "hwid",
+        "txn",
+        "replaces",
+    }
 )
-_FIXED: Final = ("number", "kind", "name", "role", "created_at", "replaces_reason", "batch", "renews")
-_lasting = attrgetter(*_FIXED, *_ONCE_SET)
+_FIXED: Final = frozenset({"number", "kind", "name", "role", "created_at", "replaces_reason", "batch", "renews"})
 
 
 def check_change(old: Row, new: Row) -> None:
@@ -343,6 +345,6 @@ def check_change(old: Row, new: Row) -> None:
         raise ValueError(f"row {old.number} is VOID for good ({old.void_reason})")
     if new.state is not State.VOID and not new.state.reached(old.state):
         raise ValueError(f"row {old.number} may not go back from {old.state} to {new.state}")
-    for name, before, after in zip((*_FIXED, *_ONCE_SET), _lasting(old), _lasting(new), strict=True):
-        if before != after and (name in _FIXED or before not in (None, "")):
+    for name in compress(Row._fields, map(ne, old, new)):
+        if name in _FIXED or (name in _ONCE_SET and getattr(old, name) not in (None, "")):
             raise ValueError(f"{name} of row {old.number} may not change")

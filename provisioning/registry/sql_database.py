@@ -49,6 +49,10 @@ BUSY_TIMEOUT_S: Final = 60.0
 CACHE_KIB: Final = 65_536
 """How much of its file SQLite may hold in memory, as it is needed: with its own 2 MiB, a transaction of thousands
 of rows writes pages out and reads them again, over and over."""
+LOG_PAGES: Final = 16_384
+"""How long SQLite's log may get (64 MiB) before what is in it is brought into the file: with its own 1,000 pages,
+each transaction of thousands of rows would do that, with three more waits for the disk. Whoever closes the file as
+the last one does it anyway."""
 _SESSION: Final = (
     "SET synchronous_commit = on",
     # A station that lost power in the middle of a transaction must not hold the others off for hours.
@@ -257,6 +261,7 @@ def _sqlite(url: URL, path: Path) -> Engine:
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
         except BaseException:  # it is no database, for instance
             connection.close()
             raise

@@ -22,6 +22,7 @@ from birthmark.provisioning.registry.sql_schema import (
     NOTES,
     OF_REVOKED,
     QUARANTINE,
+    ROW_COLUMNS,
     ROWS,
     batch_from,
     microseconds,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.model import RevokedCertificate, Row
     from birthmark.provisioning.registry.sql_database import Database
 
-AT_ONCE: Final = 500
+AT_ONCE: Final = 2000
 """How many values one statement asks for: SQLite takes some ten thousand parameters."""
 _HEX: Final = re.compile("[0-9a-f]{1,64}")
 _LAST: Final = "\x7f"
@@ -97,15 +98,12 @@ class SqlView:
 
     def numbered(self, numbers: Collection[int]) -> dict[int, Row]:
         """Return the rows with these numbers (`interface.View.numbered`)."""
-        wanted = set(numbers)
-        found = [row for which in _numbered(wanted) for row in self._rows(which)]
-        return {row.number: row for row in found if row.number in wanted}
+        found = map(row_from, self.among("number", sorted({*numbers})))
+        return {row.number: row for row in found}
 
     def differing(self, rows: Sequence[Row]) -> set[int]:
         """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`)."""
-        stored: dict[int, Sequence[Any]] = {}
-        for which in _numbered({row.number for row in rows}):
-            stored.update((record[0], record) for record in self.run(select(ROWS).where(which)).all())
+        stored = {record[0]: tuple(record) for record in self.among("number", [row.number for row in rows])}
         return {values[0] for values in row_values(rows) if stored.get(values[0]) != values}
 
     def named(self, name: str) -> list[Row]:
@@ -206,10 +204,12 @@ class SqlView:
 
         In the words of the driver: to write a list of thousands takes SQLAlchemy longer than to look takes SQLite.
         """
-        query = f"{select(ROWS)} WHERE {column} IN"
-        for some in _in_portions([*values]):
+        query = f"SELECT {', '.join(ROW_COLUMNS)} FROM {ROWS.name} WHERE {column} IN"  # noqa: S608 - all ours
+        wanted = tuple(values)
+        for start in range(0, len(wanted), AT_ONCE):
+            some = wanted[start : start + AT_ONCE]
             marks = ", ".join([self._database.dialect.mark] * len(some))
-            yield from self.run_text(f"{query} ({marks})", tuple(some)).all()
+            yield from self.run_text(f"{query} ({marks})", some).all()
 
     def _rows(self, *tests: ColumnElement[bool]) -> list[Row]:
         return [row_from(record) for record in self.run(select(ROWS).where(*tests).order_by(ROWS.c.number)).all()]
@@ -242,25 +242,6 @@ class SqlView:
     def _failed(self, error: RegistryError) -> RegistryError:
         """Take note of what a statement failed with."""
         return error
-
-
-def _in_portions(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield the values, so many at once as a statement takes."""
-    for start in range(0, len(values), AT_ONCE):
-        yield values[start : start + AT_ONCE]
-
-
-def _numbered(numbers: Collection[int]) -> Iterator[ColumnElement[bool]]:
-    """Yield what finds the rows with these numbers, a portion at a time, or all that lie between them.
-
-    Rows that are made together have numbers that follow each other: then the first and the last one do.
-    """
-    ordered = sorted(numbers)
-    if ordered and ordered[-1] - ordered[0] < 2 * len(ordered):
-        yield ROWS.c.number.between(ordered[0], ordered[-1])
-        return
-    for some in _in_portions(ordered):
-        yield ROWS.c.number.in_(some)
 
 
 def note_from(topic: str, text: str) -> dict[str, Any]:
