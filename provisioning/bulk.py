@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from birthmark.provisioning.registry.line import Batch
     from birthmark.provisioning.station import Station
 
-GROUP: Final = 2500
+GROUP: Final = 5000
 """How many are signed between two writes of the registry."""
 
 
@@ -126,9 +126,9 @@ class _Run:
         with self._station.registry.transaction() as transaction:
             held = transaction.live_by_names([one.device_id.text for one in wanted])
             batch = transaction.open_batch()
-            missing: list[Row] = []
+            now, missing = self._station.clock(), list[Row]()
             for one in wanted:
-                row, fresh = held.get(one.device_id.folded), self._new_row(one, authority, batch)
+                row, fresh = held.get(one.device_id.folded), self._new_row(one, authority, batch, now)
                 if row is None:
                     missing.append(fresh)
                 elif difference := _difference(row, fresh):
@@ -149,6 +149,7 @@ class _Run:
         certificates = authority.issue_devices(rows, now=now)
         first = x509.load_der_x509_certificate(certificates[0])  # all of a group are valid as long
         validity = first.not_valid_before_utc, first.not_valid_after_utc
+        not_after = validity[1].isoformat()
         issued = [
             self._issued(row, authority, certificate_der, validity)
             for row, certificate_der in zip(rows, certificates, strict=True)
@@ -163,14 +164,14 @@ class _Run:
                     kind=row.kind.value,
                     role=row.role,
                     cert_serial=f"{row.cert_serial:x}",
-                    not_after=row.not_after.isoformat() if row.not_after else None,
+                    not_after=not_after,
                 )
         return issued
 
     def deliver(self, rows: Sequence[Row]) -> list[Row]:
         """Write out what is issued; return the rows, all of them in ATTESTED now."""
-        ours = [row for row in rows if row.name_folded in self._keys]
-        self._output.put([row for row in rows if row.name_folded not in self._keys], self._station.cas)
+        ours = [row for row in rows if self._is_ours(row)]
+        self._output.put([row for row in rows if not self._is_ours(row)], self._station.cas)
         waiting = [row for row in ours if row.state is not State.ATTESTED]
         self._output.put_slots(waiting, [self._keys[row.name_folded] for row in waiting])
         if not waiting:
@@ -181,10 +182,9 @@ class _Run:
                 transaction.record("release", row.name, row=row.number)
         return [row for row in rows if row.state is State.ATTESTED] + attested
 
-    def _new_row(self, one: Wanted, authority: Authority, batch: Batch | None) -> Row:
+    def _new_row(self, one: Wanted, authority: Authority, batch: Batch | None, now: datetime) -> Row:
         """Return the row of a device that there is none of yet; the registry numbers and dates it."""
         key = self._keys.get(one.device_id.folded)
-        now = self._station.clock()
         return Row(
             number=1,
             kind=Kind.DEVICE,
@@ -202,18 +202,21 @@ class _Run:
             batch="" if batch is None else batch.name,
         )
 
+    def _is_ours(self, row: Row) -> bool:
+        """Whether the station has made the key."""
+        return bool(self._keys) and row.name_folded in self._keys
+
     def _issued(
         self, row: Row, authority: Authority, certificate_der: bytes, validity: tuple[datetime, datetime]
     ) -> Row:
-        is_ours = row.name_folded in self._keys
         issued = row.certified(
             certificate_der,
-            State.ISSUED if is_ours else State.ATTESTED,
+            State.ISSUED if self._is_ours(row) else State.ATTESTED,
             anchors=authority.anchor_ids,
             not_before=validity[0],
             not_after=validity[1],
         )
-        if not is_ours:
+        if not self._is_ours(row):
             return issued
         bundle = bundle_of(row, authority, self._broker, certificate_der, now=self._station.clock())
         return issued.changed(bundle=bundle, bundle_sha256=hashlib.sha256(bundle).digest())

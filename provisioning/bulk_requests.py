@@ -12,8 +12,7 @@ Rules:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from birthmark.device.errors import BirthmarkError
 from birthmark.device.identity import DeviceId, Role, device_role
@@ -32,8 +31,7 @@ COLUMNS: Final = Columns(known=("id", "role", "csr", "hwid"), required=("id",))
 _MAX_REQUEST_FILE_BYTES: Final = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One device that is to get a certificate, and where that stands."""
 
     where: str

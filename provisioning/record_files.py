@@ -14,8 +14,7 @@ from __future__ import annotations
 import csv
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from birthmark.device.errors import BirthmarkError, ConfigurationError
 from birthmark.device.escape import escaped, quoted
@@ -31,16 +30,14 @@ MAX_FIELD_CHARACTERS: Final = 16_384
 _MAX_LINE_CHARACTERS: Final = 65_536
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """The fields of one record that are not empty, and where it stands: `line 7`."""
 
     where: str
     fields: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
+class Columns(NamedTuple):
     """The fields that a record may have, and those among them that it must have."""
 
     known: Sequence[str]

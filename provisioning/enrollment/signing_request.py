@@ -8,6 +8,7 @@ whatever the parser says of it is a refusal.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from cryptography import x509
@@ -88,12 +89,18 @@ def _usual_key(to_be_signed: bytes, common_name: str) -> bytes:
     an uncompressed point on P-256: the octets are compared, which takes a tenth of the time of reading them.
     """
     name = common_name.encode("ascii", "replace")
-    attribute = _COMMON_NAME + bytes((_UTF8_STRING, len(name))) + name
-    for tag in (_SEQUENCE, _SET, _SEQUENCE):
-        attribute = bytes((tag, len(attribute))) + attribute
-    beginning = _VERSION_1 + attribute + _P256_KEY
+    beginning = _before_name(len(name)) + name + _P256_KEY
     header = 2 if to_be_signed[1] < 0x80 else 2 + (to_be_signed[1] & 0x7F)
     if not to_be_signed.startswith(beginning, header):
         return b""
     end = header + len(beginning) + _COORDINATES_OCTETS
     return to_be_signed[end - _COORDINATES_OCTETS - len(_P256_KEY) : end]
+
+
+@lru_cache(64)
+def _before_name(length: int) -> bytes:
+    """Return what stands before a CN of so many octets: the version, and the heads of the subject's parts."""
+    before = _COMMON_NAME + bytes((_UTF8_STRING, length))
+    for tag in (_SEQUENCE, _SET, _SEQUENCE):
+        before = bytes((tag, len(before) + length)) + before
+    return _VERSION_1 + before
