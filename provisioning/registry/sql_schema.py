@@ -177,11 +177,11 @@ _WRITERS: Final[dict[str, Callable[[Any], Any]]] = {
 _ROW_WRITERS: Final = tuple((name, write) for name, write in _WRITERS.items() if name in Row._fields)
 
 
-def row_values(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
-    """Return what is stored of each row, in the order of the columns of `ROWS`."""
-    columns = _stored(zip(Row._fields, zip(*rows, strict=True), strict=False))  # no rows have no columns
+def row_columns(rows: Sequence[Row]) -> list[Sequence[Any]]:
+    """Return what is stored of rows, one at least, in each column of `ROWS`."""
+    columns = _stored(zip(Row._fields, zip(*rows, strict=True), strict=True))
     columns.insert(_NAME_FOLDED, [row.name_folded for row in rows])
-    return list(zip(*columns, strict=True))
+    return columns
 
 
 def row_record(row: Row) -> dict[str, Any]:

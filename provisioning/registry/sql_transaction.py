@@ -32,8 +32,8 @@ from birthmark.provisioning.registry.sql_schema import (
     batch_record,
     changed_values,
     quarantined_record,
+    row_columns,
     row_from,
-    row_values,
 )
 from birthmark.provisioning.registry.sql_views import SqlView
 
@@ -162,7 +162,7 @@ class SqlTransaction(SqlView, RuledTransaction):
     def _add_rows(self, rows: Sequence[Row]) -> None:
         if rows:
             self.changed = True
-            self._run_many(insert(ROWS), ROW_COLUMNS, row_values(rows))
+            self._run_many(insert(ROWS), ROW_COLUMNS, list(zip(*row_columns(rows), strict=True)))
 
     def _change_rows(self, changes: Sequence[tuple[Row, Row]]) -> None:
         """Write what differs; rows in which the same fields do, in one statement."""

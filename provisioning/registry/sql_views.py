@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from sqlalchemy import func, select, text
@@ -28,12 +29,12 @@ from birthmark.provisioning.registry.sql_schema import (
     microseconds,
     quarantined_from,
     revoked_from,
+    row_columns,
     row_from,
-    row_values,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from sqlalchemy import ColumnElement
     from sqlalchemy.engine import Connection, CursorResult
@@ -102,9 +103,22 @@ class SqlView:
         return {row.number: row for row in found}
 
     def differing(self, rows: Sequence[Row]) -> set[int]:
-        """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`)."""
-        stored = {record[0]: tuple(record) for record in self.among("number", [row.number for row in rows])}
-        return {values[0] for values in row_values(rows) if stored.get(values[0]) != values}
+        """Return the numbers of the rows that are stored otherwise, or not (`interface.View.differing`).
+
+        What all of them have alike, which is most of it, is the database's to compare.
+        """
+        if not rows:
+            return set()
+        alike, own = {}, {}
+        for name, values in zip(ROW_COLUMNS, row_columns(rows), strict=True):
+            if name != "number" and values.count(values[0]) == len(values):
+                alike[name] = values[0]
+            else:
+                own[name] = values
+        numbers = own["number"]  # the first column
+        wanted = dict(zip(numbers, zip(*own.values(), strict=True), strict=True))
+        found = self.among("number", numbers, columns=own, alike=alike)
+        return wanted.keys() - {record[0] for record in found if wanted[record[0]] == tuple(record)}
 
     def named(self, name: str) -> list[Row]:
         """Return every row ever that had this name (without regard to case), by ascending number."""
@@ -199,17 +213,33 @@ class SqlView:
                 hint="a newer birthmark wrote it: update this one",
             )
 
-    def among(self, column: str, values: Collection[Any]) -> Iterator[Sequence[Any]]:
-        """Yield the records of rows that have one of these values, as it is stored, in a column.
+    def among(
+        self,
+        column: str,
+        values: Collection[Any],
+        *,
+        columns: Iterable[str] = ROW_COLUMNS,
+        alike: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Iterator[Sequence[Any]]:
+        """Yield what is stored of rows that have one of these values, as it is stored, in a column.
 
         In the words of the driver: to write a list of thousands takes SQLAlchemy longer than to look takes SQLite.
+
+        Args:
+            column: the column's name.
+            values: any of these.
+            columns: what is wanted of each row.
+            alike: what else they have, as it is stored, by column.
         """
-        query = f"SELECT {', '.join(ROW_COLUMNS)} FROM {ROWS.name} WHERE {column} IN"  # noqa: S608 - all ours
+        mark = self._database.dialect.mark
+        tests = [f"{name} IS NULL" if value is None else f"{name} = {mark}" for name, value in alike.items()]
+        given = tuple(value for value in alike.values() if value is not None)
+        query = f"SELECT {', '.join(columns)} FROM {ROWS.name} WHERE"  # noqa: S608 - names of ours
         wanted = tuple(values)
         for start in range(0, len(wanted), AT_ONCE):
             some = wanted[start : start + AT_ONCE]
-            marks = ", ".join([self._database.dialect.mark] * len(some))
-            yield from self.run_text(f"{query} ({marks})", some).all()
+            among = f"{column} IN ({', '.join([mark] * len(some))})"
+            yield from self.run_text(f"{query} {' AND '.join([*tests, among])}", (*given, *some)).all()
 
     def _rows(self, *tests: ColumnElement[bool]) -> list[Row]:
         return [row_from(record) for record in self.run(select(ROWS).where(*tests).order_by(ROWS.c.number)).all()]

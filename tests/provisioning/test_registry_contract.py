@@ -188,6 +188,10 @@ def test_rows_are_found_by_many_serial_numbers_at_once(registry: StoredRegistry)
         assert view.differing([rows[0], gone, rows[2]]) == set()
         assert view.differing(rows) == {gone.number}
         assert view.differing([rows[0].changed(label="x: y"), rows[2].changed(number=99)]) == {1, 99}
+        for change in ({"label": "x: y"}, {"anchors": "0a"}, {"bundle_sha256": bytes(32)}, {"hwid": None}):
+            alike = [row.changed(**change) for row in (rows[0], rows[2])]
+            assert view.differing(alike) == {1, 3}, f"all have another {next(iter(change))}"
+            assert view.differing([alike[0], rows[2]]) == {1}
         assert view.differing([]) == set()
         found = view.by_cert_serials([SERIAL, SERIAL + 1, SERIAL + 7])
         assert found == {SERIAL: rows[0], SERIAL + 1: gone}
