@@ -302,7 +302,8 @@ def test_ctrl_c_says_how_to_go_on(station: Station, cable: Cable, tmp_path: Path
         ((state, _),) = rows_of(station, "stopped")
         assert state in (State.RESERVED, State.KEYED, State.ISSUED)
         entries = [json.loads(line) for line in station.registry.audit_path.read_text().splitlines()]
-        assert [e["details"]["state"] for e in entries if e["action"] == "interrupt"] == [state.value]
+        mine = [e for e in entries if (e["action"], e["subject"]) == ("interrupt", "stopped")]
+        assert [e["details"]["state"] for e in mine] == [state.value]
         cable.to_station = bytes
         assert flash(station, "--port", port, "--id", "stopped").returncode == 0
     assert [state for state, _ in rows_of(station, "stopped")] == [State.ATTESTED]
