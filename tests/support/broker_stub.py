@@ -103,6 +103,7 @@ class BrokerStub:
     def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._open: list[ssl.SSLSocket] = []
+        self._shaking: list[ssl.SSLSocket] = []
         self._writing = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._context = self._make_context()
@@ -115,13 +116,16 @@ class BrokerStub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        with self._changed:
+            self._stopping = True
+            self._open += self._shaking  # nobody is to wait for a client that will not go on
         self.drop()
         for thread in self._threads:
             thread.join(PATIENCE_S)
+            assert not thread.is_alive()
 
     def drop(self) -> None:
         """Cut every connection."""
@@ -197,12 +201,20 @@ class BrokerStub:
     def _serve(self, plain: socket.socket) -> None:
         plain.settimeout(PATIENCE_S)
         try:
-            connection = self._context.wrap_socket(plain, server_side=True)
+            connection = self._context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         except OSError:
             plain.close()
             return
         with connection, contextlib.suppress(OSError, EOFError):
             with self._changed:
+                self._shaking.append(connection)
+                if self._stopping:
+                    return
+            connection.do_handshake()
+            with self._changed:
+                if self._stopping:
+                    return
+                self._shaking.remove(connection)
                 number = len(self.resumed)
                 self.resumed.append(bool(connection.session_reused))
                 self._open.append(connection)
