@@ -34,7 +34,7 @@ from birthmark.device.credentials import BrokerAddress
 from birthmark.device.errors import ConfigurationError
 from birthmark.device.escape import escaped, quoted
 from birthmark.device.frozen import Frozen
-from birthmark.device.outbox.settings import OutboxSettings
+from birthmark.device.outbox.settings import MOST_PER_S, OutboxSettings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 FILE: Final = "device.toml"
 RETURN_AFTER_S: Final = 600.0
+LONGEST_RETURN_AFTER_S: Final = 366 * 86_400.0
 MAX_PACKET_BYTES: Final = 1024 * 1024
 _MAX_FILE_BYTES: Final = 256 * 1024
 
@@ -71,17 +72,20 @@ class DeviceSettings(Frozen):
         path = folder / FILE
         try:
             with path.open("rb") as file:
-                text = file.read(_MAX_FILE_BYTES).decode()
+                content = file.read(_MAX_FILE_BYTES + 1)
+            text = content.decode()
         except FileNotFoundError:
             return cls()
         except (OSError, UnicodeError) as error:
             cause = getattr(error, "strerror", "") or "it is not UTF-8"
             raise ConfigurationError(f"could not read {path}: {cause}") from error
+        if len(content) > _MAX_FILE_BYTES:  # what stands behind that must not be passed over in silence
+            raise ConfigurationError(f"could not read {path}: it is longer than {_MAX_FILE_BYTES} bytes")
         import tomllib  # noqa: PLC0415 - most devices have no such file, and start without it
 
         try:
             values = tomllib.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"could not read {path}: {escaped(str(error))}") from error
         try:
             return cls.from_values(values, folder)
@@ -103,7 +107,7 @@ class DeviceSettings(Frozen):
         keepalive_s = broker.take("keepalive_s", list, None)
         settings = cls(
             further_addresses=tuple(BrokerAddress.parse(str(address)) for address in addresses),
-            return_after_s=float(broker.take("return_after_s", (int, float), RETURN_AFTER_S)),
+            return_after_s=broker.number("return_after_s", RETURN_AFTER_S, least=1, most=LONGEST_RETURN_AFTER_S),
             keepalive_s=None if keepalive_s is None else _keepalive(keepalive_s),
             max_packet_bytes=broker.take("max_packet_bytes", int, MAX_PACKET_BYTES),
             outbox=_outbox(outbox, folder) if "outbox" in values else None,
@@ -112,8 +116,6 @@ class DeviceSettings(Frozen):
         broker.end()
         if clock not in ("system", "trust-broker"):
             raise ConfigurationError('clock is neither "system" nor "trust-broker"')
-        if settings.return_after_s < 1:
-            raise ConfigurationError("[broker] return_after_s is below 1")
         if settings.max_packet_bytes < 1024:
             raise ConfigurationError("[broker] max_packet_bytes is below 1024")
         return settings
@@ -139,7 +141,7 @@ def _outbox(table: _Table, folder: Path) -> OutboxSettings:
         max_bytes=table.take("max_bytes", int, default.max_bytes),
         when_full=table.take("when_full", str, default.when_full),
         durability=table.take("durability", str, default.durability),
-        drain_per_s=float(table.take("drain_per_s", (int, float), default.drain_per_s)),
+        drain_per_s=table.number("drain_per_s", default.drain_per_s, least=0, most=MOST_PER_S),
         message_id=table.take("message_id", str, default.message_id),
         when_failing=table.take("when_failing", str, default.when_failing),
         priorities=tuple((name, priorities.take(name, int, 0)) for name in list(priorities.values)),
@@ -167,6 +169,12 @@ class _Table:
         if value is not default and (wrong_boolean or not isinstance(value, kind)):
             raise ConfigurationError(f"{self._where}{escaped(key)} is of the wrong type: {quoted(str(value))}")
         return value
+
+    def number(self, key: str, default: float, *, least: float, most: float) -> float:
+        value = self.take(key, (int, float), default)
+        if not least <= value <= most:
+            raise ConfigurationError(f"{self._where}{escaped(key)} is not from {least:g} to {most:g}")
+        return float(value)
 
     @property
     def _where(self) -> str:

@@ -19,7 +19,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.durable import sync_folder
+from birthmark.device.errors import LocalProtocolError
 from birthmark.device.frozen import Frozen
+from birthmark.device.publication import Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -279,28 +281,38 @@ def salvaged(path: Path) -> Iterator[list[Row]]:
 def _readable(connection: sqlite3.Connection, end: str, low: int, high: int) -> Iterator[Row]:
     """Yield the messages between two numbers from one end on, up to the first that cannot be read."""
     statement = f"SELECT {_COLUMNS} FROM messages WHERE seq > ? AND seq < ? ORDER BY seq {end}"  # noqa: S608
-    with contextlib.suppress(sqlite3.Error, TypeError, ValueError):
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError, DatabaseUnfitError):
         for row in connection.execute(statement, (low, high)):
             yield _row(row)
 
 
 def _row(columns: tuple[int, str, bytes, int, int, float]) -> Row:
+    """Read a message; raises `DatabaseUnfitError` for one that was never stored so: it would stop who sends it."""
     seq, topic, payload, retain, priority, at = columns
-    return Row(int(seq), str(topic), bytes(payload), bool(retain), int(priority), float(at))
+    try:
+        outgoing = Outgoing(str(topic), bytes(payload), 1, bool(retain))
+        return Row(int(seq), outgoing.topic, outgoing.payload, outgoing.retain, int(priority), float(at))
+    except (TypeError, ValueError, LocalProtocolError) as error:
+        raise DatabaseUnfitError(f"it is damaged (message {seq} is none)") from error
 
 
 @contextlib.contextmanager
 def _failures() -> Iterator[None]:
     try:
         yield
+    except UnicodeDecodeError as error:  # what SQLite says quotes the file, and Python cannot read it
+        raise DatabaseUnfitError(_NO_TEXT) from error
     except sqlite3.Error as error:
         code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        if isinstance(error, sqlite3.OperationalError) and not code:  # Python's own, of a column; it quotes that
+            raise DatabaseUnfitError(_NO_TEXT) from error
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR):
             raise DatabaseUnfitError(f"it is damaged ({error})") from error
         is_readable = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY)
         raise DatabaseFailedError(_CAUSES.get(code, str(error)), is_readable=is_readable) from error
 
 
+_NO_TEXT: Final = "it is damaged (text that is not UTF-8)"
 _CAUSES: Final = {
     sqlite3.SQLITE_FULL: "the disk is full",
     sqlite3.SQLITE_BUSY: "another process has it: two clients with one outbox would send everything twice",

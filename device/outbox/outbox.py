@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import threading
 import time
@@ -35,7 +36,7 @@ from birthmark.device.outbox.storing import Totals, store
 from birthmark.device.publication import Acknowledgement, Outgoing, as_bytes, check_size, with_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from birthmark.device.outbox.database import Database
@@ -54,6 +55,8 @@ MAX_PENDING_BYTES: Final = 4 * 1024 * 1024
 REMOVE_TOGETHER: Final = 100
 REMOVE_AFTER_S: Final = 60.0
 RETRY_DISK_S: Final = 5.0
+
+_log = logging.getLogger("birthmark.device")
 
 
 class OutboxState(Frozen):
@@ -282,7 +285,8 @@ class Outbox:
     # From the outbox's own thread.
 
     def _run(self) -> None:
-        self._reopen()
+        with self._failures():
+            self._reopen()
         with self._changed:
             self._is_open = True
             self._changed.notify_all()
@@ -339,28 +343,27 @@ class Outbox:
             pending, self._pending = list(self._pending), deque()
             self._pending_bytes = 0
             self._changed.notify_all()
-        for _ in range(2):  # a file that turned out to be damaged is replaced, and tried once
-            if self._database is None and self._may_write:
-                self._reopen()
-            if self._database is None:
-                break
+        with self._failures():
             try:
-                if self._may_write:
-                    refused = self._store(self._database, pending)
-                    self._stored(pending, refused)
-                    pending = []
-                self._read_ahead(self._database)
-            except DatabaseUnfitError as error:
-                self._replace(error)
-            except DatabaseFailedError as error:
-                self._fail(error)
-                break
-            else:
-                break
+                self._write(pending)
+            except DatabaseUnfitError as unfit:  # it turned out to be damaged: a new one is tried, once
+                self._replace(unfit)
+                self._write(pending)
         for item in pending:
             self._not_stored(item)
         if self._ready:
             self._wake()
+
+    def _write(self, pending: list[_Pending]) -> None:
+        """Store what waits, which leaves `pending` then, and read what is to be sent next."""
+        if self._database is None and self._may_write:
+            self._reopen()
+        if self._database is None:
+            return
+        if self._may_write:
+            self._stored(pending, self._store(self._database, pending))
+            pending.clear()
+        self._read_ahead(self._database)
 
     def _store(self, database: Database, pending: list[_Pending]) -> frozenset[int]:
         """Store and remove in one sync; return the numbers of those that found no room."""
@@ -443,12 +446,8 @@ class Outbox:
             self._handed = rows[-1].seq if rows else self._newest
 
     def _reopen(self) -> None:
-        """Open the file, or say why that cannot be done."""
-        try:
-            opened = open_file(self._path, self._owner, by_priority=self._by_priority)
-        except DatabaseFailedError as error:
-            self._fail(error)
-            return
+        """Open the file; raises `DatabaseFailedError` if that cannot be done now."""
+        opened = open_file(self._path, self._owner, by_priority=self._by_priority)
         self._use(opened)
         if not opened.said and self._messages and not self._is_open:
             said = f"{self._messages} messages from before wait in the outbox {self._path}"
@@ -459,10 +458,18 @@ class Outbox:
         if self._database is not None:
             self._database.close()
             self._database = None
+        self._use(replaced(self._path, self._owner, unfit, by_priority=self._by_priority))
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Say what fails in the block, and go on: whoever publishes waits for this thread, so it must not end."""
         try:
-            self._use(replaced(self._path, self._owner, unfit, by_priority=self._by_priority))
+            yield
         except DatabaseFailedError as error:
             self._fail(error)
+        except Exception as error:  # noqa: BLE001 - a defect; it is reported, and the disk is tried again
+            _log.exception("a defect in the outbox %s", self._path)
+            self._fail(DatabaseFailedError(f"a defect: {type(error).__name__}"))
 
     @property
     def _by_priority(self) -> bool:

@@ -379,6 +379,65 @@ def test_a_file_that_is_none_is_put_aside(tmp_path: Path) -> None:
     assert (tmp_path / "o.db.damaged").read_bytes().startswith(b"this is no database")
 
 
+@pytest.mark.parametrize(
+    ("of", "by", "left"),
+    [
+        (b"telemetry", b"tele\xedetry", 2),  # no UTF-8: Python's own error, without a code of SQLite's
+        (b"devices", b"devi#es", 2),  # a filter, at which the sender would stumble
+        (b"NOT NULL", b"NOT \xceULL", 0),  # SQLite quotes it, and Python cannot read that
+    ],
+    ids=["text", "topic", "schema"],
+)
+def test_one_damaged_byte_keeps_nothing_else_from_going_out(
+    tmp_path: Path, of: bytes, by: bytes, left: int
+) -> None:
+    path = tmp_path / "o.db"
+    with outbox_at(path) as (outbox, _):
+        for text in ("one", "two", "three"):
+            put(outbox, text)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(of, by, 1))
+    with outbox_at(path) as (outbox, told):
+        put(outbox, "four")
+        taken = take_all(outbox, left + 1)
+    assert taken[-1] == "four"
+    assert len(taken) == left + 1
+    assert set(taken[:-1]) <= {"one", "two", "three"}
+    assert "set-aside" in [event.state for event in told]
+
+
+def test_a_payload_of_another_type_is_damage(tmp_path: Path) -> None:
+    """One bit makes a text of a BLOB."""
+    path = tmp_path / "o.db"
+    with outbox_at(path) as (outbox, _):
+        for text in ("one", "two", "three"):
+            put(outbox, text)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE messages SET payload = 'two' WHERE seq = 2")
+    with outbox_at(path) as (outbox, told):
+        put(outbox, "four")
+        assert take_all(outbox, 3) == ["one", "three", "four"]
+    assert "message 2 is none" in "".join(event.detail for event in told)
+
+
+def test_a_defect_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "RETRY_DISK_S", 0.05)
+    with outbox_at(tmp_path / "o.db") as (outbox, told):
+        put(outbox, "one")
+        with monkeypatch.context() as broken:
+            broken.setattr(Database, "page", defect)
+            broken.setattr(Database, "add", defect)
+            with pytest.raises(SystemFailureError, match="a defect: ZeroDivisionError"):
+                outbox.put(TOPIC, "two", retain=False).wait_stored(PATIENCE_S)
+        eventually(lambda: not outbox.state().failing, "the disk to be tried again")
+        put(outbox, "three")
+        assert take_all(outbox, 2) == ["one", "three"]
+    assert [event.state for event in told][:2] == ["failing", "working"]
+
+
 def test_another_device_s_messages_do_not_go_out(tmp_path: Path) -> None:
     path = tmp_path / "o.db"
     with outbox_at(path) as (outbox, _):
