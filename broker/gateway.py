@@ -11,7 +11,8 @@ Rules:
 - The gateway's own certificate is an alarm before it expires, and no obstacle afterwards: its clients judge it.
 - A CRL comes as a file, on `gateway/{name}/crl`, or from the fleet (`fleet/member.py`). Either way it is judged by
   its signature alone, installed durably, then what it revokes is closed, and then a receipt says so: as a file
-  beside the CRL file, and retained on `gateway/{name}/receipts`.
+  beside the CRL file, and retained on `gateway/{name}/receipts`. A file that was refused over a clock or a disk is
+  judged again: nobody brings it twice when the clock is set.
 - Reading and writing happen off the event loop; CRLs are installed one at a time.
 """
 
@@ -56,6 +57,7 @@ from birthmark.device.topics import (
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Iterable
 
     from birthmark.broker.config import BrokerSettings
     from birthmark.broker.fleet.intake import Offer
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
 STATUS_INTERVAL_S = 30.0
 GUARD_INTERVAL_S = 1.0
 """How often the age of the CRLs and of the certificate in force is looked at."""
+_FOR_NOW = frozenset({"not-yet-valid", "storage"})
+"""Why a CRL file is refused that may pass later: a clock that is wrong, a disk. It is judged again by and by."""
 MAX_WAITING_CRLS = 8
 """Brought by message and not judged yet; the next is refused, with a receipt that says so."""
 
@@ -119,6 +123,8 @@ class Gateway:
         self._told_crls = Standing(self._publish)
         self._arrived: tuple[list[Installation], float] = ([], 0.0)
         """What became of the CRL file at the start, and when it was read."""
+        self._may_file_pass_later = False
+        """Whether the CRL file was refused for now."""
         self._watch = Watch(
             (
                 WatchedFiles((settings.crl_path,), self._take_crl_file),
@@ -173,6 +179,7 @@ class Gateway:
         else:
             answers = revocations.install(content, now())
             gateway._arrived = (answers, started_s)
+            gateway._may_file_pass_later = _may_pass_later(answers)
             if any(answer.outcome == "refused" for answer in answers):
                 # Said at once: the start may end here. The others' receipts wait for what `start` closes.
                 gateway._give_receipts([(answer, gateway._receipt(answer, started_s, ())) for answer in answers])
@@ -267,12 +274,15 @@ class Gateway:
 
     # --- CRLs --------------------------------------------------------------------------------------------
 
-    async def _take_crl_file(self) -> None:
+    async def _take_crl_file(self, *, is_again: bool = False) -> None:
+        """Judge the CRL file, and put a receipt beside it; `is_again`: that it is refused stands there already."""
         started_s = time.monotonic()
         content = await asyncio.to_thread(_read_crl_file, self._settings)
-        installed = await self._install(content, started_s, str(self._settings.crl_path))
-        receipts = [receipt for _answer, receipt in installed]
-        await asyncio.to_thread(try_to_write_receipts, self._settings.receipt_path, receipts)
+        installed = await self._install(content, started_s, str(self._settings.crl_path), is_again=is_again)
+        self._may_file_pass_later = _may_pass_later(answer for answer, _receipt in installed)
+        if not (is_again and self._may_file_pass_later):
+            receipts = [receipt for _answer, receipt in installed]
+            await asyncio.to_thread(try_to_write_receipts, self._settings.receipt_path, receipts)
 
     async def _take_fleet_crl(self, offer: Offer) -> list[Installation]:
         installed = await self._install(offer.payload, offer.started_s, offer.by, is_again=offer.is_again)
@@ -399,7 +409,10 @@ class Gateway:
                 self._server.set_tls_context(context, renewal)
                 self._server.close_identities(lambda peer: not trust.has(peer.issuer))
         _log.info("new credentials are in force; trusted issuing CAs: %s", ", ".join(ca.name for ca in trust))
-        await self._take_crl_file()  # the file may hold the CRL of a CA that is trusted only now
+        try:
+            await self._take_crl_file()  # the file may hold the CRL of a CA that is trusted only now
+        except OSError as error:  # where CRLs come by message, there need be none
+            _log.warning("could not read the CRL file %s: %s", self._settings.crl_path, error.strerror or error)
         self._member.follow_trust()
         for issuer in trust:
             if issuer.key_id not in self.revocations.crls:
@@ -418,6 +431,8 @@ class Gateway:
                 self._publish_status(online=True)
                 self._sightings.forget(time.time())
                 self._member.try_again()
+                if self._may_file_pass_later:
+                    await self._take_crl_file(is_again=True)
             except Exception:  # noqa: BLE001 - a defect here must not silence what is to come
                 _log.exception("the gateway's status could not be said")
 
@@ -505,6 +520,10 @@ class Gateway:
     def _publish(self, topic: str, payload: bytes) -> None:
         if self._server:
             self._server.publish(topic, payload, 1, retain=True)
+
+
+def _may_pass_later(answers: Iterable[Installation]) -> bool:
+    return any(answer.fault in _FOR_NOW for answer in answers)
 
 
 def _read_crl_file(settings: BrokerSettings) -> bytes:

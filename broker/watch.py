@@ -61,7 +61,7 @@ class WatchedFiles:
         except BirthmarkError as error:
             self._refuse(error.message, error.hint)
         except OSError as error:
-            self._refuse(f"could not read {self._paths[0]}: {error.strerror}", "")
+            self._refuse(f"could not read {error.filename or self._paths[0]}: {error.strerror or error}", "")
 
     def _refuse(self, cause: str, hint: str) -> None:
         fields = {"event": "file_refused", "path": str(self._paths[0]), "reason": cause, "hint": hint}

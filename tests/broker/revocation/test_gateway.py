@@ -499,6 +499,56 @@ def test_a_rollover_trusts_a_second_ca_and_then_drops_the_first(settings: Broker
     asyncio.run(main())
 
 
+def test_a_rollover_goes_on_where_there_is_no_crl_file(
+    settings: BrokerSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CRLs may come by message alone, and those of the new CA are asked for only once it is known."""
+    second = Authority.create("Second Issuing CA", parent=PKI.root)
+
+    async def main() -> None:
+        async with running(settings) as (gateway, _recorder):
+            settings.crl_path.unlink()
+            followed: list[str] = []
+            gateway._member.follow_trust = lambda: followed.extend(ca.name for ca in gateway._trust)  # type: ignore[method-assign]
+            replace(settings.clients_ca_path, PKI.issuing.pem + second.pem)
+            await until(lambda: "no CRL of" in caplog.text)
+            assert any("Second Issuing CA" in name for name in followed)
+            gateway.admit(PKI.device().der)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert f"could not read the CRL file {settings.crl_path}: No such file" in caplog.text
+
+
+def test_a_file_that_is_refused_over_a_clock_is_judged_again_when_it_is_set(
+    settings: BrokerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = PKI.device("lost")
+    Gateway.open(settings)
+    settings.crl_path.write_bytes(PKI.issuing.crl([lost.cert_serial], number=2))
+    monkeypatch.setattr("birthmark.broker.gateway.STATUS_INTERVAL_S", 0.02)
+    monkeypatch.setattr("birthmark.broker.gateway.now", lambda: dt.datetime(1970, 1, 1, tzinfo=dt.UTC))
+
+    async def main() -> None:
+        peer = check_peer(lost.der, Trust.from_pem(PKI.issuing.pem), now())
+        async with running(settings, peer) as (gateway, recorder):
+            refused = receipt_in(settings)
+            assert refused is not None
+            assert (refused.outcome, refused.reason[:13]) == ("refused", "not-yet-valid")
+            written = settings.receipt_path.stat().st_mtime_ns
+            said = len(recorder.statuses())
+            await until(lambda: len(recorder.statuses()) > said + 5)
+            assert settings.receipt_path.stat().st_mtime_ns == written, "that it is refused was said before"
+            assert len(recorder.receipts()) == 0
+            monkeypatch.setattr("birthmark.broker.gateway.now", now)
+            await until(lambda: (found := receipt_in(settings)) and found.outcome == "installed")
+            assert recorder.peers == []
+            with pytest.raises(PeerRefusedError, match="is revoked"):
+                gateway.admit(lost.der)
+
+    asyncio.run(main())
+
+
 def test_bad_credentials_change_nothing(settings: BrokerSettings, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with running(settings) as (gateway, recorder):
