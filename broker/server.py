@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -190,8 +190,10 @@ class GatewayBroker(Broker):
         self._tls_context = context
         if self._listener:
             self._listener.set_context(context)
-        if self._renewal_listener and renewal is not None:
-            self._renewal_listener.set_context(renewal)
+        if self._renewal and renewal is not None:
+            self._renewal = replace(self._renewal, context=renewal)
+            if self._renewal_listener:
+                self._renewal_listener.set_context(renewal)
 
     def close_identities(
         self, is_revoked: Callable[[Peer], bool], *, started_s: float | None = None

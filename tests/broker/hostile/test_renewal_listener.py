@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
+import ssl
 from typing import TYPE_CHECKING
 
 import pytest
 from support import mqtt_client as mqtt
 from support.mqtt_client import ConnectionEndedError, RawClient
+from support.mqtt_gateway import policy, settings
 from support.mqtt_process import BROKER_TOML
 from support.mqtt_world import process_world, replace
 from support.pki import SERVER, Authority, Pki, crl_pem, now
 from support.repository import ROOT
 
+from birthmark.broker.config import Durability, Limits, RenewalListener
 from birthmark.broker.peer import PeerRefusedError, Trust, check_peer
+from birthmark.broker.server import GatewayBroker, RenewalDoor
 from birthmark.broker.tls import X509_V_FLAG_NO_CHECK_TIME, renewal_context, server_context
 from birthmark.device.messages import Sighting
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -72,6 +76,47 @@ def test_openssl_looks_away_on_the_renewal_listener_only(tmp_path: Path, pki: Pk
     assert renewal.verify_flags & X509_V_FLAG_NO_CHECK_TIME
     assert renewal.verify_flags & ~X509_V_FLAG_NO_CHECK_TIME == main.verify_flags
     assert (main.verify_mode, main.minimum_version) == (renewal.verify_mode, renewal.minimum_version)
+
+
+def test_credentials_that_come_during_a_start_are_those_of_both_listeners(tmp_path: Path, pki: Pki) -> None:
+    """A gateway of a fleet may take a minute to start, and its files are watched meanwhile."""
+    pki.write_broker_files(tmp_path)
+    files = tmp_path / "server.pem", tmp_path / "clients-ca.pem"
+
+    async def shown_by(port: int) -> bytes:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        found: bytes = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.close()
+        return found
+
+    async def main() -> None:
+        door = RenewalDoor(
+            RenewalListener("127.0.0.1", 0, GRACE),
+            renewal_context(*files),
+            lambda _: pytest.fail("nobody is let in"),
+        )
+        broker = GatewayBroker(
+            settings(tmp_path, Limits(), durability=Durability.NONE),
+            server_context(*files),
+            door.admit,
+            policy(POLICY),
+            renewal=door,
+        )
+        successor = pki.issuing.server("localhost")
+        successor.write(tmp_path / "server.pem")
+
+        async def take() -> None:
+            broker.set_tls_context(server_context(*files), renewal_context(*files))
+
+        broker.before_listening = take
+        await broker.start()
+        for _, port in (*broker.addresses, *broker.renewal_addresses):
+            assert await shown_by(port) == successor.der
+        await broker.shutdown()
+
+    asyncio.run(main())
 
 
 def test_the_main_listener_never_looks_away(world: ProcessWorld, pki: Pki) -> None:
