@@ -263,9 +263,15 @@ class Exchange:
     # --- subscribing -------------------------------------------------------------------------------------
 
     def subscribe(self, session: Session, filters: tuple[tuple[str, int], ...]) -> bytes:
-        """Subscribe, as far as allowed; return the SUBACK's codes. Retained messages follow with `pump`."""
-        codes = bytearray()
-        for topic_filter, qos in filters:
+        """Subscribe, as far as allowed; return the SUBACK's codes. Retained messages follow with `pump`.
+
+        Of one packet as many filters are looked at as a session may have: a packet of a mebibyte has a quarter of a
+        million, and all others would wait for what is decided and looked up for each.
+        """
+        codes, limit = bytearray(), self.limits.max_subscriptions
+        if len(filters) > limit:
+            self._refuse_subscription(session, filters[limit][0], len(filters) - limit)
+        for topic_filter, qos in filters[:limit]:
             if not self._may_subscribe(session, topic_filter):
                 codes.append(SUBACK_FAILURE)
                 continue
@@ -279,7 +285,7 @@ class Exchange:
                 if is_replaying:
                     session.replaying.add(topic_filter)
             codes.append(qos)
-        return bytes(codes)
+        return bytes(codes).ljust(len(filters), bytes((SUBACK_FAILURE,)))
 
     def unsubscribe(self, session: Session, filters: tuple[str, ...]) -> None:
         """Unsubscribe (§3.10.4)."""
@@ -321,11 +327,16 @@ class Exchange:
             or (is_new and len(session.subscriptions) >= limit)
             or (is_new and session.filter_bytes + len(topic_filter) > limit * MAX_FILTER_BYTES_PER_SUBSCRIPTION)
         ):
-            self.counters.subscribes_denied += 1
-            rule = f"a session has at most {limit} filters, and each at most {MAX_FILTER_LEVELS} levels"
-            self.denials.denied(session.peer, "subscribe", topic_filter, rule)
+            self._refuse_subscription(session, topic_filter)
             return False
         return True
+
+    def _refuse_subscription(self, session: Session, topic_filter: str, count: int = 1) -> None:
+        """Count and log what is beyond the limits of a session, by one of the filters."""
+        self.counters.subscribes_denied += count
+        limit = self.limits.max_subscriptions
+        rule = f"a session has at most {limit} filters, and each at most {MAX_FILTER_LEVELS} levels"
+        self.denials.denied(session.peer, "subscribe", topic_filter, rule)
 
     def _drop_subscription(self, session: Session, topic_filter: str) -> None:
         del session.subscriptions[topic_filter]

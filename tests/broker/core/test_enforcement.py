@@ -216,6 +216,9 @@ def test_subscriptions_are_bounded(tmp_path: Path, pki: Pki) -> None:
         free.subscribed(("d", 2), pid=4)
         free.send(mqtt.subscribe(5, ("a", 0), ("/".join("x" * 100), 0)))
         assert free.read() == mqtt.suback(5, 0, 0x80), "too deep"
+        free.send(mqtt.subscribe(6, *[("a", 0)] * 100_000))
+        assert free.read() == mqtt.suback(6, *[0] * 3, *[0x80] * 99_997), "no more are looked at than it may have"
+        assert gateway.broker.counters.subscribes_denied == 99_999
 
 
 def test_denials_and_decisions_remembered_are_bounded(gateway: RunningGateway) -> None:
