@@ -7,7 +7,7 @@ Rules:
 - Each override says which defect of amqtt 0.12.1 it closes (docs/amqtt.md has them by number).
 - A stop closes the listeners first, then publishes the wills (a connection that ends without DISCONNECT has its
   will published, MQTT 3.1.1 §3.1.2-8, and retained presence then says the truth), then ends every connection;
-  what does not end by itself is cut. It takes no longer than `MAX_SHUTDOWN_S`.
+  what does not end by itself is cut. Clients, disk, upstreams and plug-ins have a time each, and no more.
 - One event loop, no locks: every method is called from the loop's thread.
 """
 
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     from birthmark.device.messages import ClosedIdentity
 
 DEFAULT_PLUGINS: Mapping[str, dict[str, Any]] = {"amqtt.plugins.sys.broker.BrokerSysPlugin": {"sys_interval": 20}}
-MAX_SHUTDOWN_S = 1.0
 SETTLE_TIMEOUT_S = 0.3
 STORE_TIMEOUT_S = 2.0
 """For a last write at a stop: on a disk in order it takes milliseconds."""
@@ -283,9 +282,8 @@ class GatewayBroker(Broker):
         for task in (self._session_monitor_task, self._broadcast_task):
             if task is not None:
                 task.cancel()
-        timeout_s = min(self.limits.shutdown_timeout_s, MAX_SHUTDOWN_S)
         await self._journal.settle(SETTLE_TIMEOUT_S)  # who waits for an acknowledgement gets it before the end
-        await self._connections.close_all(timeout_s)
+        await self._connections.close_all(self.limits.shutdown_timeout_s)
         await self.upstreams.close(SETTLE_TIMEOUT_S)
         await self._journal.close(STORE_TIMEOUT_S)
         await self._fire_and_wait(BrokerEvents.POST_SHUTDOWN)
