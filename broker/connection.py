@@ -25,7 +25,7 @@ from birthmark.broker.journal import HIGH_WATER_BYTES
 from birthmark.broker.packet_bodies import MalformedPacketError
 from birthmark.broker.packet_reader import PacketReader
 from birthmark.broker.packets import Publish, PublishRun
-from birthmark.broker.peer import PeerRefusedError
+from birthmark.broker.peer import PeerRefusedError, later
 from birthmark.broker.store import StoreError
 from birthmark.device.escape import escaped, quoted
 
@@ -157,7 +157,7 @@ class Connection:
             return
         self.peer = peer
         self._meter = self._gateway.meters.of(peer.device_id.folded, self._gateway.now_s())
-        self.expires_at_s = (peer.not_after + self._gateway.expired_by(peer)).timestamp()
+        self.expires_at_s = later(peer.not_after, self._gateway.expired_by(peer)).timestamp()
         self._deadline_s = self._gateway.now_s() + self._gateway.limits.connect_timeout_s
 
     def on_data(self, data: bytes) -> None:

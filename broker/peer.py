@@ -45,6 +45,7 @@ UPSTREAM_ROLE = "service-upstream"
 UPSTREAM_ISSUER = "$upstream"
 """In place of an issuing CA's key identifier, which is hex."""
 _EPOCH = datetime.fromtimestamp(0, UTC)
+_LAST = datetime.max.replace(tzinfo=UTC)
 
 _SIGNATURE = ec.ECDSA(SHA256())
 # The extensions that are understood here; any other one must not be critical (RFC 5280 §4.2).
@@ -292,7 +293,7 @@ def _check_clock(peer: Peer, issuer: Issuer, now: datetime, expired_by: timedelt
     if now < since:
         message = f"CLOCK: the certificate of {peer.device_id} is valid from {_at(since)}; here it is {_at(now)}"
         raise PeerRefusedError("not-yet-valid", message, "compare the clocks of this gateway and of the station")
-    if now > until + expired_by:
+    if now > later(until, expired_by):
         message = f"CLOCK: the certificate of {peer.device_id} was valid until {_at(until)}; here it is {_at(now)}"
         if expired_by:
             message += f", more than {expired_by.days} days later, which is as long as it can be renewed"
@@ -303,6 +304,14 @@ def _check_clock(peer: Peer, issuer: Issuer, now: datetime, expired_by: timedelt
             f"until {_at(issuer.not_after)}; here it is {_at(now)}"
         )
         raise PeerRefusedError("issuer-validity", message, "check this gateway's clock, then roll the CA over")
+
+
+def later(moment: datetime, by: timedelta) -> datetime:
+    """Return a moment so much later; what is to have no end, and ends in 9999 (RFC 5280 §4.1.2.5), gets none by that."""
+    try:
+        return moment + by
+    except OverflowError:
+        return _LAST
 
 
 def _at(moment: datetime) -> str:

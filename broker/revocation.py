@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from birthmark.broker.alarms import Alarm
 from birthmark.broker.crl import Crl, CrlRefusedError, read_crl, split_crls
-from birthmark.broker.peer import PeerRefusedError
+from birthmark.broker.peer import PeerRefusedError, later
 from birthmark.device.durable import private_folder, remove_leftovers, write_durably
 from birthmark.device.errors import ConfigurationError, SystemFailureError
 
@@ -175,7 +175,7 @@ class Revocations:
         if peer.cert_serial in crl.serials:
             message = f"the certificate of {peer.device_id} is revoked (CRL {crl.number})"
             raise PeerRefusedError("revoked", message, "`birthmark show` at the station says when and why")
-        if crl.this_update > peer.not_after + expired_by:
+        if crl.this_update > later(peer.not_after, expired_by):
             message = (
                 f"CLOCK: the certificate of {peer.device_id} was valid until {peer.not_after:%F %T} UTC, and the "
                 f"CRL in force is of {crl.this_update:%F %T} UTC; here it is {now:%F %T} UTC"
@@ -221,7 +221,7 @@ class Revocations:
     def _refuses_after(self, crl: Crl) -> datetime:
         if self._settings.fail_closed:
             return crl.next_update
-        return crl.next_update + timedelta(days=self._settings.grace_days)
+        return later(crl.next_update, timedelta(days=self._settings.grace_days))
 
     def _read(self, content: bytes, now: datetime) -> list[Crl]:
         if len(content) > self._settings.max_crl_bytes:

@@ -379,6 +379,15 @@ def test_an_expired_crl_is_an_alarm_first_and_an_outage_only_after_the_grace(tmp
     assert caught.value.reason == "crl-expired"
 
 
+def test_a_crl_and_a_certificate_without_an_end(tmp_path: Path) -> None:
+    revocations = opened(tmp_path)
+    end = dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC)
+    assert install(revocations, pki().issuing.crl([1], next_update=end)).outcome == "installed"
+    revocations.check(dataclasses.replace(peer(), not_after=end), now(), expired_by=30 * DAY)
+    assert revocations.alarms(now()) == []
+    assert revocations.refusing(now()) == frozenset()
+
+
 def test_a_clock_that_went_back_lets_in_nobody_who_has_expired(tmp_path: Path) -> None:
     """What was revoked leaves the CRL after its end: by then the CRL says itself what time it is."""
     revocations = opened(tmp_path)
