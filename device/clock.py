@@ -45,7 +45,6 @@ SET_BACK: Final = timedelta(minutes=5)
 KEPT_EVERY: Final = timedelta(hours=1)
 KEPT_AFTER_CONNECTING: Final = timedelta(minutes=1)
 _MAX_FILE_BYTES: Final = 1024
-_ONE_SECOND: Final = timedelta(seconds=1)
 
 _log = logging.getLogger(__name__)
 
