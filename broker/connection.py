@@ -163,16 +163,18 @@ class Connection:
     def on_data(self, data: bytes) -> None:
         """Read packets, and act on them one by one until one ends the connection."""
         self._is_active = True
+        violation = ""
         try:
-            packets = self._reader.feed(data)
+            try:
+                packets = self._reader.feed(data)
+            except MalformedPacketError as error:
+                packets, violation = error.before, error.cause
             if self._meter is not None:
                 self._weigh(self._meter, packets, len(data))
             self._handle(packets)
-        except MalformedPacketError as error:
-            self._handle(error.before)
-            if not self._is_done:
+            if violation and not self._is_done:
                 self._gateway.counters.malformed += 1
-                self._violated(error.cause)
+                self._violated(violation)
         except Exception:  # noqa: BLE001 - said and counted, never passed over
             # A defect of ours: this client must not go on in a state that nobody planned; all others do.
             self._log.defect()

@@ -141,12 +141,15 @@ class Link:
 
     def on_data(self, data: bytes) -> None:
         """Read packets, and act on them."""
-        self._has_heard = True
+        self._has_heard, violation = True, ""
         try:
-            self._handle(self._reader.feed(data))
-        except MalformedPacketError as error:
-            self._handle(error.before)
-            self._violated(error.cause)
+            try:
+                packets = self._reader.feed(data)
+            except MalformedPacketError as error:
+                packets, violation = error.before, error.cause
+            self._handle(packets)
+            if violation:
+                self._violated(violation)
         except Exception:  # noqa: BLE001 - said and counted, never passed over
             _log.exception("a defect ended the connection to the upstream %s", self._above.settings.name)
             self._exchange.counters.defects += 1

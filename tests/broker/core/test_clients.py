@@ -298,6 +298,21 @@ def test_the_gateway_takes_its_own_messages(gateway: RunningGateway) -> None:
     assert len(taken) == 1, "the policy decides first"
 
 
+@pytest.mark.parametrize("behind", [b"", b"\0"], ids=["alone", "before what is no packet"])
+def test_a_defect_ends_the_connection_that_met_it_and_no_other(gateway: RunningGateway, behind: bytes) -> None:
+    def defect(*_: object) -> None:
+        raise ZeroDivisionError
+
+    other = gateway.client("sensor-2")
+    gateway.call(gateway.broker.on_gateway_message, "devices/sensor-1/telemetry/#", defect)
+    device = gateway.client("sensor-1")
+    device.send(mqtt.publish("devices/sensor-1/telemetry/x", b"1") + behind)
+    assert device.read_end() == []
+    other.ping()
+    assert gateway.broker.counters.defects == 1
+    gateway.broker.counters.defects = 0  # this one was meant
+
+
 def test_what_a_client_calls_itself_is_escaped_in_the_log(
     gateway: RunningGateway, caplog: pytest.LogCaptureFixture
 ) -> None:
