@@ -1,8 +1,8 @@
 """What the log says of a connection: who, from where, and why it came or went.
 
 Whatever a client said is escaped here. What a stranger can cause at will (failed handshakes, refusals) is said
-once in a while for each address and reason, and of the comings and goings of one identity so many in a minute
-(`log_budget.py`), so that nobody fills a gateway's disk.
+once in a while for each reason and address, or network of 64 bits: all of that is one stranger's with IPv6. Of the
+comings and goings of one identity so many are said in a minute (`log_budget.py`). Nobody fills a gateway's disk.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from birthmark.broker.listener import place_of
 from birthmark.broker.tls import handshake_failure
 from birthmark.device.escape import escaped
 
@@ -97,11 +98,11 @@ class ConnectionLog:
 
     def defect(self) -> None:
         """Say, within an exception's handler, that a defect of ours ended the connection."""
-        if self._denials.budget.grants(self.address.rpartition(":")[0], "defects"):
+        if self._denials.budget.grants(place_of(self.address), "defects"):
             _log.exception("a defect ended the connection from %s", self.address)
 
     def _is_due(self, what: str) -> bool:
-        return self._denials.due(f"{self.address.rpartition(':')[0]} {what}")
+        return self._denials.due(f"{place_of(self.address)} {what}")
 
 
 def _hint(hint: str) -> str:

@@ -11,13 +11,12 @@ Rules:
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from birthmark.broker.connection import Connection
-from birthmark.broker.listener import MAX_HANDSHAKES
+from birthmark.broker.listener import place_of
 from birthmark.broker.stream import Flusher, TlsStream
 
 if TYPE_CHECKING:
@@ -28,20 +27,9 @@ if TYPE_CHECKING:
     from birthmark.broker.peer import Peer
 
 TICK_S = 0.25
+MAX_HANDSHAKES = 1_024
 
 _log = logging.getLogger(__name__)
-
-
-def place_of(address: str) -> str:
-    """Where connections are counted together: an IPv4 address, or the 64 bits of an IPv6 network.
-
-    `address` is one as `listener.shown_address` gives it, with its port.
-    """
-    host = address.rpartition(":")[0]
-    if not host.startswith("["):
-        return host
-    network = ipaddress.IPv6Network((host[1:-1].partition("%")[0], 64), strict=False)
-    return str(network)
 
 
 class Connections:

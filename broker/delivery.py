@@ -265,7 +265,7 @@ class Exchange:
     def subscribe(self, session: Session, filters: tuple[tuple[str, int], ...]) -> bytes:
         """Subscribe, as far as allowed; return the SUBACK's codes. Retained messages follow with `pump`.
 
-        Of one packet as many filters are looked at as a session may have: a packet of a mebibyte has a quarter of a
+        Of one packet as many filters are looked at as a session may have: one of a mebibyte holds a quarter of a
         million, and all others would wait for what is decided and looked up for each.
         """
         codes, limit = bytearray(), self.limits.max_subscriptions

@@ -1,10 +1,8 @@
-"""The listening sockets: accepts, bounds, and hands over TLS streams that have begun their handshake.
+"""The listening sockets: accepts, and hands over sockets that TLS is wrapped around, its handshake still to come.
 
 Rules:
 
 - An occupied port or an unknown host is a `SystemFailureError` with a hint, before anything listens.
-- Handshakes under way are at most `MAX_HANDSHAKES`: the oldest makes room for a newcomer, so that somebody
-  who opens sockets and says nothing keeps nobody else out.
 - Out of file descriptors (EMFILE and its kin), accepting pauses for `ACCEPT_PAUSE_S`; nothing spins or dies.
 - At most `MAX_ACCEPTS_PER_EVENT` connections are taken before the sessions have their turn.
 """
@@ -13,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import socket
 import sys
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 BACKLOG = 1_024
 MAX_ACCEPTS_PER_EVENT = 32
-MAX_HANDSHAKES = 1_024
 ACCEPT_PAUSE_S = 0.5
 IDLE_PROBE_S = 120
 """TCP's own keepalive: a peer that vanished is noticed even where MQTT's keepalive is long."""
@@ -92,6 +90,18 @@ def shown_address(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
+def place_of(address: str) -> str:
+    """Where connections are counted together: an IPv4 address, or the 64 bits of an IPv6 network.
+
+    `address` is one as `shown_address` gives it, with its port.
+    """
+    host = address.rpartition(":")[0]
+    if not host.startswith("["):
+        return host
+    network = ipaddress.IPv6Network((host[1:-1].partition("%")[0], 64), strict=False)
+    return str(network)
+
+
 class Listener:
     """Accepts on bound sockets.
 
@@ -99,7 +109,7 @@ class Listener:
         loop: the running loop.
         sockets: bound and listening.
         context: for the server's side of TLS; replaced by `set_context` when credentials change.
-        on_accept: takes the wrapped socket and the peer's address; returns whether it has room for it.
+        on_accept: takes the wrapped socket and the peer's address.
     """
 
     def __init__(

@@ -307,7 +307,7 @@ def _check_clock(peer: Peer, issuer: Issuer, now: datetime, expired_by: timedelt
 
 
 def later(moment: datetime, by: timedelta) -> datetime:
-    """Return a moment so much later; what is to have no end, and ends in 9999 (RFC 5280 §4.1.2.5), gets none by that."""
+    """Return a moment so much later, or the last there is: what has no end ends in 9999 (RFC 5280 §4.1.2.5)."""
     try:
         return moment + by
     except OverflowError:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from birthmark.broker import log_budget
+from birthmark.broker.connection_log import ConnectionLog
+from birthmark.broker.denials import Denials
 from birthmark.broker.log_budget import MAX_LINES, WINDOW_S, LogBudget
 
 if TYPE_CHECKING:
@@ -46,6 +49,17 @@ def test_what_was_withheld_is_said_with_the_next_line(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO):
         budget.grants("sensor-1", "denied")
     assert len(caplog.records) == 1, "nothing was withheld this time"
+
+
+def test_a_stranger_with_a_network_of_addresses_is_one_stranger(caplog: pytest.LogCaptureFixture) -> None:
+    denials = Denials(Clock())
+    for number in range(1_000):
+        log = ConnectionLog(f"[2001:db8::{number:x}]:50112", denials)
+        log.handshake_failed(ssl.SSLEOFError())
+        log.timed_out("no TLS handshake")
+    assert len(caplog.records) == 1, "and the time-out below a warning"
+    ConnectionLog("[2001:db8:0:1::1]:50112", denials).handshake_failed(ssl.SSLEOFError())
+    assert len(caplog.records) == 2
 
 
 def test_the_quietest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from support.mqtt_gateway import running_gateway
 from support.repository import ROOT
 
 from birthmark.broker.config import Limits, QueueFull
-from birthmark.broker.connections import place_of
+from birthmark.broker.listener import place_of
 from birthmark.broker.peer import Peer, upstream_peer
 from birthmark.broker.rate import MAX_METERS, Meters, TokenBucket
 from birthmark.broker.retained import Retained, RetainedStore

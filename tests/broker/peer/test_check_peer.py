@@ -259,7 +259,7 @@ def test_both_ends_of_the_validity_count() -> None:
 
 
 def test_one_without_an_end_is_let_in_to_renew_as_well() -> None:
-    """RFC 5280 §4.1.2.5 and IEEE 802.1AR: its end is the last second of the year 9999, and no grace goes past that."""
+    """Its end is the last second of the year 9999 (RFC 5280 §4.1.2.5, IEEE 802.1AR); no grace goes past that."""
     issued = pki().issuing.issue(not_after=dt.datetime(9999, 12, 31, 23, 59, 59, tzinfo=dt.UTC))
     assert check_peer(issued.der, trust(), now())
     assert check_peer(issued.der, trust(), now(), expired_by=30 * DAY).for_renewal
