@@ -131,8 +131,11 @@ def _answer(fd: int, agent: Answering, answers: Iterator[bytes], stop: Stop, wor
     while True:
         if agent.busy():
             work = worker.submit(next, answers, None)
-            while wait([work], timeout=BUSY_EVERY_S).not_done:
-                _write(fd, agent.busy(), stop)
+            try:
+                while wait([work], timeout=BUSY_EVERY_S).not_done:
+                    _write(fd, agent.busy(), stop)
+            finally:
+                wait([work])  # the port may be gone: what runs cannot be closed, and may not be left half done
             answer = work.result()
         else:
             answer = next(answers, None)

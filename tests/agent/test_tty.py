@@ -160,6 +160,32 @@ def test_a_hangup_ends_it(tmp_path: Path, pty: Pty) -> None:
         assert isinstance(serving.error, PortLostError)
 
 
+def test_a_hangup_in_the_middle_of_work_waits_for_its_end(
+    tmp_path: Path, pty: Pty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs cannot be closed: the agent would end over that, and nobody would answer the next station."""
+    at_work, may_go_on = threading.Event(), threading.Event()
+
+    def slow_key() -> PrivateKey:
+        at_work.set()
+        assert may_go_on.wait(PATIENCE_S)
+        return keys.make_key()
+
+    def lost(_fd: int, data: bytes, _stop: Stop) -> None:
+        if at_work.is_set():
+            may_go_on.set()
+            raise PortLostError("could not write to the port: it is unplugged")
+        assert data
+
+    monkeypatch.setattr("birthmark.device.agent.tty.BUSY_EVERY_S", 0.01)
+    monkeypatch.setattr("birthmark.device.agent.tty._write", lost)
+    with served(pty, tmp_path, slow_key) as serving:
+        os.write(pty.master, frame(KEYGEN, 1, 1, b"\xa1\x01\x50" + bytes(16)))
+        serving.join()
+        assert isinstance(serving.error, PortLostError)
+        assert (tmp_path / "pending").exists()
+
+
 def test_a_stop_ends_it_at_once(tmp_path: Path, pty: Pty) -> None:
     with served(pty, tmp_path) as serving:
         serving.stop.set()
