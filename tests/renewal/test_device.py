@@ -34,7 +34,6 @@ from birthmark.device.renewal.proofs import anchors_transcript
 from birthmark.device.renewal.schedule import due_at
 from birthmark.device.renewal.store import RenewalStore
 from birthmark.provisioning.renewal import Renewals
-from birthmark.provisioning.retirement import RETIREMENTS, retire_due
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -155,11 +154,7 @@ def test_cut_off_after_the_station_confirmed_and_away_until_the_old_one_is_revok
     state, watching = stand.device("away"), Renewing()
     (answer,) = Renewals(stand.station).answer([stand.grant(state)])
     assert answer.outcome == "confirmed"
-    with stand.station.registry.transaction() as transaction:
-        for key, note in transaction.notes(RETIREMENTS).items():
-            transaction.put_note(RETIREMENTS, key, {**note, "due": 0})
-    retire_due(stand.station)
-    stand.bring_crl()
+    stand.retire_now()
     with client(state, watching) as device:
         watching.wait_for_state("renewed")
         device.publish(device.telemetry("x"), b"1", wait=20)

@@ -25,7 +25,6 @@ from birthmark.device.renewal.store import RenewalStore
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.renewal import Asked, Renewals
 from birthmark.provisioning.renewal_seal import Seals
-from birthmark.provisioning.retirement import RETIREMENTS, retire_due
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,15 +89,6 @@ def only_to(kind: str, *told: dict[str, Any]) -> Lie:
     return lie
 
 
-def retire_the_old(stand: Stand) -> None:
-    """Have what was replaced revoked, on a CRL that the gateway has."""
-    with stand.station.registry.transaction() as transaction:
-        for key, note in transaction.notes(RETIREMENTS).items():
-            transaction.put_note(RETIREMENTS, key, {**note, "due": 0})
-    retire_due(stand.station)
-    stand.bring_crl()
-
-
 REFUSED = {"outcome": "refused", "reason": "no such renewal"}
 
 
@@ -118,7 +108,7 @@ def test_a_confirmed_certificate_is_kept_whatever_is_said_of_it(
         eventually(lambda: between.count("confirm") >= 2, f"it asks again; there was {watching.events}")
         watching.wait_for_state("failed")
     assert "rolled-back" not in watching.states
-    retire_the_old(stand)
+    stand.retire_now()
     with Between(stand, honest), client_started(state, back := Renewing()) as device:
         back.wait_for_state("renewed")
         device.publish(device.telemetry("x"), b"1", wait=20)

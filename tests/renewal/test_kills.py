@@ -14,16 +14,23 @@ from typing import TYPE_CHECKING
 import pytest
 from support.patience import PATIENCE_S
 from support.renewal_stand import Stand
-from support.renewing_client import Renewing, client
+from support.renewing_client import SOON, Renewing, client
 from support.waiting import eventually
 
+from birthmark.device.backoff import RetryTimer
 from birthmark.device.credentials import Credentials
+from birthmark.device.errors import RefusedError
+from birthmark.device.renewal import making
+from birthmark.device.renewal.schedule import Pace
 from birthmark.provisioning.registry.model import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from support.renewal_stand import Renewd
+
+    from birthmark.device.agent.slots import Slot
+    from birthmark.device.renewal.messages import RenewalRequest
 
 KILLS = Path(__file__).parents[1] / "support" / "renewal_kills.py"
 WHOLE = os.environ.get("BIRTHMARK_PROOF") == "whole"
@@ -87,6 +94,46 @@ def test_the_service_and_the_broker_are_killed_at_every_word(tmp_path: Path) -> 
         finally:
             for service in services:
                 service.kill()
+
+
+def test_the_gateway_is_killed_between_the_grant_and_the_confirmation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The confirmation goes out by the old certificate, which is to be retired: the device must not stay on it."""
+    watching, held, go_on = Renewing(), threading.Event(), threading.Event()
+    confirmation = making.confirmation
+
+    def wait_s(shortest_s: float, _longest_s: float) -> float:
+        if "failed" in watching.states:  # it has gone back to the old one
+            held.set()
+            assert go_on.wait(PATIENCE_S)
+        return shortest_s
+
+    with Stand(tmp_path) as stand, stand.renewd() as first:
+        state = stand.device()
+
+        def killed_before_it(slot: Slot) -> RenewalRequest:
+            stand.kill_broker()  # the device is connected with the new one, and has not written a byte of this
+            return confirmation(slot)
+
+        monkeypatch.setattr(making, "confirmation", killed_before_it)
+        retry = RetryTimer(wait_s, unreachable=SOON, refused=SOON)
+        with client(state, watching, retry=retry, renewal_pace=Pace(PATIENCE_S, repeat=SOON)) as device:
+            device.renew()
+            assert held.wait(PATIENCE_S)
+            first.kill()
+            stand.start_broker()
+            with stand.renewd():
+                go_on.set()
+                watching.wait_for_state("renewed")
+                assert watching.states.count("confirming") == 1, "asked again, by the new one"
+                check(stand, state, "sensor-17")
+                stand.retire_now()
+                device.publish(device.telemetry("x"), b"1", wait=PATIENCE_S)
+        assert Credentials.from_folder(state).leaf_der == stand.live().certificate_der
+        assert [row.is_revoked for row in stand.rows()] == [True, False]
+        refused = [event for event in watching.events if getattr(event, "error", None).__class__ is RefusedError]
+        assert not refused, "it went by what is retired"
 
 
 @pytest.mark.proof

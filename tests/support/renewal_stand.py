@@ -34,6 +34,7 @@ from birthmark.device.renewal.store import RenewalStore
 from birthmark.provisioning.crls import sign_and_store_crl
 from birthmark.provisioning.issuing import issue_broker, issue_operator
 from birthmark.provisioning.renewal import Asked, Renewals
+from birthmark.provisioning.retirement import RETIREMENTS, retire_due
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -235,6 +236,14 @@ class Stand:
         part.replace(self.crl_path)
         receipt = self.crl_path.with_name("crl.pem.receipt")
         eventually(lambda: crls.current.sha256 in receipt.read_text(), "the gateway's receipt")
+
+    def retire_now(self) -> None:
+        """Revoke what was replaced without waiting for its grace, and bring that to the gateway."""
+        with self.station.registry.transaction() as transaction:
+            for key, note in transaction.notes(RETIREMENTS).items():
+                transaction.put_note(RETIREMENTS, key, {**note, "due": 0})
+        retire_due(self.station)
+        self.bring_crl()
 
     def birthmark(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the station that goes to the gateway as the renewal service."""

@@ -37,7 +37,7 @@ class Renewing(Watching):
 
 def client(state: Path, watching: Watching, **options: Any) -> Client:
     retry = RetryTimer(unreachable=SOON, refused=SOON)
-    return Client.from_folder(state, observe=watching, retry=retry, renewal_pace=QUICK, **options)
+    return Client.from_folder(state, observe=watching, **{"retry": retry, "renewal_pace": QUICK, **options})
 
 
 @contextlib.contextmanager
