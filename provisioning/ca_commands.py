@@ -15,9 +15,9 @@ from birthmark.provisioning.options import (
     add_root_passphrase_option,
     add_station_option,
     open_station,
-    passphrase_for_root,
+    root_passphrase,
 )
-from birthmark.provisioning.passphrase import NEW_VARIABLE, PassphraseSource
+from birthmark.provisioning.passphrase import NEW_VARIABLE, ROOT_PROMPT, PassphraseSource
 from birthmark.provisioning.passphrase_change import change_passphrase
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ birthmark ca detach-root --to /media/safe --root-passphrase-fd 3 3< root-passphr
 
 def _detach_root(arguments: argparse.Namespace, console: Console) -> None:
     station = open_station(arguments)
-    passphrase = passphrase_for_root(arguments, station)
+    passphrase = root_passphrase(arguments)
     for done in detach_roots(station, arguments.to, passphrase, same_disk=arguments.same_disk):
         record = {"root": done.root.key_id, "root_key": str(done.path), "newly": done.newly}
         again = "" if done.newly else " (it was moved before)"
@@ -173,7 +173,8 @@ def _passphrase(arguments: argparse.Namespace, console: Console) -> None:
         confirm=True,
         option="--new-passphrase-fd",
     )
-    old = passphrase_for_root(arguments, station) if kind is CaKind.ROOT else station.read_passphrase()
+    old = root_passphrase(arguments) if kind is CaKind.ROOT else None
+    old = old or station.read_passphrase(prompt=ROOT_PROMPT if kind is CaKind.ROOT else "")
     for done in change_passphrase(station, kind, old, new.read(), path=arguments.root_key):
         record = {"ca": done.ca.key_id, "kind": kind.value, "path": str(done.path), "newly": done.newly}
         again = "" if done.newly else " (it did before)"

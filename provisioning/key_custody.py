@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from birthmark.device.durable import remove_leftovers, sync_folder, write_durably
 from birthmark.device.errors import AuthorityError, ConfigurationError
 from birthmark.device.escape import quoted
-from birthmark.provisioning import keyfile, profile
+from birthmark.provisioning import keyfile
 from birthmark.provisioning.cas import SHORT, put_ca, read_cas
 
 if TYPE_CHECKING:
@@ -39,13 +39,15 @@ class Detached:
     """Whether it was still at the station."""
 
 
-def detach_roots(station: Station, folder: Path, passphrase: bytes, *, same_disk: bool = False) -> list[Detached]:
+def detach_roots(
+    station: Station, folder: Path, passphrase: bytes | None, *, same_disk: bool = False
+) -> list[Detached]:
     """Move the keys of all roots that are trusted to `folder`.
 
     Args:
         station: whose.
         folder: a folder on another medium, mounted so that nobody else can read it.
-        passphrase: the roots'.
+        passphrase: the roots'; None: as in `Station.open_root`.
         same_disk: take a folder on the station's own file system as well.
 
     Raises:
@@ -99,13 +101,13 @@ def _check_folder(station: Station, folder: Path, *, same_disk: bool) -> None:
         )
 
 
-def _detach(station: Station, root: Ca, folder: Path, passphrase: bytes) -> Detached:
+def _detach(station: Station, root: Ca, folder: Path, passphrase: bytes | None) -> Detached:
     source = station.key_path(root)
     target = folder.absolute() / source.name
     here = source.exists()
     if here:
         content = source.read_bytes()
-        _check_key(root, source, passphrase)
+        station.open_root(root, passphrase, source)
         station.note_unlock(root, source)
         _copy(content, target)
     elif not target.exists():
@@ -114,7 +116,7 @@ def _detach(station: Station, root: Ca, folder: Path, passphrase: bytes) -> Deta
             hint="it was moved before: `birthmark audit show --action detach-root` says where to",
         )
     _drop_cached(target)
-    _check_key(root, target, passphrase)
+    station.open_root(root, passphrase, target)
     if here:
         # Before it is removed, so that no key is ever gone without a word of where it went.
         with station.registry.transaction() as transaction:
@@ -135,10 +137,6 @@ def _copy(content: bytes, target: Path) -> None:
             f"could not move the root's key to {target}: there is another file", hint="move that one away first"
         )
     write_durably(target, content, mode=keyfile.KEY_FILE_MODE)
-
-
-def _check_key(root: Ca, path: Path, passphrase: bytes) -> None:
-    profile.Issuer(root.certificate, keyfile.read_key(path, passphrase, whose=f"the root CA {root.short}"))
 
 
 def _drop_cached(path: Path) -> None:

@@ -46,6 +46,10 @@ KEY_FILE_MODE: Final = 0o400
 _OTHERS: Final = 0o077
 
 
+class WrongPassphraseError(AuthorityError):
+    """A passphrase that does not open a key file."""
+
+
 def encrypted_pem(private_key: EllipticCurvePrivateKey, passphrase: bytes, derivation: KeyDerivation) -> bytes:
     """Return the key as an encrypted PKCS#8 PEM block.
 
@@ -120,8 +124,8 @@ def read_key(
     """Read and decrypt a CA's key; `whose` names the CA in errors ("the issuing CA"), the other two are hints.
 
     Raises:
-        AuthorityError: the file is missing, unreadable, open to others or no such key, or the passphrase is
-            wrong.
+        WrongPassphraseError: the passphrase does not open it.
+        AuthorityError: the file is missing, unreadable, open to others or no such key.
     """
     what = f"could not unlock {whose}'s key {path}"
     try:
@@ -142,7 +146,9 @@ def read_key(
     except TypeError as error:
         raise AuthorityError(f"{what}: no passphrase was given", hint="set BIRTHMARK_PASSPHRASE") from error
     except ValueError as error:
-        raise AuthorityError(f"{what}: the passphrase is wrong, or the file is damaged", hint=if_wrong) from error
+        raise WrongPassphraseError(
+            f"{what}: the passphrase is wrong, or the file is damaged", hint=if_wrong
+        ) from error
     if not isinstance(key, EllipticCurvePrivateKey) or not isinstance(key.curve, SECP256R1):
         raise AuthorityError(f"{what}: it is no P-256 key", hint="restore it from a backup")
     return key

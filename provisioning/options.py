@@ -13,7 +13,7 @@ from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import UsageError
 from birthmark.device.options import taken_from_options, timeout
 from birthmark.provisioning.ca_keys import MODULE_VARIABLE, PIN_SOURCE, TokenPlace
-from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_PROMPT, ROOT_VARIABLE, PassphraseSource
+from birthmark.provisioning.passphrase import PIN_VARIABLE, ROOT_VARIABLE, PassphraseSource
 from birthmark.provisioning.places import FOLDER_VARIABLE, PASSPHRASE_VARIABLE, default_folder
 from birthmark.provisioning.settings import TokenSettings
 from birthmark.provisioning.station import Station
@@ -150,11 +150,6 @@ def token_settings(uri: TokenUri) -> TokenSettings:
     """Return what a URI says of this machine, and the environment where it says nothing of the module."""
     module = uri.module_path or os.environ.get(MODULE_VARIABLE)
     return TokenSettings(Path(module) if module else None, uri.pin_path)
-
-
-def passphrase_for_root(arguments: argparse.Namespace, station: Station) -> bytes:
-    """Return what opens the root's key: its own passphrase if one was given, else the CA's, else what is typed."""
-    return root_passphrase(arguments) or station.read_passphrase(prompt=ROOT_PROMPT)
 
 
 def root_passphrase(arguments: argparse.Namespace) -> bytes | None:

@@ -18,8 +18,8 @@ from birthmark.provisioning.options import (
     add_timeout_option,
     cert_serial,
     open_station,
-    passphrase_for_root,
     revocation_reason,
+    root_passphrase,
 )
 from birthmark.provisioning.revocation import REASONS, Revocation, parse_reason, revoke, revoke_certificate
 
@@ -141,8 +141,7 @@ def _crl(arguments: argparse.Namespace, console: Console) -> int:
                 raise UsageError(f"could not use {option}: it is for the root's own CRL", hint="give --root, too")
     station = open_station(arguments)
     if arguments.root:
-        passphrase = passphrase_for_root(arguments, station)
-        path = sign_root_crl(station, station.root_issuer(passphrase, arguments.root_key))
+        path = sign_root_crl(station, station.root_issuer(root_passphrase(arguments), arguments.root_key))
         console.emit({"root_crl_path": str(path)}, f"the root's CRL is at {path}")
         return 0
     crls = sign_and_store_crl(station)

@@ -125,7 +125,7 @@ def _start(arguments: argparse.Namespace, console: Console) -> int:
     else:
         new = start_issuing(
             station,
-            lambda: RootKey(root_passphrase(arguments) or station.read_passphrase(), arguments.root_key),
+            lambda: RootKey(root_passphrase(arguments), arguments.root_key),
             place=place,
         )
     return _bring(arguments, console, station, new, f"{new.short} is made, to issue next")

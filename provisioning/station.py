@@ -15,7 +15,8 @@ Rules:
 
 - Which CAs there are, and which of them issues, is in the registry (`birthmark.provisioning.cas`), and looked up
   at each use: a command that runs for long issues from a new CA as soon as that is in charge.
-- Nothing here asks for the passphrase, or a token's PIN, before an authority is used; it is asked for once.
+- Nothing here asks for the passphrase, or a token's PIN, before an authority is used; it is asked for once. Where
+  what a person answered does not open a key, since root and issuing CAs have one each, that key's is asked for.
 - A CA's key is given out only when its unlocking is in the audit log: once for each station that is opened, so not
   within a transaction; `signing` is a transaction that has the entry in itself.
 """
@@ -27,6 +28,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -38,7 +40,7 @@ from birthmark.provisioning.actor import actor
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
-from birthmark.provisioning.passphrase import ROOT_VARIABLE, PassphraseSource
+from birthmark.provisioning.passphrase import ROOT_PROMPT, ROOT_VARIABLE, PassphraseSource
 from birthmark.provisioning.places import ISSUING_FILE, KEYS_FOLDER, default_folder
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
@@ -103,6 +105,10 @@ class Station:
         self.clock = clock
         self.tokens = TokenAccess(lambda: self.settings.token, pin)
         self._passphrase = passphrase
+        self._prompts: PassphraseSource | None = None
+        """How to ask a person, once a person was asked for the passphrase."""
+        self._own_passphrases: dict[str, bytes] = {}
+        """By key identifier: of keys that it did not open."""
         self._purpose = purpose
         self._keys: dict[str, EllipticCurvePrivateKey] = {}
         self._untold: dict[str, tuple[Ca, EllipticCurvePrivateKey]] = {}
@@ -259,22 +265,34 @@ class Station:
             self._keys.update((key_id, key) for key_id, (_, key) in told.items())
 
     def root_issuer(
-        self, passphrase: bytes, key_path: Path | None = None, *, root: Ca | None = None
+        self, passphrase: bytes | None, key_path: Path | None = None, *, root: Ca | None = None
     ) -> profile.Issuer:
-        """Unlock a root (the current one if none is named), from wherever its key is kept.
+        """Unlock a root (the current one if none is named), from wherever its key is kept; see `open_root`.
 
-        Raises:
-            AuthorityError: its key is missing or unreadable, or the passphrase is wrong.
+        That it was unlocked is in the audit log when this returns.
         """
         cas = self.cas
         root = root or cas.get(cas.for_clients.root)
         path = key_path or self.key_path(root)
-        if_missing = "is its medium mounted? A root's key that was moved away is named by --root-key FILE"
-        if_wrong = f"try again; a root's passphrase that is its own: {ROOT_VARIABLE}, or --root-passphrase-fd N"
-        key = keyfile.read_key(path, passphrase, whose="the root CA", if_missing=if_missing, if_wrong=if_wrong)
-        issuer = profile.Issuer(root.certificate, key)
+        issuer = self.open_root(root, passphrase, path)
         self.note_unlock(root, path)
         return issuer
+
+    def open_root(self, root: Ca, passphrase: bytes | None, path: Path) -> profile.Issuer:
+        """Open a root's key file, which is then to be put on record, or is not used.
+
+        Args:
+            root: which.
+            passphrase: its own; None: that of the issuing CAs' key files opens it, or a person says what does.
+            path: where its key is.
+
+        Raises:
+            AuthorityError: its key is missing or unreadable, or the passphrase is wrong.
+        """
+        if_missing = "is its medium mounted? A root's key that was moved away is named by --root-key FILE"
+        if_wrong = f"try again; a root's passphrase that is its own: {ROOT_VARIABLE}, or --root-passphrase-fd N"
+        read = partial(keyfile.read_key, path, whose="the root CA", if_missing=if_missing, if_wrong=if_wrong)
+        return profile.Issuer(root.certificate, read(passphrase) if passphrase else self._opened(root, read))
 
     def note_unlock(self, ca: Ca, path: Path | None = None) -> None:
         """Leave word in the audit log that a CA's key was unlocked, and what for; durable when this returns.
@@ -306,6 +324,7 @@ class Station:
         with self._unlocking:
             if not isinstance(self._passphrase, bytes):
                 source = replace(self._passphrase, confirm=confirm)
+                self._prompts = None if source.is_given else self._passphrase
                 self._passphrase = (replace(source, prompt=prompt) if prompt else source).read()
             return self._passphrase
 
@@ -321,7 +340,7 @@ class Station:
         Raises:
             AuthorityError: it is wrong, or there is none.
         """
-        held = [ca for ca in self.cas.signing if not ca.key_uri]
+        held = self._key_files()
         if held:
             self._key_of(held[0])
         return self.read_passphrase(confirm=not held)
@@ -366,7 +385,27 @@ class Station:
 
     def _file_key(self, ca: Ca) -> EllipticCurvePrivateKey:
         whose = "the issuing CA" if ca.kind is CaKind.ISSUING else "the root CA"
-        return keyfile.read_key(self.key_path(ca), self.read_passphrase(), whose=whose)
+        return self._opened(ca, partial(keyfile.read_key, self.key_path(ca), whose=whose))
+
+    def _opened(self, ca: Ca, read: Callable[[bytes], EllipticCurvePrivateKey]) -> EllipticCurvePrivateKey:
+        """Read a key file with the passphrase; a person whose answer does not open it is asked for its own."""
+        with self._unlocking:
+            shared = self.read_passphrase(prompt=ROOT_PROMPT if ca.kind is CaKind.ROOT else "")
+            try:
+                return read(self._own_passphrases.get(ca.key_id, shared))
+            except keyfile.WrongPassphraseError:
+                if self._prompts is None:
+                    raise
+            own = replace(self._prompts, prompt=f"Passphrase of the {ca.kind} CA {ca.short}: ").read()
+            key = read(own)
+            self._own_passphrases[ca.key_id] = own
+            if ca.kind is CaKind.ISSUING or not self._key_files():
+                self._passphrase = own  # that of the next issuing CA's key file, too
+            return key
+
+    def _key_files(self) -> list[Ca]:
+        """Return the issuing CAs whose keys are in files."""
+        return [ca for ca in self.cas.signing if not ca.key_uri]
 
     def _token_key(self, ca: Ca) -> TokenKey:
         uri = TokenUri.parse(ca.key_uri)

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 class RootKey:
     """Where a root's key is, and what opens it."""
 
-    passphrase: bytes = field(repr=False)
+    passphrase: bytes | None = field(default=None, repr=False)
+    """None: that of the issuing CAs' key files, or what a person says."""
     path: Path | None = None
     """None: at the station."""
 
@@ -106,8 +107,7 @@ def start_root(
                 raise refused("start the next root", "an issuing CA is being replaced", "finish that first")
             started = cas.get(new.root)
             if station.key_path(started).exists():
-                own = passphrase or station.read_passphrase()
-                sign_root_crl(station, station.root_issuer(own, root=started))
+                sign_root_crl(station, station.root_issuer(passphrase, root=started))
             return new
         _check_room(cas, CaKind.ROOT)
         _check_room(cas, CaKind.ISSUING)
