@@ -123,8 +123,9 @@ def test_init_refuses_settings_that_cannot_be_used(
 ) -> None:
     birthmark.folder = tmp_path / "new"
     answer = birthmark("init", option, value)
-    assert answer.exit_code == 1
-    assert answer.stderr.startswith("error: could not use ") or "role" in answer.stderr
+    assert answer.exit_code == 2
+    causes = ("error: could not use ", "error: could not give a device the role ")
+    assert answer.stderr.startswith(causes) or f"error: argument {option}: " in answer.stderr
     assert not birthmark.folder.exists()
 
 
