@@ -180,10 +180,10 @@ def back_up(
     check_target(path, station.folder)
     started_at = station.clock()
     # What the registry holds may be much: it is on its way in a file without a name, and in memory bit by bit.
-    with tempfile.TemporaryFile(dir=path.parent) as content:
+    with naming("write", path), tempfile.TemporaryFile(dir=path.parent) as content:
         manifest, parts = _taken(station, started_at, _extra_parts(extra), content)
         remove_leftovers(path.parent, path.name)
-        with durable_file(path) as file, naming("write", path):
+        with durable_file(path) as file:
             encrypting = Encrypting(file, passphrase, cost_log2=cost_log2)
             with tarfile.open(fileobj=encrypting, mode="w|", format=tarfile.PAX_FORMAT) as archive:
                 for part in parts:
@@ -329,6 +329,9 @@ def naming(verb: str, path: Path) -> Iterator[None]:
         raise BackupError(
             f"could not {verb} the backup {path}: there is not enough memory for its passphrase"
         ) from error
+    except OSError as error:  # a write to a descriptor that finds no room names no file
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _row_count(content: bytes) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import stat
 import subprocess
 import sys
@@ -51,6 +52,20 @@ def written(path: Path, *members: tuple[str, bytes]) -> Path:
 
 def manifest(*files: str) -> bytes:
     return Manifest(datetime.now(UTC), "test@host", "Acme", files).to_bytes()
+
+
+def test_a_backup_that_finds_no_room_is_named_and_not_there(living: Station, tmp_path: Path) -> None:
+    folder = tmp_path / "medium"
+    folder.mkdir()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            backed_up(living, folder / "backup.age")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert full.value.filename == str(folder / "backup.age")
+    assert list(folder.iterdir()) == []
 
 
 def test_everything_that_is_the_stations_is_in_it_and_age_and_tar_open_it(living: Station, tmp_path: Path) -> None:
