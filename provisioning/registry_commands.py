@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from birthmark.device.console import Console, Parser, command
+from birthmark.device.console import INTERRUPTED, Console, Parser, command
 from birthmark.provisioning import registry_file_commands
 from birthmark.provisioning.migration import migrate
 from birthmark.provisioning.options import add_station_option, open_station
 from birthmark.provisioning.registry.opening import setting_from
+from birthmark.provisioning.settings import read_settings
 
 if TYPE_CHECKING:
     import argparse
+
+    from birthmark.provisioning.settings import RegistrySetting
+    from birthmark.provisioning.station import Station
 
 PROGRESS_S: Final = 2.0
 """How often somebody who waits is told how far it is."""
@@ -51,8 +55,20 @@ birthmark registry migrate tinydb""",
     parser.add_argument("url", metavar="URL", help="a database that has no registry in it, or `tinydb`")
 
 
-def _migrate(arguments: argparse.Namespace, console: Console) -> None:
+def _migrate(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
+    to = setting_from(arguments.url, log=station.settings.registry.log)
+    try:
+        _moved(station, to, console)
+    except KeyboardInterrupt:
+        is_moved = read_settings(station.settings_path).registry == to
+        told = "it has moved" if is_moved else "the registry is where it was; the same command again moves it"
+        console.emit({"event": "interrupted", "moved": is_moved}, f"interrupted: {told}")
+        return INTERRUPTED
+    return 0
+
+
+def _moved(station: Station, to: RegistrySetting, console: Console) -> None:
     told_s = time.monotonic()
 
     def tell(what: str, rows: int) -> None:
@@ -61,7 +77,7 @@ def _migrate(arguments: argparse.Namespace, console: Console) -> None:
             told_s = time.monotonic()
             console.say(f"{what}: {rows:,} rows")
 
-    moved = migrate(station, setting_from(arguments.url, log=station.settings.registry.log), tell=tell)
+    moved = migrate(station, to, tell=tell)
     console.facts(
         {"registry": moved.after, "before": moved.before, "rows": moved.rows, "verified_sha256": moved.digest}
     )

@@ -11,10 +11,10 @@ from support.patience import PATIENCE_S
 from support.station import Clock, Command, enrolled_row, keyed_row, new_station
 
 from birthmark.device.errors import ConfigurationError, RegistryError
-from birthmark.provisioning import audit, audit_check
+from birthmark.provisioning import audit, audit_check, migration, registry_commands
 from birthmark.provisioning.gateway_settings import Gateway
 from birthmark.provisioning.line.batches import open_batch
-from birthmark.provisioning.migration import migrate
+from birthmark.provisioning.migration import Migration, migrate
 from birthmark.provisioning.registry.content import META, UNFINISHED
 from birthmark.provisioning.registry.line import Quarantined
 from birthmark.provisioning.registry.model import Kind, State
@@ -274,3 +274,32 @@ def test_the_command(birthmark: Command, living: Station) -> None:
     assert birthmark("registry", "migrate", "tinydb").exit_code == 0
     listed = birthmark("list", "--json").records
     assert [(row["name"], row["revoked"]) for row in listed] == [("sensor-1", "keyCompromise")]
+
+
+@pytest.mark.parametrize("stage", ["copied", "verified", "moved"])
+def test_who_interrupts_a_move_is_told_where_the_registry_is(
+    birthmark: Command, living: Station, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    furnish(living)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def until(what: str, _rows: int) -> None:
+        if what == stage:
+            stopped()
+
+    def interrupted(station: Station, to: RegistrySetting, **_: object) -> Migration:
+        return migrate(station, to, tell=until)
+
+    with monkeypatch.context() as patch:
+        if stage == "moved":
+            patch.setattr(migration, "append_missing", stopped)
+        else:
+            patch.setattr(registry_commands, "migrate", interrupted)
+        answer = birthmark("registry", "migrate", SQLITE, "--json")
+    assert (answer.exit_code, answer.records) == (130, [{"event": "interrupted", "moved": stage == "moved"}])
+    with Station.open(living.folder).registry.view() as view:
+        assert view.live_by_name("made") is not None
+    again = birthmark("registry", "migrate", SQLITE)
+    assert again.exit_code == (1 if stage == "moved" else 0)
