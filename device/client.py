@@ -37,7 +37,7 @@ from birthmark.device.credentials import Credentials
 from birthmark.device.dispatch import Dispatcher
 from birthmark.device.errors import ConfigurationError, IdentityError, LocalProtocolError, UnreachableError
 from birthmark.device.escape import escaped
-from birthmark.device.events import Connected, Event, HandlerFailed
+from birthmark.device.events import AttemptFailed, Connected, Event, HandlerFailed
 from birthmark.device.handlers import Handlers
 from birthmark.device.identity import DeviceId
 from birthmark.device.keepalive import Keepalive
@@ -633,6 +633,8 @@ class Client:
         self._worker.wake()
 
     def _observed(self, event: Event) -> None:
+        if isinstance(event, AttemptFailed) and self._renewer is not None:
+            event = event.changed(renews=self._renewer.asks_apart_after(event.error))
         if self._recorder is not None:
             self._recorder.take(event)
         if self._time_asking is not None and isinstance(event, Connected):

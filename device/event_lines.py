@@ -64,12 +64,12 @@ def show(console: Console, event: Event, *, is_last: bool = False) -> None:
             _failed(console, "disconnected", event.error, None if is_last else event.retry_in_s)
         case AttemptFailed():
             kind = "refused" if isinstance(event.error, RefusedError) else "unreachable"
-            _failed(console, kind, event.error, None if is_last else event.retry_in_s)
+            _failed(console, kind, event.error, None if is_last else event.retry_in_s, renews=event.renews)
         case SubscriptionDenied():
             say(console, "denied", event.in_words(), filter=escaped(event.topic_filter))
         case RenewalChanged():
             shown = escaped(event.detail, LONGEST_WARNING)
-            then = "" if event.retry_in_s is None else f"\n          next attempt in {event.retry_in_s:.0f} s"
+            then = "" if event.retry_in_s is None else f"\n          next attempt within {event.retry_in_s:.0f} s"
             say(
                 console,
                 "renewal",
@@ -111,8 +111,11 @@ def say(console: Console, name: str, text: str, /, **facts: Any) -> None:
     console.emit({"event": name, "at": now.isoformat(timespec="milliseconds"), **facts}, line)
 
 
-def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_s: float | None) -> None:
-    then = "" if retry_in_s is None else f"\n          {_next(error, retry_in_s)}"
+def _failed(
+    console: Console, name: str, error: ConnectionFailedError, retry_in_s: float | None, *, renews: bool = False
+) -> None:
+    first = "renewing at the renewal listener now; else the " if renews else ""
+    then = "" if retry_in_s is None else f"\n          {first}{_next(error, retry_in_s)}"
     say(
         console,
         name,
@@ -121,6 +124,7 @@ def _failed(console: Console, name: str, error: ConnectionFailedError, retry_in_
         reason=error.message,
         hint=error.hint,
         retry_in_s=None if retry_in_s is None else round(retry_in_s, 3),
+        **({"renews": True} if renews else {}),
     )
 
 

@@ -41,6 +41,8 @@ class AttemptFailed(Frozen):
 
     error: ConnectionFailedError
     retry_in_s: float
+    renews: bool = False
+    """Whether our certificate, which has expired, is renewed meanwhile: with a new one we connect at once."""
 
 
 class SubscriptionDenied(Frozen):
@@ -76,7 +78,7 @@ class RenewalChanged(Frozen):
     detail: str
     """For people; what others have said in it is not escaped."""
     retry_in_s: float | None = None
-    """When the next attempt is made, if this one did not succeed."""
+    """When the next attempt is made at the latest, if this one did not succeed."""
 
 
 OutboxCondition = Literal["waiting", "drained", "dropping", "failing", "working", "set-aside"]

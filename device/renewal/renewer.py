@@ -157,6 +157,13 @@ class Renewer:
         """Renew as soon as there is a connection, whenever it is due."""
         self._inbox.put(lambda: self._renew_within(0.0))
 
+    def asks_apart_after(self, error: ConnectionFailedError) -> bool:
+        """Whether an attempt that ended like this has the gateways' renewal listener asked, for it has expired."""
+        current = self._current
+        if current is None or self._candidate is not None or not isinstance(error, RefusedError):
+            return False
+        return error.check == Check.EXPIRED or self._clock.now() > current.facts.not_after
+
     # What follows runs on the renewal's thread.
 
     def _run(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +93,16 @@ def test_a_fleet_that_lost_its_gateway_comes_back_spread_out() -> None:
         assert shown.all_back_s <= outage_s + 130
     at_once = stampede.back_after(0.0, devices=1000, seed=1, first_s=0.1)
     assert at_once.busiest_second > 900  # the figure sees a stampede
+
+
+def test_a_line_says_that_something_else_is_done_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """A certificate that has expired is renewed at once, at another port: nobody waits for the next attempt."""
+    expired = RefusedError("no", check=Check.EXPIRED)
+    event_lines.show(Console(as_json=False), AttemptFailed(expired, 24.0, renews=True))
+    last = capsys.readouterr().out.splitlines()[-1].strip()
+    assert last == "renewing at the renewal listener now; else the next attempt in 24.0 s"
+    event_lines.show(Console(as_json=True), AttemptFailed(expired, 24.0, renews=True))
+    assert json.loads(capsys.readouterr().out)["renews"] is True
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def test_an_expired_device_renews_on_the_listener_for_that(stand: Stand, renewd:
     with client_started(state, watching, renewal_port=stand.renewal_port) as device:
         watching.wait_for_state("renewed")
         device.publish(device.telemetry("x"), b"1", wait=20)
-    assert next(event.error.check for event in watching.events if isinstance(event, AttemptFailed)) == "expired"
+    failed = next(event for event in watching.events if isinstance(event, AttemptFailed))
+    assert (failed.error.check, failed.renews) == ("expired", True)
     assert watching.states == ["asked", "granted", "trying", "confirming", "renewed"]
     assert stand.live("late").certificate_der == Credentials.from_folder(state).leaf_der
 

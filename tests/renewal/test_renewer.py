@@ -10,6 +10,7 @@ from support.waiting import eventually
 
 from birthmark.device.backoff import Backoff
 from birthmark.device.clock import Clock
+from birthmark.device.connection_checks import Check
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import RefusedError, UnreachableError
 from birthmark.device.identity import DeviceId
@@ -206,3 +207,15 @@ def test_a_clock_past_its_end_makes_nothing_due_while_the_gateway_lets_it_in(sta
     assert made._nap_s() > 60
     made._settled(current, UnreachableError("nobody"))
     assert made._is_due()
+
+
+def test_the_listener_for_what_has_expired_is_asked_for_nothing_else(stand: Stand) -> None:
+    state = stand.device("sound")
+    stand.grant(state)
+    made, _, _ = renewer(state, {})
+    expired = RefusedError("no", check=Check.EXPIRED)
+    assert not made.asks_apart_after(expired), "what was granted is tried first"
+    made._candidate = None
+    assert made.asks_apart_after(expired)
+    assert not made.asks_apart_after(RefusedError("no", check=Check.REVOKED))
+    assert not made.asks_apart_after(UnreachableError("nobody"))
