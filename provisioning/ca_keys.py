@@ -50,10 +50,18 @@ class TokenAccess:
     Args:
         settings: what the station's settings say, as they are now.
         pin: the PIN, or where to get it once it is needed.
+        naming: how this command can be told the module, for hints, beside what all commands go by.
     """
 
-    def __init__(self, settings: Callable[[], TokenSettings], pin: bytes | PassphraseSource) -> None:
+    def __init__(
+        self,
+        settings: Callable[[], TokenSettings],
+        pin: bytes | PassphraseSource,
+        *,
+        naming: str = "for a new key ?module-path=FILE in its URI",
+    ) -> None:
         self._settings = settings
+        self._naming = naming
         self._pin = pin
         self._pins: dict[str, bytes] = {}
         self._asking = threading.Lock()
@@ -68,7 +76,7 @@ class TokenAccess:
         if not named:
             raise ConfigurationError(
                 "could not use a PKCS#11 token: its module is not known",
-                hint=f"name it: ?module-path=/path/to/module.so, {MODULE_VARIABLE}, or [token] in station.toml",
+                hint=f"name it by {MODULE_VARIABLE}, or [token] in station.toml; {self._naming}",
             )
         return Path(named)
 
@@ -104,11 +112,22 @@ class TokenAccess:
 
 @dataclass(frozen=True, slots=True)
 class TokenPlace:
-    """Where in a token an issuing CA's key is to be."""
+    """Where in a token an issuing CA's key is to be.
+
+    Raises:
+        ConfigurationError: the URI names no key.
+    """
 
     uri: TokenUri
     existing: bool = False
     """Whether it is there already."""
+
+    def __post_init__(self) -> None:
+        if not self.uri.object:
+            raise ConfigurationError(
+                f"could not use the key {self.uri}: it has no name",
+                hint="name it, as in 'pkcs11:token=...;object=issuing'",
+            )
 
 
 class KeyMaker(Protocol):
@@ -169,18 +188,13 @@ class TokenKeys:
         place: token and key.
 
     Raises:
-        ConfigurationError: the URI names no key, or the module is not known.
+        ConfigurationError: the module is not known.
     """
 
     def __init__(self, access: TokenAccess, place: TokenPlace) -> None:
-        uri = place.uri
-        if not uri.object:
-            raise ConfigurationError(
-                f"could not use the key {uri}: it has no name",
-                hint="name it, as in pkcs11:token=...;object=issuing",
-            )
-        self._token = access.token(uri)
-        self._uri = uri.key
+        self._token = access.token(place.uri)
+        self._uri = place.uri.key
+        self._shown_by = place.uri.listing
         self._existing = place.existing
         self._made: set[TokenUri] = set()
 
@@ -198,7 +212,7 @@ class TokenKeys:
         if self._existing:
             raise AuthorityError(
                 f"could not use the key {self._uri}: the token has no such key",
-                hint="`birthmark ca token list --keys` shows its keys; without --existing-key one is made",
+                hint=f"`{self._shown_by}` shows its keys; without --existing-key one is made",
             )
         own_id = self._uri.id or root[:_ROOT_OCTETS] + secrets.token_bytes(_RANDOM_OCTETS)
         key = self._token.make_key(replace(self._uri, id=own_id))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.errors import AuthorityError, ConfigurationError
+from birthmark.device.options import taken_from_options
 from birthmark.provisioning.ca_keys import TokenAccess
 from birthmark.provisioning.options import (
     add_pin_option,
@@ -65,8 +66,10 @@ def _list(arguments: argparse.Namespace, console: Console) -> None:
         own = TokenSettings(arguments.module.absolute())
     elif settings_path.exists():
         own = read_settings(settings_path).token
-    access = TokenAccess(lambda: own, pin_source(arguments))
+    access = TokenAccess(lambda: own, pin_source(arguments), naming="here --module FILE")
     if arguments.keys is not None:
+        with taken_from_options():
+            uri = TokenUri.parse(arguments.keys)
         keys = [
             {
                 "object": key.label,
@@ -74,7 +77,7 @@ def _list(arguments: argparse.Namespace, console: Console) -> None:
                 "suits": key.trouble or "yes",
                 "made_in_token": key.made_there,
             }
-            for key in access.token(TokenUri.parse(arguments.keys)).private_keys()
+            for key in access.token(uri).private_keys()
         ]
         console.table(keys, ["object", "id", "suits", "made_in_token"], empty="there is no EC key in it")
         return
@@ -110,7 +113,7 @@ def _check(arguments: argparse.Namespace, console: Console) -> int:
     if not held:
         raise ConfigurationError(
             "could not check a token: no issuing CA's key is in one",
-            hint="put the next one's there: birthmark ca rollover start issuing --key pkcs11:token=...;object=...",
+            hint="put the next one there: birthmark ca rollover start issuing --key 'pkcs11:token=...;object=...'",
         )
     code = 0
     for ca in held:

@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import hmac
+import shlex
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -50,7 +51,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _POINT: Final = bytes.fromhex("0441")
 """CKA_EC_POINT is an OCTET STRING (DER) of 65 octets; some tokens leave these two out."""
-_ABSENT: Final = "is it plugged in, and the module the right one? `birthmark ca token list` shows what is there"
+_ABSENT: Final = (
+    "is it plugged in, and the module right? `birthmark ca token list --module {module}` shows which are"
+)
 _CAUSES: Final[dict[str, tuple[str, str]]] = {
     "TokenNotPresent": ("it is not there", _ABSENT),
     "TokenNotRecognised": ("it is not there", _ABSENT),
@@ -227,7 +230,7 @@ class Token:
         if len(found) == 1:
             return found[0]
         if not found:
-            raise AuthorityError(f"could not find {self._shown}: it is not there", hint=_ABSENT)
+            raise AuthorityError(f"could not find {self._shown}: it is not there", hint=self._hint(_ABSENT))
         serials = ", ".join(escaped(token.serial) for token in found)
         raise AuthorityError(
             f"could not find {self._shown}: {len(found)} have that name",
@@ -284,7 +287,7 @@ class Token:
         more = {"PIN locked": ", and it is locked now", "one try left": ", and one more would lock it"}
         return AuthorityError(
             f"could not open {self._shown}: the PIN is wrong{more.get(facts.state, '')}",
-            hint="it is not tried again: a token locks itself after a few wrong ones",
+            hint="give the right one; this one is not tried again: a token locks itself after a few wrong ones",
         )
 
     @contextmanager
@@ -295,6 +298,9 @@ class Token:
             yield session
         finally:
             session.close()
+
+    def _hint(self, text: str) -> str:
+        return text.replace("{module}", shlex.quote(self._module))
 
     @property
     def _shown(self) -> str:
@@ -310,7 +316,7 @@ class Token:
             except pkcs11.PKCS11Error as error:
                 name = type(error).__name__
                 cause, hint = _CAUSES.get(name, (f"it answers with {name}", _ABSENT))
-                raise AuthorityError(f"could not {verb} {self._shown}: {cause}", hint=hint) from error
+                raise AuthorityError(f"could not {verb} {self._shown}: {cause}", hint=self._hint(hint)) from error
 
 
 def _is_named(key: Any, uri: TokenUri) -> bool:
@@ -323,7 +329,7 @@ def _only(login: Login, uri: TokenUri) -> Any:
     if len(found) > 1:
         raise AuthorityError(
             f"could not use the key {uri}: the token has {len(found)} that fit",
-            hint="name it by its id: `birthmark ca token list --keys`",
+            hint=f"name it by its id: `{uri.listing}` shows it",
         )
     return found[0] if found else None
 
@@ -335,7 +341,7 @@ def _signature(login: Login, uri: TokenUri, digest: bytes) -> bytes:
         if key is None:
             raise AuthorityError(
                 f"could not use the key {uri}: the token has no such key",
-                hint="is it the right token? `birthmark ca token list --keys` shows what is in it",
+                hint=f"is it the right token? `{uri.listing}` shows what is in it",
             )
         login.keys[uri] = (key, bool(attribute(key, "ALWAYS_AUTHENTICATE")))
     key, always_pin = login.keys[uri]

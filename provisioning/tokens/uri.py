@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -97,6 +98,12 @@ class TokenUri:
     def label(self) -> str:
         """How people know the token."""
         return self.token or self.serial
+
+    @property
+    def listing(self) -> str:
+        """The command that shows the keys in the token."""
+        token = replace(self, object="", id=b"", pin_path=None)
+        return f"birthmark ca token list --keys {shlex.quote(str(token))}"
 
     def __str__(self) -> str:
         """Return it as text that `parse` reads to the same."""

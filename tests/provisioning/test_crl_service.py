@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
-from support.patience import PATIENCE_S
-from support.station import PASSPHRASE, Clock, Command, enrolled_row
+from support.station import PASSPHRASE, Clock, Command, enrolled_row, served_crls
 from support.station_gateways import PathGateway, receipt_for
 
 from birthmark.device.backoff import Backoff
@@ -166,27 +161,8 @@ def test_the_status_names_who_is_behind(birthmark: Command, living: Station, tmp
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_runs_until_it_is_stopped(living: Station, number: signal.Signals) -> None:
     row = enrolled_row(living, "sensor-1", state=State.ATTESTED)
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "birthmark.provisioning",
-            "crl",
-            "serve",
-            "--json",
-            "--station",
-            str(living.folder),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "BIRTHMARK_PASSPHRASE": PASSPHRASE.decode()},
-    ) as process:
-        assert process.stdout is not None
-        events = [json.loads(process.stdout.readline())["event"] for _ in range(2)]
-        process.send_signal(number)
-        rest = [json.loads(line)["event"] for line in process.stdout]
-        code = process.wait(PATIENCE_S)
-    assert (events, rest) == (["ready", "crl"], ["stopped"])
+    events, code = served_crls(living.folder, number, BIRTHMARK_PASSPHRASE=PASSPHRASE.decode())
+    assert events == ["ready", "crl", "stopped"]
     assert code == (130 if number is signal.SIGINT else 0)
     assert not row.is_revoked
 

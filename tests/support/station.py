@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from support.patience import PATIENCE_S
 
 from birthmark.device.console import run
 from birthmark.provisioning.authority import with_certificate
@@ -20,6 +24,7 @@ from birthmark.provisioning.registry.model import Kind, Row, State
 from birthmark.provisioning.settings import RegistrySetting, Settings
 
 if TYPE_CHECKING:
+    import signal
     from pathlib import Path
 
     import pytest
@@ -96,6 +101,17 @@ def enrolled_row(
     issued = with_certificate(row, issue(station, row), anchors=station.authority_of(row.issuer).anchor_ids)
     with station.registry.transaction() as transaction:
         return transaction.update(issued.changed(state=state))
+
+
+def served_crls(folder: Path, stop: signal.Signals, **secrets: str) -> tuple[list[str], int]:
+    """Run `birthmark crl serve` until it has signed a CRL, and stop it; return its events and its exit code."""
+    command = [sys.executable, "-m", "birthmark.provisioning", "crl", "serve", "--json", "--station", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **secrets}) as process:
+        assert process.stdout is not None
+        events = [json.loads(process.stdout.readline())["event"] for _ in range(2)]
+        process.send_signal(stop)
+        events += [json.loads(line)["event"] for line in process.stdout]
+        return events, process.wait(PATIENCE_S)
 
 
 @dataclass

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
+import shlex
 import shutil
+import signal
 import stat
 import subprocess
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
-from support.patience import PATIENCE_S
 from support.softhsm import PIN, WRONG_PIN, SoftHsm
-from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
+from support.station import CHEAP, PASSPHRASE, Command, enrolled_row, served_crls
 from support.token_station import found, keys_in, reopened
 
 from birthmark.device.errors import AuthorityError, BirthmarkError, ConfigurationError
@@ -279,25 +278,9 @@ def test_the_crl_service_tells_of_a_token_that_is_away_and_goes_on_when_it_is_ba
 
 
 def test_the_crl_service_runs_as_a_process(held: Station) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "birthmark.provisioning",
-        "crl",
-        "serve",
-        "--json",
-        "--station",
-        str(held.folder),
-    ]
-    environment = {**os.environ, "BIRTHMARK_TOKEN_PIN": PIN.decode()}
     held.crl_path.unlink()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        events = [json.loads(process.stdout.readline())["event"] for _ in range(2)]
-        process.terminate()
-        process.stdout.read()
-        assert process.wait(PATIENCE_S) == 0
-    assert events == ["ready", "crl"]
+    events, code = served_crls(held.folder, signal.SIGTERM, BIRTHMARK_TOKEN_PIN=PIN.decode())
+    assert (events, code) == (["ready", "crl", "stopped"], 0)
     assert current_crl(held) is not None
 
 
@@ -331,14 +314,41 @@ def test_ca_token_shows_and_checks(
     answer = at_token("ca", "token", "check", "--json")
     assert (answer.exit_code, answer.records[0]["signs"]) == (6, False)
     answer = at_token("ca", "token", "list", "--keys", "pkcs11:token=a?pin-value=135790")
-    assert (answer.exit_code, "135790" in answer.stderr) == (1, False)
+    assert (answer.exit_code, "135790" in answer.stderr) == (2, False)
+
+
+HINTED = re.compile(r"`(birthmark [^`]*)`")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ca token list --keys pkcs11:token=other --module {module}",
+        "ca rollover start issuing --key pkcs11:token=birthmark;object=none --existing-key",
+        "ca rollover start issuing --key pkcs11:token=birthmark;object=none?module-path={module} --existing-key",
+    ],
+)
+def test_what_a_hint_says_to_run_shows_what_is_there(
+    held: Station, softhsm: SoftHsm, at_token: Command, line: str
+) -> None:
+    del held
+    failed = at_token(*line.format(module=softhsm.module).split())
+    assert failed.exit_code == 6
+    _, *words = shlex.split(HINTED.findall(failed.stderr)[0])
+    told = at_token(*words)
+    assert (told.exit_code, told.stderr) == (0, "")
+    assert "issuing" in told.stdout or "birthmark" in told.stdout
 
 
 def test_a_station_without_a_token_has_none_to_check(birthmark: Command) -> None:
     answer = birthmark("ca", "token", "check")
     assert (answer.exit_code, "no issuing CA's key is in one" in answer.stderr) == (1, True)
     answer = birthmark("ca", "token", "list")
-    assert (answer.exit_code, "its module is not known" in answer.stderr) == (1, True)
+    assert (answer.exit_code, "its module is not known" in answer.stderr, "--module FILE" in answer.stderr) == (
+        1,
+        True,
+        True,
+    )
     answer = birthmark("ca", "rollover", "start", "issuing", "--existing-key")
     assert (answer.exit_code, "none is named" in answer.stderr) == (2, True)
 
