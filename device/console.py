@@ -41,6 +41,7 @@ _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path: a part of it is a file, not a folder",
     errno.EISDIR: "check the path: it is a folder, not a file",
+    errno.ENOTSUP: "name a file, one that is there or a new one",
     errno.ENOSPC: "make room, then try again",
     errno.EDQUOT: "make room, then try again",
     errno.EMFILE: "raise the limit of open files: ulimit -n",

@@ -3,6 +3,9 @@
 A file is written to a temporary name in the same folder, fsynced, renamed over its final name, and the folder
 is fsynced. A reader sees the old content or the new one; after the call returns, the new one is on disk.
 Temporary names end in `.part`; `remove_leftovers` clears those that a crash left behind.
+
+What is no file is never replaced: to rename over a device, or over `/dev/stdout`, is something that root can do,
+and that takes it away from everybody.
 """
 
 from __future__ import annotations
@@ -71,6 +74,7 @@ def write_many(folder: Path, contents: Iterable[tuple[str, bytes]], *, mode: int
 @contextlib.contextmanager
 def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` at the end of the block; it is gone if that fails."""
+    _check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -84,6 +88,17 @@ def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # most often it is not there; whatever else it is, the attempt to write says it
+        return
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)  # a folder in the way has an error of its own
+    # `/dev/stdout` is a link into /proc, to a file where the shell has put one.
+    if not is_file or (path.is_symlink() and str(path.readlink()).startswith("/proc/")):
+        raise OSError(errno.ENOTSUP, "it is a device, a pipe or a link to one, and no file", str(path))
 
 
 def _names_none_and_is_full(error: OSError) -> bool:

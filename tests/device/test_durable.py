@@ -63,6 +63,24 @@ def test_an_error_over_a_file_that_is_written_for_another_names_that_one(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
+    """As root, `--out /dev/stdout` would put a file where everybody's link is."""
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    os.mkfifo(tmp_path / "pipe")
+    with mine.open("rb") as file:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        for name in ("pipe", "stdout"):
+            with pytest.raises(OSError, match="no file") as caught:
+                durable.write_durably(tmp_path / name, b"new")
+            assert caught.value.filename == str(tmp_path / name)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine", "pipe", "stdout"]
+    assert mine.read_bytes() == b"mine"
+    (tmp_path / "link").symlink_to(mine)
+    durable.write_durably(tmp_path / "link", b"new")
+    assert (tmp_path / "link").read_bytes() == b"new", "a link of somebody's own is replaced as ever"
+
+
 def test_leftovers_of_a_crash_are_removed_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".key.0a0b0c0d.part").write_bytes(b"half")
     (tmp_path / "key").write_bytes(b"whole")
