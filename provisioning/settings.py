@@ -343,7 +343,8 @@ def parsed(path: Path, text: str) -> Settings:
         for table in (station, lifetimes, broker, crl, renewal, registry, token, top):
             table.finish()
     except ConfigurationError as error:
-        raise ConfigurationError(f"could not read {path}: {error.message}", hint=error.hint) from error
+        hint = error.hint or "put it right there, or bring the file back from a backup"
+        raise ConfigurationError(f"could not read {path}: {error.message}", hint=hint) from error
     return settings
 
 

@@ -237,6 +237,7 @@ def test_what_cannot_be_used_is_refused_with_its_place(path: Path, text: str, ca
         read_settings(path)
     assert str(path) in caught.value.message
     assert caught.value.message.isprintable()
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("key", ["device", "service", "broker"])
