@@ -46,7 +46,8 @@ def _panel(curve: Curve, top: float, last_s: float, marks_s: Sequence[float]) ->
         f"{x(at_s):.1f},{bottom - (PANEL - 20) * value / highest:.1f}"
         for at_s, value in zip(curve.at_s, curve.values, strict=True)
     )
-    marks = [f'<path d="M{x(at_s):.1f} {top} V{bottom}" stroke="#c33" stroke-dasharray="3"/>' for at_s in marks_s]
+    stroke = f'V{bottom}" stroke="#c33" stroke-dasharray="3"/>'
+    marks = [f'<path d="M{x(at_s):.1f} {top + 16} {stroke}' for at_s in marks_s]
     return [
         f'<text x="{LEFT}" y="{top + 10}" font-size="12">{escape(curve.title)}</text>',
         f'<text x="{LEFT - 6}" y="{top + 24}" font-size="11" text-anchor="end">{highest:.4g}</text>',
