@@ -162,7 +162,10 @@ class SqlTransaction(SqlView, RuledTransaction):
     def _add_rows(self, rows: Sequence[Row]) -> None:
         if rows:
             self.changed = True
-            self._run_many(insert(ROWS), ROW_COLUMNS, list(zip(*row_columns(rows), strict=True)))
+            # Without what none of them has, two thirds of it: the driver takes as long to hand over nothing.
+            stored = zip(ROW_COLUMNS, row_columns(rows), strict=True)
+            columns = {name: values for name, values in stored if values.count(None) < len(values)}
+            self._run_many(insert(ROWS), list(columns), list(zip(*columns.values(), strict=True)))
 
     def _change_rows(self, changes: Sequence[tuple[Row, Row]]) -> None:
         """Write what differs; rows in which the same fields do, in one statement."""
