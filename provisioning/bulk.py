@@ -24,6 +24,7 @@ from cryptography import x509
 from birthmark.device.errors import EnrollmentRefusedError
 from birthmark.provisioning.bulk_output import output_at
 from birthmark.provisioning.enrollment.bundles import bundle_of
+from birthmark.provisioning.profile import new_cert_serial
 from birthmark.provisioning.registry.interface import DuplicateError
 from birthmark.provisioning.registry.model import TXN_OCTETS, KeyMode, Kind, Row, State
 
@@ -81,11 +82,12 @@ def issue_all(
         OSError: something could not be written; the same call resumes.
     """
     station.settings.lifetimes.of(Kind.DEVICE)
-    authority = station.authority  # unlocked before anybody has to wait
+    issuer = station.cas.for_clients.key_id
+    station.check_key(issuer)  # unlocked before anybody has to wait
     output = output_at(out)
     with station.issue_lock(), station.registry.held_open():
         run = _Run(station, output, _station_keys(station, source, wanted, output), broker)
-        rows = run.record(source, wanted, authority)
+        rows = run.record(source, wanted, issuer)
         finished = run.deliver([row for row in rows if row.state is not State.KEYED])
         known = len(finished)
         for group in _groups([row for row in rows if row.state is State.KEYED]):
@@ -121,14 +123,20 @@ class _Run:
         """By folded id: those that the station has made."""
         self._broker = broker
 
-    def record(self, source: Path, wanted: Sequence[Wanted], authority: Authority) -> list[Row]:
-        """Make sure that there is a row for each, all or none; return them in the order of `wanted`."""
-        with self._station.registry.transaction() as transaction:
+    def record(self, source: Path, wanted: Sequence[Wanted], issuer: str) -> list[Row]:
+        """Make sure that there is a row for each, all or none; return them in the order of `wanted`.
+
+        Args:
+            source: where `wanted` was read.
+            wanted: the devices.
+            issuer: the key identifier of the CA that is to sign for those that have no row yet.
+        """
+        with self._station.signing() as transaction:
             held = transaction.live_by_names([one.device_id.text for one in wanted])
             batch = transaction.open_batch()
             now, missing = self._station.clock(), list[Row]()
             for one in wanted:
-                row, fresh = held.get(one.device_id.folded), self._new_row(one, authority, batch, now)
+                row, fresh = held.get(one.device_id.folded), self._new_row(one, issuer, batch, now)
                 if row is None:
                     missing.append(fresh)
                 elif difference := _difference(row, fresh):
@@ -182,7 +190,7 @@ class _Run:
                 transaction.record("release", row.name, row=row.number)
         return [row for row in rows if row.state is State.ATTESTED] + attested
 
-    def _new_row(self, one: Wanted, authority: Authority, batch: Batch | None, now: datetime) -> Row:
+    def _new_row(self, one: Wanted, issuer: str, batch: Batch | None, now: datetime) -> Row:
         """Return the row of a device that there is none of yet; the registry numbers and dates it."""
         key = self._keys.get(one.device_id.folded)
         return Row(
@@ -197,8 +205,8 @@ class _Run:
             hwid=one.hwid,
             txn=secrets.token_bytes(TXN_OCTETS) if key is None else key.txn,
             public_key_der=one.public_key_der if key is None else key.public_key_der,
-            cert_serial=authority.new_cert_serial(),
-            issuer=authority.key_id,
+            cert_serial=new_cert_serial(secrets.token_bytes),
+            issuer=issuer,
             batch="" if batch is None else batch.name,
         )
 
