@@ -104,9 +104,8 @@ class ClientTemplate:
         serial = integer_octets(cert_serial)
         # RFC 5280 section 4.2.1.2, method (1): SHA-1 of the point. It names the key, and protects nothing.
         key_id = sha1(point, usedforsecurity=False).digest()
-        around = self._around(len(serial), len(validity), len(name))
-        own = (serial, validity, name, point, name, key_id, b"")
-        return b"".join([octets for both in zip(around, own, strict=True) for octets in both])
+        a, b, c, d, e, f, g = self._around(len(serial), len(validity), len(name))
+        return b"".join((a, serial, b, validity, c, name, d, point, e, name, f, key_id, g))
 
     def _around(self, *lengths: int) -> tuple[bytes, ...]:
         """Return what stands before, between and after a certificate's own octets of these lengths."""

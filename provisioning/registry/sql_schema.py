@@ -222,6 +222,8 @@ def _stored(columns: Iterable[tuple[str, Sequence[Any]]]) -> list[Sequence[Any]]
         write = _WRITERS.get(name)
         if write is None:
             stored.append(values)
+        elif name == "cert_serial":  # no two are the same
+            stored.append([None if value is None else write(value) for value in values])
         else:
             written = {value: write(value) for value in {*values} - {None}}
             stored.append([written.get(value) for value in values])
