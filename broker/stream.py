@@ -39,6 +39,8 @@ MAX_SEND_BYTES = 262_144
 LINGER_S = 1.0
 MAX_LINGER_BYTES = 262_144
 _RESET = struct.pack("ii", 1, 0)
+_SPARE = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+"""Of no connection; see `_forget_errors`."""
 
 
 class StreamOwner(Protocol):
@@ -375,6 +377,7 @@ class TlsStream:
         # unwrap() sends our close_notify and then waits for the peer's, which we do not.
         with contextlib.suppress(OSError, ValueError):
             self._sock.unwrap()
+        _forget_errors()
         self._half_close()
 
     def _half_close(self) -> None:
@@ -431,3 +434,14 @@ class TlsStream:
         if self._is_writer_armed:
             self._is_writer_armed = False
             self._loop.remove_writer(self._fileno)
+
+
+def _forget_errors() -> None:
+    """Empty OpenSSL's queue of this thread's errors.
+
+    `unwrap` leaves an alert in it that came from the peer meanwhile, and OpenSSL would then take the next wait for
+    a record, of whichever connection, for a failure (SSL_get_error(3)). Python empties it after a list of suites
+    that has none.
+    """
+    with contextlib.suppress(ssl.SSLError):
+        _SPARE.set_ciphers("none that there is")

@@ -264,7 +264,8 @@ def device_context(credentials: Credentials, clock: Clock | None = None) -> Devi
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
     try:
-        context.load_verify_locations(cadata=b"".join(credentials.anchors_der))
+        # As PEM: with DER, Python takes an error that OpenSSL still has from another connection for one of these.
+        context.load_verify_locations(cadata="".join(map(ssl.DER_cert_to_PEM_cert, credentials.anchors_der)))
     except ssl.SSLError as error:
         raise CredentialError(
             f"could not use the trust anchors of {credentials.device_id}: {_reason(error)}",

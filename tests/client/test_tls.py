@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,33 @@ def test_the_strictest_settings(tmp_path: Path, pki: Pki) -> None:
     assert context.check_hostname
     assert context.verify_flags & ssl.VERIFY_X509_STRICT
     assert [ca["serialNumber"] for ca in context.get_ca_certs()] == [f"{pki.root.certificate.serial_number:040X}"]
+
+
+def leave_an_error(folder: Path, pki: Pki) -> None:
+    """Have OpenSSL keep an error of this thread's: an alert that is in when a connection is shut down."""
+    pki.write_broker_files(folder)
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(folder / "server.pem")
+    serving.verify_mode = ssl.CERT_REQUIRED
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = serving.wrap_bio(there, back, server_side=True)
+    client = ssl.create_default_context(cafile=folder / "root.pem").wrap_bio(
+        back, there, server_hostname="localhost"
+    )
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        server.do_handshake()
+    client.do_handshake()
+    with pytest.raises(ssl.SSLError, match="PEER_DID_NOT_RETURN_A_CERTIFICATE"):
+        server.do_handshake()
+    client.unwrap()
+
+
+def test_what_another_connection_left_in_openssl_is_no_fault_of_the_anchors(tmp_path: Path, pki: Pki) -> None:
+    credentials = Credentials.from_folder(enrolled(tmp_path / "state", pki))
+    leave_an_error(tmp_path, pki)
+    assert len(device_context(credentials).get_ca_certs()) == 1
 
 
 def send_for_ever(connection: DeviceSocket) -> None:

@@ -18,6 +18,7 @@ from support.mqtt_client import ConnectionEndedError, RawClient, client_context,
 from support.mqtt_gateway import running_gateway
 from support.patience import PATIENCE_S
 from support.pki import SERVER, Issued, Pki, now
+from support.tls_by_hand import TlsByHand
 
 from birthmark.broker.config import Limits
 from birthmark.broker.listener import IDLE_PROBE_S, bind
@@ -116,6 +117,26 @@ def test_the_client_reads_the_alert_that_says_why(gateway: RunningGateway) -> No
     client = gateway.open(gateway.context_of(_expired(gateway.pki), version=TLS13))
     with pytest.raises(ssl.SSLError, match="CERTIFICATE_EXPIRED"):
         client.sock.recv(1)
+
+
+def test_the_alert_of_one_that_is_cut_off_ends_no_other_connection(gateway: RunningGateway) -> None:
+    """OpenSSL has one queue of errors for all connections of a thread, and what is left in it is anybody's."""
+    third = gateway.client("sensor-3")
+    with (
+        TlsByHand(gateway.port, gateway.context("sensor-1")) as hostile,
+        TlsByHand(gateway.port, gateway.context("sensor-2")) as innocent,
+    ):
+        for client, name in ((hostile, "sensor-1"), (innocent, "sensor-2")):
+            client.sock.sendall(client.record(mqtt.connect(name)))
+            assert client.read(4) == b"\x20\x02\0\0"
+        violation = hostile.record(b"\0\0")
+        hostile.sock.sendall(violation + hostile.alert())
+        gateway.wait_for(lambda: gateway.broker.connected_count == 2, "it is cut off")
+        ping = innocent.record(mqtt.PINGREQ)
+        innocent.sock.sendall(ping[:9])
+        third.ping()  # by then the gateway has looked at that half, and waits for the rest
+        innocent.sock.sendall(ping[9:])
+        assert innocent.read(2) == b"\xd0\0"
 
 
 def test_plain_mqtt_is_refused_and_explained(gateway: RunningGateway, caplog: pytest.LogCaptureFixture) -> None:
