@@ -44,9 +44,10 @@ def bind(host: str, port: int) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is no host name"
         raise SystemFailureError(
-            f"could not listen on {escaped(host)}: {error.strerror or error}",
+            f"could not listen on {escaped(host)}: {cause or error}",
             hint="`listen` takes an address of this machine, such as 0.0.0.0:8883 or [::]:8883",
         ) from error
     try:

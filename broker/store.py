@@ -116,7 +116,7 @@ class Store:
                 f"could not open the store {path}: {_cause(error)}",
                 hint="one broker at a time may use it, and the disk needs room for it",
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # what SQLite quotes need be no text
             database.close()
             raise _damaged(path, str(error)) from error
         except BaseException:
@@ -147,8 +147,8 @@ class Store:
                 [IncomingRow(*row) for row in read("SELECT * FROM incoming")],
                 [RetainedRow(*row) for row in read("SELECT * FROM retained")],
             )
-        except sqlite3.Error as error:
-            raise _damaged(self.path, _cause(error)) from error
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise _damaged(self.path, str(error)) from error
         return stored
 
     def apply(self, changes: Changes) -> None:

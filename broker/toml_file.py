@@ -166,7 +166,7 @@ def parse_toml(content: bytes, where: str, error: type[BirthmarkError]) -> Table
         raise error(f"could not use {where}, line {line}: it is not UTF-8", hint=_TOML) from cause
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as cause:
+    except ValueError as cause:  # a number of thousands of digits is another one than `TOMLDecodeError`
         raise error(f"could not use {where}: {_syntax(str(cause), text)}", hint=_TOML) from cause
     except RecursionError as cause:
         raise error(f"could not use {where}: it is nested too deeply") from cause

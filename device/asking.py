@@ -98,6 +98,6 @@ def _why(outcome: str, payload: bytes) -> str:
         said = str(told["error"])
         if outcome == requests.EXPIRED:
             said += f" ({float(told['clock']):.0f} there, the deadline is {float(told['expires']):.0f})"
-    except (ValueError, RecursionError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
         pass
     return f"{outcome}{': ' if said else ''}{escaped(said, 400)}"

@@ -138,7 +138,11 @@ def _system_failure(error: OSError) -> SystemFailureError:
 
 def _write_line(text: str) -> None:
     """Write a line to stdout in one piece: between what `print` writes and its end, another thread may get."""
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+    except UnicodeEncodeError:  # a path that is no text, or a terminal without such characters: all is done by now
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 

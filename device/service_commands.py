@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ class _Watching:
 
 def _send(arguments: argparse.Namespace, console: Console) -> int:
     device_id = DeviceId(arguments.id)
-    payload = arguments.payload.encode()
+    payload = os.fsencode(arguments.payload)  # as it was given, whether it is text or not
     outgoing = Outgoing(topics.command(device_id, arguments.command), payload)
     client = _client(arguments, console)
     record: dict[str, Any] = {"id": str(device_id), "command": arguments.command, "sent": True}

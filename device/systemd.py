@@ -27,7 +27,7 @@ def notify(state: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(0)  # a systemd that does not read must not hold up a service
             sock.connect(address)
-            sock.sendall(state.encode())
+            sock.sendall(state.encode(errors="backslashreplace"))
     except OSError as error:
         _log.warning("could not tell systemd %s: %s", state, error.strerror)
 

@@ -296,8 +296,9 @@ def _loopback(host: str, port: int) -> list[str]:
     """Return the addresses of a name; all of them have to be loopback's."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except OSError as error:
-        raise ConfigurationError(f"could not find {quoted(host)}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "it is no host name"
+        raise ConfigurationError(f"could not find {quoted(host)}: {cause}") from error
     if not all(address == "::1" or address.startswith("127.") for address in found):
         raise ConfigurationError(
             f"could not put a bad network before {quoted(host)}: it is not on this machine",

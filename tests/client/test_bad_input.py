@@ -14,6 +14,8 @@ from support.device_folder import enrolled
 from support.waiting import eventually
 from support.watching import Watching
 
+from birthmark.device import requests
+from birthmark.device.asking import _why
 from birthmark.device.client import Client
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import ConfigurationError, LocalProtocolError
@@ -267,3 +269,8 @@ def test_a_reading_over_the_limit_is_said_in_the_status(tmp_path: Path, pki: Pki
         found, code = status(state)
         assert (found["state"], code) == ("ok", 0)
         assert "2097152 bytes are too many" in found["last_trouble"]
+
+
+def test_an_expired_request_told_with_a_time_that_is_no_time() -> None:
+    told = b'{"error":"too late","clock":1' + b"0" * 400 + b',"expires":1}'
+    assert _why(requests.EXPIRED, told) == f"{requests.EXPIRED}: too late"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import ssl
 from typing import TYPE_CHECKING
@@ -188,6 +189,12 @@ def test_send(operator: list[str], broker: BrokerStub) -> None:
     sent = broker.wait_for(PUBLISH)
     assert (sent.topic, sent.payload, sent.retain) == ("devices/sensor-1/commands/reboot", b'{"in":1}', False)
     assert json.loads(done.stdout) == {"id": "sensor-1", "command": "reboot", "sent": True}
+
+
+def test_send_bytes_that_are_no_text(operator: list[str], broker: BrokerStub) -> None:
+    done = run("send", "sensor-1", "reboot", os.fsdecode(b"\xff\x01"), *operator)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert broker.wait_for(PUBLISH).payload == b"\xff\x01"
 
 
 def test_send_and_no_reply(operator: list[str]) -> None:

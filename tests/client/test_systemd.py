@@ -23,6 +23,7 @@ from support.waiting import eventually
 
 from birthmark.device import cli, worker
 from birthmark.device.client import Client
+from birthmark.device.systemd import notify
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,6 +119,12 @@ def test_what_hangs_does_not_look_alive(tmp_path: Path, pki: Pki, monkeypatch: p
         eventually(lambda: not client.is_alive, "it looks alive")
         monkeypatch.undo()
         release.set()
+
+
+def test_a_message_that_is_no_text_is_told(systemd: Systemd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.environment["NOTIFY_SOCKET"])
+    notify("STATUS=could not read " + os.fsdecode(b"/state\xff"))
+    assert systemd.wait_for("STATUS=") == r"STATUS=could not read /state\udcff"
 
 
 def test_lines_for_the_journal(tmp_path: Path, pki: Pki, systemd: Systemd) -> None:

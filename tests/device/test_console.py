@@ -174,3 +174,10 @@ def test_a_line_is_written_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None
     console.Console().emit({"a": 1}, "text")
     console.Console().say("more")
     assert written == ['{"a":1}\n', "text\n", "more\n"]
+
+
+def test_a_line_that_the_terminal_has_no_characters_for_is_written_all_the_same() -> None:
+    program = r"from birthmark.device.console import Console; Console().say('gr\xfcn \udcff')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, rb"gr\xfcn \udcff" + b"\n", b"")

@@ -189,6 +189,8 @@ def test_faults_that_are_none(text: str, hint: str) -> None:
 def test_only_loopback() -> None:
     with pytest.raises(ConfigurationError, match="it is not on this machine"):
         Proxy("192.0.2.1", 8883, NetworkFaults())
+    with pytest.raises(ConfigurationError, match="it is no host name"):
+        Proxy("a..b", 8883, NetworkFaults())
 
 
 @pytest.mark.parametrize(("at_s", "is_out"), [(0, False), (49.9, False), (50, True), (59.9, True), (60, False)])

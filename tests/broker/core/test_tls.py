@@ -300,9 +300,11 @@ def test_an_occupied_port_is_an_error_with_a_hint(tmp_path: Path, pki: Pki) -> N
     assert caught.value.__cause__.errno == errno.EADDRINUSE
 
 
-def test_an_unknown_host_is_an_error_with_a_hint() -> None:
-    with pytest.raises(SystemFailureError, match="could not listen on no such host"):
-        bind("no such host", 0)
+@pytest.mark.parametrize("host", ["no such host", "a..b", "a" * 64 + ".b"])
+def test_an_unknown_host_is_an_error_with_a_hint(host: str) -> None:
+    with pytest.raises(SystemFailureError, match=f"could not listen on {host}: ") as caught:
+        bind(host, 0)
+    assert "0.0.0.0:8883" in caught.value.hint
 
 
 @pytest.mark.parametrize(

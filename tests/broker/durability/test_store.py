@@ -163,7 +163,7 @@ def test_another_programs_database_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["header", "middle", "truncated"])
+@pytest.mark.parametrize("damage", ["header", "schema", "middle", "truncated"])
 def test_a_damaged_file_is_refused_and_never_emptied(tmp_path: Path, damage: str) -> None:
     store = opened(tmp_path)
     for key in range(1, 60):
@@ -173,6 +173,9 @@ def test_a_damaged_file_is_refused_and_never_emptied(tmp_path: Path, damage: str
     content = bytearray(path.read_bytes())
     if damage == "header":
         content[:16] = b"not a database!!"
+    elif damage == "schema":  # SQLite quotes what it finds there, which is no text any more
+        assert b"CREATE TABLE retained" in content
+        content = content.replace(b"CREATE TABLE retained", b"CREATE TABL\xff retained")
     elif damage == "middle":
         content[8_192 : len(content) - 4_096 : 512] = b"\xff" * len(range(8_192, len(content) - 4_096, 512))
     else:

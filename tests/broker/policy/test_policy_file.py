@@ -69,6 +69,8 @@ def test_what_is_not_utf8_or_too_large_is_refused() -> None:
         parse_policy(b"#" * (5 << 20), "policy.toml")
     with pytest.raises(PolicyError):
         parse_policy(b"a=" + b"[" * 100_000, "policy.toml")
+    with pytest.raises(PolicyError):
+        parse_policy(b"a=" + b"1" * 5_000, "policy.toml")
 
 
 def test_a_missing_file_has_a_hint(tmp_path: Path) -> None:
