@@ -153,6 +153,6 @@ def test_wrong_usage(tmp_path: Path, options: list[str]) -> None:
 def test_an_interval_out_of_range(tmp_path: Path, interval: str) -> None:
     with Simulator(tmp_path / "boards", f"--interval={interval}") as simulator:
         output, errors = simulator.process.communicate(timeout=PATIENCE_S)
-        assert (simulator.process.returncode, output) == (1, "")
+        assert (simulator.process.returncode, output) == (2, "")
         assert json.loads(errors)["hint"] == "--interval takes 0.01 to 86400 seconds"
     assert not (tmp_path / "boards").exists()

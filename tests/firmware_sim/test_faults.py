@@ -111,9 +111,9 @@ def test_every_fault_is_listed_and_documented(capsys: pytest.CaptureFixture[str]
 
 def test_a_wrong_fault_starts_no_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = tmp_path / "boards"
-    assert run(cli.parser(), ["board", "--state", str(state), "--fault", "loss=often"]) == 1
+    assert run(cli.parser(), ["board", "--state", str(state), "--fault", "loss=often"]) == 2
     assert "write loss=P" in capsys.readouterr().err
-    assert run(cli.parser(), ["fixture", "--state", str(state), "--slots", "2", "--faults", "3:foreign"]) == 1
+    assert run(cli.parser(), ["fixture", "--state", str(state), "--slots", "2", "--faults", "3:foreign"]) == 2
     assert not state.exists()
 
 

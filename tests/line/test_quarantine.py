@@ -96,6 +96,6 @@ def test_what_cannot_be_cleared(birthmark: Command, station: Station) -> None:
     both = birthmark("quarantine", "clear", "sensor-1", "--reason", "x")
     assert both.exit_code == 6
     assert "0000000000000000, 0101010101010101" in both.stderr
-    assert birthmark("quarantine", "clear", "00" * 8, "--reason", " ").exit_code == 1
+    assert birthmark("quarantine", "clear", "00" * 8, "--reason", " ").exit_code == 2
     assert birthmark("quarantine", "clear", "", "--reason", "x").exit_code == 6
     assert len(birthmark("quarantine", "list", "--json").records) == 2
