@@ -20,7 +20,7 @@ from birthmark.provisioning.p256 import KEY_HEAD, POINT_OCTETS
 from birthmark.provisioning.registry.model import Kind, Row, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
 
     from birthmark.device.messages import Sighting
@@ -31,9 +31,9 @@ NAMED: Final = 5
 STUCK_AFTER: Final = timedelta(hours=24)
 WEEK: Final = timedelta(days=7)
 ENDING_WITHIN: Final = timedelta(days=30)
-ENDING_PART: Final = 4
-"""Of a certificate that lives for less than `ENDING_WITHIN` times this, the last part counts: a device begins to
-renew when a third of the life is left, and one that does so in time is nothing to tell of."""
+ENDING_PART: Final[Mapping[Kind, int]] = {Kind.DEVICE: 4, Kind.SERVICE: 3, Kind.BROKER: 3}
+"""Of a short life the last third counts, or quarter, if that is less than `ENDING_WITHIN`. A gateway and `inspect`
+go by a third; but a device begins to renew then, and one that does so in time is nothing to tell of."""
 NEVER_AFTER: Final = timedelta(days=7)
 """How long a device that was made may take until it is online for the first time."""
 
@@ -156,7 +156,7 @@ def _soon(row: Row) -> timedelta:
     """Return how long before the end of a row's certificate somebody should know."""
     if row.not_before is None or row.not_after is None:
         return ENDING_WITHIN
-    return min(ENDING_WITHIN, (row.not_after - row.not_before) / ENDING_PART)
+    return min(ENDING_WITHIN, (row.not_after - row.not_before) / ENDING_PART[row.kind])
 
 
 def certificate_trouble(row: Row, certificate_der: bytes, issuers: frozenset[str]) -> str:

@@ -147,6 +147,7 @@ def among(*rows: Row) -> Facts:
 SAME_KEY = public_key_der()
 ENDING = row(not_before=NOON - 30 * DAY, not_after=NOON + DAY)
 BROKER = row("gw-1", kind=Kind.BROKER, not_after=NOON - DAY)
+SHORT_LIVED = row("gw-2", kind=Kind.BROKER, not_before=NOON - 28 * DAY, not_after=NOON + 13 * DAY)
 SERVICE = row("alice", kind=Kind.SERVICE, role="operator", not_after=NOON + DAY)
 TWINS = (row(public_key_der=SAME_KEY), row("b", 1, public_key_der=SAME_KEY))
 ODD = Quarantined(bytes(8), NOON, "", "is odd", bytes(16))
@@ -157,6 +158,7 @@ BAD: list[tuple[str, Level, str, Facts]] = [
     ("devices", Level.SOON, "1 device certificate to end", among(row(not_after=NOON + 29 * DAY))),
     ("devices", Level.SOON, "device certificate to end", among(ENDING)),
     ("services", Level.BROKEN, "broker gw-1 has ended", among(BROKER)),
+    ("services", Level.SOON, "the broker gw-2 ends", among(SHORT_LIVED)),
     ("services", Level.SOON, "service alice ends", among(SERVICE)),
     ("lifetimes", Level.BROKEN, "device = 1 of", replace(GOOD, lifetimes=Lifetimes(device_days=1))),
     ("cas", Level.BROKEN, "the issuing CA has ended", issuing(not_after=NOON - DAY)),
@@ -243,6 +245,9 @@ WELL: dict[str, Facts] = {
     ),
     "a device made last week": among(row("new", changed_at=NOON - 3 * DAY), row()),
     "a short life that is half over": among(row(not_before=NOON - 30 * DAY, not_after=NOON + 29 * DAY)),
+    "a broker's short life that is half over": among(
+        row(), row("gw-1", 1, kind=Kind.BROKER, not_before=NOON - 30 * DAY, not_after=NOON + 29 * DAY)
+    ),
     "an enrollment under way": among(row(), row("late", 1, state=State.ISSUED, changed_at=NOON - DAY / 2)),
     "revoked, and cut off at once": among(row(revoked_at=NOON, revocation_reason="keyCompromise")),
     "a gateway by path": look(status=None, sightings=None),
