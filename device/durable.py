@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".part"
+_PIECE_BYTES = 1 << 18
+"""How much of a file goes to the system at once: in pieces of Python's 8 KiB, large ones take thrice the time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -45,7 +47,7 @@ def durable_file(path: Path, *, mode: int = 0o600) -> Iterator[BinaryIO]:
         OSError: it could not be written. After this, or any other exception in the block, what was at `path` is
             unchanged and no temporary file is left.
     """
-    with _replacing(path, mode) as file:
+    with _replacing(path, mode, buffer_bytes=_PIECE_BYTES) as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -72,13 +74,13 @@ def write_many(folder: Path, contents: Iterable[tuple[str, bytes]], *, mode: int
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, mode: int) -> Iterator[BinaryIO]:
+def _replacing(path: Path, mode: int, *, buffer_bytes: int = -1) -> Iterator[BinaryIO]:
     """Open a temporary file that takes the place of `path` at the end of the block; it is gone if that fails."""
     _check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(descriptor, "wb", closefd=True) as file:  # noqa: PTH123 - a descriptor, not a path
+        with open(descriptor, "wb", buffer_bytes) as file:  # noqa: PTH123 - a descriptor, not a path
             os.fchmod(descriptor, mode)  # the umask does not decide the mode of a key
             yield file
         temporary.replace(path)
