@@ -270,10 +270,9 @@ class Row(_Fields):
                 raise ValueError(f"{name} has no time zone")
 
     def _check_state(self) -> None:
-        keyed = self.public_key_der is not None and self.cert_serial is not None
-        if self.state.reached(State.KEYED) and not keyed:
+        if (self.public_key_der is None or self.cert_serial is None) and self.state.reached(State.KEYED):
             raise ValueError(f"a row in {self.state} needs a public key and a serial number")
-        if self.state.reached(State.ISSUED) and self.certificate_der is None:
+        if self.certificate_der is None and self.state.reached(State.ISSUED):
             raise ValueError(f"a row in {self.state} needs its certificate")
         if self.kind is Kind.DEVICE and self.txn is None:
             raise ValueError("a device's row needs a txn")
