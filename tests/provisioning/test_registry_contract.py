@@ -198,6 +198,17 @@ def test_rows_are_found_by_many_serial_numbers_at_once(registry: StoredRegistry)
         assert view.by_cert_serials([]) == {}
 
 
+def test_of_rows_that_are_added_at_once_each_may_have_what_others_lack(registry: StoredRegistry) -> None:
+    with registry.transaction() as transaction:
+        full = keyed(transaction, device(transaction, "first"))
+        bare = full.changed(name="bare", hwid=None, public_key_der=b"1", cert_serial=1)
+        dated = full.changed(name="dated", hwid=b"1234", public_key_der=b"2", cert_serial=2, not_after=NOON)
+        for rows in ([bare, dated], [full.changed(name="last", hwid=b"5678", public_key_der=b"3", cert_serial=3)]):
+            added = transaction.insert_all(rows)
+            assert [row.name for row in added] == [row.name for row in rows]
+            assert transaction.numbered([row.number for row in added]) == {row.number: row for row in added}
+
+
 def test_many_rows_are_added_and_changed_as_one(registry: StoredRegistry, clock: Clock) -> None:
     with registry.transaction() as transaction:
         first = device(transaction, "first")
