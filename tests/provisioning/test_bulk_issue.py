@@ -98,7 +98,8 @@ def test_a_csv_with_requests_in_it_and_beside_it(birthmark: Command, living: Sta
     verify = ["openssl", "verify", "-x509_strict", "-CAfile", "out/ca.pem", "-untrusted"]
     subprocess.run([*verify, "out/pump-2.crt.pem", "out/pump-2.crt.pem"], check=True, capture_output=True)
     actions = [(entry["action"], entry["subject"]) for entry in audit.read(living.registry.audit_path)]
-    assert actions[-3:] == [("issue-from", "devices.csv"), ("issue", "pump-1"), ("issue", "pump-2")]
+    issued = [("issue-from", "devices.csv"), ("issue", "pump-1"), ("issue", "pump-2")]
+    assert actions[-4:] == [("unlock", "issuing-ca"), *issued]
     assert birthmark("audit", "verify").exit_code == 0
 
 
