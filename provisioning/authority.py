@@ -229,4 +229,5 @@ class Authority:
             cause = f"the station's clock says {now:%Y-%m-%d %H:%M:%S}, before the last issuance ({last})"
         else:
             return
-        raise AuthorityError(f"could not issue: {cause}", hint="set the station's clock right, then try again")
+        hint = "set the station's clock right, then try again; if it is right and was ahead then: docs/recovery.md"
+        raise AuthorityError(f"could not issue: {cause}", hint=hint)

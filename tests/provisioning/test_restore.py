@@ -259,6 +259,21 @@ def test_a_clock_that_stands_before_the_backup_stops_issuing(
     assert issue_operator(restored.station, "bob", tmp_path).row.state is State.ATTESTED
 
 
+def test_a_backup_of_before_a_clock_was_ahead_issues_at_once(
+    station: Station, tmp_path: Path, clock: Clock
+) -> None:
+    """As docs/recovery.md says: nothing else brings a station back to the time as it is."""
+    backup = backed_up(station, tmp_path / "backup.age")
+    clock.advance(days=365)
+    issue_operator(station, "alice", tmp_path)
+    clock.advance(days=-364)
+    with pytest.raises(AuthorityError, match="before the last issuance") as refused:
+        issue_operator(station, "bob", tmp_path)
+    assert "docs/recovery.md" in refused.value.hint
+    restored = brought_back(backup, tmp_path / "to", clock=clock)
+    assert issue_operator(restored.station, "bob", tmp_path).row.state is State.ATTESTED
+
+
 def test_row_numbers_go_on_far_above(living: Station, tmp_path: Path) -> None:
     last = enrolled_row(living, "sensor-1").number
     restored = brought_back(backed_up(living, tmp_path / "backup.age"), tmp_path / "to")
