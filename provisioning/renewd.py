@@ -10,6 +10,7 @@ Rules:
 - A device may ask `MAX_ASKED` times in `ASKED_WITHIN_S` by one gateway; beyond that it is not heard, whether it
   can be understood or not. So one device neither fills a log nor keeps the others waiting; and a gateway that says
   anything in a device's name silences it there, and at no other gateway.
+- A request that brings out a defect is answered as a trouble, and those of its group are answered without it.
 - A trouble of the station (registry, CA, clock) is told to the devices as one that is worth another try.
 """
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device import topics
@@ -29,7 +32,7 @@ from birthmark.device.renewal.messages import RenewalAnswer, RenewalRequest
 from birthmark.provisioning.renewal import Asked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from birthmark.device.client import Client
     from birthmark.device.received import Message
@@ -157,14 +160,7 @@ class RenewalService:
     def _answer(self, group: list[tuple[Client, Asked]]) -> None:
         asked = [one for _, one in group]
         began = time.monotonic()
-        try:
-            answers = self._renewals.answer(asked)
-        except BirthmarkError as error:
-            self._say("trouble", f"{error.message}\n          {error.hint}", reason=error.message, hint=error.hint)
-            answers = [_trouble(one) for one in asked]
-        except Exception as error:  # noqa: BLE001 - a defect over one request must not end the service
-            self._say("trouble", f"a defect: {type(error).__name__}", reason=type(error).__name__)
-            answers = [_trouble(one) for one in asked]
+        answers = self._answers(asked)
         elapsed_ms = round((time.monotonic() - began) * 1000, 1)
         for (client, one), answer in zip(group, answers, strict=True):
             try:
@@ -184,6 +180,20 @@ class RenewalService:
                 elapsed_ms=elapsed_ms,
                 waiting=self._count_waiting(),
             )
+
+    def _answers(self, asked: Sequence[Asked]) -> list[RenewalAnswer]:
+        try:
+            return self._renewals.answer(asked)
+        except BirthmarkError as error:
+            self._say("trouble", f"{error.message}\n          {error.hint}", reason=error.message, hint=error.hint)
+        except Exception as error:  # noqa: BLE001 - a defect over one request must not end the service
+            if len(asked) > 1:  # nor keep the others of its group waiting
+                return [answer for one in asked for answer in self._answers([one])]
+            # Where, and not what: a message may quote what nobody is to read.
+            place = extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            self._say("trouble", f"a defect: {cause}", reason=cause)
+        return [_trouble(one) for one in asked]
 
     def _tell(self, one: Asked, answer: RenewalAnswer) -> None:
         device_id = str(one.device_id)

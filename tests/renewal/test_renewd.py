@@ -35,6 +35,7 @@ from birthmark.provisioning.renewd import MAX_ASKED, RenewalService
 from birthmark.provisioning.settings_edit import add_gateway
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from support.renewal_stand import Renewd
@@ -163,6 +164,30 @@ def test_a_gateway_that_brings_too_much_leaves_room_for_the_others(
     service.stop()
     assert [answer.outcome for answer in honest.answers] == ["issued"]
     assert len(hostile.answers) == 5
+
+
+class Defective(Renewals):
+    """Renewals with a defect that one device's requests bring out."""
+
+    def answer(self, asked: Sequence[Asked]) -> list[RenewalAnswer]:
+        if any(one.device_id.text == "odd" for one in asked):
+            raise KeyError("what nobody is to read")
+        return super().answer(asked)
+
+
+def test_a_defect_over_one_request_is_nobody_elses(tmp_path: Path) -> None:
+    station = new_station(tmp_path / "station")
+    sound, odd = PaperDevice.made(station), PaperDevice.made(station, "odd")
+    gateway, said = Told(), list[str]()
+    service = RenewalService(Defective(station), say=lambda name, text, **_: said.append(f"{name}: {text}"))
+    for device in (odd, sound):
+        gateway.bring(service, device.renew())
+    service.start()
+    service.stop()
+    assert [answer.outcome for answer in gateway.answers] == ["refused", "issued"]
+    (trouble,) = (line for line in said if line.startswith("trouble"))
+    assert trouble.startswith("trouble: a defect: KeyError at test_renewd.py:")
+    assert "read" not in trouble
 
 
 def test_gateways_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
