@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from birthmark.device import topics
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import Credentials
 from birthmark.device.durable import private_folder, write_durably
 from birthmark.device.errors import ConfigurationError
@@ -34,6 +35,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _export(arguments: argparse.Namespace, console: Console) -> int:
+    forbid_core_dumps()
     credentials = Credentials.from_folder(arguments.state)
     out: Path = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

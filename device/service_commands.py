@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from birthmark.device import topics
 from birthmark.device.client import Client
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import Credentials
 from birthmark.device.escape import escaped
 from birthmark.device.events import Disconnected
@@ -124,6 +125,7 @@ def _send(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _client(arguments: argparse.Namespace, console: Console) -> Client:
+    forbid_core_dumps()
     credentials = Credentials.from_files(arguments.identity, arguments.ca, broker_address(arguments.broker))
     logging.getLogger("birthmark.device").addHandler(logging.NullHandler())
 

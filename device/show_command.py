@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from birthmark.device.clock import Clock
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import Credentials
 from birthmark.device.options import add_state_option
 from birthmark.device.renewal.schedule import due_at
@@ -30,6 +31,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _show(arguments: argparse.Namespace, console: Console) -> int:
+    forbid_core_dumps()  # the key is in the file that the certificate is read from
     credentials = Credentials.from_folder(arguments.state)
     console.facts(identity_facts(arguments.state, credentials, Clock.of(credentials).now()))
     return 0

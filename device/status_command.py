@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device.clock import Clock
 from birthmark.device.console import Console, Parser, command
+from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.credentials import Credentials
 from birthmark.device.errors import BirthmarkError, RefusedError, SystemFailureError, UnreachableError
 from birthmark.device.escape import escaped
@@ -48,6 +49,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _status(arguments: argparse.Namespace, console: Console) -> int:
+    forbid_core_dumps()
     folder: Path = arguments.state
     facts, troubles = _identity(folder)
     storage, trouble = _storage(folder)

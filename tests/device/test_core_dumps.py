@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
 from support.patience import PATIENCE_S
 
 if TYPE_CHECKING:
@@ -39,3 +40,34 @@ def test_it_is_not_dumpable_for_those_who_do_not_ask_for_the_limit() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert done.stdout == "0\n"
+
+
+_SERVICE = ["--identity", "none.pem", "--ca", "none.pem", "--broker", "127.0.0.1:1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "--state", "none"],
+        ["status", "--state", "none"],
+        ["export", "--state", "none", "--out", "out"],
+        ["watch", "#", *_SERVICE],
+        ["send", "sensor-1", "reboot", *_SERVICE],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_that_will_read_a_key_is_not_dumpable_before_it_looks_for_it(
+    tmp_path: Path, words: list[str]
+) -> None:
+    script = f"""\
+import ctypes, sys
+from birthmark.device.__main__ import main
+sys.argv[1:] = {words}
+try:
+    main()
+except SystemExit as error:
+    print(error.code, ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout.endswith("1 0\n"), done.stdout + done.stderr
