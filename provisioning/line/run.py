@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
@@ -77,11 +77,9 @@ def _follow(
     """Show what is reported until so many slots are done; return what is no board's fault."""
     defects: list[BaseException] = []
     while running:
-        try:
+        report: Report | _Done | _Signal | None = None
+        with suppress(Empty):
             report = reports.get(timeout=_TICK_S)
-        except Empty:
-            display.tick()
-            continue
         if isinstance(report, _Done):
             running -= 1
             defects += [] if report.defect is None else [report.defect]
@@ -94,12 +92,13 @@ def _follow(
     return defects
 
 
-def _show(display: Display, report: Report) -> list[OSError]:
-    """Show a report; return what was in the way."""
+def _show(display: Display, report: Report | None) -> list[Exception]:
+    """Show a report, or that time passes; return what was in the way: it is raised when the slots have stopped."""
     try:
-        display.show(report)
+        if report is not None:
+            display.show(report)
         display.tick()
-    except OSError as error:  # nobody sees us any more: `birthmark run ... | head`
+    except Exception as error:  # noqa: BLE001 - nobody sees us any more: `birthmark run ... | head`; or a defect
         return [error]
     return []
 

@@ -253,6 +253,31 @@ def test_a_signal_may_come_on_top_of_another() -> None:
     assert stop.is_set()
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(), UnicodeEncodeError("ascii", "é", 0, 1, "no")])
+def test_a_screen_that_fails_leaves_no_slot_at_work(error: Exception) -> None:
+    stop, ended = threading.Event(), threading.Event()
+
+    class Waiting:
+        port = SimpleNamespace(slot="1")
+
+        def run(self) -> None:
+            if stop.wait(PATIENCE_S):
+                ended.set()
+
+    class Gone:
+        def show(self, report: object) -> None: ...
+        def tick(self) -> None:
+            raise error
+
+        def close(self) -> None: ...
+
+    with pytest.raises(type(error)):
+        run_line(lambda _: [cast(Slot, Waiting())], Gone(), Tally(), stop, nullcontext())
+    stopped = ended.is_set()
+    stop.set()
+    assert stopped
+
+
 KILLS = 12 if os.environ.get("BIRTHMARK_PROOF") == "whole" else 2
 
 
