@@ -159,7 +159,8 @@ class Journal:
         if thread is None:
             return
         if not await self.settle(timeout_s):
-            _log.error("stopped with changes that are not on disk; nothing of them was promised to anybody")
+            said = "nothing of them was acknowledged" if self._waits else "what was acknowledged may be among them"
+            _log.error("stopped with changes that are not on disk; %s", said)
         self.is_open = False
         self._thread = None
         if self._due is not None:

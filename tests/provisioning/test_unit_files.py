@@ -76,3 +76,12 @@ def test_systemd_takes_them_for_well_protected(name: str) -> None:
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", str(unit)]
     rated = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert rated.returncode == 0, rated.stdout + rated.stderr
+
+
+@pytest.mark.parametrize("name", sorted(unit.stem for unit in DEPLOY.glob("*.service")))
+def test_each_says_a_thing_once_and_no_service_is_restarted_over_wrong_usage(name: str) -> None:
+    lines = (DEPLOY / f"{name}.service").read_text(encoding="utf-8").splitlines()
+    said = [line for line in lines if "=" in line and not line.startswith("#")]
+    assert [line for line in said if said.count(line) > 1] == []
+    if "Restart" in service(name):
+        assert service(name)["RestartPreventExitStatus"] == "2"

@@ -7,6 +7,7 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import pytest
 from support.patience import PATIENCE_S
 from support.waiting import until
 
@@ -26,7 +27,6 @@ from birthmark.device.identity import DeviceId, Role
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    import pytest
 
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
 PEER = Peer(
@@ -278,3 +278,23 @@ def test_nothing_is_noted_of_the_brokers_own_topics() -> None:
         assert journal.recorded == 0
 
     assert run(test).groups == []
+
+
+@pytest.mark.parametrize(
+    ("durability", "said"),
+    [
+        (Durability.ACKNOWLEDGED, "nothing of them was acknowledged"),
+        (Durability.PERIODIC, "what was acknowledged may be among them"),
+    ],
+)
+def test_what_is_not_on_disk_at_the_end_is_said_as_it_is(
+    durability: Durability, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(journal: Journal, sink: Sink, counters: Counters) -> None:
+        sink.may_write.clear()
+        journal.open_session(session())
+        asyncio.get_running_loop().call_later(0.5, sink.may_write.set)
+        await journal.close(0.05)
+
+    run(test, durability)
+    assert caplog.messages[0] == f"stopped with changes that are not on disk; {said}"
