@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.credentials import BrokerAddress, Credentials
 from birthmark.device.errors import BirthmarkError, RefusedError
+from birthmark.provisioning.at_once import in_order
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -75,8 +75,7 @@ class Contact:
         try:
             yield found
         finally:
-            with ThreadPoolExecutor(len(found.clients)) as pool:
-                list(pool.map(lambda client: client.stop(timeout_s=STOP_S), found.clients.values()))
+            in_order(lambda client: client.stop(timeout_s=STOP_S), list(found.clients.values()))
 
     @contextmanager
     def client(self, purpose: str, deadline: float) -> Iterator[Client]:
@@ -87,8 +86,7 @@ class Contact:
     def _connect(self, purpose: str, deadline: float) -> Connected:
         """Try all at once, and again until one is reached."""
         while True:
-            with ThreadPoolExecutor(len(self.servers)) as pool:
-                answers = list(pool.map(lambda server: self._attempt(server, purpose, deadline), self.servers))
+            answers = in_order(lambda server: self._attempt(server, purpose, deadline), self.servers)
             found = Connected()
             for server, answer in zip(self.servers, answers, strict=True):
                 if isinstance(answer, BirthmarkError):

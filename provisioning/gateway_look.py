@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -32,6 +31,7 @@ from birthmark.device.topics import (
     gateway_seen,
     gateway_status,
 )
+from birthmark.provisioning.at_once import in_order
 from birthmark.provisioning.gateway_contact import Contact, contacts, left, unknown_at
 
 if TYPE_CHECKING:
@@ -88,12 +88,9 @@ def look_at(
         sightings: whether to ask whom each saw.
     """
     reached = contacts(gateways, upstreams, anchors_path)
-    if not reached:
-        return []
     deadline = time.monotonic() + timeout_s
-    with ThreadPoolExecutor(max_workers=min(32, len(reached))) as pool:
-        looks = pool.map(lambda contact: _look(contact, deadline, sightings=sightings), reached)
-        found = {look.name: look for some in looks for look in some}
+    looks = in_order(lambda contact: _look(contact, deadline, sightings=sightings), reached)
+    found = {look.name: look for some in looks for look in some}
     return [found[gateway.name] for gateway in gateways if gateway.name in found]
 
 

@@ -2,16 +2,18 @@
 
 Rules: what counts as having a CRL is in `delivery`. By path: `path_delivery`; over MQTT at its own broker:
 `mqtt_delivery`; through an upstream: `upstream_delivery`. All gateways are served at once; one that does not
-answer delays nobody.
+answer delays nobody. Ctrl-C ends the waiting, and nothing else: what was signed is signed, and who has not
+answered by then is PENDING.
 """
 
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import BirthmarkError
+from birthmark.provisioning.at_once import as_done
 from birthmark.provisioning.delivery import Delivery, Latest, Outcome, concluded
 from birthmark.provisioning.gateway_contact import contacts
 from birthmark.provisioning.mqtt_delivery import by_mqtt
@@ -28,6 +30,17 @@ if TYPE_CHECKING:
     from birthmark.provisioning.gateway_settings import Gateway, Upstream
 
 DEFAULT_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """A way to some gateways, and what is to be done there."""
+
+    gateways: Sequence[Gateway]
+    bring: Callable[[], list[Delivery]]
+
+    def pending(self, cause: str) -> list[Delivery]:
+        return [Delivery(gateway.name, Outcome.PENDING, cause) for gateway in self.gateways]
 
 
 def deliver(
@@ -56,45 +69,50 @@ def deliver(
         whole.
     """
     deadline = time.monotonic() + timeout_s
-    work: list[Callable[[], list[Delivery]]] = [
+    errands = [
         _at_path(gateway, gateway.crl_path, Latest(crls, cas, successor), deadline)
         for gateway in gateways
         if gateway.crl_path is not None
     ]
     reached = contacts(gateways, upstreams, anchors_path)
-    work += [_at_contact(contact, Latest(crls, cas, successor), deadline) for contact in reached]
-    if not work:
-        return []
-    with ThreadPoolExecutor(max_workers=min(32, len(work))) as pool:
-        found = {delivery.gateway: delivery for done in pool.map(lambda do: do(), work) for delivery in done}
+    errands += [_at_contact(contact, Latest(crls, cas, successor), deadline) for contact in reached]
+    found = {delivery.gateway: delivery for delivery in _run(errands)}
     return [found[gateway.name] for gateway in gateways]
 
 
-def _at_path(gateway: Gateway, crl_path: Path, latest: Latest, deadline: float) -> Callable[[], list[Delivery]]:
-    return lambda: _attempt(
+def _run(errands: Sequence[_Errand]) -> list[Delivery]:
+    found: dict[int, list[Delivery]] = {}
+    try:
+        found.update(as_done(_attempt, errands))
+    except KeyboardInterrupt:
+        for place, errand in enumerate(errands):
+            found.setdefault(place, errand.pending("it had not answered when that was interrupted"))
+    return [delivery for deliveries in found.values() for delivery in deliveries]
+
+
+def _at_path(gateway: Gateway, crl_path: Path, latest: Latest, deadline: float) -> _Errand:
+    return _Errand(
         [gateway], lambda: [concluded(gateway.name, latest, by_path(gateway.name, crl_path, latest, deadline))]
     )
 
 
-def _at_contact(contact: Contact, latest: Latest, deadline: float) -> Callable[[], list[Delivery]]:
+def _at_contact(contact: Contact, latest: Latest, deadline: float) -> _Errand:
     if contact.upstream:
-        return lambda: _attempt(contact.gateways, lambda: by_upstream(contact, latest, deadline))
+        return _Errand(contact.gateways, lambda: by_upstream(contact, latest, deadline))
     (gateway,) = contact.gateways
-    return lambda: _attempt(
-        [gateway], lambda: [concluded(gateway.name, latest, by_mqtt(contact, latest, deadline))]
-    )
+    return _Errand([gateway], lambda: [concluded(gateway.name, latest, by_mqtt(contact, latest, deadline))])
 
 
-def _attempt(gateways: Sequence[Gateway], bring: Callable[[], list[Delivery]]) -> list[Delivery]:
+def _attempt(errand: _Errand) -> list[Delivery]:
     """Bring the CRLs; what goes wrong leaves each of these gateways PENDING."""
     try:
-        return bring()
+        return errand.bring()
     except BirthmarkError as error:
-        return [Delivery(gateway.name, Outcome.PENDING, error.message) for gateway in gateways]
+        return errand.pending(error.message)
     except OSError as error:
         return [
             Delivery(
                 gateway.name, Outcome.PENDING, f"could not reach {gateway.reached_by}: {error.strerror or error}"
             )
-            for gateway in gateways
+            for gateway in errand.gateways
         ]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
 from birthmark.device.fleet_policy import PolicyReceipt, SignedPolicy
 from birthmark.device.topics import FLEET_POLICY, gateway_policy_receipts
+from birthmark.provisioning.at_once import in_order
 from birthmark.provisioning.broadcast import Broadcast, Known
 from birthmark.provisioning.delivery import Outcome
 from birthmark.provisioning.fleet_policy import current_policy, note_version, trusted_policy
@@ -90,10 +90,8 @@ def deliver_policy(station: Station, policy: SignedPolicy, timeout_s: float) -> 
         for cause in ["a path takes no policy: put it there as its policy.toml, or give the gateway a link"]
     }
     reached = contacts(settings.gateways, settings.upstreams, station.root_path)
-    if reached:
-        with ThreadPoolExecutor(max_workers=min(32, len(reached))) as pool:
-            for done in pool.map(lambda contact: _deliver_at(contact, station, policy, deadline), reached):
-                found |= {delivery.gateway: delivery for delivery in done}
+    for done in in_order(lambda contact: _deliver_at(contact, station, policy, deadline), reached):
+        found |= {delivery.gateway: delivery for delivery in done}
     deliveries = [found[gateway.name] for gateway in settings.gateways]
     if deliveries:
         with station.registry.transaction() as transaction:

@@ -19,7 +19,6 @@ Rules:
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -32,6 +31,7 @@ from birthmark.device.errors import BirthmarkError, ConfigurationError, Credenti
 from birthmark.device.pem import CRL, read_blocks
 from birthmark.provisioning import audit_check, founding
 from birthmark.provisioning.actor import actor
+from birthmark.provisioning.at_once import in_order
 from birthmark.provisioning.backup import LAST_BACKUP_AT, Manifest, opened
 from birthmark.provisioning.cas import Ca, read_cas
 from birthmark.provisioning.crl_store import CrlSet, crl_number_counter
@@ -266,11 +266,9 @@ def _from_gateways(
         if gateway.crl_path is not None
     }
     reached = contacts(settings.gateways, settings.upstreams, station.root_path)
-    if reached:
-        with ThreadPoolExecutor(max_workers=min(32, len(reached))) as pool:
-            for told, held in pool.map(lambda contact: _held_at(contact, cas, timeout_s), reached):
-                answers |= told
-                policies += held
+    for told, held in in_order(lambda contact: _held_at(contact, cas, timeout_s), reached):
+        answers |= told
+        policies += held
     found: list[tuple[str, KnownCrl]] = []
     unknown: list[Merged] = []
     for gateway in settings.gateways:

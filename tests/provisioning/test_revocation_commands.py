@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
+from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE, Command, enrolled_row
 from support.station_gateways import CLOSED, PathGateway, receipt_for
 
@@ -36,6 +43,31 @@ def test_what_a_retired_ca_issued_is_not_said_to_be_on_the_crl(birthmark: Comman
     assert birthmark("ca", "rollover", "retire", "issuing", "--force").exit_code == 0
     for name, count in (("sensor-17", "0 of 1 certificate on CRL 2"), ("sensor-18", "1 certificate on CRL 3")):
         assert f"{count}, {living.crl_path}" in birthmark("revoke", name, "--reason", "lost").stdout
+
+
+@pytest.mark.parametrize("words", [("revoke", "sensor-17", "--reason", "lost"), ("crl",)], ids=["revoke", "crl"])
+def test_who_does_not_wait_for_a_gateway_is_told_what_holds(
+    birthmark: Command, living: Station, words: tuple[str, ...]
+) -> None:
+    enrolled_row(living, "sensor-17")
+    birthmark("issue-operator", "alice", "--out", "alice")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and never says a word
+        silent.settimeout(PATIENCE_S)
+        port = str(silent.getsockname()[1])
+        birthmark("gateway", "add", "gw-1", "--host", "127.0.0.1", "--port", port, "--operator", "alice/alice.pem")
+        command = [sys.executable, "-m", "birthmark.provisioning", *words, "--timeout", "3600", "--json"]
+        environment = {"BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(), "BIRTHMARK_STATION": str(living.folder)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | environment) as process:
+            connection, _ = silent.accept()
+            process.send_signal(signal.SIGINT)
+            told, _ = process.communicate(timeout=PATIENCE_S)
+        connection.close()
+    assert process.returncode == 1
+    record = json.loads(told)
+    assert record["crl_number"] == 2
+    assert [(one["gateway"], one["outcome"]) for one in record["gateways"]] == [("gw-1", "PENDING")]
+    assert "interrupted" in record["gateways"][0]["cause"]
+    assert birthmark("crl", "status", "--json").records[0]["trouble"] == record["gateways"][0]["cause"]
 
 
 def test_revoke_waits_for_the_gateways_word(birthmark: Command, living: Station) -> None:
