@@ -129,7 +129,7 @@ def test_a_connection_falls_silent_and_stays(echo: Echo) -> None:
 
 
 def test_an_outage_resets_and_refuses_and_ends(echo: Echo) -> None:
-    with Proxy("127.0.0.1", echo.port, NetworkFaults.parse(["outage=0.3@0.6"])) as proxy:
+    with Proxy("127.0.0.1", echo.port, NetworkFaults.parse(["outage=2@4"])) as proxy:
         with connected(proxy) as client:
             assert through(client, b"before") == b"before"
             with pytest.raises(ConnectionResetError):
