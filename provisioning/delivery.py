@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 MAX_MQTT_CRL_BYTES: Final = 1024 * 1024 - 1024
 """What a gateway takes in one packet by default, less the packet's own head."""
 
+INTERRUPTED: Final = "it had not answered when that was interrupted"
+"""Why nothing is known of a gateway that nobody waited for any longer."""
+
 
 class Outcome(StrEnum):
     """Where a delivery stands."""

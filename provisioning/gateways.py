@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from birthmark.device.errors import BirthmarkError
 from birthmark.provisioning.at_once import as_done
-from birthmark.provisioning.delivery import Delivery, Latest, Outcome, concluded
+from birthmark.provisioning.delivery import INTERRUPTED, Delivery, Latest, Outcome, concluded
 from birthmark.provisioning.gateway_contact import contacts
 from birthmark.provisioning.mqtt_delivery import by_mqtt
 from birthmark.provisioning.path_delivery import by_path
@@ -86,7 +86,7 @@ def _run(errands: Sequence[_Errand]) -> list[Delivery]:
         found.update(as_done(_attempt, errands))
     except KeyboardInterrupt:
         for place, errand in enumerate(errands):
-            found.setdefault(place, errand.pending("it had not answered when that was interrupted"))
+            found.setdefault(place, errand.pending(INTERRUPTED))
     return [delivery for deliveries in found.values() for delivery in deliveries]
 
 

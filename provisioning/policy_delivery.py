@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ from birthmark.device.errors import BirthmarkError
 from birthmark.device.escape import escaped
 from birthmark.device.fleet_policy import PolicyReceipt, SignedPolicy
 from birthmark.device.topics import FLEET_POLICY, gateway_policy_receipts
-from birthmark.provisioning.at_once import in_order
+from birthmark.provisioning.at_once import as_done
 from birthmark.provisioning.broadcast import Broadcast, Known
-from birthmark.provisioning.delivery import Outcome
+from birthmark.provisioning.delivery import INTERRUPTED, Outcome
 from birthmark.provisioning.fleet_policy import current_policy, note_version, trusted_policy
 from birthmark.provisioning.gateway_contact import contacts
 from birthmark.provisioning.gateway_receipts import note_policy_version
@@ -76,6 +77,8 @@ class PolicyDelivery:
 def deliver_policy(station: Station, policy: SignedPolicy, timeout_s: float) -> list[PolicyDelivery]:
     """Bring a policy to every gateway of the station at once, and put what became of it on record.
 
+    Ctrl-C ends the waiting alone, as it does for CRLs (`gateways`).
+
     Returns:
         What became of it at each, in the order of the settings. What goes wrong at one is in there.
 
@@ -84,14 +87,14 @@ def deliver_policy(station: Station, policy: SignedPolicy, timeout_s: float) -> 
     """
     settings = station.settings
     deadline = time.monotonic() + timeout_s
-    found = {
-        gateway.name: PolicyDelivery(gateway.name, Outcome.PENDING, policy.version, cause)
-        for gateway in settings.gateways
-        for cause in ["a path takes no policy: put it there as its policy.toml, or give the gateway a link"]
-    }
     reached = contacts(settings.gateways, settings.upstreams, station.root_path)
-    for done in in_order(lambda contact: _deliver_at(contact, station, policy, deadline), reached):
-        found |= {delivery.gateway: delivery for delivery in done}
+    at_path = "a path takes no policy: put it there as its policy.toml, or give the gateway a link"
+    causes = {gateway.name: at_path for gateway in settings.gateways}
+    causes |= {gateway.name: INTERRUPTED for contact in reached for gateway in contact.gateways}
+    found = {name: PolicyDelivery(name, Outcome.PENDING, policy.version, cause) for name, cause in causes.items()}
+    with suppress(KeyboardInterrupt):
+        for _, done in as_done(lambda contact: _deliver_at(contact, station, policy, deadline), reached):
+            found |= {delivery.gateway: delivery for delivery in done}
     deliveries = [found[gateway.name] for gateway in settings.gateways]
     if deliveries:
         with station.registry.transaction() as transaction:

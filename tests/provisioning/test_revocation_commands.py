@@ -26,6 +26,8 @@ from birthmark.provisioning.settings_edit import remove_gateway
 if TYPE_CHECKING:
     from birthmark.provisioning.station import Station
 
+POLICY = Path(__file__).parents[2] / "broker" / "policy.default.toml"
+
 
 def test_revoke_without_a_gateway_says_so(birthmark: Command, living: Station) -> None:
     enrolled_row(living, "sensor-17")
@@ -45,7 +47,11 @@ def test_what_a_retired_ca_issued_is_not_said_to_be_on_the_crl(birthmark: Comman
         assert f"{count}, {living.crl_path}" in birthmark("revoke", name, "--reason", "lost").stdout
 
 
-@pytest.mark.parametrize("words", [("revoke", "sensor-17", "--reason", "lost"), ("crl",)], ids=["revoke", "crl"])
+@pytest.mark.parametrize(
+    "words",
+    [("revoke", "sensor-17", "--reason", "lost"), ("crl",), ("policy", "publish", str(POLICY))],
+    ids=["revoke", "crl", "policy"],
+)
 def test_who_does_not_wait_for_a_gateway_is_told_what_holds(
     birthmark: Command, living: Station, words: tuple[str, ...]
 ) -> None:
@@ -63,11 +69,15 @@ def test_who_does_not_wait_for_a_gateway_is_told_what_holds(
             told, _ = process.communicate(timeout=PATIENCE_S)
         connection.close()
     assert process.returncode == 1
-    record = json.loads(told)
-    assert record["crl_number"] == 2
-    assert [(one["gateway"], one["outcome"]) for one in record["gateways"]] == [("gw-1", "PENDING")]
-    assert "interrupted" in record["gateways"][0]["cause"]
-    assert birthmark("crl", "status", "--json").records[0]["trouble"] == record["gateways"][0]["cause"]
+    (gateway,) = json.loads(told)["gateways"]
+    assert (gateway["gateway"], gateway["outcome"]) == ("gw-1", "PENDING")
+    assert "interrupted" in gateway["cause"]
+    (entry,) = [
+        entry
+        for entry in audit.read(living.registry.audit_path)
+        if entry["action"] in ("deliver", "policy-deliver")
+    ]
+    assert entry["details"]["cause"] == gateway["cause"]
 
 
 def test_revoke_waits_for_the_gateways_word(birthmark: Command, living: Station) -> None:
