@@ -3,7 +3,8 @@
 Rules:
 
 - Everything is made in a folder beside the final one, which is renamed into place at the end: a station is there
-  whole or not at all. What an interrupted attempt left is removed by the next one.
+  whole or not at all. What an interrupted attempt left is removed by the next one; but for tables in a database,
+  which may be another station's (docs/registry.md).
 - The root signs the issuing CA's certificate and its own CRL, and is not needed again until that CRL ends: its key
   is in a file of its own, and may have a passphrase of its own.
 - A key that was made in a token for a station that did not come about is removed from it, unless the process was

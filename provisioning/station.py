@@ -24,6 +24,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import re
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,7 +70,8 @@ ROLLOVER_LOCK_FILE: Final = "rollover.lock"
 PUBLIC_FILE_MODE: Final = 0o644
 _KEPT_APART: Final = frozenset({".lock", ".db", ".db-wal", ".db-shm", ".db-journal"})
 """Locks, and what a registry on SQLite is made of."""
-_UNENCRYPTED: Final = b"-----BEGIN PRIVATE KEY-----"
+_UNENCRYPTED: Final = re.compile(rb"-----BEGIN (?!ENCRYPTED )[A-Z ]*PRIVATE KEY-----")
+"""Of PKCS #8, or as older tools write it: `EC PRIVATE KEY`."""
 
 
 def utc_now() -> datetime:
@@ -449,4 +451,4 @@ class Station:
 def _is_own(path: Path) -> bool:
     if path.name.startswith(".") or path.suffix in _KEPT_APART or path.name in (REGISTRY_FILE, AUDIT_FILE):
         return False
-    return path.is_file() and (path.suffix != ".pem" or _UNENCRYPTED not in path.read_bytes())
+    return path.is_file() and (path.suffix != ".pem" or not _UNENCRYPTED.search(path.read_bytes()))

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pyrage
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from support.station import PASSPHRASE, Command, enrolled_row
 
 from birthmark.device.durable import exclusive_lock
@@ -96,6 +98,9 @@ def test_what_lies_in_the_stations_folder_comes_along_but_for_somebodys_key(
     (living.folder / "kept-by-a-later-version.jsonl").write_bytes(b"{}")
     (living.folder / ".registry.json.12345678.part").write_bytes(b"half")
     issue_operator(living, "alice", living.folder)
+    older_form = PrivateFormat.TraditionalOpenSSL
+    key_pem = generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, older_form, NoEncryption())
+    (living.folder / "alice-of-old.pem").write_bytes(key_pem)
     held = read_backup(backed_up(living, tmp_path / "backup.age"), SECRET).manifest.files
     assert "kept-by-a-later-version.jsonl" in held
     assert "ca.pem" in held
