@@ -38,6 +38,10 @@ class OwnCertificate:
     path: Path
     """The file it is from."""
 
+    def is_current(self, now: datetime) -> bool:
+        """Return whether it is valid at that time."""
+        return self.not_before <= now <= self.not_after
+
     def alarms(self, now: datetime) -> list[Alarm]:
         """Return what about it needs a person: not valid yet, due for renewal, expired."""
         shown = f"the gateway's own certificate, in {self.path},"

@@ -7,7 +7,7 @@ Rules:
 - A session that has been unacknowledged messages at its client sends them again, under the same packet identifiers
   and in the same order (MQTT 3.1.1 §4.4.0-1).
 - The time that a client has been gone goes on by the wall clock; whoever was connected when the broker died has
-  been gone since now.
+  been gone since now. A clock that cannot be right dates nothing, and makes nobody older.
 - Retained messages beyond limits that have been lowered are dropped, and said so.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def restore(exchange: Exchange, stored: Stored, *, now_s: float, wall_s: float) -> list[Session]:
+def restore(exchange: Exchange, stored: Stored, *, now_s: float, wall_s: float | None) -> list[Session]:
     """Fill an empty exchange, whose journal has been started with the same rows.
 
     Returns:
@@ -39,7 +39,7 @@ def restore(exchange: Exchange, stored: Stored, *, now_s: float, wall_s: float) 
         exchange: to be filled.
         stored: all rows.
         now_s: the loop's clock.
-        wall_s: seconds since 1970.
+        wall_s: seconds since 1970; None if nobody knows.
 
     Raises:
         SystemFailureError: the rows do not belong together.
@@ -74,18 +74,20 @@ def _restore_retained(exchange: Exchange, stored: Stored) -> None:
         _log.warning("dropped %s stored retained messages: limits.max_retained_* have been lowered", dropped)
 
 
-def _restore_sessions(exchange: Exchange, stored: Stored, now_s: float, wall_s: float) -> dict[int, Session]:
+def _restore_sessions(
+    exchange: Exchange, stored: Stored, now_s: float, wall_s: float | None
+) -> dict[int, Session]:
     sessions: dict[int, Session] = {}
     for row in stored.sessions:
         peer = peer_from_text(row.peer)
         session = Session(row.client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=False)
         session.key = row.key
-        if row.left_at is None:
-            session.left_at_s = now_s
+        session.left_at_s = now_s
+        if wall_s is not None and row.left_at is None:
             exchange.journal.note_session(session, left_at=wall_s)
-        else:
+        elif wall_s is not None and row.left_at is not None:
             # A clock that has gone back since then makes nobody older.
-            session.left_at_s = now_s - max(0.0, wall_s - row.left_at)
+            session.left_at_s -= max(0.0, wall_s - row.left_at)
         sessions[row.key] = session
     for subscription in stored.subscriptions:
         session = sessions[subscription.session]

@@ -18,7 +18,7 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from birthmark.broker.eviction import close_identities
 from birthmark.broker.fleet.roamers import Roamers
 from birthmark.broker.journal import Journal
 from birthmark.broker.listener import Listener, bind
+from birthmark.broker.own_certificate import read_own_certificate
 from birthmark.broker.packet_reader import TopicNames
 from birthmark.broker.peer import upstream_peer
 from birthmark.broker.rate import Meters
@@ -255,8 +256,17 @@ class GatewayBroker(Broker):
             store.close()
             raise
         self._journal.start(store, stored)
-        self.upstreams.take_up(restore(self.exchange, stored, now_s=self.now_s(), wall_s=self.wall_s()))
+        self.upstreams.take_up(restore(self.exchange, stored, now_s=self.now_s(), wall_s=self._plausible_wall_s()))
         self.forget_expired_sessions()
+
+    def _plausible_wall_s(self) -> float | None:
+        """Return seconds since 1970; None by a clock for which the gateway's own certificate is not valid.
+
+        A gateway without a battery for its clock starts in 1970: what it dated then would be long over once the
+        clock is set, and queued messages lost.
+        """
+        wall_s, own = self.wall_s(), read_own_certificate(self.settings.credentials_path)
+        return wall_s if own is None or own.is_current(datetime.fromtimestamp(wall_s, UTC)) else None
 
     async def settle(self) -> bool:
         """Wait, for `STORE_TIMEOUT_S` at most, until all that has happened is on disk; return whether it is."""

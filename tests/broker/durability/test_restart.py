@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -184,6 +185,28 @@ def test_a_session_expires_by_the_wall_clock_over_a_restart(tmp_path: Path, pki:
     with running_gateway(tmp_path, pki) as gateway:
         gateway.client(old.client_id, clean=False, present=False)
         gateway.client(recent.client_id, clean=False, present=True)
+
+
+@pytest.mark.parametrize("clock_s", [0.0, 4e9], ids=["1970", "2096"])
+def test_a_clock_that_cannot_be_right_ends_no_session(
+    tmp_path: Path, pki: Pki, monkeypatch: pytest.MonkeyPatch, clock_s: float
+) -> None:
+    with running_gateway(tmp_path, pki) as gateway:
+        for name in ("free-1", "free-2"):
+            away(gateway, name)
+    store = Store.open(tmp_path / "data" / FILE_NAME)
+    rows = store.load().sessions
+    killed = next(row for row in rows if row.client_id == "free-1")
+    store.apply(Changes(sessions={killed.key: killed._replace(left_at=None)}))
+    store.close()
+    with monkeypatch.context() as patched:
+        clocks = SimpleNamespace(time=lambda: clock_s, monotonic=time.monotonic)
+        patched.setattr("birthmark.broker.server.time", clocks)
+        with running_gateway(tmp_path, pki):
+            pass
+    with running_gateway(tmp_path, pki) as gateway:
+        for name in ("free-1", "free-2"):
+            gateway.client(name, clean=False, present=True)
 
 
 def test_a_revocation_takes_sessions_and_presence_off_the_disk(tmp_path: Path, pki: Pki) -> None:
