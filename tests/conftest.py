@@ -1,8 +1,10 @@
-"""For every test: a property is about results, not about the speed of a machine; port locks are one worker's."""
+"""For every test: a property is about results, not about the speed of a machine; port locks are one worker's, and
+what a test does to the log of its process is its own."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -26,6 +28,17 @@ def interruptible() -> None:
     """Let what the tests start be interrupted: a shell's background job ignores SIGINT, and so do its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Leave the log of the process as it was: a test may run a command in it, which sets its own up."""
+    loggers = {logger: logger.level for logger in (logging.getLogger(), logging.getLogger("birthmark"))}
+    handlers = {logger: list(logger.handlers) for logger in loggers}
+    yield
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+        logger.handlers[:] = handlers[logger]
 
 
 @pytest.fixture
