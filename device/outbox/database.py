@@ -16,7 +16,7 @@ import os
 import secrets
 import sqlite3
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from birthmark.device.durable import sync_folder
 from birthmark.device.errors import LocalProtocolError
@@ -26,6 +26,8 @@ from birthmark.device.publication import Outgoing
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+T = TypeVar("T", str, int)
 
 VERSION: Final = 1
 APPLICATION: Final = 0x6269726D
@@ -150,25 +152,26 @@ class Database:
                 run("INSERT INTO facts VALUES ('owner', ?), ('epoch', ?)", (owner, secrets.token_hex(4)))
             elif version != VERSION:
                 raise DatabaseUnfitError(f"it is of another version ({version})", f".version-{version}")
-        whose = str(self._fact("owner", ""))
+        whose = self._fact("owner", "")
         if whose != owner:
             raise DatabaseUnfitError(f"it is another device's ({whose})", ".of-another")
         if by_priority:
             run("CREATE INDEX IF NOT EXISTS by_priority ON messages (priority, seq)")
         else:
             run("DROP INDEX IF EXISTS by_priority")
-        self.epoch = str(self._fact("epoch", ""))
+        self.epoch = self._fact("epoch", "")
         (highest,) = run("SELECT max(seq) FROM messages").fetchone()
-        self.next_seq = max(int(highest or 0) + 1, int(self._fact("reserved", 1)))
+        self.next_seq = max(int(highest or 0) + 1, self._fact("reserved", 1))
         self._reserved = self.next_seq
 
     def contents(self) -> Contents:
         """Count what is there."""
         with _failures():
             run = self._connection.execute
-            messages, size = run("SELECT count(*), total(size) FROM messages").fetchone()
-            dropped = self._fact("dropped", 0)
-        return Contents(messages, int(size), int(dropped))
+            messages, size = run("SELECT count(*), coalesce(sum(size), 0) FROM messages").fetchone()
+            if not isinstance(size, int):
+                raise DatabaseUnfitError("it is damaged (a size is not what it was)")
+            return Contents(messages, size, self._fact("dropped", 0))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -227,9 +230,12 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             self._connection.close()
 
-    def _fact(self, name: str, default: str | int) -> str | int:
+    def _fact(self, name: str, default: T) -> T:
         found = self._connection.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return found[0] if found and isinstance(found[0], str | int) else default
+        value = found[0] if found else default
+        if not isinstance(value, type(default)):
+            raise DatabaseUnfitError(f"it is damaged ({name} is not what it was)")
+        return value
 
     def _set_fact(self, name: str, value: int) -> None:
         self._connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
@@ -287,13 +293,19 @@ def _readable(connection: sqlite3.Connection, end: str, low: int, high: int) -> 
 
 
 def _row(columns: tuple[int, str, bytes, int, int, float]) -> Row:
-    """Read a message; raises `DatabaseUnfitError` for one that was never stored so: it would stop who sends it."""
+    """Read a message; raises `DatabaseUnfitError` for one that was never stored so.
+
+    It would stop who sends it, or go out as another one: one bit makes a BLOB of a text, a number of four bytes.
+    """
     seq, topic, payload, retain, priority, at = columns
+    unfit = DatabaseUnfitError(f"it is damaged (message {seq} is none)")
+    if [*map(type, columns[1:])] != [str, bytes, int, int, float]:
+        raise unfit
     try:
-        outgoing = Outgoing(str(topic), bytes(payload), 1, bool(retain))
-        return Row(int(seq), outgoing.topic, outgoing.payload, outgoing.retain, int(priority), float(at))
-    except (TypeError, ValueError, LocalProtocolError) as error:
-        raise DatabaseUnfitError(f"it is damaged (message {seq} is none)") from error
+        outgoing = Outgoing(topic, payload, 1, bool(retain))
+    except LocalProtocolError as error:
+        raise unfit from error
+    return Row(seq, outgoing.topic, outgoing.payload, outgoing.retain, priority, at)
 
 
 @contextlib.contextmanager

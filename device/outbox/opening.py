@@ -64,7 +64,7 @@ def _open(path: Path, owner: str, *, by_priority: bool) -> Opened:
     database = Database(path, owner, by_priority=by_priority)
     try:
         return Opened(database, database.contents())
-    except DatabaseFailedError:
+    except BaseException:
         database.close()  # or it would keep the file from whoever reads what is left
         raise
 

@@ -468,8 +468,10 @@ class Outbox:
         except DatabaseFailedError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001 - a defect; it is reported, and the disk is tried again
-            _log.exception("a defect in the outbox %s", self._path)
-            self._fail(DatabaseFailedError(f"a defect: {type(error).__name__}"))
+            defect = DatabaseFailedError(f"a defect: {type(error).__name__}")
+            if self._failing != defect.cause:  # once, as what fails is said
+                _log.exception("a defect in the outbox %s", self._path)
+            self._fail(defect)
 
     @property
     def _by_priority(self) -> bool:

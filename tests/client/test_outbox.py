@@ -406,18 +406,46 @@ def test_one_damaged_byte_keeps_nothing_else_from_going_out(
     assert "set-aside" in [event.state for event in told]
 
 
-def test_a_payload_of_another_type_is_damage(tmp_path: Path) -> None:
-    """One bit makes a text of a BLOB."""
+@pytest.mark.parametrize(
+    "value",
+    ["payload = 'two'", "payload = 300", "topic = CAST(topic AS BLOB)", "priority = 9e999"],
+)
+def test_a_value_of_another_type_is_damage(tmp_path: Path, value: str) -> None:
+    """One bit makes a BLOB of a text, or a number of four bytes: it would go out as another message."""
     path = tmp_path / "o.db"
     with outbox_at(path) as (outbox, _):
         for text in ("one", "two", "three"):
             put(outbox, text)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE messages SET payload = 'two' WHERE seq = 2")
+        connection.execute(f"UPDATE messages SET {value} WHERE seq = 2")  # noqa: S608
     with outbox_at(path) as (outbox, told):
         put(outbox, "four")
         assert take_all(outbox, 3) == ["one", "three", "four"]
     assert "message 2 is none" in "".join(event.detail for event in told)
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("UPDATE facts SET value = 'abc' WHERE name = 'reserved'", "reserved"),
+        ("INSERT INTO facts VALUES ('dropped', x'01')", "dropped"),
+        ("UPDATE facts SET value = NULL WHERE name = 'owner'", "owner"),
+        ("UPDATE messages SET size = 9e999 WHERE seq = 2", "a size"),
+    ],
+    ids=["reserved", "dropped", "owner", "size"],
+)
+def test_a_damaged_value_beside_the_messages_costs_none_of_them(tmp_path: Path, statement: str, what: str) -> None:
+    path = tmp_path / "o.db"
+    with outbox_at(path) as (outbox, _):
+        for text in ("one", "two", "three"):
+            put(outbox, text)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(statement)
+    with outbox_at(path) as (outbox, told):
+        put(outbox, "four")
+        assert take_all(outbox, 4) == ["one", "two", "three", "four"]
+    assert told[0].state == "set-aside"
+    assert f"it is damaged ({what} is not what it was)" in told[0].detail
 
 
 def test_a_defect_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +464,24 @@ def test_a_defect_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         put(outbox, "three")
         assert take_all(outbox, 2) == ["one", "three"]
     assert [event.state for event in told][:2] == ["failing", "working"]
+
+
+def test_a_defect_that_stays_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts: list[object] = []
+
+    def defect(path: Path, *_: object, **__: object) -> None:
+        attempts.append(path)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "RETRY_DISK_S", 0.01)
+    monkeypatch.setattr(module, "open_file", defect)
+    with outbox_at(tmp_path / "o.db") as (outbox, told):
+        outbox.start()
+        eventually(lambda: len(attempts) > 3, "the disk to be tried again and again")
+    assert [record.getMessage() for record in caplog.records] == [f"a defect in the outbox {tmp_path / 'o.db'}"]
+    assert [event.state for event in told] == ["failing"]
 
 
 def test_another_device_s_messages_do_not_go_out(tmp_path: Path) -> None:
