@@ -432,7 +432,8 @@ class Gateway:
                 self._sightings.forget(time.time())
                 self._member.try_again()
                 if self._may_file_pass_later:
-                    await self._take_crl_file(is_again=True)
+                    with contextlib.suppress(OSError):  # the watch says of a file that it is gone
+                        await self._take_crl_file(is_again=True)
             except Exception:  # noqa: BLE001 - a defect here must not silence what is to come
                 _log.exception("the gateway's status could not be said")
 

@@ -549,6 +549,30 @@ def test_a_file_that_is_refused_over_a_clock_is_judged_again_when_it_is_set(
     asyncio.run(main())
 
 
+def test_a_file_that_is_to_be_judged_again_may_be_gone(
+    settings: BrokerSettings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Gateway.open(settings)
+    crl_der = PKI.issuing.crl([], number=2)
+    settings.crl_path.write_bytes(crl_der)
+    monkeypatch.setattr("birthmark.broker.gateway.STATUS_INTERVAL_S", 0.02)
+    monkeypatch.setattr("birthmark.broker.gateway.now", lambda: dt.datetime(1970, 1, 1, tzinfo=dt.UTC))
+
+    async def main() -> None:
+        async with running(settings) as (_gateway, recorder):
+            settings.crl_path.unlink()
+            said = len(recorder.statuses())
+            await until(lambda: len(recorder.statuses()) > said + 5)
+            await until(lambda: f"{settings.crl_path} is gone" in caplog.text)
+            monkeypatch.setattr("birthmark.broker.gateway.now", now)
+            replace(settings.crl_path, crl_der)
+            await until(lambda: (found := receipt_in(settings)) and found.outcome == "installed")
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert "could not be said" not in caplog.text
+
+
 def test_bad_credentials_change_nothing(settings: BrokerSettings, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with running(settings) as (gateway, recorder):
