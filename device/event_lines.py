@@ -114,7 +114,7 @@ def say(console: Console, name: str, text: str, /, **facts: Any) -> None:
 def _failed(
     console: Console, name: str, error: ConnectionFailedError, retry_in_s: float | None, *, renews: bool = False
 ) -> None:
-    first = "renewing at the renewal listener now; else the " if renews else ""
+    first = f"renewing at the renewal listener now; {'else the ' if retry_in_s else ''}" if renews else ""
     then = "" if retry_in_s is None else f"\n          {first}{_next(error, retry_in_s)}"
     say(
         console,

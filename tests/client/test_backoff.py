@@ -101,6 +101,9 @@ def test_a_line_says_that_something_else_is_done_first(capsys: pytest.CaptureFix
     event_lines.show(Console(as_json=False), AttemptFailed(expired, 24.0, renews=True))
     last = capsys.readouterr().out.splitlines()[-1].strip()
     assert last == "renewing at the renewal listener now; else the next attempt in 24.0 s"
+    event_lines.show(Console(as_json=False), AttemptFailed(expired, 0.0, renews=True))
+    last = capsys.readouterr().out.splitlines()[-1].strip()
+    assert last == "renewing at the renewal listener now; trying the next broker"
     event_lines.show(Console(as_json=True), AttemptFailed(expired, 24.0, renews=True))
     assert json.loads(capsys.readouterr().out)["renews"] is True
 
