@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 FILE: Final = "device.toml"
 RETURN_AFTER_S: Final = 600.0
-LONGEST_RETURN_AFTER_S: Final = 366 * 86_400.0
+LONGEST_RETURN_AFTER_S: Final = 366 * 86_400
 MAX_PACKET_BYTES: Final = 1024 * 1024
 _MAX_FILE_BYTES: Final = 256 * 1024
 
@@ -170,10 +170,10 @@ class _Table:
             raise ConfigurationError(f"{self._where}{escaped(key)} is of the wrong type: {quoted(str(value))}")
         return value
 
-    def number(self, key: str, default: float, *, least: float, most: float) -> float:
+    def number(self, key: str, default: float, *, least: int, most: int) -> float:
         value = self.take(key, (int, float), default)
         if not least <= value <= most:
-            raise ConfigurationError(f"{self._where}{escaped(key)} is not from {least:g} to {most:g}")
+            raise ConfigurationError(f"{self._where}{escaped(key)} is not from {least} to {most}")
         return float(value)
 
     @property

@@ -21,7 +21,7 @@ FEWEST_MESSAGES = 100
 """What is on its way is never dropped; a limit must leave room beside that."""
 FEWEST_BYTES = 64 * 1024
 LONGEST_BATCH_MS = 60_000
-MOST_PER_S = 1e6
+MOST_PER_S = 1_000_000
 MAX_PRIORITY = 1_000_000
 
 _BATCH = re.compile(r"batch:([1-9][0-9]{0,5})ms")
@@ -56,7 +56,7 @@ class OutboxSettings(Frozen):
     def __post_init__(self) -> None:
         _check(self.max_messages >= FEWEST_MESSAGES, "max_messages", f"it is below {FEWEST_MESSAGES}")
         _check(self.max_bytes >= FEWEST_BYTES, "max_bytes", f"it is below {FEWEST_BYTES}")
-        _check(0 <= self.drain_per_s <= MOST_PER_S, "drain_per_s", f"it is not from 0 to {MOST_PER_S:g}")
+        _check(0 <= self.drain_per_s <= MOST_PER_S, "drain_per_s", f"it is not from 0 to {MOST_PER_S}")
         _check(self.when_full in get_args(WhenFull), "when_full", f"it is none of {', '.join(get_args(WhenFull))}")
         _check(
             self.when_failing in get_args(WhenFailing),
