@@ -1,13 +1,15 @@
 """Where a passphrase or a PIN comes from: a descriptor, the environment, a file, or a prompt. Never an argument.
 
 Arguments show in the process list and in the shell's history. A file is one that the settings name, and that
-others cannot read.
+others cannot read. A prompt is for who waits for the command, and can leave it with Ctrl-C: no service at work,
+and no slot of a line, asks anybody.
 """
 
 from __future__ import annotations
 
 import getpass
 import os
+import signal
 import sys
 import threading
 from dataclasses import dataclass
@@ -83,6 +85,11 @@ class PassphraseSource:
                 f"could not ask for the {self.what}: there is no terminal",
                 hint=f"set {self.variable}, or give {self.option} N",
             )
+        if not may_ask():
+            raise AuthorityError(
+                f"could not ask for the {self.what}: what is at work asks nobody",
+                hint=f"start it again, with {self.variable} or {self.option} N",
+            )
         first = self._typed(self.prompt)
         if self.confirm and self._typed("The same again: ") != first:
             raise AuthorityError(f"could not use the {self.what}: the two entries differ", hint="try again")
@@ -115,6 +122,12 @@ class PassphraseSource:
                 f"could not read the {self.what} from {path}: {error.strerror}",
                 hint=f"run this as the user whose file it is, set {self.variable}, or give {self.option} N",
             ) from error
+
+
+def may_ask() -> bool:
+    """Whether Ctrl-C would end the command at a prompt: not in a thread of it, nor where it only notes signals."""
+    is_noted = callable(handler := signal.getsignal(signal.SIGINT)) and handler is not signal.default_int_handler
+    return threading.current_thread() is threading.main_thread() and not is_noted
 
 
 class EarlyPassphrase(threading.Thread):

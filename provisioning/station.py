@@ -41,7 +41,7 @@ from birthmark.provisioning.actor import actor
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.ca_keys import PIN_SOURCE, FileKeys, TokenAccess, TokenKeys
 from birthmark.provisioning.cas import Ca, CaKind, Cas, read_cas
-from birthmark.provisioning.passphrase import ROOT_PROMPT, ROOT_VARIABLE, PassphraseSource
+from birthmark.provisioning.passphrase import ROOT_PROMPT, ROOT_VARIABLE, PassphraseSource, may_ask
 from birthmark.provisioning.places import ISSUING_FILE, KEYS_FOLDER, default_folder
 from birthmark.provisioning.registry.opening import InForce, open_registry
 from birthmark.provisioning.registry.place import AUDIT_FILE, REGISTRY_FILE
@@ -396,7 +396,7 @@ class Station:
             try:
                 return read(self._own_passphrases.get(ca.key_id, shared))
             except keyfile.WrongPassphraseError:
-                if self._prompts is None:
+                if self._prompts is None or not may_ask():
                     raise
             own = replace(self._prompts, prompt=f"Passphrase of the {ca.kind} CA {ca.short}: ").read()
             key = read(own)

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 import pytest
@@ -73,12 +74,22 @@ SCRIPT = (
 )
 
 
-def asked(*answers: bytes) -> tuple[str, bytes]:
+IN_A_SERVICE = (
+    "from birthmark.device.stopping import stopping_on_signals\n"
+    f"with stopping_on_signals():\n{indent(SCRIPT, ' ')}"
+)
+IN_A_THREAD = (
+    f"import threading\ndef work():\n{indent(SCRIPT, ' ')}\n"
+    "thread = threading.Thread(target=work)\nthread.start()\nthread.join()\n"
+)
+
+
+def asked(*answers: bytes, script: str = SCRIPT) -> tuple[str, bytes]:
     """Answer at a terminal's prompts; return what came of it, and what the terminal has shown."""
     leader, follower = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name != "BIRTHMARK_PASSPHRASE"}
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         stdin=follower,
         stdout=subprocess.PIPE,
         stderr=follower,
@@ -88,12 +99,15 @@ def asked(*answers: bytes) -> tuple[str, bytes]:
     os.close(follower)
     shown = b""
     with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
-        for prompt, answer in zip((b"Passphrase of the CA: ", b"The same again: "), answers, strict=True):
+        prompts = (b"Passphrase of the CA: ", b"The same again: ")
+        for prompt, answer in zip(prompts[: len(answers)], answers, strict=True):
             while prompt not in shown:
                 shown += os.read(leader, 1024)
             os.write(leader, answer)
         while chunk := os.read(leader, 1024):
             shown += chunk
+            if chunk.endswith(b": "):  # one more than was expected
+                os.write(leader, b"\x04")
     assert process.stdout is not None
     told = process.stdout.read().decode()
     assert process.wait(timeout=PATIENCE_S) == 0, shown
@@ -110,6 +124,13 @@ def test_a_terminal_is_asked_twice_and_echoes_nothing(typed: tuple[bytes, bytes]
     told, shown = asked(*typed)
     assert ends in told
     assert b"horse" not in shown
+
+
+@pytest.mark.parametrize("script", [IN_A_SERVICE, IN_A_THREAD], ids=["service", "thread"])
+def test_nobody_is_asked_who_could_not_leave_by_ctrl_c(script: str) -> None:
+    told, shown = asked(script=script)
+    assert "asks nobody" in told
+    assert b"Passphrase" not in shown
 
 
 def test_a_prompt_that_is_left() -> None:

@@ -14,13 +14,16 @@ import pytest
 from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE
 
+from birthmark.device.errors import AuthorityError
+from birthmark.device.stopping import stopping_on_signals
 from birthmark.provisioning.founding import found_station
+from birthmark.provisioning.keyfile import read_key, replace_key
+from birthmark.provisioning.rollover.starting import RootKey, start_issuing
 from birthmark.provisioning.settings import Settings
+from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from birthmark.provisioning.station import Station
 
 OF_THE_ROOT = b"of the root alone"
 PROMPT = re.compile(rb"Passphrase of [^:]*: $")
@@ -102,6 +105,25 @@ def test_two_wrong_answers_end_it_and_change_nothing(tmp_path: Path, line: str) 
     assert prompts[1:] == [named(station, kind)]
     assert "the passphrase is wrong" in said
     assert {path: path.read_bytes() for path in station.folder.rglob("*.pem")} == before
+
+
+def test_a_service_asks_for_no_key_that_comes_while_it_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    station = stationed(tmp_path / "station")
+    service = Station.open(station.folder)
+    answers = [PASSPHRASE.decode(), "another"]
+    monkeypatch.delenv("BIRTHMARK_PASSPHRASE", raising=False)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", lambda _prompt: answers.pop(0))
+    assert service.authority.key_id == station.cas.for_clients.key_id
+    new = start_issuing(station, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    path = station.key_path(new)
+    replace_key(path, read_key(path, PASSPHRASE, whose="it"), b"another", CHEAP)
+    with stopping_on_signals(), pytest.raises(AuthorityError, match="passphrase is wrong"):
+        service.authority_of(new.key_id)
+    assert len(answers) == 1
+    assert service.authority_of(new.key_id).key_id == new.key_id
 
 
 def test_roots_with_a_passphrase_each_are_moved_in_one_go(tmp_path: Path) -> None:
