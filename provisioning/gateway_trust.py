@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 from birthmark.device.durable import write_durably
 from birthmark.provisioning.crl_delivery import deliver_crl
 from birthmark.provisioning.crls import up_to_date_crl
+from birthmark.provisioning.delivery import INTERRUPTED
 from birthmark.provisioning.station import PUBLIC_FILE_MODE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from birthmark.provisioning.crl_store import CrlSet
     from birthmark.provisioning.delivery import Delivery
     from birthmark.provisioning.station import Station
@@ -39,10 +42,15 @@ def bring_trust(station: Station, *, timeout_s: float) -> tuple[CrlSet, list[Del
         early = {one.gateway for one in deliveries if one.distrusted}
         again = [one for one in station.settings.gateways if one.name in early and one.clients_ca_path is not None]
         left_s = deadline - time.monotonic()
-        if not again or left_s <= 0 or troubles:
+        if not again or left_s <= 0 or troubles or was_interrupted(deliveries):
             return crls, deliveries, troubles
         newer = {one.gateway: one for one in deliver_crl(station, crls, left_s, gateways=again)}
         deliveries = [newer.get(one.gateway, one) for one in deliveries]
+
+
+def was_interrupted(deliveries: Iterable[Delivery]) -> bool:
+    """Whether somebody ended the waiting for one of them."""
+    return any(one.cause == INTERRUPTED for one in deliveries)
 
 
 def _write_files(station: Station) -> list[str]:

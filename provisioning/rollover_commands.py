@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from birthmark.device.console import Console, Parser, command
+from birthmark.device.console import INTERRUPTED, Console, Parser, command
 from birthmark.device.durable import remove_leftovers, write_durably
 from birthmark.device.errors import UsageError
 from birthmark.provisioning.cas import CaKind, read_cas
 from birthmark.provisioning.crl_delivery import warn_of_pending
 from birthmark.provisioning.crls import sign_and_store_crl
-from birthmark.provisioning.gateway_trust import bring_trust
+from birthmark.provisioning.gateway_trust import bring_trust, was_interrupted
 from birthmark.provisioning.options import (
     add_key_options,
     add_passphrase_option,
@@ -170,7 +170,14 @@ def _retire(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
     _ = station.authority  # a wrong passphrase must stop this before anything is changed
     closed = close_old(station, CaKind(arguments.kind), force=arguments.force)
-    bring_trust(station, timeout_s=arguments.timeout)  # the last CRL, while it still counts
+    _, deliveries, _ = bring_trust(station, timeout_s=arguments.timeout)  # the last CRL, while it still counts
+    if closed and was_interrupted(deliveries):  # whoever stops here has not seen whom the next step cuts off
+        names = ", ".join(ca.short for ca in closed)
+        console.emit(
+            {"event": "interrupted", "closed": [ca.key_id for ca in closed]},
+            f"interrupted: closed, and still trusted: {names}; the same command again goes on from here",
+        )
+        return INTERRUPTED
     retired = retire_closed(station, closed, force=arguments.force)
     sign_and_store_crl(station)  # the file without the last one's
     names = " and ".join(f"the {ca.kind} CA {ca.short}" for ca in retired) or "what was retired before"

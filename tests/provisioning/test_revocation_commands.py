@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography import x509
@@ -56,20 +56,9 @@ def test_who_does_not_wait_for_a_gateway_is_told_what_holds(
     birthmark: Command, living: Station, words: tuple[str, ...]
 ) -> None:
     enrolled_row(living, "sensor-17")
-    birthmark("issue-operator", "alice", "--out", "alice")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and never says a word
-        silent.settimeout(PATIENCE_S)
-        port = str(silent.getsockname()[1])
-        birthmark("gateway", "add", "gw-1", "--host", "127.0.0.1", "--port", port, "--operator", "alice/alice.pem")
-        command = [sys.executable, "-m", "birthmark.provisioning", *words, "--timeout", "3600", "--json"]
-        environment = {"BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(), "BIRTHMARK_STATION": str(living.folder)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | environment) as process:
-            connection, _ = silent.accept()
-            process.send_signal(signal.SIGINT)
-            told, _ = process.communicate(timeout=PATIENCE_S)
-        connection.close()
-    assert process.returncode == 1
-    (gateway,) = json.loads(told)["gateways"]
+    code, told = interrupted(birthmark, living, *words)
+    assert code == 1
+    (gateway,) = told["gateways"]
     assert (gateway["gateway"], gateway["outcome"]) == ("gw-1", "PENDING")
     assert "interrupted" in gateway["cause"]
     (entry,) = [
@@ -78,6 +67,36 @@ def test_who_does_not_wait_for_a_gateway_is_told_what_holds(
         if entry["action"] in ("deliver", "policy-deliver")
     ]
     assert entry["details"]["cause"] == gateway["cause"]
+
+
+def test_who_does_not_wait_for_a_last_crl_has_its_ca_trusted_still(birthmark: Command, living: Station) -> None:
+    start_issuing(living, lambda: RootKey(PASSPHRASE), derivation=CHEAP)
+    activate(living, force=True)
+    code, told = interrupted(birthmark, living, "ca", "rollover", "retire", "issuing", "--force")
+    (old,) = [ca for ca in living.cas.issuing if not ca.clients]
+    assert (code, told) == (130, {"event": "interrupted", "closed": [old.key_id]})
+    assert (old.closed_at is None, old.retired_at) == (False, None)
+
+
+def interrupted(birthmark: Command, station: Station, *words: str) -> tuple[int, dict[str, Any]]:
+    """Press Ctrl-C while a command waits for a gateway; return its exit code and what it said."""
+    birthmark("issue-operator", "alice", "--out", "alice")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and never says a word
+        silent.settimeout(PATIENCE_S)
+        port = str(silent.getsockname()[1])
+        birthmark("gateway", "add", "gw-1", "--host", "127.0.0.1", "--port", port, "--operator", "alice/alice.pem")
+        command = [sys.executable, "-m", "birthmark.provisioning", *words, "--timeout", "3600", "--json"]
+        environment = {"BIRTHMARK_PASSPHRASE": PASSPHRASE.decode(), "BIRTHMARK_STATION": str(station.folder)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | environment) as process:
+            connection, _ = silent.accept()
+            process.send_signal(signal.SIGINT)
+            try:
+                told, _ = process.communicate(timeout=PATIENCE_S)
+            finally:
+                process.kill()
+        connection.close()
+    record: dict[str, Any] = json.loads(told)
+    return process.returncode, record
 
 
 def test_revoke_waits_for_the_gateways_word(birthmark: Command, living: Station) -> None:
