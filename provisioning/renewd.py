@@ -19,8 +19,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from pathlib import Path
-from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, Final
 
 from birthmark.device import topics
@@ -29,6 +27,7 @@ from birthmark.device.errors import BirthmarkError, RemoteProtocolError
 from birthmark.device.escape import escaped
 from birthmark.device.identity import DeviceId
 from birthmark.device.renewal.messages import RenewalAnswer, RenewalRequest
+from birthmark.provisioning.defects import described
 from birthmark.provisioning.renewal import Asked
 
 if TYPE_CHECKING:
@@ -189,9 +188,7 @@ class RenewalService:
         except Exception as error:  # noqa: BLE001 - a defect over one request must not end the service
             if len(asked) > 1:  # nor keep the others of its group waiting
                 return [answer for one in asked for answer in self._answers([one])]
-            # Where, and not what: a message may quote what nobody is to read.
-            place = extract_tb(error.__traceback__)[-1]
-            cause = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            cause = described(error)
             self._say("trouble", f"a defect: {cause}", reason=cause)
         return [_trouble(one) for one in asked]
 

@@ -7,7 +7,7 @@ Rules:
 - What is replaced within an hour is revoked together: a CRL goes to every gateway whole, so one for each renewal
   of a large fleet would be more than all its messages.
 - A revocation becomes effective with the next CRL: whoever retires has one signed and brought to the gateways. A
-  full disk, or a registry or a token that is away, puts that off, and no more.
+  full disk, a registry or a token that is away, or a defect puts that off, and no more.
 - A row that is retired stays ATTESTED: its unit was made, and its batch counts it. Its certificate is revoked.
 """
 
@@ -22,6 +22,7 @@ from cryptography import x509
 from birthmark.device.errors import BirthmarkError, RegistryError
 from birthmark.provisioning.crl_delivery import bring_new_crl
 from birthmark.provisioning.crls import stale_crls
+from birthmark.provisioning.defects import described
 from birthmark.provisioning.revocation import mark_revoked
 
 if TYPE_CHECKING:
@@ -136,6 +137,11 @@ class Retiring:
                 nap_s = _TROUBLE_NAP_S
             except OSError as error:
                 self._console.warn(f"could not bring what is retired to the gateways: {error.strerror or error}")
+                nap_s = _TROUBLE_NAP_S
+            except Exception as error:  # noqa: BLE001 - or replaced certificates would stay good for good
+                self._console.warn(
+                    f"could not bring what is retired to the gateways: a defect: {described(error)}"
+                )
                 nap_s = _TROUBLE_NAP_S
 
     def _turn(self) -> None:

@@ -623,6 +623,24 @@ def test_a_crl_that_could_not_be_written_is_tried_again(
     assert [entry.serial_number for entry in crl] == [rows(station)[0].cert_serial]
 
 
+def test_a_defect_is_told_without_its_words_and_tried_again(
+    station: Station, device: PaperDevice, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed(station, device)
+    with retiring(station) as (service, told):
+        with monkeypatch.context() as defective:
+            defective.setattr(
+                "birthmark.provisioning.retirement.bring_new_crl", lambda *_: int("what nobody reads")
+            )
+            clock.advance(hours=25)
+            service.look()
+            warning = told.warnings.get(timeout=PATIENCE_S)
+        assert "ValueError at" in warning
+        assert "nobody" not in warning
+        service.look()
+        assert told.records.get(timeout=PATIENCE_S)["entries"] == 1
+
+
 def test_what_a_killed_service_has_revoked_is_on_a_crl_when_it_is_back(
     station: Station, device: PaperDevice, clock: Clock
 ) -> None:
