@@ -57,7 +57,7 @@ class KeyDerivation(Frozen):
         try:
             scrypt = Scrypt(salt, AES_KEY_OCTETS, n=self.cost, r=self.block_size, p=self.parallelism)
             return scrypt.derive(passphrase)
-        except MemoryError as error:  # said of N that is too large for r, too (RFC 7914 section 2)
+        except (MemoryError, OverflowError) as error:  # the first of N too large for r, too (RFC 7914 section 2)
             raise ValueError("there is no such derivation, or no memory for it") from error
 
 

@@ -123,11 +123,16 @@ def test_a_file_that_was_replaced_meanwhile_is_read_as_it_is_now(
     assert read_key(path, other, whose="the CA").private_numbers() == key.private_numbers()
 
 
+@pytest.mark.parametrize(
+    "none",
+    [KeyDerivation(cost=15), KeyDerivation(cost=1 << 70, block_size=0)],
+    ids=["no-power-of-two", "no-number-of-64-bits"],
+)
 def test_a_derivation_that_fails_is_left_to_whoever_needs_the_key(
-    station: Station, derivations: Derivations
+    station: Station, derivations: Derivations, none: KeyDerivation
 ) -> None:
     path = key_path(station)
-    damaged = EncryptedKey(KeyDerivation(cost=15), bytes(16), bytes(16), bytes(144))  # no power of two
+    damaged = EncryptedKey(none, bytes(16), bytes(16), bytes(144))
     path.chmod(0o600)
     path.write_bytes(damaged.pem)
     path.chmod(0o400)
