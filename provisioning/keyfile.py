@@ -13,6 +13,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Final
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
@@ -145,7 +146,7 @@ def read_key(
         key = _opened(content, passphrase)
     except TypeError as error:
         raise AuthorityError(f"{what}: no passphrase was given", hint="set BIRTHMARK_PASSPHRASE") from error
-    except ValueError as error:
+    except (ValueError, UnsupportedAlgorithm) as error:  # the latter of a damaged IV
         raise WrongPassphraseError(
             f"{what}: the passphrase is wrong, or the file is damaged", hint=if_wrong
         ) from error

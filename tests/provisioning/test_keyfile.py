@@ -19,7 +19,8 @@ from support.patience import PATIENCE_S
 from support.station import CHEAP, PASSPHRASE
 
 from birthmark.device.errors import AuthorityError
-from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION
+from birthmark.device.pem import block, read_blocks
+from birthmark.provisioning.encrypted_key import DEFAULT_DERIVATION, LABEL
 from birthmark.provisioning.keyfile import encrypted_pem, read_key, write_key
 
 if TYPE_CHECKING:
@@ -118,6 +119,24 @@ def test_a_damaged_key_is_a_clear_error(tmp_path: Path, content: bytes) -> None:
     path.chmod(0o400)
     with pytest.raises(AuthorityError):
         read_key(path, PASSPHRASE, whose="the CA")
+
+
+def test_no_flipped_bit_makes_another_key_of_it_or_anything_but_a_clear_error(
+    tmp_path: Path, key: ec.EllipticCurvePrivateKey
+) -> None:
+    path, said = tmp_path / "ca.key.pem", 0
+    ((_, der),) = read_blocks(encrypted_pem(key, PASSPHRASE, CHEAP))
+    path.touch(mode=0o600)
+    for place in range(len(der)):
+        for bit in range(8):
+            damaged = bytearray(der)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(block(LABEL, bytes(damaged)))
+            try:
+                assert read_key(path, PASSPHRASE, whose="the CA").private_numbers() == key.private_numbers()
+            except AuthorityError:
+                said += 1
+    assert said > len(der)
 
 
 def test_keys_of_another_kind_are_refused(tmp_path: Path, key: ec.EllipticCurvePrivateKey) -> None:
