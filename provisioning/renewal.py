@@ -111,6 +111,7 @@ class Renewals:
         answers: dict[int, RenewalAnswer] = {}
         provers: dict[int, Row] = {}
         rows: dict[int, Row] = {}
+        told: dict[str, datetime] = {}
         authority = self._station.authority
         seals = Seals(self._station, authority)
         with self._station.registry.transaction() as transaction:
@@ -122,7 +123,8 @@ class Renewals:
                     else:
                         rows[index] = self._keyed(transaction, one, prover, authority)
                 except _RefusedError as refusal:
-                    answers[index] = self._refuse(transaction, one, refusal)
+                    answers[index] = self._refuse(transaction, one, refusal, told)
+        self._told_at |= told  # it is on record only now
         signed = self._signed({row.number: row for row in rows.values() if row.state is State.KEYED}, authority)
         if signed:
             with self._station.registry.transaction() as transaction:
@@ -305,12 +307,15 @@ class Renewals:
         )
         return made
 
-    def _refuse(self, transaction: Transaction, one: Asked, refusal: _RefusedError) -> RenewalAnswer:
+    def _refuse(
+        self, transaction: Transaction, one: Asked, refusal: _RefusedError, told: dict[str, datetime]
+    ) -> RenewalAnswer:
         now, name = self._station.clock(), one.device_id.folded
-        is_due = self._told_at.get(name, now - 2 * _REFUSALS_EVERY) <= now - _REFUSALS_EVERY
+        last = told.get(name) or self._told_at.get(name)
+        is_due = last is None or last <= now - _REFUSALS_EVERY
         if is_due and transaction.named(name):
             # Not each one, and none in a name that we never gave: whoever means ill must not fill the audit log.
-            self._told_at[name] = now
+            told[name] = now
             transaction.record(
                 "refuse", str(one.device_id), cause=refusal.reason, kind=one.request.kind, via=one.via or None
             )

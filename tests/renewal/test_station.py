@@ -251,6 +251,22 @@ def test_one_that_is_refused_spoils_nothing_for_the_others(station: Station, dev
     ]
 
 
+def test_a_refusal_whose_group_failed_is_on_record_when_it_comes_again(
+    station: Station, device: PaperDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = PaperDevice.made(station, "other")
+    forged = device.renew(signer=device.new_key)
+    renewals = Renewals(station)
+    with monkeypatch.context() as defective:
+        defective.setattr(renewals, "_keyed", lambda *_: int("a defect"))
+        with pytest.raises(ValueError, match="a defect"):
+            renewals.answer([forged, other.renew()])
+    renewals.answer([forged])
+    renewals.answer([forged])
+    refusals = [entry for entry in audit.read(station.registry.audit_path) if entry["action"] == "refuse"]
+    assert [entry["subject"] for entry in refusals] == [str(device.device_id)]
+
+
 def test_the_same_device_twice_in_one_group_gets_one_certificate(station: Station, device: PaperDevice) -> None:
     first, again = Renewals(station).answer([device.renew(), device.renew()])
     assert first.leaf_der == again.leaf_der != b""
