@@ -285,11 +285,17 @@ def salvaged(path: Path) -> Iterator[list[Row]]:
 
 
 def _readable(connection: sqlite3.Connection, end: str, low: int, high: int) -> Iterator[Row]:
-    """Yield the messages between two numbers from one end on, up to the first that cannot be read."""
-    statement = f"SELECT {_COLUMNS} FROM messages WHERE seq > ? AND seq < ? ORDER BY seq {end}"  # noqa: S608
-    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError, DatabaseUnfitError):
-        for row in connection.execute(statement, (low, high)):
-            yield _row(row)
+    """Yield the messages between two numbers from one end on, but for damaged ones, up to where none is found.
+
+    Each is asked for by itself: of several, Python's driver drops the one before a damaged one, too.
+    """
+    following = f"SELECT seq FROM messages WHERE seq > ? AND seq < ? ORDER BY seq {end} LIMIT 1"  # noqa: S608
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+        while found := connection.execute(following, (low, high)).fetchone():
+            (seq,) = found
+            low, high = (seq, high) if end == "ASC" else (low, seq)
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError, DatabaseUnfitError):
+                yield _row(connection.execute(f"SELECT {_COLUMNS} FROM messages WHERE seq = ?", found).fetchone())  # noqa: S608
 
 
 def _row(columns: tuple[int, str, bytes, int, int, float]) -> Row:

@@ -406,6 +406,21 @@ def test_one_damaged_byte_keeps_nothing_else_from_going_out(
     assert "set-aside" in [event.state for event in told]
 
 
+def test_damaged_messages_cost_none_beside_or_between_them(tmp_path: Path) -> None:
+    path = tmp_path / "o.db"
+    with outbox_at(path) as (outbox, _):
+        for text in ("one", "two", "three", "four"):
+            put(outbox, text)
+    content = bytearray(path.read_bytes())
+    for text in ("two", "four"):
+        # The octet before a record's values is the last one's type (https://sqlite.org/fileformat2.html#record_format).
+        content[content.index(f"{TOPIC}{text}".encode()) - 1] ^= 1
+    path.write_bytes(content)
+    with outbox_at(path) as (outbox, _):
+        put(outbox, "five")
+        assert take_all(outbox, 3) == ["one", "three", "five"]
+
+
 @pytest.mark.parametrize(
     "value",
     ["payload = 'two'", "payload = 300", "topic = CAST(topic AS BLOB)", "priority = 9e999"],
