@@ -1,13 +1,11 @@
 """The command of this part; also `python -m birthmark.broker`."""
 
-import sys
-
-from birthmark.device.console import main_of
+from birthmark.device.console import exit_with, main_of
 
 
 def main() -> None:
     """Run the command and exit with its code."""
-    sys.exit(main_of("birthmark.broker.cli", "broker"))
+    exit_with(main_of("birthmark.broker.cli", "broker"))
 
 
 if __name__ == "__main__":

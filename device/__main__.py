@@ -1,13 +1,11 @@
 """The command of this part; also `python -m birthmark.device`."""
 
-import sys
-
-from birthmark.device.console import main_of
+from birthmark.device.console import exit_with, main_of
 
 
 def main() -> None:
     """Run the command and exit with its code."""
-    sys.exit(main_of("birthmark.device.cli", "device"))
+    exit_with(main_of("birthmark.device.cli", "device"))
 
 
 if __name__ == "__main__":

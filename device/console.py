@@ -14,13 +14,16 @@ Rules:
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import json
 import os
 import sys
+import threading
+from contextlib import suppress
 from importlib import import_module
 from itertools import islice
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from birthmark.device.errors import BirthmarkError, SystemFailureError
 from birthmark.device.escape import escaped
@@ -227,6 +230,25 @@ def run(parser: Parser, arguments: Sequence[str] | None = None) -> int:
         return UNHEARD
     except OSError as error:
         return console.fail(error)
+
+
+def exit_with(code: int) -> NoReturn:
+    """End the process with this code, once all is done that is to be waited for, and what was printed is out.
+
+    A thread that nobody waits for may be in a handshake, which nothing can end, and OpenSSL's clean-up at the end
+    of a process takes away what it works with: SIGSEGV, once in some hundred times. So nothing is cleaned up then.
+    """
+    atexit.register(_leave, code)
+    sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    if not any(thread.daemon for thread in threading.enumerate()):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+    os._exit(code)
 
 
 def main_of(cli_module: str, extra: str, *, by_command: bool = False) -> int:

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -203,6 +204,9 @@ class Worker:
             self._changed.wait_for(lambda: self._has_ended or self._is_opening, timeout=timeout_s + 2 * LEAVE_S)
         if self._has_ended:
             self._thread.join(LEAVE_S)
+        else:
+            # OpenSSL's clean-up at the end of the process would take away what a handshake works with.
+            atexit.register(self._thread.join, LEAVE_S)
 
     # What follows runs on the worker's thread.
 

@@ -1,13 +1,11 @@
 """The command of this part; also `python -m birthmark.firmware_sim`."""
 
-import sys
-
-from birthmark.device.console import main_of
+from birthmark.device.console import exit_with, main_of
 
 
 def main() -> None:
     """Run the command and exit with its code."""
-    sys.exit(main_of("birthmark.firmware_sim.cli", "sim"))
+    exit_with(main_of("birthmark.firmware_sim.cli", "sim"))
 
 
 if __name__ == "__main__":

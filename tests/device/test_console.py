@@ -27,6 +27,32 @@ def _parser(outcome: BaseException | int | None) -> console.Parser:
     return parser
 
 
+ENDING = """
+import atexit, threading
+from birthmark.device.console import exit_with
+atexit.register(print, "cleaned up")
+go_on = threading.Event()
+def work():
+    go_on.wait()
+    print("worked")
+threading.Thread(target=work, daemon=DAEMON).start()
+if not DAEMON:
+    go_on.set()
+print("printed", end=" ")
+exit_with(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("is_daemon", "said"), [(True, ["printed"]), (False, ["cleaned", "printed", "up", "worked"])]
+)
+def test_nothing_is_cleaned_up_beneath_a_thread_that_nobody_waits_for(is_daemon: bool, said: list[str]) -> None:
+    script = ENDING.replace("DAEMON", str(is_daemon))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3
+    assert sorted(ended.stdout.split()) == said
+
+
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [
