@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from birthmark.device.console import Console, Parser, command
 from birthmark.device.core_dumps import forbid_core_dumps
 from birthmark.device.errors import UsageError
+from birthmark.device.options import taken_from_options
 from birthmark.provisioning import audit_check
 from birthmark.provisioning.backup import back_up, check_target, read_backup
 from birthmark.provisioning.cas import SHORT
@@ -166,6 +167,8 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         raise UsageError("could not restore: no place is named", hint="name a new folder: --to DIR")
     _check_readable(arguments.file)
     refuse_occupied(arguments.to)
+    with taken_from_options():
+        registry = None if arguments.registry is None else setting_from(arguments.registry)
     restored = restore(
         arguments.file,
         arguments.to,
@@ -175,7 +178,7 @@ def _restore(arguments: argparse.Namespace, console: Console) -> int:
         crls=arguments.crl,
         lost=arguments.lost_key,
         timeout_s=arguments.timeout,
-        registry=None if arguments.registry is None else setting_from(arguments.registry),
+        registry=registry,
     )
     with restored.station.registry.view() as view:
         rows = view.count()

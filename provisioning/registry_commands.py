@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.console import INTERRUPTED, Console, Parser, command
+from birthmark.device.options import taken_from_options
 from birthmark.provisioning import registry_file_commands
 from birthmark.provisioning.migration import migrate
 from birthmark.provisioning.options import add_station_option, open_station
@@ -57,7 +58,8 @@ birthmark registry migrate tinydb""",
 
 def _migrate(arguments: argparse.Namespace, console: Console) -> int:
     station = open_station(arguments)
-    to = setting_from(arguments.url, log=station.settings.registry.log)
+    with taken_from_options():
+        to = setting_from(arguments.url, log=station.settings.registry.log)
     try:
         _moved(station, to, console)
     except KeyboardInterrupt:

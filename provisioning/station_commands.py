@@ -99,8 +99,8 @@ birthmark init --issuing-key 'pkcs11:token=birthmark;object=issuing?module-path=
 def _init(arguments: argparse.Namespace, console: Console) -> None:
     forbid_core_dumps()
     place = token_place(arguments)
-    registry = setting_from(arguments.registry)
     with taken_from_options():
+        registry = setting_from(arguments.registry)
         settings = Settings(
             organization=arguments.organization,
             default_role=arguments.default_role,

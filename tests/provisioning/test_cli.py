@@ -96,6 +96,8 @@ print(*(each for each in {UNWANTED[name]!r} if each in sys.modules))
         ("init --broker-port 0", "'0' is no number"),
         ("init --organization ''", "organization"),
         ("init --issuing-key rubbish", "no PKCS#11 URI"),
+        ("init --registry mysql://host/name", "mysql is not supported"),
+        ("registry migrate nonsense", "no URL of a database"),
     ],
 )
 def test_options_that_say_nothing_together_and_values_of_no_use_are_wrong_usage(
@@ -116,6 +118,7 @@ def test_options_that_say_nothing_together_and_values_of_no_use_are_wrong_usage(
         ("backup --verify none.age", 5, "No such file"),
         ("restore none.age --to station", 5, "No such file"),
         ("restore occupied/file --to occupied", 1, "there is something already"),
+        ("restore occupied/file --to new --registry nonsense", 2, "no URL of a database"),
     ],
 )
 def test_nobody_is_asked_for_a_passphrase_in_vain(

@@ -268,7 +268,7 @@ def test_the_command(birthmark: Command, living: Station) -> None:
     assert birthmark("show", "sensor-1").exit_code == 0
     assert birthmark("revoke", "sensor-1", "--reason", "lost").exit_code == 0
     refused = birthmark("registry", "migrate", "postgresql://me:verysecret@localhost/x")
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "everybody can read arguments" in refused.stderr
     assert "verysecret" not in refused.stderr
     assert birthmark("registry", "migrate", "tinydb").exit_code == 0
