@@ -295,7 +295,8 @@ def _readable(connection: sqlite3.Connection, end: str, low: int, high: int) -> 
             (seq,) = found
             low, high = (seq, high) if end == "ASC" else (low, seq)
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError, DatabaseUnfitError):
-                yield _row(connection.execute(f"SELECT {_COLUMNS} FROM messages WHERE seq = ?", found).fetchone())  # noqa: S608
+                for row in connection.execute(f"SELECT {_COLUMNS} FROM messages WHERE seq = ?", found):  # noqa: S608
+                    yield _row(row)
 
 
 def _row(columns: tuple[int, str, bytes, int, int, float]) -> Row:
