@@ -293,6 +293,8 @@ def _readable(connection: sqlite3.Connection, end: str, low: int, high: int) -> 
     with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
         while found := connection.execute(following, (low, high)).fetchone():
             (seq,) = found
+            if not low < seq < high:
+                return  # their order is damaged: it would go on for ever
             low, high = (seq, high) if end == "ASC" else (low, seq)
             with contextlib.suppress(sqlite3.Error, UnicodeDecodeError, DatabaseUnfitError):
                 for row in connection.execute(f"SELECT {_COLUMNS} FROM messages WHERE seq = ?", found):  # noqa: S608
