@@ -129,6 +129,10 @@ class ConfigurationError(BirthmarkError):
     """A configuration that cannot be used."""
 
 
+class MissingLibraryError(ConfigurationError):
+    """A library that comes with an extra, and is not installed."""
+
+
 class UsageError(ConfigurationError):
     """Options that say nothing together, or too little, or a value of no use; argparse ends with the same code."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from birthmark.device.credentials import BrokerAddress, Credentials
-from birthmark.device.errors import ConfigurationError, UsageError
+from birthmark.device.errors import ConfigurationError, MissingLibraryError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -35,6 +35,8 @@ def taken_from_options() -> Iterator[None]:
     """
     try:
         yield
+    except MissingLibraryError:
+        raise  # the options are right
     except ConfigurationError as error:
         raise UsageError(error.message, hint=error.hint) from error
 

@@ -13,7 +13,7 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.device.errors import ConfigurationError, MissingLibraryError, RegistryError
 from birthmark.device.loading import loading
 from birthmark.provisioning.registry.place import always
 from birthmark.provisioning.settings import SETTINGS_FILE, RegistrySetting, read_settings
@@ -135,7 +135,7 @@ def _tiny() -> type[TinyRegistry]:
     try:
         from birthmark.provisioning.registry.tiny import TinyRegistry  # noqa: PLC0415 - it costs time to import
     except ImportError as error:
-        raise ConfigurationError(
+        raise MissingLibraryError(
             f"could not open the registry: the library {error.name} is not installed",
             hint="pip install 'birthmark[station]'",
         ) from error

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from birthmark.device.durable import is_on_read_only_disk, sync_folder
-from birthmark.device.errors import ConfigurationError, RegistryError
+from birthmark.device.errors import ConfigurationError, MissingLibraryError, RegistryError
 from birthmark.device.escape import escaped
 from birthmark.provisioning.registry.interface import RegistryAwayError
 
@@ -31,7 +31,7 @@ try:
     from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
     from sqlalchemy.pool import NullPool, QueuePool
 except ImportError as _missing:
-    raise ConfigurationError(
+    raise MissingLibraryError(
         "could not open a registry in a database: SQLAlchemy is not installed",
         hint="pip install 'birthmark[sql]'",
     ) from _missing
@@ -289,7 +289,7 @@ def _postgresql(url: URL) -> Engine:
             connect_args=given,
         )
     except ImportError as error:
-        raise ConfigurationError(
+        raise MissingLibraryError(
             "could not open a registry on PostgreSQL: psycopg is not installed",
             hint="pip install 'birthmark[sql]'",
         ) from error

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from birthmark.device.errors import AuthorityError, ConfigurationError
+from birthmark.device.errors import AuthorityError, MissingLibraryError
 from birthmark.device.escape import escaped
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def tokens_in(module: Path) -> list[TokenFacts]:
 
     Raises:
         AuthorityError: the module cannot be used.
-        ConfigurationError: python-pkcs11 is not installed.
+        MissingLibraryError: python-pkcs11 is not installed.
     """
     with PROCESS.lock:
         pkcs11 = library()
@@ -151,12 +151,12 @@ def library() -> Any:
     """Return python-pkcs11.
 
     Raises:
-        ConfigurationError: it is not installed.
+        MissingLibraryError: it is not installed.
     """
     try:
         import pkcs11  # noqa: PLC0415 - an extra, and only where a token is used
     except ImportError as error:
-        raise ConfigurationError(
+        raise MissingLibraryError(
             "could not use a PKCS#11 token: the library python-pkcs11 is missing",
             hint="pip install 'birthmark[hsm]'",
         ) from error

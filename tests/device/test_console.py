@@ -36,9 +36,9 @@ def work():
     go_on.wait()
     print("worked")
 threading.Thread(target=work, daemon=DAEMON).start()
+print("printed")
 if not DAEMON:
     go_on.set()
-print("printed", end=" ")
 exit_with(3)
 """
 
