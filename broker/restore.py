@@ -83,11 +83,12 @@ def _restore_sessions(
         session = Session(row.client_id, peer, exchange.policy.rights(peer.device_id, peer.role), clean=False)
         session.key = row.key
         session.left_at_s = now_s
-        if wall_s is not None and row.left_at is None:
-            exchange.journal.note_session(session, left_at=wall_s)
-        elif wall_s is not None and row.left_at is not None:
-            # A clock that has gone back since then makes nobody older.
-            session.left_at_s -= max(0.0, wall_s - row.left_at)
+        if wall_s is not None:
+            if row.left_at is None:
+                exchange.journal.note_session(session, left_at=wall_s)
+            else:
+                # A clock that has gone back since then makes nobody older.
+                session.left_at_s -= max(0.0, wall_s - row.left_at)
         sessions[row.key] = session
     for subscription in stored.subscriptions:
         session = sessions[subscription.session]

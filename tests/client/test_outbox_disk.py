@@ -10,7 +10,7 @@ from support.broker_stub import PUBLISH, BrokerStub
 from support.device_command import DeviceCommand
 from support.device_folder import enrolled
 from support.mounts import mount, mounted
-from support.outbox_alone import outbox_at
+from support.outbox_alone import TOPIC, outbox_at
 from support.patience import PATIENCE_S
 from support.pki import Pki
 from support.waiting import eventually
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from birthmark.device.outbox.outbox import Outbox
-
-
-TOPIC = "devices/sensor-1/telemetry/t"
 
 
 @pytest.fixture

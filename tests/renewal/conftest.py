@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.renewal_stand import Renewd, Stand
+from support.renewing import PaperDevice
+from support.station import Clock, new_station
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from birthmark.provisioning.station import Station
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +37,21 @@ RENEWAL_LISTENER = """
 [renewal_listener]
 listen = "127.0.0.1:PORT"
 """
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """That of `station`, for a test to move."""
+    return Clock()
+
+
+@pytest.fixture
+def station(tmp_path: Path, clock: Clock) -> Station:
+    """A new one, without a gateway."""
+    return new_station(tmp_path / "station", clock)
+
+
+@pytest.fixture
+def device(station: Station) -> PaperDevice:
+    """One that was made at `station`."""
+    return PaperDevice.made(station)

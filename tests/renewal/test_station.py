@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import re
-from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, time, timedelta
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
@@ -19,12 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as rsa_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
-from support.patience import PATIENCE_S
-from support.renewing import PaperDevice, csr, new_key, sha256
-from support.station import CHEAP, Clock, new_station
+from support.renewing import PaperDevice, answer, csr, issued, new_key, renewed, sha256
+from support.station import CHEAP, Clock
 
 from birthmark.device.clock import Moment
-from birthmark.device.console import Console
 from birthmark.device.errors import AuthorityError
 from birthmark.device.identity import DeviceId
 from birthmark.device.link.transcript import verify
@@ -34,7 +30,7 @@ from birthmark.provisioning import audit
 from birthmark.provisioning.authority import Authority
 from birthmark.provisioning.registry.model import State
 from birthmark.provisioning.renewal import Asked, Renewals, _prover, open_renewals
-from birthmark.provisioning.retirement import Retiring, next_retirement_at, retire_due, retirement_at
+from birthmark.provisioning.retirement import next_retirement_at, retire_due
 from birthmark.provisioning.revocation import revoke
 from birthmark.provisioning.rollover.anchors import PendingAnchors
 from birthmark.provisioning.rollover.phases import activate
@@ -42,38 +38,11 @@ from birthmark.provisioning.rollover.starting import start_root
 from birthmark.provisioning.station import Station
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from birthmark.device.renewal.messages import RenewalAnswer
     from birthmark.provisioning.registry.interface import Transaction
     from birthmark.provisioning.registry.model import Row
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def station(tmp_path: Path, clock: Clock) -> Station:
-    return new_station(tmp_path / "station", clock)
-
-
-@pytest.fixture
-def device(station: Station) -> PaperDevice:
-    return PaperDevice.made(station)
-
-
-def answer(station: Station, asked: Asked) -> RenewalAnswer:
-    (answered,) = Renewals(station).answer([asked])
-    return answered
-
-
-def issued(station: Station, device: PaperDevice) -> bytes:
-    answered = answer(station, device.renew())
-    assert answered.outcome == "issued", answered.reason
-    return answered.leaf_der
 
 
 def rows(station: Station, name: str = "sensor-17") -> list[Row]:
@@ -86,13 +55,6 @@ def live(station: Station) -> Row:
         row = view.live_by_name("sensor-17")
     assert row is not None
     return row
-
-
-def renewed(station: Station, device: PaperDevice) -> bytes:
-    leaf_der = issued(station, device)
-    assert answer(station, device.confirm(leaf_der)).outcome == "confirmed"
-    device.has_renewed(leaf_der)
-    return leaf_der
 
 
 def test_a_device_gets_a_certificate_for_its_new_key(station: Station, device: PaperDevice) -> None:
@@ -577,91 +539,3 @@ def test_a_clock_that_went_back_has_nobody_wait_for_longer_than_a_day(
     device.new_key = new_key()
     answered = answer(station, device.renew())
     assert (answered.outcome, answered.retry, answered.retry_after_s) == ("refused", True, 86_400)
-
-
-@pytest.mark.parametrize(
-    ("at", "after_hours", "due"),
-    [
-        ("12:00:00", 24, "12:00:00"),
-        ("12:00:01", 24, "13:00:00"),
-        ("12:59:59.999999", 1, "14:00:00"),
-        ("23:30:00", 1, "01:00:00"),
-        ("12:34:56", 0, "12:34:56"),
-    ],
-)
-def test_what_is_replaced_within_an_hour_is_revoked_together(at: str, after_hours: int, due: str) -> None:
-    now = datetime.fromisoformat(f"2026-05-04T{at}+00:00")
-    due_at = retirement_at(now, after_hours)
-    assert due_at.timetz() == time.fromisoformat(f"{due}+00:00")
-    assert timedelta(hours=after_hours) <= due_at - now < timedelta(hours=after_hours + 1)
-
-
-class Told(Console):
-    """A console that a test hears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.warnings: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.records: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
-
-    def warn(self, text: str) -> None:
-        self.warnings.put(text)
-
-    def emit(self, record: Mapping[str, Any], text: str) -> None:  # noqa: ARG002 - a test reads the record
-        self.records.put(record)
-
-
-@contextmanager
-def retiring(station: Station) -> Iterator[tuple[Retiring, Told]]:
-    told = Told()
-    service = Retiring(station, told)
-    service.start()
-    try:
-        yield service, told
-    finally:
-        service.stop()
-
-
-def test_a_crl_that_could_not_be_written_is_tried_again(
-    station: Station, device: PaperDevice, clock: Clock
-) -> None:
-    renewed(station, device)
-    with retiring(station) as (service, told):
-        station.crl_path.rename(station.folder / "aside")
-        station.crl_path.mkdir()
-        clock.advance(hours=25)
-        service.look()
-        assert "Is a directory" in told.warnings.get(timeout=PATIENCE_S)
-        station.crl_path.rmdir()
-        service.look()
-        assert told.records.get(timeout=PATIENCE_S)["entries"] == 1
-    crl = x509.load_pem_x509_crl(station.crl_path.read_bytes())
-    assert [entry.serial_number for entry in crl] == [rows(station)[0].cert_serial]
-
-
-def test_a_defect_is_told_without_its_words_and_tried_again(
-    station: Station, device: PaperDevice, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    renewed(station, device)
-    with retiring(station) as (service, told):
-        with monkeypatch.context() as defective:
-            defective.setattr(
-                "birthmark.provisioning.retirement.bring_new_crl", lambda *_: int("what nobody reads")
-            )
-            clock.advance(hours=25)
-            service.look()
-            warning = told.warnings.get(timeout=PATIENCE_S)
-        assert "ValueError at" in warning
-        assert "nobody" not in warning
-        service.look()
-        assert told.records.get(timeout=PATIENCE_S)["entries"] == 1
-
-
-def test_what_a_killed_service_has_revoked_is_on_a_crl_when_it_is_back(
-    station: Station, device: PaperDevice, clock: Clock
-) -> None:
-    renewed(station, device)
-    clock.advance(hours=25)
-    assert retire_due(station) == 1
-    with retiring(station) as (_, told):
-        assert told.records.get(timeout=PATIENCE_S)["entries"] == 1

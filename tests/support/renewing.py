@@ -22,11 +22,12 @@ from birthmark.device.renewal.messages import RenewalRequest
 from birthmark.device.renewal.proofs import confirm_transcript, request_transcript
 from birthmark.provisioning.authority import with_certificate
 from birthmark.provisioning.registry.model import Kind, Row, State
-from birthmark.provisioning.renewal import Asked
+from birthmark.provisioning.renewal import Asked, Renewals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from birthmark.device.renewal.messages import RenewalAnswer
     from birthmark.provisioning.station import Station
 
 
@@ -123,3 +124,21 @@ class PaperDevice:
     def has_renewed(self, leaf_der: bytes) -> None:
         """Go by the new certificate from now on."""
         self.key, self.leaf_der, self.new_key = self.new_key, leaf_der, new_key()
+
+
+def answer(station: Station, asked: Asked) -> RenewalAnswer:
+    (answered,) = Renewals(station).answer([asked])
+    return answered
+
+
+def issued(station: Station, device: PaperDevice) -> bytes:
+    answered = answer(station, device.renew())
+    assert answered.outcome == "issued", answered.reason
+    return answered.leaf_der
+
+
+def renewed(station: Station, device: PaperDevice) -> bytes:
+    leaf_der = issued(station, device)
+    assert answer(station, device.confirm(leaf_der)).outcome == "confirmed"
+    device.has_renewed(leaf_der)
+    return leaf_der
